@@ -1,0 +1,40 @@
+"""The errors that layer_streamer raises.
+
+::
+
+    StreamerError (RuntimeError)
+    |-- CheckpointError (also ValueError)  a checkpoint's files contradict themselves or their format
+    |   `-- CheckpointChangedError         a file changed or shrank after it was opened
+    |-- ReadError                          reading a layer's bytes failed
+    |-- SupersededError                    a sweep was overtaken by a newer pass
+    `-- ClosedError                        the streamer was closed (or belongs to another process)
+    ConfigError (ValueError)               an option that cannot work: field, value, bound
+"""
+
+
+class StreamerError(RuntimeError):
+    """Root of what goes wrong while streaming."""
+
+
+class CheckpointError(StreamerError, ValueError):
+    """A checkpoint's file is malformed, incomplete or contradicts another; names the file."""
+
+
+class CheckpointChangedError(CheckpointError):
+    """A checkpoint's file is no longer what it was when the streamer opened it."""
+
+
+class ReadError(StreamerError):
+    """Reading a layer's bytes failed; names file, layer and byte range."""
+
+
+class SupersededError(StreamerError):
+    """This sweep was overtaken by a newer pass on the same streamer."""
+
+
+class ClosedError(StreamerError):
+    """The streamer is closed, or was opened in another process."""
+
+
+class ConfigError(ValueError):
+    """An option cannot work; names the field, the value and the bound."""

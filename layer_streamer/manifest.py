@@ -1,0 +1,260 @@
+"""What is in a checkpoint: layers, their tensors, and where each tensor's bytes lie.
+
+Pure records, no file is opened here: :mod:`layer_streamer.formats` reads headers into a
+:class:`Manifest`, :func:`manifest_from_tensor_info` builds one from tables that a caller has.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from .errors import CheckpointError, ConfigError
+
+LAYER_PATTERNS = ("model.layers.{i}.", "transformer.h.{i}.", "blk.{i}.")
+"""Prefixes by which layers are found when no pattern is given; ``{i}`` is the layer index."""
+
+MAX_LAYERS = 100_000
+MAX_TENSOR_BYTES = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a checkpoint and the contiguous bytes that hold it."""
+
+    name: str
+    """Full name, as the file has it."""
+    dtype: torch.dtype
+    """Stored dtype; ``torch.uint8`` for the raw rows of a packed GGUF tensor."""
+    shape: tuple[int, ...]
+    """Shape of the streamed tensor; for packed GGUF tensors (..., bytes per row)."""
+    path: Path
+    """File that holds the bytes."""
+    offset: int
+    """Absolute byte offset in that file."""
+    nbytes: int
+    """Length in bytes."""
+    ggml_type: str | None = None
+    """GGML type name ("Q4_1", "F16", ...) of a tensor that comes from a GGUF file."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """The tensors of one layer, keyed without the layer's prefix."""
+
+    layer_idx: int
+    tensors: Mapping[str, TensorSpec]
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes of the layer, padding not counted."""
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """Identity of a file when it was opened; a later difference means that it changed."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Immutable map from layers to tensors to byte extents."""
+
+    path: Path
+    """What the caller named: a directory or a file."""
+    format: str
+    """"safetensors", "gguf" or "tensor_info"."""
+    layers: tuple[LayerSpec, ...]
+    static: Mapping[str, TensorSpec]
+    """Tensors outside the layers, by full name."""
+    files: Mapping[Path, FileStamp]
+    """Every file that holds bytes of a tensor, as its header was read."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The checkpoint's own key-value data; GGUF arrays are lazy (formats.gguf.GGUFArray)."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes of all layers and static tensors."""
+        static = sum(spec.nbytes for spec in self.static.values())
+        return static + sum(layer.nbytes for layer in self.layers)
+
+    def tensor(self, name: str) -> TensorSpec:
+        """The tensor with this full name, in a layer or outside; CheckpointError if there is none."""
+        if name in self.static:
+            return self.static[name]
+        for layer in self.layers:
+            for spec in layer.tensors.values():
+                if spec.name == name:
+                    return spec
+        raise CheckpointError(f"{self.path}: no tensor named {name!r}")
+
+
+def checked_nbytes(shape: Sequence[int], bits_per_element: int, what: str) -> int:
+    """Bytes of a tensor of this shape; CheckpointError on a negative or overflowing shape.
+
+    ``what`` names the file and tensor for the message.
+    """
+    count = 1
+    for dim in shape:
+        if dim < 0:
+            raise CheckpointError(f"{what}: negative dimension in shape {list(shape)}")
+        count *= dim
+        if count * bits_per_element > 8 * MAX_TENSOR_BYTES:
+            raise CheckpointError(f"{what}: shape {list(shape)} overflows 64 bits")
+    if count * bits_per_element % 8:
+        raise CheckpointError(f"{what}: shape {list(shape)} does not fill whole bytes")
+    return count * bits_per_element // 8
+
+
+def check_extents(specs: Iterable[TensorSpec], size: int, path: Path) -> None:
+    """CheckpointError if tensors of one file overlap or leave its ``size`` bytes."""
+    end, previous = 0, ""
+    for spec in sorted(specs, key=lambda spec: (spec.offset, spec.nbytes)):
+        if spec.nbytes and spec.offset < end:
+            raise CheckpointError(f"{path}: tensors {previous!r} and {spec.name!r} overlap")
+        if spec.offset + spec.nbytes > size:
+            raise CheckpointError(
+                f"{path}: tensor {spec.name!r} ends at byte {spec.offset + spec.nbytes}, "
+                f"the file has {size} (truncated?)"
+            )
+        if spec.nbytes:
+            end, previous = spec.offset + spec.nbytes, spec.name
+
+
+def group_layers(
+    specs: Mapping[str, TensorSpec], path: Path, layer_pattern: str | None = None
+) -> tuple[tuple[LayerSpec, ...], dict[str, TensorSpec]]:
+    """Split tensors into layers 0..n-1 and the rest, by their name's prefix.
+
+    ``layer_pattern`` is a prefix with ``{i}`` for the index ("model.layers.{i}."); None tries
+    LAYER_PATTERNS and takes the first that matches. Errors: ConfigError for a pattern without
+    ``{i}``, CheckpointError if no layer matches or an index is missing.
+    """
+    for pattern in LAYER_PATTERNS if layer_pattern is None else (layer_pattern,):
+        layers, static = _split(specs, pattern)
+        if layers:
+            break
+    else:
+        tried = layer_pattern or ", ".join(LAYER_PATTERNS)
+        raise CheckpointError(
+            f"{path}: no layers found (tried {tried}); name their prefix with layer_pattern="
+        )
+    if max(layers) + 1 != len(layers):
+        missing = next(i for i in range(len(layers)) if i not in layers)
+        raise CheckpointError(f"{path}: layer {missing} of {max(layers) + 1} has no tensors")
+    ordered = tuple(LayerSpec(i, MappingProxyType(layers[i])) for i in range(len(layers)))
+    return ordered, static
+
+
+def _split(
+    specs: Mapping[str, TensorSpec], pattern: str
+) -> tuple[dict[int, dict[str, TensorSpec]], dict[str, TensorSpec]]:
+    if pattern.count("{i}") != 1:
+        raise ConfigError(f"layer_pattern={pattern!r}: must contain {{i}} exactly once")
+    head, tail = (re.escape(part) for part in pattern.split("{i}"))
+    prefix = re.compile(rf"{head}(0|[1-9][0-9]{{0,8}}){tail}(?=.)")
+    layers: dict[int, dict[str, TensorSpec]] = {}
+    static: dict[str, TensorSpec] = {}
+    for name, spec in specs.items():
+        match = prefix.match(name)
+        if match and int(match[1]) < MAX_LAYERS:
+            layers.setdefault(int(match[1]), {})[name[match.end() :]] = spec
+        else:
+            static[name] = spec
+    return layers, static
+
+
+def stamp_file(path: Path, context: str = "") -> FileStamp:
+    """Identity of ``path`` now; CheckpointError if it is missing or no regular file."""
+    try:
+        info = path.stat()
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file{context}")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}{context}") from error
+    return FileStamp(path, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+def manifest_from_tensor_info(  # noqa: PLR0913 - the published constructor's own tables
+    model_dir: str | Path,
+    tensor_info: Mapping[str, tuple[str, int, Sequence[int]]],
+    shard_offsets: Mapping[str, int],
+    block_keys: Sequence[str],
+    block_sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    num_layers: int,
+) -> Manifest:
+    """A manifest from the tables of the published constructor.
+
+    ``tensor_info`` maps a tensor's name to (shard file name, byte offset in the shard's data
+    section, shape); ``shard_offsets`` maps a shard to the byte offset of its data section;
+    ``block_keys`` lists one layer's names without ``model.layers.{i}.``; ``block_sizes`` maps each
+    to its element count. Errors: ConfigError for num_layers < 1 or block_keys without a size;
+    CheckpointError for a tensor that is missing, mis-sized, or outside its file.
+    """
+    directory = Path(model_dir)
+    if num_layers < 1:
+        raise ConfigError(f"num_layers={num_layers}: must be at least 1")
+    unsized = [key for key in block_keys if key not in block_sizes]
+    if unsized or not block_keys:
+        raise ConfigError(f"block_sizes: no size for {unsized or 'any key (block_keys is empty)'}")
+    stamps = {shard: stamp_file(directory / shard) for shard in shard_offsets}
+    specs: dict[str, TensorSpec] = {}
+    for name, (shard, offset, shape) in tensor_info.items():
+        if shard not in stamps:
+            raise CheckpointError(f"{directory}: tensor {name!r} is in {shard!r}, not in shard_offsets")
+        nbytes = checked_nbytes(shape, 8 * dtype.itemsize, f"{directory / shard}: tensor {name!r}")
+        start = shard_offsets[shard] + offset
+        specs[name] = TensorSpec(name, dtype, tuple(shape), directory / shard, start, nbytes)
+    for shard, stamp in stamps.items():
+        path = directory / shard
+        check_extents((s for s in specs.values() if s.path == path), stamp.size, path)
+    layers = []
+    for i in range(num_layers):
+        layers.append(LayerSpec(i, _layer_from_keys(directory, specs, block_keys, block_sizes, i)))
+    used = {spec.name for layer in layers for spec in layer.tensors.values()}
+    return Manifest(
+        path=directory,
+        format="tensor_info",
+        layers=tuple(layers),
+        static=MappingProxyType({name: s for name, s in specs.items() if name not in used}),
+        files=MappingProxyType({stamp.path: stamp for stamp in stamps.values()}),
+    )
+
+
+def _layer_from_keys(
+    directory: Path,
+    specs: Mapping[str, TensorSpec],
+    block_keys: Sequence[str],
+    block_sizes: Mapping[str, int],
+    layer_idx: int,
+) -> Mapping[str, TensorSpec]:
+    tensors = {}
+    for key in block_keys:
+        name = f"model.layers.{layer_idx}.{key}"
+        if name not in specs:
+            raise CheckpointError(f"{directory}: layer {layer_idx}: tensor {name!r} is missing")
+        elements = math.prod(specs[name].shape)
+        if elements != block_sizes[key]:
+            raise CheckpointError(
+                f"{specs[name].path}: layer {layer_idx}: tensor {name!r}: expected "
+                f"{block_sizes[key]} elements, got {elements} (shape {list(specs[name].shape)})"
+            )
+        tensors[key] = specs[name]
+    return MappingProxyType(tensors)

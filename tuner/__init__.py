@@ -1,0 +1,4 @@
+"""The autotuner: pool, batch and read settings for one machine and one checkpoint.
+
+Lives in the repository's ``tuner/`` and is installed as ``layer_streamer.tuner``.
+"""
