@@ -3,7 +3,7 @@
 ::
 
     StreamerError (RuntimeError)
-    |-- CheckpointError (also ValueError)  a checkpoint's files contradict themselves or their format
+    |-- CheckpointError (also ValueError)  a checkpoint's files contradict their format
     |   `-- CheckpointChangedError         a file changed or shrank after it was opened
     |-- ReadError                          reading a layer's bytes failed
     |-- SupersededError                    a sweep was overtaken by a newer pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ class Manifest:
         return static + sum(layer.nbytes for layer in self.layers)
 
     def tensor(self, name: str) -> TensorSpec:
-        """The tensor with this full name, in a layer or outside; CheckpointError if there is none."""
+        """The tensor with this full name; CheckpointError if there is none."""
         if name in self.static:
             return self.static[name]
         for layer in self.layers:
@@ -110,12 +111,14 @@ def checked_nbytes(shape: Sequence[int], bits_per_element: int, what: str) -> in
 
     ``what`` names the file and tensor for the message.
     """
-    count = 1
+    count = product = 1
     for dim in shape:
         if dim < 0:
             raise CheckpointError(f"{what}: negative dimension in shape {list(shape)}")
         count *= dim
-        if count * bits_per_element > 8 * MAX_TENSOR_BYTES:
+        # Of the other dimensions when one is 0: torch computes strides from them all the same.
+        product *= max(dim, 1)
+        if product * bits_per_element > 8 * MAX_TENSOR_BYTES:
             raise CheckpointError(f"{what}: shape {list(shape)} overflows 64 bits")
     if count * bits_per_element % 8:
         raise CheckpointError(f"{what}: shape {list(shape)} does not fill whole bytes")
@@ -125,7 +128,10 @@ def checked_nbytes(shape: Sequence[int], bits_per_element: int, what: str) -> in
 def check_extents(specs: Iterable[TensorSpec], size: int, path: Path) -> None:
     """CheckpointError if tensors of one file overlap or leave its ``size`` bytes."""
     end, previous = 0, ""
+    # Empty tensors hold no bytes and overlap nothing, but must lie in the file, too.
     for spec in sorted(specs, key=lambda spec: (spec.offset, spec.nbytes)):
+        if spec.offset < 0:
+            raise CheckpointError(f"{path}: tensor {spec.name!r} begins at byte {spec.offset}")
         if spec.nbytes and spec.offset < end:
             raise CheckpointError(f"{path}: tensors {previous!r} and {spec.name!r} overlap")
         if spec.offset + spec.nbytes > size:
@@ -173,7 +179,11 @@ def _split(
     static: dict[str, TensorSpec] = {}
     for name, spec in specs.items():
         match = prefix.match(name)
-        if match and int(match[1]) < MAX_LAYERS:
+        if match and int(match[1]) >= MAX_LAYERS:
+            raise CheckpointError(
+                f"{spec.path}: tensor {name!r}: layer {match[1]}, more than {MAX_LAYERS} layers"
+            )
+        if match:
             layers.setdefault(int(match[1]), {})[name[match.end() :]] = spec
         else:
             static[name] = spec
@@ -184,14 +194,14 @@ def stamp_file(path: Path, context: str = "") -> FileStamp:
     """Identity of ``path`` now; CheckpointError if it is missing or no regular file."""
     try:
         info = path.stat()
-        if not path.is_file():
-            raise CheckpointError(f"{path}: not a regular file{context}")
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}{context}") from error
+    if not stat.S_ISREG(info.st_mode):
+        raise CheckpointError(f"{path}: not a regular file{context}")
     return FileStamp(path, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
 
-def manifest_from_tensor_info(  # noqa: PLR0913 - the published constructor's own tables
+def manifest_from_tensor_info(  # noqa: PLR0913, PLR0917 - the published constructor's own tables
     model_dir: str | Path,
     tensor_info: Mapping[str, tuple[str, int, Sequence[int]]],
     shard_offsets: Mapping[str, int],
@@ -218,13 +228,15 @@ def manifest_from_tensor_info(  # noqa: PLR0913 - the published constructor's ow
     specs: dict[str, TensorSpec] = {}
     for name, (shard, offset, shape) in tensor_info.items():
         if shard not in stamps:
-            raise CheckpointError(f"{directory}: tensor {name!r} is in {shard!r}, not in shard_offsets")
+            raise CheckpointError(f"{directory}: {name!r} is in {shard!r}, not in shard_offsets")
         nbytes = checked_nbytes(shape, 8 * dtype.itemsize, f"{directory / shard}: tensor {name!r}")
         start = shard_offsets[shard] + offset
         specs[name] = TensorSpec(name, dtype, tuple(shape), directory / shard, start, nbytes)
+    by_shard: dict[str, list[TensorSpec]] = {shard: [] for shard in stamps}
+    for name, (shard, _, _) in tensor_info.items():
+        by_shard[shard].append(specs[name])
     for shard, stamp in stamps.items():
-        path = directory / shard
-        check_extents((s for s in specs.values() if s.path == path), stamp.size, path)
+        check_extents(by_shard[shard], stamp.size, stamp.path)
     layers = []
     for i in range(num_layers):
         layers.append(LayerSpec(i, _layer_from_keys(directory, specs, block_keys, block_sizes, i)))

@@ -1,0 +1,218 @@
+"""Devices with memory of their own, and the choice of one.
+
+:class:`AcceleratorDevice` is any device with torch's device-generic streams and events;
+:class:`CudaDevice` adds page-locked host memory and events that let a waiting thread sleep.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .device import CpuDevice, Device, Event, Stream
+from .errors import ConfigError, StreamerError
+
+logger = logging.getLogger(__name__)
+
+# cudaHostRegister fails beyond some hundred GiB a call; segments of this size work everywhere.
+REGISTER_SEGMENT = 64 << 30
+CUDA_HOST_REGISTER_PORTABLE = 1
+
+
+class AcceleratorDevice:
+    """A device with torch's generic streams and events; host memory stays pageable."""
+
+    unified = False
+
+    def __init__(self, torch_device: torch.device) -> None:
+        index = torch_device.index
+        if index is None:
+            index = torch.accelerator.current_device_index()
+        self.torch_device = torch.device(torch_device.type, index)
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        logger.warning(
+            "%s: host memory cannot be page-locked, copies are slower", self.torch_device
+        )
+        return False
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        return
+
+    def new_stream(self) -> Stream:
+        stream: Stream = torch.Stream(self.torch_device)
+        return stream
+
+    def new_event(self) -> Event:
+        event: Event = torch.Event(self.torch_device, enable_timing=True)
+        return event
+
+    def current_stream(self) -> Stream:
+        stream: Stream = torch.accelerator.current_stream(self.torch_device)
+        return stream
+
+    def enter_thread(self, stream: Any) -> None:
+        torch.accelerator.set_device_index(self.torch_device.index)
+        torch.accelerator.set_stream(stream)
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
+        dst.copy_(src, non_blocking=True)
+
+    def guard(self) -> AbstractContextManager[object]:
+        return torch.accelerator.device_index(self.torch_device.index)
+
+    def check_can_wait(self) -> None:
+        return
+
+
+class CudaDevice(AcceleratorDevice):
+    """An NVIDIA (or ROCm) GPU."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        super().__init__(torch_device)
+        check_architecture(self.torch_device.index)
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        cudart = torch.cuda.cudart()
+        for offset, length in _segments(memory.nbytes):
+            with self.guard():
+                code = cudart.cudaHostRegister(
+                    memory.data_ptr() + offset, length, CUDA_HOST_REGISTER_PORTABLE
+                )
+            if int(code) != 0:
+                with self.guard():
+                    _drain_error()
+                self._unregister(memory, offset)
+                logger.warning(
+                    "page-locking %.2f GiB of host memory was refused (%s), copies are slower",
+                    memory.nbytes / 2**30,
+                    code,
+                )
+                return False
+        return True
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        self._unregister(memory, memory.nbytes)
+
+    def _unregister(self, memory: torch.Tensor, end: int) -> None:
+        cudart = torch.cuda.cudart()
+        for offset, _ in _segments(memory.nbytes):
+            if offset < end:
+                cudart.cudaHostUnregister(memory.data_ptr() + offset)
+
+    def new_stream(self) -> Stream:
+        # High priority: the pool of streams that users rarely draw from.
+        stream: Stream = torch.cuda.Stream(self.torch_device, priority=-1)
+        return stream
+
+    def new_event(self) -> Event:
+        # Blocking: a thread that waits on it sleeps instead of taking a core (and the GIL).
+        event: Event = torch.cuda.Event(enable_timing=True, blocking=True)
+        return event
+
+    def current_stream(self) -> Stream:
+        stream: Stream = torch.cuda.current_stream(self.torch_device)
+        return stream
+
+    def enter_thread(self, stream: Any) -> None:
+        torch.cuda.set_device(self.torch_device)
+        torch.cuda.set_stream(stream)
+
+    def guard(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.torch_device)
+
+    def check_can_wait(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise StreamerError(
+                "a pass cannot run while the current stream captures a CUDA graph: "
+                "the layers' copies would not be part of the graph"
+            )
+
+
+def _segments(nbytes: int) -> Sequence[tuple[int, int]]:
+    return [(o, min(REGISTER_SEGMENT, nbytes - o)) for o in range(0, nbytes, REGISTER_SEGMENT)]
+
+
+def _drain_error() -> None:
+    """Take the CUDA error of a refused registration, so that the next kernel does not report it.
+
+    torch has no binding for cudaGetLastError; its check after a kernel launch reads and clears it.
+    """
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+    except RuntimeError as error:
+        logger.debug("drained after a refused registration: %s", error)
+
+
+def check_architecture(index: int) -> None:
+    """ConfigError if this torch has no code for GPU ``index``."""
+    major, minor = torch.cuda.get_device_capability(index)
+    archs = [arch for arch in torch.cuda.get_arch_list() if "_" in arch]
+    found = [int(arch.split("_")[1].rstrip("af")) for arch in archs if arch.startswith("sm_")]
+    ptx = [int(arch.split("_")[1].rstrip("af")) for arch in archs if arch.startswith("compute_")]
+    own = 10 * major + minor
+    # Machine code runs on the same major version from its minor on; PTX on anything newer.
+    runs = any(sm // 10 == major and sm <= own for sm in found) or any(p <= own for p in ptx)
+    if archs and torch.version.hip is None and not runs:
+        raise ConfigError(
+            f"device=cuda:{index}: {torch.cuda.get_device_name(index)} has compute capability "
+            f"{major}.{minor}, this torch {torch.__version__} was built for {', '.join(archs)}; "
+            "install a torch built for it, or pass device='cpu'"
+        )
+
+
+def open_device(device: str | torch.device | None) -> Device:
+    """The device that ``device`` names; None takes the GPU if there is one, else the CPU.
+
+    ConfigError if it does not exist, or if a GPU is present that this torch cannot use: that is
+    never answered by running on the CPU in silence.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return CudaDevice(torch.device("cuda"))
+        present = _unusable_gpu()
+        if present:
+            raise ConfigError(f"{present}; install a CUDA build of torch, or pass device='cpu'")
+        return CpuDevice()
+    wanted = torch.device(device)
+    if wanted.type == "cpu":
+        return CpuDevice()
+    if wanted.type == "cuda":
+        if not torch.cuda.is_available():
+            reason = _unusable_gpu() or "no NVIDIA GPU was found"
+            raise ConfigError(f"device={str(wanted)!r}: {reason}")
+        if wanted.index is not None and wanted.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device={str(wanted)!r}: this machine has {torch.cuda.device_count()} GPU(s)"
+            )
+        return CudaDevice(wanted)
+    current = torch.accelerator.current_accelerator(check_available=True)
+    if current is None or current.type != wanted.type:
+        found = current.type if current is not None else "none"
+        raise ConfigError(f"device={str(wanted)!r}: not available (accelerator found: {found})")
+    return AcceleratorDevice(wanted)
+
+
+def _unusable_gpu() -> str | None:
+    """What is known of an NVIDIA GPU that torch does not see; None if there is no sign of one."""
+    driver = Path("/proc/driver/nvidia/version")
+    if driver.exists():
+        version = driver.read_text(errors="replace").splitlines()[0].removeprefix("NVRM version: ")
+        return f"an NVIDIA GPU is present (driver: {version.strip()}) but {_torch_build()}"
+    if Path("/dev/nvidiactl").exists():
+        return f"an NVIDIA GPU is present (/dev/nvidiactl) but {_torch_build()}"
+    return None
+
+
+def _torch_build() -> str:
+    cuda = torch.version.cuda
+    built = f"built for CUDA {cuda}, cannot use it" if cuda else "is a CPU build"
+    return f"torch {torch.__version__} {built}"

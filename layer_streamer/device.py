@@ -1,0 +1,137 @@
+"""What the streamer needs from a device: memory, streams, events, asynchronous copies.
+
+:class:`CpuDevice` computes where the bytes are read; :mod:`layer_streamer.accelerator` has the
+devices with memory of their own.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A point in a stream's work. Waiting on one that was never recorded does nothing."""
+
+    def record(self, stream: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, end: Any) -> float: ...
+
+
+class Stream(Protocol):
+    """A queue of device work, first in first out."""
+
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class Device(Protocol):
+    """The seam between the pipeline and a device; tests put an asynchronous fake behind it."""
+
+    torch_device: torch.device
+    unified: bool
+    """True if host memory is the device's memory, so that a byte read is where it is used."""
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """A uint8 tensor of ``nbytes`` on the device."""
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        """Page-lock host memory; False, with a logged reason, where that is refused."""
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Undo :meth:`pin`."""
+
+    def new_stream(self) -> Stream:
+        """A stream for copies."""
+
+    def new_event(self) -> Event:
+        """An event that can be timed and waited on by a thread."""
+
+    def current_stream(self) -> Stream:
+        """The calling thread's current stream on this device."""
+
+    def enter_thread(self, stream: Stream) -> None:
+        """Make this device and ``stream`` the calling thread's current ones."""
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
+        """Enqueue a copy (a cast, if dtypes differ) on the calling thread's current stream."""
+
+    def guard(self) -> AbstractContextManager[object]:
+        """Context in which this device is the current one."""
+
+    def check_can_wait(self) -> None:
+        """StreamerError if the current stream cannot take part in a pass (graph capture)."""
+
+
+class HostEvent:
+    """An event of a device whose work is done when the call returns: a time stamp."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        return
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        """Milliseconds from this record to ``end``'s, as torch's events count."""
+        return (end.seconds - self.seconds) * 1e3
+
+
+class HostStream:
+    """The one stream of a device that computes synchronously."""
+
+    __slots__ = ()
+
+    def wait_event(self, event: HostEvent) -> None:
+        return
+
+    def synchronize(self) -> None:
+        return
+
+
+class CpuDevice:
+    """The CPU: slots are ordinary memory, and work is done when a call returns."""
+
+    unified = True
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+        self._stream = HostStream()
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        return False
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        return
+
+    def new_stream(self) -> Stream:
+        return self._stream
+
+    def new_event(self) -> Event:
+        return HostEvent()
+
+    def current_stream(self) -> Stream:
+        return self._stream
+
+    def enter_thread(self, stream: Stream) -> None:
+        return
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
+        dst.copy_(src)
+
+    def guard(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def check_can_wait(self) -> None:
+        return

@@ -1,0 +1,245 @@
+"""How one step's tensors lie in a slot: reads, copies and views. Pure arithmetic.
+
+A *step* is one hand-out of a pass: a layer, or a row range of a tail tensor. Its tensors are merged
+into runs of adjacent bytes. A run is one read, placed in the host slot at the file's phase (the
+same offset modulo PAGE as in the file), so that page-aligned direct reads need no second move. On
+the device a run is one copy as long as every tensor in it lands aligned; any other tensor starts a
+copy of its own at an aligned place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .errors import CheckpointError, ConfigError
+from .manifest import Manifest, TensorSpec
+
+PAGE = 4096
+"""Alignment of reads and of slots, bytes."""
+COPY_ALIGNMENT = 256
+"""Where a copy may start on a device, bytes (what CUDA allocations guarantee)."""
+TENSOR_ALIGNMENT = 16
+"""Alignment on a device that lets kernels use their widest loads, bytes."""
+READ_THROUGH = 4096
+"""Gaps up to this many bytes are read along rather than split a run."""
+CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes that ``dtype=`` casts; every other one is handed out as stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one hand-out of a pass consists of."""
+
+    layer_idx: int
+    tensors: Mapping[str, TensorSpec]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One contiguous read of ``nbytes``: from ``offset`` of a file to ``slot_offset``."""
+
+    path: Path
+    offset: int
+    slot_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One contiguous copy from ``src`` in the source slot to ``dst`` in the device slot, bytes."""
+
+    src: int
+    dst: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One tensor in the device slot."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the bytes of one step lie, in the host slot and in the device slot."""
+
+    reads: tuple[Read, ...]
+    copies: tuple[Copy, ...]
+    views: tuple[View, ...]
+    casts: tuple[View, ...]
+    """The views that are cast, as they lie in the scratch slot (dtype: the one asked for)."""
+    host_nbytes: int
+    device_nbytes: int
+    scratch_nbytes: int
+
+    @property
+    def read_nbytes(self) -> int:
+        return sum(read.nbytes for read in self.reads)
+
+    @property
+    def copy_nbytes(self) -> int:
+        return sum(copy.nbytes for copy in self.copies)
+
+
+def align_up(value: int, alignment: int) -> int:
+    """The smallest multiple of ``alignment`` that is at least ``value``."""
+    return -(-value // alignment) * alignment
+
+
+def plan_steps(manifest: Manifest, tail: Sequence[str] = ()) -> tuple[Step, ...]:
+    """The steps of a pass: every layer, then the ``tail`` tensors split by rows.
+
+    No tail step is larger than the largest layer, except that one row is never split. Errors:
+    ConfigError for a tail name that the checkpoint lacks.
+    """
+    steps = [Step(layer.layer_idx, layer.tensors) for layer in manifest.layers]
+    limit = max(step.nbytes for step in steps)
+    for name in tail:
+        try:
+            spec = manifest.tensor(name)
+        except CheckpointError as error:
+            raise ConfigError(f"tail={name!r}: {error}") from error
+        for part in split_rows(spec, limit):
+            steps.append(Step(len(steps), {name: part}))
+    return tuple(steps)
+
+
+def split_rows(spec: TensorSpec, limit: int) -> Iterable[TensorSpec]:
+    """``spec`` cut into ranges of rows (its first dimension), each at most ``limit`` bytes."""
+    if spec.nbytes <= limit or not spec.shape or spec.shape[0] == 0:
+        return [spec]
+    row_nbytes = spec.nbytes // spec.shape[0]
+    rows = max(1, limit // row_nbytes)
+    return [
+        replace(
+            spec,
+            shape=(min(rows, spec.shape[0] - first), *spec.shape[1:]),
+            offset=spec.offset + first * row_nbytes,
+            nbytes=min(rows, spec.shape[0] - first) * row_nbytes,
+        )
+        for first in range(0, spec.shape[0], rows)
+    ]
+
+
+def lay_out(step: Step, *, unified: bool, dtype: torch.dtype | None = None) -> Layout:
+    """The layout of one step.
+
+    ``unified``: host slot and device slot are the same memory, so tensors are viewed where they
+    were read and only those misaligned for their dtype are copied, within the slot.
+    ``dtype``: cast CASTABLE tensors to it in the scratch slot; None hands all out as stored.
+    """
+    runs, reads, end = _place_reads(step)
+    copies, views, device_end = _place_unified(runs, end) if unified else _place_copies(runs)
+    views += [
+        View(key, spec.dtype, spec.shape, 0, 0)
+        for key, spec in step.tensors.items()
+        if not spec.nbytes
+    ]
+    order = {key: i for i, key in enumerate(step.tensors)}
+    views.sort(key=lambda view: order[view.key])
+    casts, scratch_end = _place_casts(views, dtype)
+    return Layout(
+        reads=tuple(reads),
+        copies=tuple(copies),
+        views=tuple(views),
+        casts=tuple(casts),
+        host_nbytes=align_up(end, PAGE),
+        device_nbytes=align_up(device_end, COPY_ALIGNMENT),
+        scratch_nbytes=scratch_end,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """One tensor in the host slot."""
+
+    key: str
+    spec: TensorSpec
+    slot_offset: int
+
+
+def _merge_adjacent(step: Step) -> list[list[tuple[str, TensorSpec]]]:
+    runs: list[list[tuple[str, TensorSpec]]] = []
+    filled = [(key, spec) for key, spec in step.tensors.items() if spec.nbytes]
+    for key, spec in sorted(filled, key=lambda item: (str(item[1].path), item[1].offset)):
+        if runs:
+            last = runs[-1][-1][1]
+            gap = spec.offset - last.offset - last.nbytes
+            if last.path == spec.path and 0 <= gap <= READ_THROUGH:
+                runs[-1].append((key, spec))
+                continue
+        runs.append([(key, spec)])
+    return runs
+
+
+def _place_reads(step: Step) -> tuple[list[list[_Placed]], list[Read], int]:
+    placed_runs, reads, end = [], [], 0
+    for run in _merge_adjacent(step):
+        first, last = run[0][1], run[-1][1]
+        start = align_up(end, PAGE) + first.offset % PAGE
+        nbytes = last.offset + last.nbytes - first.offset
+        reads.append(Read(first.path, first.offset, start, nbytes))
+        placed_runs.append(
+            [_Placed(key, spec, start + spec.offset - first.offset) for key, spec in run]
+        )
+        # Page-aligned to the end: a direct read covers the whole last page.
+        end = align_up(start + nbytes, PAGE)
+    return placed_runs, reads, end
+
+
+def _place_unified(runs: list[list[_Placed]], end: int) -> tuple[list[Copy], list[View], int]:
+    copies, views = [], []
+    for item in (item for run in runs for item in run):
+        spec, offset = item.spec, item.slot_offset
+        if offset % spec.dtype.itemsize:
+            offset = align_up(end, TENSOR_ALIGNMENT)
+            copies.append(Copy(item.slot_offset, offset, spec.nbytes))
+            end = offset + spec.nbytes
+        views.append(View(item.key, spec.dtype, spec.shape, offset, spec.nbytes))
+    return copies, views, end
+
+
+def _place_copies(runs: list[list[_Placed]]) -> tuple[list[Copy], list[View], int]:
+    copies: list[Copy] = []
+    views: list[View] = []
+    end = 0
+    for run in runs:
+        src = dst = -1
+        for item in run:
+            spec = item.spec
+            if src < 0 or (item.slot_offset - src) % TENSOR_ALIGNMENT:
+                src, dst = item.slot_offset, align_up(end, COPY_ALIGNMENT)
+                copies.append(Copy(src, dst, spec.nbytes))
+            else:
+                nbytes = item.slot_offset + spec.nbytes - src
+                copies[-1] = replace(copies[-1], nbytes=nbytes)
+            offset = dst + item.slot_offset - src
+            views.append(View(item.key, spec.dtype, spec.shape, offset, spec.nbytes))
+            end = offset + spec.nbytes
+    return copies, views, end
+
+
+def _place_casts(views: list[View], dtype: torch.dtype | None) -> tuple[list[View], int]:
+    casts: list[View] = []
+    end = 0
+    for view in views:
+        if dtype is None or view.dtype == dtype or view.dtype not in CASTABLE:
+            continue
+        offset = align_up(end, COPY_ALIGNMENT)
+        nbytes = view.nbytes // view.dtype.itemsize * dtype.itemsize
+        casts.append(View(view.key, dtype, view.shape, offset, nbytes))
+        end = offset + nbytes
+    return casts, align_up(end, COPY_ALIGNMENT)

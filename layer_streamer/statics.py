@@ -1,0 +1,93 @@
+"""Tensors outside the streamed layers: put on the device for good, or viewed in host memory."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .device import Device
+from .files import OpenFiles
+from .layout import CASTABLE
+from .manifest import Manifest, TensorSpec
+from .memory import view_tensor
+
+BOUNCE = 16 << 20
+"""Bytes of host memory that a tensor passes through on its way to the device."""
+
+
+class Statics:
+    """Loads single tensors of a checkpoint.
+
+    Thread rules: any thread; a tensor asked for twice at once may be loaded twice.
+    """
+
+    def __init__(self, manifest: Manifest, files: OpenFiles, dtype: torch.dtype | None) -> None:
+        self._manifest = manifest
+        self._files = files
+        self._dtype = dtype
+        self._loaded: dict[str, torch.Tensor] = {}
+        self._mapped: dict[Path, torch.Tensor] = {}
+
+    def load(self, name: str, device: Device) -> torch.Tensor:
+        """The tensor on ``device``, read once, cast as the layers are."""
+        tensor = self._loaded.get(name)
+        if tensor is None:
+            tensor = self._loaded[name] = self._load(self._manifest.tensor(name), device)
+        return tensor
+
+    def view(self, name: str) -> torch.Tensor:
+        """The tensor as stored, over the file's mapped pages; a copy if it is misaligned there."""
+        spec = self._manifest.tensor(name)
+        self._files.check_unchanged([spec.path])
+        if spec.offset % spec.dtype.itemsize:
+            with torch.inference_mode(False):
+                memory = torch.empty(spec.nbytes, dtype=torch.uint8)
+            self._files.read_into(spec.path, _bytes_of(memory), spec.offset)
+            return view_tensor(memory, 0, spec.nbytes, spec.dtype, spec.shape)
+        if spec.nbytes == 0:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        mapped = self._map(spec.path)
+        return view_tensor(mapped, spec.offset, spec.nbytes, spec.dtype, spec.shape)
+
+    def _map(self, path: Path) -> torch.Tensor:
+        mapped = self._mapped.get(path)
+        if mapped is None:
+            # Copy-on-write: a stray write reaches neither the file nor a read-only page.
+            pages = mmap.mmap(self._files.descriptor(path), 0, access=mmap.ACCESS_COPY)
+            with torch.inference_mode(False):
+                mapped = torch.from_numpy(np.frombuffer(pages, dtype=np.uint8))
+            self._mapped[path] = mapped
+        return mapped
+
+    def _load(self, spec: TensorSpec, device: Device) -> torch.Tensor:
+        dtype = spec.dtype
+        if self._dtype is not None and dtype in CASTABLE:
+            dtype = self._dtype
+        with torch.inference_mode(False):
+            result = torch.empty(spec.shape, dtype=dtype, device=device.torch_device)
+            flat = result.view(-1).view(torch.uint8) if dtype == spec.dtype else result.view(-1)
+            # Reinterpreting a scalar's bytes needs a dimension, which view(-1) gave it.
+            bounce = torch.empty(min(BOUNCE, max(spec.nbytes, 1)), dtype=torch.uint8)
+        window = _bytes_of(bounce)
+        done = 0
+        while done < spec.nbytes:
+            nbytes = min(len(window), spec.nbytes - done)
+            self._files.read_into(spec.path, window[:nbytes], spec.offset + done)
+            part = bounce[:nbytes]
+            if dtype == spec.dtype:
+                flat[done : done + nbytes].copy_(part)
+            else:
+                first, count = done // spec.dtype.itemsize, nbytes // spec.dtype.itemsize
+                flat[first : first + count].copy_(part.view(spec.dtype))
+            done += nbytes
+        self._files.check_unchanged([spec.path])
+        return result
+
+
+def _bytes_of(memory: torch.Tensor) -> memoryview:
+    array: Any = memory.numpy()
+    return memoryview(array)

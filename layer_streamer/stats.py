@@ -1,0 +1,145 @@
+"""Where a pass's time went: what each step moved, how long it was busy, how long it stood still.
+
+Times come from the host's monotonic clock for reads and memcpys, and from the device's own events
+for copies and compute. The clock of a pass is filled by the pipeline's threads without a wait; it
+is read only when somebody asks for the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STEP_NAMES = ("read", "memcpy", "copy", "compute")
+"""The steps on a byte's way, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One layer's time in one step, seconds since the pass began (before it: negative)."""
+
+    layer_idx: int
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step (read, memcpy, copy or compute) did for one pass."""
+
+    name: str
+    bytes: int
+    """Bytes it moved for this pass (compute: bytes of weights it was given)."""
+    busy_seconds: float
+    """Time in which it worked on at least one layer of this pass, prefetch included."""
+    stalled_seconds: float
+    """Time since the pass began in which it stood still between layers: no input or no slot."""
+    spans: tuple[Span, ...] = field(repr=False)
+
+    @property
+    def gb_per_s(self) -> float:
+        """Bytes over busy seconds, in 1e9 bytes a second; 0 if it moved nothing."""
+        return self.bytes / self.busy_seconds / 1e9 if self.busy_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """Where the time of one finished pass went. ``str()`` of it is a table."""
+
+    seconds: float
+    """From the pass's begin to the end of its last layer's compute, on the device's clock."""
+    num_layers: int
+    """Layers (and tail steps) handed out."""
+    steps: Mapping[str, StepReport]
+    """By name, for the steps that this configuration has."""
+    peak_slots: Mapping[str, tuple[int, int]]
+    """Pool name -> (most slots in use at once, slots it has)."""
+
+    @property
+    def bound_by(self) -> str:
+        """The step that was busy longest: making any other one faster would not help."""
+        return max(self.steps.values(), key=lambda step: step.busy_seconds).name
+
+    def __str__(self) -> str:
+        lines = [
+            f"pass of {self.num_layers} layers: {self.seconds:.4f} s, bound by {self.bound_by}",
+            f"  {'step':<8} {'GB':>9} {'busy s':>9} {'stalled s':>9} {'GB/s':>8}",
+        ]
+        for step in self.steps.values():
+            lines.append(
+                f"  {step.name:<8} {step.bytes / 1e9:>9.3f} {step.busy_seconds:>9.4f} "
+                f"{step.stalled_seconds:>9.4f} {step.gb_per_s:>8.2f}"
+            )
+        used = ", ".join(f"{pool} {peak} of {n}" for pool, (peak, n) in self.peak_slots.items())
+        lines.append(f"  slots in use at most: {used}")
+        return "\n".join(lines)
+
+    def timeline(self) -> dict[str, object]:
+        """The pass in Chrome's trace-event format, for https://ui.perfetto.dev."""
+        start = min((s.begin for step in self.steps.values() for s in step.spans), default=0.0)
+        events: list[dict[str, object]] = []
+        tid = 0
+        for step in self.steps.values():
+            for row in _rows(step.spans):
+                tid += 1
+                name = {"name": f"{tid} {step.name}"}
+                events.append(
+                    {"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": name}
+                )
+                events += [
+                    {
+                        "ph": "X",
+                        "name": f"layer {span.layer_idx}",
+                        "cat": step.name,
+                        "pid": 1,
+                        "tid": tid,
+                        "ts": (span.begin - start) * 1e6,
+                        "dur": (span.end - span.begin) * 1e6,
+                    }
+                    for span in row
+                ]
+        return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+    def save_timeline(self, path: str | Path) -> None:
+        """Write :meth:`timeline` as JSON to ``path``, atomically."""
+        write_atomically(Path(path), json.dumps(self.timeline()))
+
+
+def report_step(name: str, nbytes: int, spans: Sequence[Span]) -> StepReport:
+    """Busy and stalled time of a step from its layers' spans (which may overlap)."""
+    busy = stalled = 0.0
+    end = float("-inf")
+    for span in sorted(spans, key=lambda span: span.begin):
+        stalled += max(0.0, span.begin - max(end, 0.0))
+        busy += max(0.0, span.end - max(span.begin, end))
+        end = max(end, span.end)
+    return StepReport(name, nbytes, busy, stalled, tuple(spans))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in one step, so that no reader sees half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _rows(spans: Iterable[Span]) -> list[list[Span]]:
+    """Spread overlapping spans over as few rows as hold them side by side."""
+    rows: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: span.begin):
+        for row in rows:
+            if row[-1].end <= span.begin:
+                row.append(span)
+                break
+        else:
+            rows.append([span])
+    return rows

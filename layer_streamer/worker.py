@@ -1,0 +1,176 @@
+"""Threads of the pipeline: how they wait, how they are told to start over, how they stop.
+
+The pipeline is driven by *step numbers*. One unbroken sequence of passes is a :class:`Run`; its
+steps are numbered 0, 1, 2, ... across passes, step n goes through slot n % count of every pool,
+and each stage does its steps in order. What a stage may do next follows from the counters of its
+neighbours alone, so no slot is ever carried through a queue where an interrupt could lose it.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+
+class Bell:
+    """Wakes one thread that waits for other threads' counters to move.
+
+    Guarantees: a ring is never lost, and rings that nobody heard count as one. The waiter checks
+    its condition, then waits, then checks again; whoever changes what it waits for rings after.
+    Both calls are a single C call, so a KeyboardInterrupt leaves no lock taken. One waiter only.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        """Wake the waiter, or let its next wait return at once. Never blocks."""
+        try:
+            self._lock.release()
+        except RuntimeError:
+            return  # was rung already
+
+    def wait(self) -> None:
+        """Block until the next ring."""
+        self._lock.acquire()
+
+
+class Progress:
+    """How far a stage has come in a run. Written by that stage only, read by all.
+
+    ``done`` counts finished steps (whose input slots are free again), ``out`` those handed on:
+    every ``batch`` steps, and at the end of each pass of ``steps_per_pass``.
+    """
+
+    __slots__ = ("_batch", "_steps_per_pass", "done", "out")
+
+    def __init__(self, batch: int, steps_per_pass: int) -> None:
+        self.done = 0
+        self.out = 0
+        self._batch = batch
+        self._steps_per_pass = steps_per_pass
+
+    def advance(self) -> None:
+        """One more step is done."""
+        done = self.done + 1
+        self.done = done
+        if done - self.out >= self._batch or done % self._steps_per_pass == 0:
+            self.out = done
+
+
+class Run:
+    """One unbroken sequence of passes, from its start to the abort that ends it.
+
+    Ownership: ``aborted``, ``handed`` and ``released`` belong to the caller's thread, each Progress
+    to its stage. ``failures`` maps a step to the error that its pass is to raise; a stage adds to
+    it before it hands the step on.
+    """
+
+    __slots__ = (
+        "aborted",
+        "base_pass",
+        "copied",
+        "failures",
+        "handed",
+        "read",
+        "released",
+        "staged",
+    )
+
+    def __init__(self, base_pass: int, read: Progress, staged: Progress, copied: Progress) -> None:
+        self.base_pass = base_pass
+        self.aborted = False
+        self.read = read
+        self.staged = staged
+        self.copied = copied
+        self.handed = 0
+        self.released = 0
+        self.failures: dict[int, BaseException] = {}
+
+
+class Stage(ABC):
+    """A named daemon thread that works through the steps of one run after another.
+
+    Contract: ``process`` runs on the stage's thread and returns when its run is aborted or the
+    pipeline closes; it looks at that through :meth:`await_true`. ``run`` is the run that the stage
+    has adopted: once it shows a run, the stage has left every earlier one for good.
+    """
+
+    def __init__(self, name: str, control: Control) -> None:
+        self.bell = Bell()
+        self.run: Run | None = None
+        self._control = control
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self, seconds: float) -> bool:
+        """Wait for the thread's end; False if it still runs then. From itself: at once."""
+        if self._thread is threading.current_thread() or self._thread.ident is None:
+            return True
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    @property
+    def name(self) -> str:
+        return self._thread.name
+
+    @abstractmethod
+    def process(self, run: Run) -> None:
+        """Do the steps of ``run`` until it is aborted."""
+
+    def prepare(self) -> None:  # noqa: B027 - most stages have nothing to set up
+        """Set up the stage's thread before the first run."""
+
+    def await_true(self, run: Run, condition: Callable[[], bool]) -> bool:
+        """Wait until ``condition`` holds; False once the run is over."""
+        while True:
+            if run.aborted or self._control.closing:
+                return False
+            if condition():
+                return True
+            self.bell.wait()
+
+    def _loop(self) -> None:
+        try:
+            self.prepare()
+            while (run := self._next_run()) is not None:
+                self.process(run)
+        except BaseException as error:
+            self._control.fail(error)
+
+    def _next_run(self) -> Run | None:
+        while not self._control.closing:
+            run = self._control.run
+            if run is not None and run is not self.run:
+                self.run = run
+                self._control.on_adopted()
+                return run
+            self.bell.wait()
+        return None
+
+
+class Control:
+    """What every thread of a pipeline looks at: the run to do, and whether to stop.
+
+    ``run`` is replaced, never changed, by the caller's thread in a single assignment, so that an
+    interrupt leaves either the old or the new one. ``closing`` only ever becomes True. ``fatal``
+    is an error that ended a thread: no pass can succeed after it.
+    """
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.closing = False
+        self.fatal: BaseException | None = None
+        self.on_adopted: Callable[[], None] = lambda: None
+        self.on_fatal: Callable[[], None] = lambda: None
+
+    def fail(self, error: BaseException) -> None:
+        """Record that a thread died of ``error`` and wake the caller."""
+        self.fatal = error
+        self.on_fatal()

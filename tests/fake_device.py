@@ -1,0 +1,197 @@
+"""A device whose work happens late: the oracle for the order of events.
+
+Memory is ordinary memory; streams are queues of closures. An operation runs when a wait forces it,
+or earlier, as a seeded random scheduler pleases, in any order that the events permit. Copies poison
+their target first, so that work that reads a slot too early or too late sees it.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+POISON = 0xDB
+
+
+class FakeEvent:
+    """Tells its records apart, as a device does when an event is recorded again."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self._device = device
+        self.owners: dict[int, FakeStream] = {}
+        self.executed: set[int] = set()
+        self.seconds = 0.0
+
+    @property
+    def latest(self) -> int | None:
+        """The latest record that was issued."""
+        return len(self.owners) - 1 if self.owners else None
+
+    def record(self, stream: FakeStream | None = None) -> None:
+        device = self._device
+        with device.lock:
+            number = len(self.owners)
+            self.owners[number] = stream if stream is not None else device.current_stream()
+            self.owners[number].push(lambda: self._execute(number))
+            device.nudge()
+
+    def synchronize(self) -> None:
+        with self._device.lock:
+            if self.latest is not None:
+                self._device.force(self, self.latest)
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return (end.seconds - self.seconds) * 1e3
+
+    def _execute(self, number: int) -> None:
+        self.executed.add(number)
+        self.seconds = time.perf_counter()
+
+
+class FakeStream:
+    """Operations in order; a wait holds the queue until its event's record has executed."""
+
+    def __init__(self, device: FakeDevice, name: str) -> None:
+        self.name = name
+        self._device = device
+        self.operations: deque[Callable[[], None] | tuple[FakeEvent, int]] = deque()
+
+    def push(self, operation: Callable[[], None]) -> None:
+        with self._device.lock:
+            self.operations.append(operation)
+
+    def wait_event(self, event: FakeEvent) -> None:
+        with self._device.lock:
+            # As on a real device: a wait on an event never recorded is no wait.
+            if event.latest is not None:
+                self.operations.append((event, event.latest))
+            self._device.nudge()
+
+    def synchronize(self) -> None:
+        with self._device.lock:
+            while self.operations:
+                self._device.run_head(self)
+
+    def ready(self) -> bool:
+        if not self.operations:
+            return False
+        head = self.operations[0]
+        return not isinstance(head, tuple) or head[1] in head[0].executed
+
+
+class FakeDevice:
+    """An asynchronous device in host memory; ``seed`` picks the schedule."""
+
+    unified = False
+
+    def __init__(self, seed: int) -> None:
+        self.torch_device = torch.device("cpu")
+        self.lock = threading.RLock()
+        self.errors: list[str] = []
+        self._random = random.Random(seed)
+        self._eager = self._random.choice([0.0, 0.1, 0.5, 0.9])
+        self._thread = threading.local()
+        self.streams: list[FakeStream] = []
+        self.default_stream = self.new_stream()
+        self._pinned: set[int] = set()
+        self._copies: Counter[int] = Counter()
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
+        # The allocator's promise covers its own stream only: earlier work may still run there.
+        self.current_stream().push(lambda: memory.fill_(POISON))
+        return memory
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        self._pinned.add(memory.data_ptr())
+        return True
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        with self.lock:
+            if self._copies[memory.data_ptr()]:
+                self.errors.append("host memory was given back with copies still to run")
+        self._pinned.remove(memory.data_ptr())
+
+    def new_stream(self) -> FakeStream:
+        stream = FakeStream(self, f"stream {len(self.streams)}")
+        with self.lock:
+            self.streams.append(stream)
+        return stream
+
+    def new_event(self) -> FakeEvent:
+        return FakeEvent(self)
+
+    def current_stream(self) -> FakeStream:
+        return getattr(self._thread, "stream", self.default_stream)
+
+    def enter_thread(self, stream: FakeStream) -> None:
+        self._thread.stream = stream
+
+    @contextmanager
+    def on(self, stream: FakeStream) -> Iterator[None]:
+        """Make ``stream`` the calling thread's current one for a while."""
+        before = self.current_stream()
+        self._thread.stream = stream
+        try:
+            yield
+        finally:
+            self._thread.stream = before
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
+        stream = self.current_stream()
+        with self.lock:
+            stream.push(lambda: dst.view(torch.uint8).fill_(POISON))
+            arena = src.untyped_storage().data_ptr()
+            self._copies[arena] += 1
+            stream.push(lambda: self._execute_copy(dst, src, arena))
+            self.nudge()
+
+    def _execute_copy(self, dst: torch.Tensor, src: torch.Tensor, arena: int) -> None:
+        dst.copy_(src)
+        self._copies[arena] -= 1
+
+    def launch(self, operation: Callable[[], None]) -> None:
+        """Enqueue work on the calling thread's current stream."""
+        self.current_stream().push(operation)
+
+    def guard(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def check_can_wait(self) -> None:
+        return
+
+    def nudge(self) -> None:
+        """Let some work happen now, as a real device does behind the host's back."""
+        while self._random.random() < self._eager:
+            ready = [stream for stream in self.streams if stream.ready()]
+            if not ready:
+                return
+            self.run_head(self._random.choice(ready))
+
+    def force(self, event: FakeEvent, number: int) -> None:
+        """Run no more than what the record ``number`` of ``event`` depends on."""
+        while number not in event.executed:
+            self.run_head(event.owners[number])
+
+    def run_head(self, stream: FakeStream) -> None:
+        """Execute a stream's oldest operation, and first whatever that waits for."""
+        head = stream.operations[0]
+        if isinstance(head, tuple):
+            self.force(*head)
+            stream.operations.popleft()
+            return
+        stream.operations.popleft()
+        head()
+
+    def drain(self) -> None:
+        """Run everything that is left."""
+        with self.lock:
+            while any(stream.operations for stream in self.streams):
+                busy = [stream for stream in self.streams if stream.operations]
+                self.run_head(self._random.choice(busy))

@@ -1,0 +1,202 @@
+"""Records of a manifest, layers found by name, and the tables of the published constructor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from checkpoints import tiny_checkpoint, write_safetensors
+
+from layer_streamer.errors import CheckpointError, ConfigError
+from layer_streamer.formats import read_manifest
+from layer_streamer.manifest import (
+    MAX_LAYERS,
+    TensorSpec,
+    check_extents,
+    checked_nbytes,
+    group_layers,
+    manifest_from_tensor_info,
+    stamp_file,
+)
+
+HERE = Path("model.safetensors")
+
+
+def spec(name: str, offset: int = 0, nbytes: int = 1) -> TensorSpec:
+    return TensorSpec(name, torch.uint8, (nbytes,), HERE, offset, nbytes)
+
+
+def named(*names: str) -> dict[str, TensorSpec]:
+    return {name: spec(name) for name in names}
+
+
+@pytest.mark.parametrize("prefix", ["model.layers.{i}.", "transformer.h.{i}.", "blk.{i}."])
+def test_layers_are_found_by_their_usual_prefixes(prefix: str) -> None:
+    names = [prefix.format(i=i) + key for i in range(12) for key in ("a", "b.weight")]
+    layers, static = group_layers(named(*names, "head"), HERE)
+    assert [layer.layer_idx for layer in layers] == list(range(12))
+    assert all(list(layer.tensors) == ["a", "b.weight"] for layer in layers)
+    assert list(static) == ["head"]
+
+
+def test_layers_are_ordered_by_number_not_by_name_or_position() -> None:
+    layers, _ = group_layers(named("blk.10.a", *(f"blk.{i}.a" for i in range(9, -1, -1))), HERE)
+    assert [layer.tensors["a"].name for layer in layers] == [f"blk.{i}.a" for i in range(11)]
+
+
+def test_a_given_pattern_replaces_the_usual_ones() -> None:
+    layers, static = group_layers(named("enc[0]x", "enc[1]x", "blk.0.a"), HERE, "enc[{i}]")
+    assert len(layers) == 2
+    assert list(static) == ["blk.0.a"]
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.", "a{i}b{i}", ""])
+def test_a_pattern_needs_one_place_for_the_index(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="layer_pattern="):
+        group_layers(named("model.layers.0.a"), HERE, pattern)
+
+
+def test_a_missing_layer_is_named() -> None:
+    with pytest.raises(CheckpointError, match="layer 1 of 3 has no tensors"):
+        group_layers(named("blk.0.a", "blk.2.a"), HERE)
+
+
+def test_no_layers_at_all_names_what_was_tried() -> None:
+    with pytest.raises(CheckpointError, match=r"no layers found.*model\.layers.*layer_pattern"):
+        group_layers(named("a", "b"), HERE)
+
+
+def test_an_absurd_layer_number_is_an_error_at_once() -> None:
+    with pytest.raises(CheckpointError, match="more than"):
+        group_layers(named(f"blk.{MAX_LAYERS}.a"), HERE)
+
+
+def test_numbers_with_leading_zeros_are_no_layers() -> None:
+    _, static = group_layers(named("blk.0.a", "blk.00.a", "blk.01.a"), HERE)
+    assert list(static) == ["blk.00.a", "blk.01.a"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "nbytes"),
+    [([], 32, 4), ([0], 64, 0), ([3, 5], 16, 30), ([2**20, 2**20], 8, 2**40), ([2], 4, 1)],
+)
+def test_bytes_follow_from_shape_and_bits(shape: list[int], bits: int, nbytes: int) -> None:
+    assert checked_nbytes(shape, bits, "t") == nbytes
+
+
+@pytest.mark.parametrize(
+    ("shape", "match"),
+    [
+        ([2**63], "overflows"),
+        ([2**40, 2**40], "overflows"),
+        ([2**40, 2**40, 0], "overflows"),
+        ([0, 2**62, 2**62], "overflows"),
+        ([4, -1], "negative"),
+        ([-1, 0], "negative"),
+    ],
+)
+def test_shapes_that_torch_cannot_express_are_rejected(shape: list[int], match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        checked_nbytes(shape, 8, "t")
+
+
+def test_tensors_that_touch_do_not_overlap() -> None:
+    check_extents([spec("b", 4, 4), spec("a", 0, 4), spec("empty", 4, 0)], 8, HERE)
+
+
+@pytest.mark.parametrize(
+    ("specs", "match"),
+    [
+        ([spec("a", 0, 5), spec("b", 4, 4)], "'a' and 'b' overlap"),
+        ([spec("a", 2, 2), spec("b", 2, 2)], "overlap"),
+        ([spec("big", 0, 8), spec("small", 2, 1), spec("c", 4, 2)], "'big' and 'small' overlap"),
+        ([spec("a", 7, 2)], "ends at byte 9, the file has 8"),
+        ([spec("empty", 9, 0)], "ends at byte 9"),
+        ([spec("a", -1, 2)], "begins at byte -1"),
+    ],
+)
+def test_overlapping_and_outlying_tensors_are_rejected(specs: list[TensorSpec], match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        check_extents(specs, 8, HERE)
+
+
+def test_a_manifest_counts_its_bytes_and_finds_tensors_by_name(tmp_path: Path) -> None:
+    tensors = tiny_checkpoint(tmp_path / "m", num_layers=3)
+    manifest = read_manifest(tmp_path / "m")
+    assert manifest.num_layers == 3
+    assert manifest.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert manifest.layers[1].nbytes == (8 + 64 + 128) * 4
+    assert all(manifest.tensor(name).name == name for name in tensors)
+    with pytest.raises(CheckpointError, match="no tensor named 'nope'"):
+        manifest.tensor("nope")
+
+
+def test_a_stamp_of_a_missing_file_or_a_directory_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No such file"):
+        stamp_file(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        stamp_file(tmp_path)
+
+
+class TestTensorInfo:
+    """The published constructor's tables."""
+
+    KEYS = ("input_layernorm.weight", "self_attn.q_proj.weight", "mlp.up_proj.weight")
+    SIZES: ClassVar = dict(zip(KEYS, (8, 64, 128), strict=True))
+
+    def tables(self, directory: Path, num_layers: int = 2) -> dict:
+        tiny_checkpoint(directory, num_layers=num_layers)
+        parsed = read_manifest(directory)
+        specs = [s for layer in parsed.layers for s in layer.tensors.values()]
+        specs += parsed.static.values()
+        start = min(s.offset for s in specs)
+        return {
+            "model_dir": directory,
+            "tensor_info": {s.name: (s.path.name, s.offset - start, s.shape) for s in specs},
+            "shard_offsets": {"model.safetensors": start},
+            "block_keys": list(self.KEYS),
+            "block_sizes": dict(self.SIZES),
+            "dtype": torch.float32,
+            "num_layers": num_layers,
+        }
+
+    def test_gives_the_same_layers_as_the_header(self, tmp_path: Path) -> None:
+        tables = self.tables(tmp_path / "m")
+        parsed, built = read_manifest(tmp_path / "m"), manifest_from_tensor_info(**tables)
+        assert [dict(a.tensors) for a in built.layers] == [dict(b.tensors) for b in parsed.layers]
+        assert dict(built.static) == dict(parsed.static)
+        assert dict(built.files) == dict(parsed.files)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "match"),
+        [
+            ({"num_layers": 0}, ConfigError, "num_layers=0"),
+            ({"num_layers": 3}, CheckpointError, r"model\.layers\.2\..* is missing"),
+            ({"block_keys": []}, ConfigError, "block_keys is empty"),
+            ({"block_keys": ["x"]}, ConfigError, "no size for"),
+            ({"block_sizes": {**SIZES, KEYS[0]: 9}}, CheckpointError, "expected 9 elements, got 8"),
+            ({"shard_offsets": {}}, CheckpointError, "not in shard_offsets"),
+            ({"shard_offsets": {"model.safetensors": -9}}, CheckpointError, "begins at byte -9"),
+            ({"shard_offsets": {"model.safetensors": 10**6}}, CheckpointError, "truncated"),
+            ({"dtype": torch.float64}, CheckpointError, "overlap"),
+        ],
+    )
+    def test_contradictions_are_named(
+        self, tmp_path: Path, change: dict, error: type[Exception], match: str
+    ) -> None:
+        tables = self.tables(tmp_path / "m") | change
+        with pytest.raises(error, match=match):
+            manifest_from_tensor_info(**tables)
+
+
+def test_thousands_of_shards_and_tensors_are_checked_in_linear_time(tmp_path: Path) -> None:
+    shards = [f"{k}.safetensors" for k in range(300)]
+    for shard in shards:
+        write_safetensors(tmp_path / shard, {"x": torch.zeros(64, dtype=torch.uint8)})
+    info = {f"model.layers.{i}.w": (shards[i % 300], i // 300, (1,)) for i in range(300 * 64)}
+    manifest = manifest_from_tensor_info(
+        tmp_path, info, dict.fromkeys(shards, 8), ["w"], {"w": 1}, torch.uint8, len(info)
+    )
+    assert manifest.num_layers == 19_200
