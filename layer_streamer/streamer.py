@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +16,7 @@ from .caller import Caller
 from .config import CONFIG_KEYS, PoolConfig
 from .copier import OnCopy
 from .device import Device
-from .errors import ClosedError, ConfigError, StreamerError, SupersededError
+from .errors import ClosedError, ConfigError, SupersededError
 from .files import OpenFiles
 from .formats import read_manifest
 from .layout import CASTABLE, plan_steps
@@ -29,19 +28,11 @@ from .progress import ProgressBar
 from .statics import Statics
 from .stats import PassReport
 from .tree import move
+from .turn import Pass, Turns
 
 X = TypeVar("X")
 LayerFn = Callable[[Any, Weights, int], Any]
 """``layer_fn(x, weights, layer_idx) -> x``."""
-
-
-class _Pass:
-    """Token of one pass; the streamer's latest one is the pass that may advance."""
-
-    __slots__ = ("thread",)
-
-    def __init__(self) -> None:
-        self.thread = threading.current_thread()
 
 
 class LayerStreamer:
@@ -131,8 +122,7 @@ class LayerStreamer:
         self.manifest = manifest
         self._device: Device = open_device(options.get("device"))
         self._track_progress = bool(options.get("track_progress", False))
-        self._lock = threading.RLock()
-        self._pass: _Pass | None = None
+        self._turns = Turns()
         files = OpenFiles(manifest.files)
         on_copy: OnCopy | None = options.get("on_copy")
         pipeline = Pipeline(steps, files, self._device, config, dtype=dtype, on_copy=on_copy)
@@ -257,45 +247,34 @@ class LayerStreamer:
     def _sweep(
         self, guard: AbstractContextManager[object]
     ) -> Generator[tuple[int, Weights], None, None]:
-        caller, current = self._open_caller(), _Pass()
-        bar, finished = None, False
+        caller, current = self._open_caller(), Pass()
+        bar, unfinished = None, False
         try:
             with guard:
-                self._claim(current)
+                self._turns.claim(current)
                 caller.begin()
+                unfinished = True
                 if self._track_progress:
                     bar = ProgressBar(total=self._num_steps, unit="layer", leave=False)
                 for _ in range(self._num_steps):
                     yield caller.take()
-                    if self._pass is not current:
+                    if not self._turns.has(current):
                         raise SupersededError("this sweep was overtaken by a newer pass")
                     caller.give_back()
                     if bar is not None:
                         bar.update()
                 caller.finish()
-                finished = True
+                unfinished = False
         finally:
-            self._end(current, caller, finished)
+            self._end(current, caller, unfinished)
             if bar is not None:
                 bar.close()
 
-    def _claim(self, current: _Pass) -> None:
-        """Make ``current`` the pass that may advance; StreamerError if another thread's runs."""
-        with self._lock:
-            other = self._pass
-            if other is not None and other.thread is not current.thread and other.thread.is_alive():
-                raise StreamerError(
-                    f"a pass is running on thread {other.thread.name!r}: one pass at a time"
-                )
-            self._pass = current
-
-    def _end(self, current: _Pass, caller: Caller, finished: bool) -> None:
-        with self._lock:
-            if self._pass is not current:
-                return
-            if self._pipeline is not None and not finished:
+    def _end(self, current: Pass, caller: Caller, unfinished: bool) -> None:
+        with self._turns.lock:
+            if unfinished and self._turns.has(current) and self._pipeline is not None:
                 caller.abort()
-            self._pass = None
+            self._turns.end(current)
 
     def _open_pipeline(self) -> Pipeline:
         pipeline = getattr(self, "_pipeline", None)

@@ -181,13 +181,20 @@ class FakeDevice:
 
     def run_head(self, stream: FakeStream) -> None:
         """Execute a stream's oldest operation, and first whatever that waits for."""
-        head = stream.operations[0]
-        if isinstance(head, tuple):
-            self.force(*head)
-            stream.operations.popleft()
-            return
-        stream.operations.popleft()
-        head()
+        while True:
+            behind = stream
+            while not behind.ready():
+                event, number = behind.operations[0]  # type: ignore[misc]
+                behind = event.owners[number]
+            operation = behind.operations.popleft()
+            if not isinstance(operation, tuple):
+                operation()
+            if behind is stream:
+                return
+
+    def busy(self) -> bool:
+        """True while the calling thread is inside the fake, where a real device has no Python."""
+        return bool(self.lock._is_owned())  # type: ignore[attr-defined]
 
     def drain(self) -> None:
         """Run everything that is left."""

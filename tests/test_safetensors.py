@@ -172,6 +172,12 @@ def test_a_name_in_two_files_is_an_error(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
+def test_without_an_index_model_safetensors_is_the_whole_model(tmp_path: Path) -> None:
+    tensors = tiny_checkpoint(tmp_path)
+    write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
+    assert list(read_manifest(tmp_path).files) == [tmp_path / "model.safetensors"]
+
+
 def test_links_into_a_cache_are_followed(tmp_path: Path) -> None:
     """The hub's cache: names in snapshots/ link to nameless files in blobs/ above."""
     tiny_checkpoint(tmp_path / "blobs", num_shards=2)
@@ -219,7 +225,7 @@ def test_a_file_swapped_while_its_header_is_read_shows_in_the_stamp(
 
 
 def test_a_header_of_many_windows_is_read_whole(tmp_path: Path) -> None:
-    names = [f"model.layers.{i // 100}.mlp.experts.{i % 100}.é.weight" for i in range(20_000)]
+    names = [f"model.layers.{i // 100}.mlp.experts.{i % 100}.\u00e9.weight" for i in range(20_000)]
     tensors = {name: torch.full((1,), i % 251, dtype=torch.uint8) for i, name in enumerate(names)}
     metadata = {"log": "x\u00e9\U0001f600" * 150_000}
     path = write_safetensors(tmp_path / "m.safetensors", tensors, metadata=metadata)

@@ -40,9 +40,9 @@ MAX_FILES = 4096
 MAX_NAME_CHARS = 1024
 """Longest name of a tensor or key; also keeps error messages readable."""
 
-MAX_TEXT_BYTES = 8_000_000
-"""Most metadata text kept of one checkpoint. Chat templates take 100 kB and training logs a few MB;
-Python may need four bytes a character for them, so this bounds memory."""
+MAX_TEXT_BYTES = 4_000_000
+"""Most metadata text kept of one checkpoint. Chat templates take 100 kB and training logs a MB or
+two; Python may need four bytes a character, and twice that while it parses."""
 
 MAX_DIMS = 32
 """Most dimensions of a tensor; no format writes more than 8."""
@@ -64,7 +64,6 @@ class Budget:
     def __init__(self) -> None:
         self.elements = MAX_WALKED
         self.text = MAX_TEXT_BYTES
-        self._tensors = MAX_TENSORS
         self._tensors = MAX_TENSORS
         self._memory = MAX_RECORD_BYTES
 

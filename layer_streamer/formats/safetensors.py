@@ -62,6 +62,9 @@ DTYPES = {
 }
 """The format's dtype names; "F4" counts single elements, torch's dtype pairs of them."""
 
+WHOLE_MODEL = "model.safetensors"
+"""The name of a checkpoint in one file."""
+
 _LENGTH = struct.Struct("<Q")
 _INT = {int}
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
@@ -84,6 +87,9 @@ def read_safetensors(path: Path) -> Contents:
     index = find_index(path, names)
     if index is not None:
         return _read_indexed(index)
+    if WHOLE_MODEL in names:
+        # What loaders take when there is no index, whatever else (adapters, say) lies beside it.
+        return _read_files([path / WHOLE_MODEL])
     names = [name for name in names if name.endswith(".safetensors")]
     if not names:
         raise CheckpointError(f"{path}: no .safetensors file in this directory")

@@ -1,0 +1,111 @@
+"""Real and tiny models that tests run on."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fetch_smollm2 import fetch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from layer_streamer import LayerStreamer
+from layer_streamer.formats import read_manifest
+from llm.config import ModelConfig, model_config
+from llm.engine import Engine
+from llm.metadata import metadata_directory
+from llm.weights import weight_names
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = json.loads((REPOSITORY / "tests/data/smollm2.json").read_text())
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+"""A model of which each pass takes milliseconds; its head is larger than a layer."""
+
+
+@functools.cache
+def smollm2() -> Path:
+    """The real model's GGUF file, downloaded once a machine; FetchError if it cannot be had."""
+    return fetch()
+
+
+@functools.cache
+def smollm2_metadata() -> Path:
+    """Directory of the real model's config and tokenizer."""
+    return metadata_directory(read_manifest(smollm2()), lambda text: print(text, file=sys.stderr))
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Two threads on two busy cores wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def tiny_model(model_type: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
+    """A tiny transformers model with every parameter random: norms and biases that start as
+    ones and zeros would hide that an engine leaves them out."""
+    kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    config_class, model_class = kinds[model_type]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**(TINY | changes))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(-1.0, 1.0)
+                parameter += 1.0 if name.endswith("norm.weight") else 0.0
+            else:
+                parameter.normal_(0.0, 0.2)
+    return model
+
+
+def tiny_checkpoint(directory: Path, model: Any) -> Path:
+    """The model as a safetensors directory."""
+    model.save_pretrained(directory)
+    return directory
+
+
+@contextmanager
+def open_engine(
+    path: Path, config: ModelConfig | Any, *, max_positions: int = 64, **options: Any
+) -> Iterator[Engine]:
+    """An engine over a checkpoint; ``config`` is the engine's or a transformers one."""
+    if not isinstance(config, ModelConfig):
+        config = model_config(config)
+    names = weight_names(read_manifest(path), config)
+    dtype = options.pop("dtype", torch.float32)
+    options = {"device": "cpu"} | options
+    with LayerStreamer.from_checkpoint(path, dtype=dtype, tail=[names.head], **options) as streamer:
+        yield Engine(streamer, config, names, max_positions=max_positions, dtype=dtype)
+
+
+def reference_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """transformers' logits after every token: (len(ids), vocab_size)."""
+    with torch.no_grad():
+        return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over largest magnitude."""
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,115 @@
+"""Streamers for the tests: on the CPU, over the late fake device, on a GPU; and what they saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fake_device import FakeDevice
+
+import layer_streamer.streamer
+from layer_streamer import LayerStreamer
+from layer_streamer.accelerator import CudaDevice
+
+POISON = 0xDB
+
+
+class LateCudaDevice(CudaDevice):
+    """A GPU on which every copy first poisons its target and dawdles, so that order matters."""
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
+        dst.view(torch.uint8).fill_(POISON)
+        torch.cuda._sleep(200_000)
+        super().copy(dst, src)
+
+
+def make_device(kind: str) -> Any:
+    """A device by name: "cpu" (None: the streamer's own), "fake", "cuda"."""
+    if kind == "fake":
+        return FakeDevice(seed=7)
+    return LateCudaDevice(torch.device("cuda")) if kind == "cuda" else None
+
+
+@contextmanager
+def opened_on(device: Any) -> Iterator[None]:
+    """Streamers that are opened within get ``device``; None: the CPU."""
+    before = layer_streamer.streamer.open_device
+    chosen = before("cpu") if device is None else device
+    layer_streamer.streamer.open_device = lambda wanted: chosen
+    try:
+        yield
+    finally:
+        layer_streamer.streamer.open_device = before
+
+
+def open_checkpoint(device: Any, path: Path, **options: Any) -> LayerStreamer:
+    """A streamer of the checkpoint at ``path`` on ``device``."""
+    with opened_on(device):
+        return LayerStreamer.from_checkpoint(path, **options)
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, flat."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+class Witness:
+    """A layer_fn that compares every tensor it is given with the file's, byte for byte.
+
+    On an asynchronous device the comparison is launched work; :meth:`check` waits for it.
+    """
+
+    def __init__(
+        self, device: Any, tensors: Mapping[str, torch.Tensor], prefix: str = "model.layers.{i}."
+    ) -> None:
+        self._device = device
+        self._prefix = prefix
+        self._tensors = tensors
+        self._on_gpu = isinstance(device, CudaDevice)
+        self._expected = {
+            name: raw(tensor).cuda() if self._on_gpu else raw(tensor)
+            for name, tensor in tensors.items()
+        }
+        self._flags: list[torch.Tensor] = []
+        self.layers: list[int] = []
+        self.errors: list[str] = []
+
+    def __call__(self, x: Any, weights: Mapping[str, torch.Tensor], layer_idx: int) -> Any:
+        self.layers.append(layer_idx)
+        head = self._prefix.format(i=layer_idx)
+        expected = {n[len(head) :] for n in self._tensors if n.startswith(head)}
+        if set(weights) != expected:
+            self.errors.append(f"layer {layer_idx}: keys {sorted(weights)}")
+        for key, tensor in weights.items():
+            self.see(head + key, tensor)
+        return x
+
+    def see(self, name: str, tensor: torch.Tensor) -> None:
+        """Compare one tensor."""
+        wanted = self._tensors[name]
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            self.errors.append(f"{name}: {tensor.dtype} {tuple(tensor.shape)}")
+        if self._on_gpu:
+            torch.cuda._sleep(100_000)
+            self._flags.append((raw(tensor) != self._expected[name]).any())
+        elif isinstance(self._device, FakeDevice):
+            self._device.launch(lambda: self._look(name, tensor))
+        else:
+            self._look(name, tensor)
+
+    def _look(self, name: str, tensor: torch.Tensor) -> None:
+        if not torch.equal(raw(tensor), self._expected[name]):
+            self.errors.append(f"{name}: not the file's bytes")
+
+    def check(self) -> None:
+        """Fail unless every comparison so far, launched ones included, came out equal."""
+        if isinstance(self._device, FakeDevice):
+            self._device.drain()
+            self.errors += self._device.errors
+        if self._flags and bool(torch.stack(self._flags).any()):
+            self.errors.append("a layer's bytes on the GPU were not the file's")
+        self._flags.clear()
+        assert not self.errors, self.errors[:5]

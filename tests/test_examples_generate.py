@@ -1,0 +1,208 @@
+"""The demo script: what it writes where, and how it ends."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import generate
+import pytest
+import torch
+from assets import (
+    GOLDEN,
+    REPOSITORY,
+    smollm2,
+    smollm2_metadata,
+    tiny_checkpoint,
+    tiny_model,
+)
+
+from llm.metadata import load_tokenizer
+
+SCRIPT = [sys.executable, "-u", str(REPOSITORY / "examples" / "generate.py")]
+NUMBERS = "raw:1, 2, 3, 4, 5, 6,"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What main() sets in a process of its own stays out of this one."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # the subprocess needs no installation
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny Qwen2 directory with the real model's tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny")
+    model = tiny_model("qwen2", vocab_size=49152, hidden_size=32, intermediate_size=32)
+    tiny_checkpoint(directory, model)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(smollm2_metadata() / name, directory)
+    return directory, model
+
+
+def run(*arguments: object, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_the_text_alone_is_on_stdout_and_the_summary_on_stderr(tmp_path):
+    tokenizer = load_tokenizer(smollm2_metadata())
+    golden = GOLDEN[NUMBERS]["new_ids"]
+    result = run(
+        smollm2(), "--raw", "--prompt", NUMBERS.removeprefix("raw:"), "--max-new-tokens",
+        len(golden), "--timeline", tmp_path / "pass.json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == tokenizer.decode(golden)
+    for part in ("24 tokens at ", "tokens/s", "GB streamed in 24 passes", "GB/s", "peak"):
+        assert part in result.stderr
+    assert json.loads((tmp_path / "pass.json").read_text())["traceEvents"]
+
+
+def test_ctrl_c_in_the_middle_of_a_text_ends_cleanly_with_130():
+    command = [*SCRIPT, str(smollm2()), "--prompt", "1, 2, 3,", "--raw", "--max-new-tokens", "4000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(3)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.strip() == b""
+
+
+def test_a_reader_that_goes_away_ends_the_script_quietly():
+    command = [*SCRIPT, str(smollm2()), "--prompt", "1, 2, 3,", "--raw", "--max-new-tokens", "4000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(3)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_a_chat_answer_from_a_safetensors_directory_is_that_of_transformers(tiny, capfd):
+    directory, model = tiny
+    tokenizer = load_tokenizer(directory)
+    chat = [{"role": "user", "content": "Hello"}]
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    expected = model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    text = tokenizer.decode(expected[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert main(directory, "--prompt", "Hello", "--max-new-tokens", 12) == 0
+    assert capfd.readouterr().out == text
+
+
+def main(*arguments: object) -> int:
+    return generate.main([str(argument) for argument in arguments])
+
+
+def test_a_prompt_from_stdin_loses_the_newline_of_its_line_only(tiny, capfd, monkeypatch):
+    directory, _ = tiny
+    options = ("--raw", "--max-new-tokens", 4)
+    assert main(directory, "--prompt", "One\n two", *options) == 0
+    expected = capfd.readouterr().out
+    stdin = io.TextIOWrapper(io.BytesIO(b"One\n two\n"))
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main(directory, "--prompt", "-", *options) == 0
+    assert capfd.readouterr().out == expected
+
+
+def test_a_seed_repeats_a_sampled_text(tiny, capfd):
+    texts = []
+    for seed in (3, 3, 4):
+        options = ("--temperature", 1.0, "--seed", seed, "--max-new-tokens", 8)
+        assert main(tiny[0], "--prompt", "Hi", *options) == 0
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_pool_settings_do_not_change_the_text(tiny, capfd):
+    texts = set()
+    for pools in ((0, 0, 0), (1, 2, 3), (5, 0, 1)):
+        flags = zip(("--n-gpu", "--n-cpu-pinned", "--n-cpu"), pools, strict=True)
+        options = [part for flag in flags for part in flag]
+        assert main(tiny[0], "--prompt", "Hi", "--max-new-tokens", 6, *options) == 0
+        texts.add(capfd.readouterr().out)
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrower_dtypes_generate(tiny, capfd, dtype):
+    assert main(tiny[0], "--prompt", "Hi", "--max-new-tokens", 3, "--dtype", dtype) == 0
+    assert "3 tokens at" in capfd.readouterr().err
+
+
+def test_a_model_without_chat_template_continues_the_prompt_and_says_so(tiny, capfd, tmp_path):
+    shutil.copytree(tiny[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").unlink()
+    assert main(tmp_path, "--prompt", "Hi", "--max-new-tokens", 3) == 0
+    out, err = capfd.readouterr()
+    assert "no chat template" in err
+    assert main(tmp_path, "--prompt", "Hi", "--max-new-tokens", 3, "--raw") == 0
+    assert capfd.readouterr().out == out
+
+
+def test_new_tokens_are_cut_to_what_the_context_has_room_for(tiny, capfd):
+    prompt = " one" * 250
+    assert main(tiny[0], "--raw", "--prompt", prompt, "--max-new-tokens", 50) == 0
+    err = capfd.readouterr().err
+    assert "room for 6 new tokens" in err and "6 tokens at" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere/model.gguf", "--prompt", "Hi"], "/nowhere/model.gguf"),
+        (["{tiny}"], "--prompt"),
+        (["{tiny}", "--prompt", "Hi", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["{tiny}", "--prompt", "Hi", "--device", "warp"], "--device warp"),
+        (["{tiny}", "--prompt", "Hi", "--max-new-tokens", "0"], "0: must be at least 1"),
+        (["{tiny}", "--prompt", "Hi", "--temperature", "-1"], "temperature=-1.0"),
+        (["{tiny}", "--prompt", "", "--raw"], "the prompt is empty"),
+        (["{tiny}", "--prompt", " one" * 300, "--raw"], "300 tokens, the model's context is 256"),
+        (["{gpt2}", "--prompt", "Hi"], "'gpt2' is not supported"),
+        (["{noconfig}", "--prompt", "Hi"], "no config.json"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_and_exit_code_2(tiny, capfd, tmp_path, arguments, message):
+    for name in ("gpt2", "noconfig"):
+        (tmp_path / name).mkdir()
+        shutil.copy(tiny[0] / "model.safetensors", tmp_path / name)
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    places = {"tiny": tiny[0], "gpt2": tmp_path / "gpt2", "noconfig": tmp_path / "noconfig"}
+    assert main(*(part.format(**places) for part in arguments)) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_truncated_checkpoint_is_an_error_that_names_the_file(tiny, capfd, tmp_path):
+    shutil.copytree(tiny[0], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    assert main(tmp_path, "--prompt", "Hi") == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and str(path) in err
+
+
+def test_help_needs_no_torch():
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *SCRIPT[2:], "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stdout.startswith("usage:")
+    assert " torch" not in result.stderr
+
+
+@pytest.mark.gpu
+def test_the_script_answers_on_a_gpu():
+    result = run(smollm2(), "--prompt", "What is 2+2?", "--device", "cuda", "--dtype", "float32")
+    assert result.stdout == "The answer to this classic math problem is 4.", result.stderr
+    assert torch.cuda.is_available() and "on the GPU" in result.stderr

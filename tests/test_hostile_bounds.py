@@ -1,0 +1,123 @@
+"""Hostile checkpoints that claim, or really hold, very much: rejected in under 1 s and 100 MB."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import gguf_bytes, gguf_kv, write_raw_safetensors
+from hostile import array, entry, record, rejection
+
+from layer_streamer.formats.header import MAX_FILE_TENSORS, MAX_WALKED
+
+SECONDS, BYTES = 1.0, 100_000_000
+
+
+def assert_cheap(path: Path, match: str) -> None:
+    """Rejected with ``match``, within the bounds; large files are removed afterwards."""
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        start = time.process_time()
+        assert match in rejection(path)
+        seconds.append(time.process_time() - start)
+        if seconds[-1] < SECONDS / 2:
+            break
+    tracemalloc.start()
+    try:
+        rejection(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    path.unlink()
+    assert min(seconds) < SECONDS
+    assert peak < BYTES
+
+
+def sparse(path: Path, raw: bytes, size: int) -> Path:
+    """A file that begins with ``raw`` and goes on with zeros that take no disk."""
+    path.write_bytes(raw)
+    os.truncate(path, len(raw) + size)
+    return path
+
+
+def full_of(pattern: str) -> Callable[[], str]:
+    """Header text of nearly 100 MB: what is before ``*``, and repetitions of what is behind."""
+    head, _, tail = pattern.partition("*")
+    return lambda: head + tail * ((99_900_000 - len(head)) // len(tail.encode()))
+
+
+LARGE = {
+    "spaces": (full_of("{* "), "ends too early"),
+    "tiny_objects": (full_of('{*"a":{},'), "expected dtype"),
+    "tiny_entries": (full_of("{*" + f'"a":{entry("[0]", "[0,0]")},'), "header: more than 65536 t"),
+    "shape_of_zeros": (full_of('{"a":{"shape":[*0,'), "not valid JSON"),
+    "lists_in_metadata": (full_of('{"__metadata__":{"a":[*[],'), "expected a string"),
+    "empty_metadata": (full_of('{"__metadata__":{*"a":"",'), "appears twice"),
+    "metadata_text": (full_of('{"__metadata__":{"a":"*xxxxxxxx'), "longer than 4000000"),
+    "metadata_wide_text": (full_of('{"__metadata__":{"a":"*\U0001f600xx'), "longer than 4000000"),
+    "deep": (full_of('{"a":*['), "nested too deep"),
+    "one_long_name": (full_of('{"*n'), "longer than"),
+    "digits": (full_of('{"a":*9'), "not valid JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_100_mb_of_json_is_rejected_within_the_bounds(tmp_path: Path, case: str) -> None:
+    make, match = LARGE[case]
+    assert_cheap(write_raw_safetensors(tmp_path / "m.safetensors", make()), match)
+
+
+def test_many_different_metadata_keys_are_rejected_within_the_bounds(tmp_path: Path) -> None:
+    text = '{"__metadata__":{' + ",".join(f'"{i}":""' for i in range(2_000_000)) + "}}"
+    path = write_raw_safetensors(tmp_path / "m.safetensors", text)
+    assert_cheap(path, "__metadata__ takes more than")
+
+
+@pytest.mark.parametrize("name", ["{i}", "{i:0>900}\U0001f600"])
+def test_a_fault_behind_as_many_tensors_as_allowed_is_found_within_the_bounds(
+    tmp_path: Path, name: str
+) -> None:
+    entries = (
+        f'"{name.format(i=i)}":{entry(f"[{i % 300 + 1},{i // 300},0]", "[0,0]")}'
+        for i in range(MAX_FILE_TENSORS - 1)
+    )
+    text = "{" + ",".join(entries) + ',"fault":' + entry(dtype='"F7"') + "}"
+    path = write_raw_safetensors(tmp_path / "m.safetensors", text, bytes(8))
+    assert_cheap(path, "m.safetensors: tensor ")
+
+
+def test_zeros_for_a_header_are_rejected_at_once(tmp_path: Path) -> None:
+    path = sparse(tmp_path / "m.safetensors", struct.pack("<Q", 99_999_999) + b"{", 10**8)
+    assert_cheap(path, "expected a key")
+
+
+SPARSE = {
+    "billion_strings": ([array(8, 10**9)], 10**10, "strings"),
+    "empty_strings": ([array(8, MAX_WALKED + 1)], 10**8, f"more than {MAX_WALKED} in all"),
+    "walked_strings": ([array(8, MAX_WALKED)], 10**8, "a name of 0 characters"),
+    "huge_array": ([array(10, 10**9)], 10**10, "goes on beyond"),
+    "huge_string": ([gguf_kv("k", 8, struct.pack("<Q", 10**10))], 10**11, "string of 10000000000"),
+    "far_string": ([array(8, 2, struct.pack("<Q", 10**10))], 10**11, "goes on beyond"),
+}
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_counts_that_a_sparse_file_can_hold_are_rejected(tmp_path: Path, case: str) -> None:
+    kvs, size, match = SPARSE[case]
+    path = sparse(tmp_path / "m.gguf", gguf_bytes(kvs, num_tensors=1), size)
+    assert_cheap(path, match)
+
+
+def test_a_fault_behind_as_many_gguf_tensors_as_allowed_is_found_within_the_bounds(
+    tmp_path: Path,
+) -> None:
+    names = (f"blk.{i // 500}.ffn_gate.{i % 500}.weight" for i in range(MAX_FILE_TENSORS - 1))
+    records = [record([i + 1, 0], name=name) for i, name in enumerate(names)]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes([], [*records, record([1], kind=5)], bytes(8)))
+    assert_cheap(path, "unknown GGML type 5")

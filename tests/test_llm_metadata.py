@@ -1,0 +1,137 @@
+import json
+import shutil
+from types import MappingProxyType, SimpleNamespace
+
+import pytest
+from assets import TINY, smollm2, smollm2_metadata, tiny_checkpoint, tiny_model
+
+from layer_streamer.formats import read_manifest
+from llm import metadata
+from llm.config import UnsupportedModelError
+from llm.metadata import load_config, metadata_directory
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture
+def stub_build(monkeypatch, tmp_path):
+    """An empty cache, and a build that only counts its runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    builds = []
+
+    def build(manifest, directory):
+        builds.append(directory)
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+
+    monkeypatch.setattr(metadata, "_write_metadata", build)
+    return builds
+
+
+def test_the_real_models_config_comes_from_its_gguf_metadata():
+    config = load_config(smollm2_metadata())
+    assert (config.model_type, config.num_layers, config.vocab_size) == ("llama", 30, 49152)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
+    assert config.tied_head and config.eos_ids == {2} and config.rope_theta == 100_000.0
+
+
+def test_what_is_built_from_a_gguf_is_kept_and_announced_once(stub_build):
+    manifest, said = read_manifest(smollm2()), []
+    first = metadata_directory(manifest, said.append)
+    second = metadata_directory(manifest, said.append)
+    assert first == second and len(stub_build) == 1
+    assert len(said) == 1 and "seconds" in said[0]
+
+
+def test_a_gguf_with_other_metadata_has_its_own_place_in_the_cache(stub_build, tmp_path):
+    copy = tmp_path / "copy.gguf"
+    shutil.copy(smollm2(), copy)
+    same = metadata_directory(read_manifest(copy), quiet)
+    assert same == metadata_directory(read_manifest(smollm2()), quiet)
+    with open(copy, "r+b") as file:
+        head = file.read(4096)
+        file.seek(head.index(b"Smollm2"))
+        file.write(b"Xmollm2")
+    assert metadata_directory(read_manifest(copy), quiet) != same
+
+
+def test_a_build_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def build(manifest, directory):
+        directory.mkdir()
+        raise ValueError("no tokenizer in it")
+
+    monkeypatch.setattr(metadata, "_write_metadata", build)
+    with pytest.raises(ValueError, match="no tokenizer in it"):
+        metadata_directory(read_manifest(smollm2()), quiet)
+    assert [path for path in tmp_path.rglob("*") if path.name != "tokenizers"] == [
+        tmp_path / "layer-streamer"
+    ]
+
+
+def test_a_build_that_another_process_finished_first_is_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def build(manifest, directory):
+        directory.mkdir()
+        (directory / "ours").touch()
+        target = directory.parent.parent / metadata._metadata_hash(manifest)
+        target.mkdir()
+        (target / "theirs").touch()
+
+    monkeypatch.setattr(metadata, "_write_metadata", build)
+    directory = metadata_directory(read_manifest(smollm2()), quiet)
+    assert [path.name for path in directory.iterdir()] == ["theirs"]
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"general.architecture": "gemma3"}, "'gemma3' is not supported"),
+        ({}, "'None' is not supported"),
+        (
+            {"general.architecture": "llama", "llama.rope.scaling.type": "yarn"},
+            "rope scaling 'yarn' is not supported",
+        ),
+    ],
+)
+def test_a_gguf_of_a_foreign_model_is_refused_before_anything_is_built(
+    stub_build, tmp_path, fields, message
+):
+    manifest = SimpleNamespace(format="gguf", path=tmp_path, metadata=MappingProxyType(fields))
+    with pytest.raises(UnsupportedModelError, match=message):
+        metadata_directory(manifest, quiet)
+    assert stub_build == []
+
+
+def test_a_safetensors_directory_is_its_own_metadata_directory(tmp_path):
+    path = tiny_checkpoint(tmp_path, tiny_model())
+    assert metadata_directory(read_manifest(path), quiet) == path
+    assert load_config(path).num_layers == TINY["num_hidden_layers"]
+
+
+def test_the_ids_that_end_a_text_are_those_of_both_configs(tmp_path):
+    path = tiny_checkpoint(tmp_path, tiny_model())
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert load_config(path).eos_ids == {2, 7, 8}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no config.json"),
+        ("{", "config.json: not JSON"),
+        ("[]", "config.json: not a JSON object"),
+        ('{"model_type": "mamba"}', "'mamba' is not supported"),
+    ],
+)
+def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        load_config(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,143 @@
+"""The published design's own usage, word for word; the package's surface; its installation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import tiny_tensors
+from safetensors.torch import save_file
+
+import layer_streamer
+
+ROOT = Path(__file__).parents[1]
+NUM_LAYERS = 28
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A checkpoint at ./my-model, and the tables that the published constructor takes."""
+    monkeypatch.chdir(tmp_path)
+    model_dir = tmp_path / "my-model"
+    model_dir.mkdir()
+    tensors = tiny_tensors(NUM_LAYERS, dtype=torch.bfloat16)
+    tensor_info, shard_offsets = {}, {}
+    names = list(tensors)
+    for shard, some in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
+        save_file({name: tensors[name] for name in some}, model_dir / shard)
+        raw = (model_dir / shard).read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        shard_offsets[shard] = 8 + length
+        for name, entry in json.loads(raw[8 : 8 + length]).items():
+            if name != "__metadata__":
+                tensor_info[name] = (shard, entry["data_offsets"][0], tuple(entry["shape"]))
+    prefix = "model.layers.0."
+    block_keys = [name[len(prefix) :] for name in names if name.startswith(prefix)]
+    block_sizes = {key: tensors[prefix + key].numel() for key in block_keys}
+    return {
+        "tensors": tensors,
+        "tensor_info": tensor_info,
+        "shard_offsets": shard_offsets,
+        "block_keys": block_keys,
+        "block_sizes": block_sizes,
+    }
+
+
+def test_the_published_usage_example_runs_unchanged(tables: dict[str, Any]) -> None:
+    tensor_info, shard_offsets = tables["tensor_info"], tables["shard_offsets"]
+    block_keys, block_sizes = tables["block_keys"], tables["block_sizes"]
+    input_embeds = torch.ones(8)
+    seen = []
+
+    def layer_fn(x: Any, weights: Any, layer_idx: int) -> Any:
+        seen.append((layer_idx, {key: tensor.clone() for key, tensor in weights.items()}))
+        return x + 1
+
+    # fmt: off
+    from layer_streamer import LayerStreamer
+
+    streamer = LayerStreamer(
+        model_dir='./my-model',
+        tensor_info=tensor_info,
+        shard_offsets=shard_offsets,
+        block_keys=block_keys,
+        block_sizes=block_sizes,
+        dtype=torch.bfloat16,
+        num_layers=28,
+        n_gpu=2,
+        n_cpu_pinned=4,
+        n_cpu=4,
+        batch_gpu=1,
+        batch_cpu_pinned=1,
+        batch_cpu=2,
+        track_progress=True,
+    )
+    embed = streamer.load_static('model.embed_tokens.weight')
+    hidden = streamer.run_pass(input_embeds, layer_fn)
+    # fmt: on
+    streamer.close()
+    tensors = tables["tensors"]
+    assert torch.equal(embed.cpu(), tensors["model.embed_tokens.weight"])
+    assert torch.equal(hidden.cpu(), torch.full((8,), 29.0))
+    assert [layer_idx for layer_idx, _ in seen] == list(range(28))
+    for layer_idx, weights in seen:
+        assert list(weights) == block_keys
+        for key, tensor in weights.items():
+            assert torch.equal(tensor.cpu(), tensors[f"model.layers.{layer_idx}.{key}"])
+
+
+def test_the_constructor_takes_the_reading_and_device_options_too(tables: dict[str, Any]) -> None:
+    arguments = {key: tables[key] for key in tables if key != "tensors"}
+    with layer_streamer.LayerStreamer(
+        model_dir="my-model", dtype=torch.bfloat16, num_layers=NUM_LAYERS, track_progress=False,
+        device="cpu", read_threads=2, read_chunk=4096, tail=["lm_head.weight"], **arguments,
+    ) as streamer:  # fmt: skip
+        assert streamer.num_steps > NUM_LAYERS
+        streamer.run_pass(None, lambda x, w, i: x)
+
+
+def test_all_public_names_are_listed_and_only_those() -> None:
+    public = {
+        name
+        for name, value in vars(layer_streamer).items()
+        if not name.startswith("_")
+        and getattr(value, "__module__", "").startswith("layer_streamer")
+    }
+    assert set(layer_streamer.__all__) == public
+    assert list(layer_streamer.__all__) == sorted(layer_streamer.__all__)
+
+
+def test_importing_changes_nothing_and_starts_nothing() -> None:
+    script = (
+        "import logging, sys, threading, torch\n"
+        "interval, handlers = sys.getswitchinterval(), list(logging.root.handlers)\n"
+        "import layer_streamer\n"
+        "assert sys.getswitchinterval() == interval\n"
+        "assert logging.root.handlers == handlers\n"
+        "assert threading.active_count() == 1\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, cwd=ROOT)
+
+
+def test_the_tuner_is_found_only_inside_the_package(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import layer_streamer.tuner\n"
+        "sys.path.remove(sys.argv[1])\n"
+        "try: import tuner\n"
+        "except ModuleNotFoundError: sys.exit(0)\n"
+        "sys.exit(1)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(ROOT)], check=True, cwd=tmp_path)
+
+
+def test_the_tuners_folder_is_linked_into_the_package() -> None:
+    link = ROOT / "layer_streamer" / "tuner"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "tuner"

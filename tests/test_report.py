@@ -1,0 +1,161 @@
+"""The report of a pass, its table and its timeline."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import tiny_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+from support import make_device, open_checkpoint
+
+from layer_streamer.stats import PassReport, Span, report_step
+
+NUM_LAYERS = 5
+
+
+def nothing(x: Any, weights: Any, layer_idx: int) -> Any:
+    return x
+
+
+def step_of(*spans: tuple[float, float], nbytes: int = 10**9) -> Any:
+    return report_step("copy", nbytes, [Span(i, *span) for i, span in enumerate(spans)])
+
+
+def test_busy_time_counts_overlapping_layers_once() -> None:
+    assert step_of((0.0, 2.0), (1.0, 3.0)).busy_seconds == 3.0
+
+
+def test_stalled_time_is_the_gap_between_layers_since_the_pass_began() -> None:
+    assert step_of((0.5, 1.0), (1.25, 2.0)).stalled_seconds == 0.75
+
+
+def test_work_done_before_the_pass_began_is_busy_time_but_no_stall() -> None:
+    step = step_of((-9.0, -8.0), (-2.0, -1.0), (0.25, 1.0))
+    assert (step.busy_seconds, step.stalled_seconds) == (2.75, 0.25)
+
+
+def test_the_rate_is_bytes_over_busy_seconds() -> None:
+    assert step_of((0.0, 0.5)).gb_per_s == 2.0
+    assert step_of().gb_per_s == 0.0
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 5)), max_size=8))
+def test_busy_and_stalled_time_add_up_to_the_time_until_the_last_end(spans: Any) -> None:
+    step = step_of(*((begin, begin + length) for begin, length in spans))
+    last = max((begin + length for begin, length in spans), default=0.0)
+    inside = step_of(*((max(b, 0.0), max(b + n, 0.0)) for b, n in spans)).busy_seconds
+    assert inside + step.stalled_seconds == pytest.approx(max(last, 0.0))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "fake"])
+def test_every_finished_pass_leaves_a_report_of_its_own(tmp_path: Path, kind: str) -> None:
+    tiny_checkpoint(tmp_path, NUM_LAYERS)
+    device = make_device(kind)
+    with open_checkpoint(device, tmp_path, n_gpu=1, n_cpu_pinned=1, n_cpu=1) as streamer:
+        assert streamer.last_pass is None
+        payload = sum(layer.nbytes for layer in streamer.manifest.layers)
+        seen = []
+        for _ in range(4):
+            streamer.run_pass(torch.zeros(1), nothing)
+            report = streamer.last_pass
+            assert isinstance(report, PassReport)
+            seen.append(report)
+            assert report.num_layers == NUM_LAYERS
+            assert report.steps["read"].bytes >= payload
+            assert report.steps["compute"].bytes == payload
+            assert report.bound_by in report.steps
+            assert all(1 <= peak <= count for peak, count in report.peak_slots.values())
+            assert all(len(step.spans) == NUM_LAYERS for step in report.steps.values())
+            assert all(s.begin <= s.end for step in report.steps.values() for s in step.spans)
+        assert len({report.steps["read"].spans for report in seen}) == 4
+
+
+def test_a_pass_that_failed_leaves_the_report_of_the_one_before(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, NUM_LAYERS)
+    with open_checkpoint(None, tmp_path) as streamer:
+        streamer.run_pass(None, nothing)
+        before = streamer.last_pass
+        assert before is not None
+        for _ in range(5):
+            next(streamer.sweep())
+        after = streamer.last_pass
+        assert after is not None
+        assert after.seconds == before.seconds
+        assert after.steps["compute"].bytes == before.steps["compute"].bytes
+
+
+def test_a_report_stays_right_while_more_slots_than_layers_run_ahead(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, 1)
+    with open_checkpoint(None, tmp_path, n_gpu=9) as streamer:
+        for _ in range(30):
+            streamer.run_pass(None, nothing)
+            report = streamer.last_pass
+            assert report is not None
+            read, compute = report.steps["read"].spans[0], report.steps["compute"].spans[0]
+            assert read.begin <= read.end <= compute.begin <= compute.end
+
+
+def test_the_table_names_every_step_and_what_bounds_the_pass(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, NUM_LAYERS, num_shards=2, padding=1)
+    with open_checkpoint(None, tmp_path) as streamer:
+        streamer.run_pass(None, nothing)
+        report = streamer.last_pass
+        assert report is not None
+        text = str(report)
+        assert f"bound by {report.bound_by}" in text
+        assert all(name in text for name in report.steps)
+        assert "slots in use at most: device" in text
+
+
+def test_the_timeline_is_chrome_trace_json_with_a_span_for_every_layer_of_every_step(
+    tmp_path: Path,
+) -> None:
+    tiny_checkpoint(tmp_path, NUM_LAYERS)
+    target = tmp_path / "trace.json"
+    with open_checkpoint(None, tmp_path) as streamer:
+        streamer.run_pass(None, nothing)
+        report = streamer.last_pass
+        assert report is not None
+        report.save_timeline(target)
+        steps = len(report.steps)
+    trace = json.loads(target.read_text())
+    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert len(spans) == steps * NUM_LAYERS
+    assert all(event["ts"] >= 0 and event["dur"] >= 0 for event in spans)
+    rows = {event["tid"] for event in trace["traceEvents"] if event["ph"] == "M"}
+    assert {event["tid"] for event in spans} == rows
+    assert [p.name for p in tmp_path.iterdir() if "trace" in p.name] == ["trace.json"]
+
+
+def test_spans_on_one_row_of_the_timeline_never_overlap(tmp_path: Path) -> None:
+    report = PassReport(
+        seconds=1.0,
+        num_layers=3,
+        steps={"read": step_of((0.0, 2.0), (1.0, 3.0), (2.0, 4.0))},
+        peak_slots={},
+    )
+    events: Any = report.timeline()["traceEvents"]
+    rows: dict[int, list[Any]] = {}
+    for event in events:
+        if event["ph"] == "X":
+            rows.setdefault(event["tid"], []).append(event)
+    assert len(rows) == 2
+    for row in rows.values():
+        for left, right in pairwise(row):
+            assert left["ts"] + left["dur"] <= right["ts"]
+
+
+def test_track_progress_shows_a_bar_over_the_layers_on_stderr(tmp_path: Path, capsys: Any) -> None:
+    tiny_checkpoint(tmp_path, NUM_LAYERS)
+    with open_checkpoint(None, tmp_path, track_progress=True) as streamer:
+        streamer.run_pass(None, nothing)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"/{NUM_LAYERS}" in printed.err
+    assert "layer" in printed.err
