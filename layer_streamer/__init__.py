@@ -9,6 +9,8 @@ from .errors import (
     StreamerError,
     SupersededError,
 )
+from .formats import read_manifest
+from .manifest import LayerSpec, Manifest, TensorSpec
 from .stats import PassReport, StepReport
 from .streamer import LayerStreamer
 
@@ -19,10 +21,14 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "ConfigError",
+    "LayerSpec",
     "LayerStreamer",
+    "Manifest",
     "PassReport",
     "ReadError",
     "StepReport",
     "StreamerError",
     "SupersededError",
+    "TensorSpec",
+    "read_manifest",
 ]

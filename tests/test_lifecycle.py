@@ -231,12 +231,27 @@ streamer.run_pass(None, lambda x, w, i: x)
         "sweep = streamer.sweep(); next(sweep)",
         "sys.exit(0)",
         "streamer.itself = streamer",
-        "threading.Thread(target=lambda: next(streamer.sweep()), daemon=True).start()",
+        "t = threading.Thread(target=lambda: next(streamer.sweep())); t.start(); t.join()",
     ],
 )
 def test_an_interpreter_with_an_open_streamer_exits_cleanly(tmp_path: Path, ending: str) -> None:
     tiny_checkpoint(tmp_path, NUM_LAYERS)
     done = run_child(OPEN + ending, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_exit_while_a_daemon_thread_runs_passes_neither_hangs_nor_crashes(
+    tmp_path: Path,
+) -> None:
+    tiny_checkpoint(tmp_path, NUM_LAYERS)
+    script = OPEN + (
+        "def work():\n"
+        "    try:\n"
+        "        while True: streamer.run_pass(None, lambda x, w, i: x)\n"
+        "    except ClosedError: pass\n"
+        "threading.Thread(target=work, daemon=True).start()\n"
+    )
+    done = run_child(script, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

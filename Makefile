@@ -1,0 +1,50 @@
+PYTHON ?= python3
+PROMPT ?= Explain photosynthesis in one sentence.
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGING := pyproject.toml constraints.txt .ci/venv
+export PYTHON
+
+.PHONY: help venv demo test test-slow test-gpu check clean
+
+help:
+	@echo "make demo       answer a prompt with a small language model (PROMPT='...')"
+	@echo "make test       run the tests"
+	@echo "make test-slow  run the tests that take minutes"
+	@echo "make test-gpu   run the tests that need an NVIDIA GPU"
+	@echo "make check      lint, format, types, ceilings"
+	@echo "make venv       only set up $(VENV) for the above"
+	@echo "make clean      remove what tests and builds left, but not $(VENV)"
+
+venv: $(VENV)/.dev-installed
+
+$(VENV)/.dev-installed: $(PACKAGING)
+	@.ci/venv $(VENV) dev
+	@touch $(VENV)/.examples-installed $@
+
+$(VENV)/.examples-installed: $(PACKAGING)
+	@.ci/venv $(VENV) examples
+	@touch $@
+
+demo: $(VENV)/.examples-installed
+	@model="$$($(BIN)/python examples/fetch_smollm2.py)" && \
+	$(BIN)/python examples/generate.py "$$model" --prompt "$(PROMPT)"
+
+test: venv
+	@$(BIN)/python -m pytest
+
+test-slow: venv
+	@$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: venv
+	@$(BIN)/python -m pytest -m gpu
+
+check: venv
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python .ci/ceilings.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find layer_streamer tuner examples tests .ci -name __pycache__ -type d -prune -exec rm -rf {} +

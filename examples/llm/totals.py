@@ -1,0 +1,79 @@
+"""What a run of passes took: tokens, bytes, seconds and memory, and the lines that say so."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from layer_streamer import LayerStreamer
+
+GIB = 2**30
+
+
+@dataclass
+class Totals:
+    """Counters of one generated text; each pass gives one token, the first takes the prompt."""
+
+    prompt_tokens: int
+    new_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    streamed_bytes: int = 0
+    bound_by: Counter[str] = field(default_factory=Counter)
+    """How many passes each step was the slowest of."""
+
+    def add_pass(self, streamer: LayerStreamer, seconds: float) -> None:
+        """Count the streamer's last pass, which took ``seconds`` with all that belongs to it."""
+        report = streamer.last_pass
+        assert report is not None
+        self.streamed_bytes += max(step.bytes for step in report.steps.values())
+        self.bound_by[report.bound_by] += 1
+        if self.new_tokens == 0:
+            self.prompt_seconds = seconds
+        else:
+            self.decode_seconds += seconds
+        self.new_tokens += 1
+
+    def summary(self, streamer: LayerStreamer) -> str:
+        """Three lines for people."""
+        speed = f"{self.new_tokens} tokens"
+        if self.decode_seconds:
+            speed += f" at {(self.new_tokens - 1) / self.decode_seconds:.1f} tokens/s"
+        seconds = self.prompt_seconds + self.decode_seconds
+        return "\n".join(
+            (
+                f"{speed}, after a prompt of {self.prompt_tokens} in {self.prompt_seconds:.2f} s",
+                f"{self.streamed_bytes / 1e9:.2f} GB streamed in {self.new_tokens} passes: "
+                f"{self.streamed_bytes / seconds / 1e9:.2f} GB/s, "
+                f"bound by {self.bound_by.most_common(1)[0][0]}",
+                _memory(streamer),
+            )
+        )
+
+
+def _memory(streamer: LayerStreamer) -> str:
+    slots = streamer.memory.host_bytes + streamer.memory.device_bytes
+    line = (
+        f"model {streamer.manifest.nbytes / GIB:.3f} GiB, slots {slots / GIB:.3f} GiB; "
+        f"this process at its peak, Python and torch included: {peak_host_bytes() / GIB:.3f} GiB"
+    )
+    if streamer.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(streamer.device)
+        line += f", on the GPU {peak / GIB:.3f} GiB"
+    return line
+
+
+def peak_host_bytes() -> int:
+    """Most memory that this process has had resident."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would count the parent's memory from before the exec
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
