@@ -61,10 +61,10 @@ class PassClock:
         if any(layout.copies for layout in layouts):
             spans = self._spans(self.copy_begin, self.copy_end, offset)
             nbytes = sum(layout.copy_nbytes for layout in layouts)
-            steps["copy"] = report_step("copy", nbytes, spans)
+            steps["copy"] = report_step("copy", nbytes, spans, offset)
         spans = self._spans(self.compute_begin, self.compute_end, offset)
         nbytes = sum(step.nbytes for step in self._steps)
-        steps["compute"] = report_step("compute", nbytes, spans)
+        steps["compute"] = report_step("compute", nbytes, spans, offset)
         return PassReport(
             seconds=self.begin.elapsed_time(self.end) / 1e3,
             num_layers=len(self._steps),

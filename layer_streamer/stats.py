@@ -109,12 +109,15 @@ class PassReport:
         write_atomically(Path(path), json.dumps(self.timeline()))
 
 
-def report_step(name: str, nbytes: int, spans: Sequence[Span]) -> StepReport:
-    """Busy and stalled time of a step from its layers' spans (which may overlap)."""
+def report_step(name: str, nbytes: int, spans: Sequence[Span], begin: float = 0.0) -> StepReport:
+    """Busy and stalled time of a step from its layers' spans (which may overlap).
+
+    ``begin`` is when the pass began where the step runs: a device that is behind begins later.
+    """
     busy = stalled = 0.0
     end = float("-inf")
     for span in sorted(spans, key=lambda span: span.begin):
-        stalled += max(0.0, span.begin - max(end, 0.0))
+        stalled += max(0.0, span.begin - max(end, begin))
         busy += max(0.0, span.end - max(span.begin, end))
         end = max(end, span.end)
     return StepReport(name, nbytes, busy, stalled, tuple(spans))

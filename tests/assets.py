@@ -14,8 +14,7 @@ import torch
 from fetch_smollm2 import fetch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from layer_streamer import LayerStreamer
-from layer_streamer.formats import read_manifest
+from layer_streamer import LayerStreamer, read_manifest
 from llm.config import ModelConfig, model_config
 from llm.engine import Engine
 from llm.metadata import metadata_directory

@@ -31,7 +31,9 @@ def environment(monkeypatch):
     """What main() sets in a process of its own stays out of this one."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # the subprocess needs no installation
+    # The subprocess needs no installation.
+    path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
 
 
 @pytest.fixture(scope="module")

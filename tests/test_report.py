@@ -40,6 +40,11 @@ def test_work_done_before_the_pass_began_is_busy_time_but_no_stall() -> None:
     assert (step.busy_seconds, step.stalled_seconds) == (2.75, 0.25)
 
 
+def test_on_a_device_that_is_behind_a_stall_counts_from_its_own_begin() -> None:
+    spans = [Span(0, 3.0, 4.0), Span(1, 4.5, 5.0)]
+    assert report_step("compute", 1, spans, begin=2.0).stalled_seconds == 1.5
+
+
 def test_the_rate_is_bytes_over_busy_seconds() -> None:
     assert step_of((0.0, 0.5)).gb_per_s == 2.0
     assert step_of().gb_per_s == 0.0

@@ -1,0 +1,118 @@
+"""The house: who may import whom, and what README and docs say against what there is."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from assets import tiny_checkpoint, tiny_model
+
+import layer_streamer
+from layer_streamer.config import CONFIG_KEYS, PoolConfig
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "layer_streamer"
+ORDER = [
+    "errors",
+    "manifest",
+    "formats",
+    "layout",
+    "config",
+    "stats",
+    "device",
+    "accelerator",
+    "clock",
+    "memory",
+    "files",
+    "worker",
+    "pool",
+    "schedule",
+    "reader",
+    "copier",
+    "pipeline",
+    "caller",
+    "turn",
+    "statics",
+    "tree",
+    "progress",
+    "streamer",
+]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Names of the library's modules that a file of the library imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            # Inside formats/, one dot is formats itself.
+            inside = path.parent.name == "formats" and node.level == 1
+            yield "formats" if inside else (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
+    path = LIBRARY / f"{module}.py"
+    files = [path] if path.exists() else sorted((LIBRARY / module).glob("*.py"))
+    for file in files:
+        for name in set(imported(file)):
+            assert name in ORDER[: ORDER.index(module) + (module == "formats")], f"{file}: {name}"
+
+
+def test_every_module_of_the_library_has_its_place_in_the_order() -> None:
+    modules = {path.stem for path in LIBRARY.glob("*.py")} - {"__init__"}
+    assert modules | {"formats"} == set(ORDER)
+
+
+def test_design_md_lists_the_modules_in_the_order_of_their_dependencies() -> None:
+    text = (ROOT / "docs" / "design.md").read_text()
+    listed = re.findall(r"^  ([a-z]+(?:, [a-z]+)*)  ", text, re.MULTILINE)
+    assert [name for line in listed for name in line.split(", ")] == ORDER
+
+
+def test_examples_use_the_public_surface_only() -> None:
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not any(name.name.startswith("layer_streamer.") for name in node.names)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layer_str"):
+                assert node.module == "layer_streamer", path
+                assert {name.name for name in node.names} <= set(layer_streamer.__all__), path
+
+
+def test_the_readmes_example_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_checkpoint(tmp_path / "path" / "to" / "model", tiny_model("llama"))
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "bound by" in capsys.readouterr().out
+
+
+def test_the_readmes_table_has_every_option_and_its_default() -> None:
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    table = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(table) >= CONFIG_KEYS
+    defaults = PoolConfig()
+    for name in ("n_gpu", "n_cpu_pinned", "n_cpu"):
+        assert table[name] == str(getattr(defaults, name))
+    assert table["read_threads"] == str(defaults.num_readers)
+    assert table["read_chunk"] == f"{defaults.chunk_nbytes >> 20} MiB"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name) if name else document
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, target
