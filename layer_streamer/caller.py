@@ -40,6 +40,7 @@ class Caller:
             run = self._control.run
             if run is None or not self._between_passes(run):
                 self.abort()
+            self._pipeline.wake()
             if self._pipeline.copier is not None and not self._device.unified:
                 self._pipeline.copier.avoid(self._device.current_stream())
             run = self._run()

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
+import torch
+
 from .errors import ConfigError
+from .layout import CASTABLE
+
+OnCopy = Callable[[int, object], None]
+"""``on_copy(layer_idx, stream)``: called after a layer's copies are enqueued on ``stream``."""
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +63,26 @@ class PoolConfig:
     @property
     def chunk_nbytes(self) -> int:
         return self.read_chunk or DEFAULT_READ_CHUNK
+
+
+@dataclass(frozen=True, slots=True)
+class PassConfig:
+    """What is streamed beside the layers, and where to."""
+
+    device: str | torch.device | None
+    dtype: torch.dtype | None
+    """What CASTABLE tensors are cast to; None: as stored."""
+    tail: Sequence[str]
+    on_copy: OnCopy | None
+    track_progress: bool
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in CASTABLE:
+            raise ConfigError(
+                f"dtype={self.dtype}: must be float32, float16, bfloat16 or None (as stored)"
+            )
+        if isinstance(self.tail, str):
+            raise ConfigError(f"tail={self.tail!r}: must be a list of tensor names")
 
 
 CONFIG_KEYS = frozenset(field.name for field in fields(PoolConfig))

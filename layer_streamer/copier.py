@@ -8,17 +8,14 @@ overwrites it; a host slot is filled again only when the device has read it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Protocol
 
+from .config import OnCopy
 from .device import Device, Stream
 from .layout import Layout
 from .pool import DevicePool, DeviceSlot, HostPool
 from .schedule import Schedule
 from .worker import Bell, Control, Run, Stage
-
-OnCopy = Callable[[int, object], None]
-"""``on_copy(layer_idx, stream)``: called after a layer's copies are enqueued on ``stream``."""
 
 
 class Memcpy(Stage):

@@ -51,11 +51,16 @@ class HostArena:
         with torch.inference_mode(False):
             self.memory = torch.from_numpy(array)
             self.slots = _split(self.memory, self.slot_nbytes)
-        self.pinned = pinned and device.pin(self.memory)
+        self._pinned = [self.memory] if pinned and device.pin(self.memory) else []
         whole = memoryview(self._mapping)
         self.bytes = [
             whole[i * self.slot_nbytes : (i + 1) * self.slot_nbytes] for i in range(count)
         ]
+
+    @property
+    def pinned(self) -> bool:
+        """True while the memory is page-locked."""
+        return bool(self._pinned)
 
     @property
     def nbytes(self) -> int:
@@ -73,9 +78,12 @@ class HostArena:
 
     def close(self) -> None:
         """Give the page lock back. The memory goes when the last view of it does. Idempotent."""
-        if self.pinned:
-            self._device.unpin(self.memory)
-            self.pinned = False
+        while self._pinned:
+            try:
+                memory = self._pinned.pop()
+            except IndexError:
+                return  # another thread that closes was first
+            self._device.unpin(memory)
 
 
 def device_slots(count: int, slot_nbytes: int, device: Device) -> list[torch.Tensor]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .config import PoolConfig, cap_batch, note_unused_batch
-from .copier import Copier, DeviceTarget, Memcpy, OnCopy, UnifiedTarget
+from .config import OnCopy, PoolConfig, cap_batch, note_unused_batch
+from .copier import Copier, DeviceTarget, Memcpy, UnifiedTarget
 from .device import Device
 from .errors import ClosedError, StreamerError
 from .files import OpenFiles
@@ -45,8 +44,8 @@ class Pipeline:
     """Threads, slots and streams of one streamer.
 
     Ownership: built and closed by the streamer's threads; ``control.run`` is published by the
-    caller's thread (:meth:`publish`). Closing is idempotent and may be tried again after an
-    interrupt: each part of it is.
+    caller's thread (:meth:`publish`). Closing may be done twice, by two threads at once, and again
+    after an interrupt: each part of it may.
     """
 
     def __init__(
@@ -64,8 +63,6 @@ class Pipeline:
         self.control = Control()
         self.caller_bell = Bell()
         self._pid = os.getpid()
-        self._closed = False
-        self._close_lock = threading.RLock()
         self.host_pools: list[HostPool] = []
         try:
             layouts = lay_out_all(steps, unified=device.unified, dtype=dtype)
@@ -107,6 +104,10 @@ class Pipeline:
         staged = Progress(self.batches.staged, length) if self.memcpy is not None else read
         copied = Progress(self.batches.copied, length) if self.copier is not None else staged
         self.control.run = Run(base_pass, read, staged, copied)
+        self.wake()
+
+    def wake(self) -> None:
+        """Have every stage look at what there is to do: an interrupt may have eaten a ring."""
         for stage in self.stages:
             stage.bell.ring()
 
@@ -118,23 +119,18 @@ class Pipeline:
         """Stop the threads and free what they used. Nothing is done in a forked child."""
         if os.getpid() != self._pid:
             return
-        with self._close_lock:
-            if self._closed:
-                return
-            self.control.closing = True
-            self.caller_bell.ring()
-            for stage in self.stages:
-                stage.bell.ring()
-            alive = [s.name for s in self.stages if not s.join(JOIN_SECONDS)]
-            alive += self.reader.close(JOIN_SECONDS)
-            if alive:
-                raise StreamerError(
-                    f"close: {', '.join(alive)} did not stop within {JOIN_SECONDS:.0f} s "
-                    "(a read that hangs?); its memory is kept until it does"
-                )
-            self._wait_device()
-            self._free()
-            self._closed = True
+        self.control.closing = True
+        self.caller_bell.ring()
+        self.wake()
+        alive = [s.name for s in self.stages if not s.join(JOIN_SECONDS)]
+        alive += self.reader.close(JOIN_SECONDS)
+        if alive:
+            raise StreamerError(
+                f"close: {', '.join(alive)} did not stop within {JOIN_SECONDS:.0f} s "
+                "(a read that hangs?); its memory is kept until it does"
+            )
+        self._wait_device()
+        self._free()
 
     def _wait_device(self) -> None:
         """No copy and no compute uses the slots any more."""

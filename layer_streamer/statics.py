@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from pathlib import Path
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from .files import OpenFiles
 from .layout import CASTABLE
 from .manifest import Manifest, TensorSpec
 from .memory import view_tensor
+
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+"""Linux's flag, which the mmap module of Python 3.11 does not name."""
 
 BOUNCE = 16 << 20
 """Bytes of host memory that a tensor passes through on its way to the device."""
@@ -30,7 +33,7 @@ class Statics:
         self._files = files
         self._dtype = dtype
         self._loaded: dict[str, torch.Tensor] = {}
-        self._mapped: dict[Path, torch.Tensor] = {}
+        self._mapped: dict[str, torch.Tensor] = {}
 
     def load(self, name: str, device: Device) -> torch.Tensor:
         """The tensor on ``device``, read once, cast as the layers are."""
@@ -50,18 +53,25 @@ class Statics:
             return view_tensor(memory, 0, spec.nbytes, spec.dtype, spec.shape)
         if spec.nbytes == 0:
             return torch.empty(spec.shape, dtype=spec.dtype)
-        mapped = self._map(spec.path)
-        return view_tensor(mapped, spec.offset, spec.nbytes, spec.dtype, spec.shape)
+        viewed = self._mapped.get(name)
+        if viewed is None:
+            viewed = self._mapped[name] = self._map(spec)
+        return viewed
 
-    def _map(self, path: Path) -> torch.Tensor:
-        mapped = self._mapped.get(path)
-        if mapped is None:
-            # Copy-on-write: a stray write reaches neither the file nor a read-only page.
-            pages = mmap.mmap(self._files.descriptor(path), 0, access=mmap.ACCESS_COPY)
-            with torch.inference_mode(False):
-                mapped = torch.from_numpy(np.frombuffer(pages, dtype=np.uint8))
-            self._mapped[path] = mapped
-        return mapped
+    def _map(self, spec: TensorSpec) -> torch.Tensor:
+        # Copy-on-write: a stray write reaches neither the file nor a read-only page. No reserve:
+        # a table larger than the free memory may be mapped all the same.
+        start = spec.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        pages = mmap.mmap(
+            self._files.descriptor(spec.path),
+            spec.offset + spec.nbytes - start,
+            flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", MAP_NORESERVE),
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=start,
+        )
+        with torch.inference_mode(False):
+            mapped = torch.from_numpy(np.frombuffer(pages, dtype=np.uint8))
+        return view_tensor(mapped, spec.offset - start, spec.nbytes, spec.dtype, spec.shape)
 
     def _load(self, spec: TensorSpec, device: Device) -> torch.Tensor:
         dtype = spec.dtype

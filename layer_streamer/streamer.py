@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
 from .accelerator import open_device
 from .caller import Caller
-from .config import CONFIG_KEYS, PoolConfig
-from .copier import OnCopy
+from .config import OnCopy, PassConfig, PoolConfig
 from .device import Device
-from .errors import ClosedError, ConfigError, SupersededError
+from .errors import ClosedError, SupersededError
 from .files import OpenFiles
 from .formats import read_manifest
-from .layout import CASTABLE, plan_steps
+from .layout import plan_steps
 from .manifest import Manifest, manifest_from_tensor_info
 from .memory import MemoryUse
 from .pipeline import Pipeline
@@ -31,8 +30,17 @@ from .tree import move
 from .turn import Pass, Turns
 
 X = TypeVar("X")
+Sweep: TypeAlias = Generator[tuple[int, Weights], None, None]
 LayerFn = Callable[[Any, Weights, int], Any]
 """``layer_fn(x, weights, layer_idx) -> x``."""
+
+
+class _Parts(NamedTuple):
+    """What an open streamer is made of; dropped as one when it is closed."""
+
+    pipeline: Pipeline
+    caller: Caller
+    statics: Statics
 
 
 class LayerStreamer:
@@ -62,74 +70,90 @@ class LayerStreamer:
         batch_cpu_pinned: int | None = None,
         batch_cpu: int | None = None,
         track_progress: bool = True,
-        **options: Any,
+        *,
+        device: str | torch.device | None = None,
+        read_threads: int | None = None,
+        read_chunk: int | None = None,
+        tail: Sequence[str] = (),
+        on_copy: OnCopy | None = None,
     ) -> None:
         """Stream ``model.layers.{i}.{key}`` for every key of ``block_keys``, i < ``num_layers``.
 
         ``tensor_info``: tensor name -> (shard file name, byte offset in the shard's data section,
         shape). ``shard_offsets``: shard -> byte offset of its data section. ``block_sizes``: key
-        -> element count. ``dtype``: the stored dtype, nothing is cast. The pool settings and
-        ``options`` (``device``, ``read_threads``, ``read_chunk``, ``tail``, ``on_copy``) are those
+        -> element count. ``dtype``: the stored dtype, nothing is cast. The other options are those
         of :meth:`from_checkpoint`. Raises CheckpointError, ConfigError.
         """
         manifest = manifest_from_tensor_info(
             model_dir, tensor_info, shard_offsets, block_keys, block_sizes, dtype, num_layers
         )
-        options |= {"n_gpu": n_gpu, "n_cpu_pinned": n_cpu_pinned, "n_cpu": n_cpu}
-        options |= {"batch_gpu": batch_gpu, "batch_cpu_pinned": batch_cpu_pinned}
-        options |= {"batch_cpu": batch_cpu, "track_progress": track_progress}
-        self._open(manifest, options)
+        config = PoolConfig(
+            n_gpu=n_gpu, n_cpu_pinned=n_cpu_pinned, n_cpu=n_cpu, batch_gpu=batch_gpu,
+            batch_cpu_pinned=batch_cpu_pinned, batch_cpu=batch_cpu, read_threads=read_threads,
+            read_chunk=read_chunk,
+        )  # fmt: skip
+        self._open(manifest, config, PassConfig(device, None, tail, on_copy, track_progress))
 
     @classmethod
-    def from_checkpoint(
-        cls, path: str | Path, *, layer_pattern: str | None = None, **options: Any
+    def from_checkpoint(  # noqa: PLR0913 - every option by name
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        n_gpu: int = 2,
+        n_cpu_pinned: int | None = 4,
+        n_cpu: int | None = None,
+        batch_gpu: int | None = None,
+        batch_cpu_pinned: int | None = None,
+        batch_cpu: int | None = None,
+        read_threads: int | None = None,
+        read_chunk: int | None = None,
+        tail: Sequence[str] = (),
+        on_copy: OnCopy | None = None,
+        layer_pattern: str | None = None,
+        track_progress: bool = False,
     ) -> LayerStreamer:
         """Open a safetensors directory or file, or a GGUF file; its layers are found by name.
 
-        Options, all keyword:
-
         * ``device``: a torch device; None takes the GPU if there is one, else the CPU.
         * ``dtype``: cast F32, F16 and BF16 tensors to it on the device; None leaves them as stored.
-        * ``n_gpu`` (2), ``n_cpu_pinned`` (4), ``n_cpu`` (None): layers that the device, pinned and
-          pageable pools hold ahead, beside the one in use. None or 0 leaves a host pool out.
-        * ``batch_gpu``, ``batch_cpu_pinned``, ``batch_cpu`` (None): layers handed on at a time.
-        * ``read_threads`` (8), ``read_chunk`` (8 MiB): reader threads, and bytes a read.
+        * ``n_gpu``, ``n_cpu_pinned``, ``n_cpu``: layers that the device, pinned and pageable pools
+          hold ahead, beside the one in use. None or 0 leaves a host pool out.
+        * ``batch_gpu``, ``batch_cpu_pinned``, ``batch_cpu``: layers handed on at a time; None: 1.
+        * ``read_threads`` (None: 8), ``read_chunk`` (None: 8 MiB): reader threads, bytes a read.
         * ``tail``: names of tensors to stream after the last layer, split by rows.
         * ``on_copy(layer_idx, stream)``: called on the copier's thread after a layer's copies are
           enqueued on ``stream`` (on the CPU: a stand-in without work), before they count as ready.
         * ``layer_pattern``: prefix of a layer's tensors with ``{i}`` for the index.
-        * ``track_progress`` (False): a progress bar over the layers, on stderr.
+        * ``track_progress``: a progress bar over the layers, on stderr.
 
         Raises CheckpointError for the checkpoint, ConfigError for the options.
         """
+        config = PoolConfig(
+            n_gpu=n_gpu, n_cpu_pinned=n_cpu_pinned, n_cpu=n_cpu, batch_gpu=batch_gpu,
+            batch_cpu_pinned=batch_cpu_pinned, batch_cpu=batch_cpu, read_threads=read_threads,
+            read_chunk=read_chunk,
+        )  # fmt: skip
+        options = PassConfig(device, dtype, tail, on_copy, track_progress)
         self = cls.__new__(cls)
-        self._open(read_manifest(path, layer_pattern), options)
+        self._open(read_manifest(path, layer_pattern), config, options)
         return self
 
-    def _open(self, manifest: Manifest, options: dict[str, Any]) -> None:
-        known = CONFIG_KEYS | {"device", "dtype", "tail", "on_copy", "track_progress"}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ConfigError(f"{unknown[0]}: unknown option; known are {', '.join(sorted(known))}")
-        config = PoolConfig(**{key: options[key] for key in CONFIG_KEYS & set(options)})
-        dtype: torch.dtype | None = options.get("dtype")
-        if dtype is not None and dtype not in CASTABLE:
-            raise ConfigError(f"dtype={dtype}: must be float32, float16, bfloat16 or None")
-        tail = options.get("tail", ())
-        if isinstance(tail, str):
-            raise ConfigError(f"tail={tail!r}: must be a list of tensor names")
-        steps = plan_steps(manifest, tail)
+    def _open(self, manifest: Manifest, config: PoolConfig, options: PassConfig) -> None:
+        steps = plan_steps(manifest, options.tail)
         self.manifest = manifest
-        self._device: Device = open_device(options.get("device"))
-        self._track_progress = bool(options.get("track_progress", False))
+        self._device: Device = open_device(options.device)
+        self._track_progress = options.track_progress
+        self._num_steps = len(steps)
         self._turns = Turns()
         files = OpenFiles(manifest.files)
-        on_copy: OnCopy | None = options.get("on_copy")
-        pipeline = Pipeline(steps, files, self._device, config, dtype=dtype, on_copy=on_copy)
-        self._statics: Statics | None = Statics(manifest, files, dtype)
-        self._pipeline: Pipeline | None = pipeline
-        self._caller: Caller | None = Caller(pipeline)
-        self._num_steps = len(steps)
+        pipeline = Pipeline(
+            steps, files, self._device, config, dtype=options.dtype, on_copy=options.on_copy
+        )
+        self._parts: _Parts | None = _Parts(
+            pipeline, Caller(pipeline), Statics(manifest, files, options.dtype)
+        )
         self._close_pipeline = weakref.finalize(self, pipeline.close)
         pipeline.start()
 
@@ -151,11 +175,11 @@ class LayerStreamer:
     @property
     def memory(self) -> MemoryUse:
         """Bytes that the slots take on the host and on the device; it never grows."""
-        return self._open_pipeline().memory
+        return self._opened().pipeline.memory
 
     @property
     def closed(self) -> bool:
-        return self._pipeline is None
+        return self._parts is None
 
     @property
     def last_pass(self) -> PassReport | None:
@@ -163,8 +187,7 @@ class LayerStreamer:
 
         Waits until the device has done that pass: the only wait that measuring costs.
         """
-        self._open_pipeline()
-        return self._open_caller().report()
+        return self._opened().caller.report()
 
     def run_pass(self, x: X, layer_fn: LayerFn) -> X:
         """One pass: ``x = layer_fn(x, weights, layer_idx)`` for every layer, in order.
@@ -201,9 +224,7 @@ class LayerStreamer:
 
         The same tensor object each time. Raises CheckpointError, ReadError.
         """
-        self._open_pipeline()
-        assert self._statics is not None
-        return self._statics.load(name, self._device)
+        return self._opened().statics.load(name, self._device)
 
     def host_tensor(self, name: str) -> torch.Tensor:
         """A host view of one tensor as stored, over the file's own pages: for embedding rows.
@@ -211,9 +232,7 @@ class LayerStreamer:
         Read-only by contract: a write changes a private copy of the page. It stays valid after
         close; a file that is truncated while it is mapped kills the process that touches it.
         """
-        self._open_pipeline()
-        assert self._statics is not None
-        return self._statics.view(name)
+        return self._opened().statics.view(name)
 
     def close(self) -> None:
         """Stop the threads and return all memory and file descriptors. Idempotent, any thread.
@@ -222,32 +241,25 @@ class LayerStreamer:
         """
         if not hasattr(self, "_close_pipeline"):
             return  # construction failed
-        pipeline = self._pipeline
-        if pipeline is not None:
-            pipeline.close()
-        self._pipeline = self._caller = self._statics = None
+        parts = self._parts
+        if parts is not None:
+            parts.pipeline.close()
+        self._parts = None
         # Detached last: it holds the pipeline, and until here it is what an exit would call.
         self._close_pipeline.detach()
 
     def __enter__(self) -> LayerStreamer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.num_layers} layers on {self.device}"
         return f"<LayerStreamer {self.manifest.path} ({state})>"
 
-    def _sweep(
-        self, guard: AbstractContextManager[object]
-    ) -> Generator[tuple[int, Weights], None, None]:
-        caller, current = self._open_caller(), Pass()
+    def _sweep(self, guard: AbstractContextManager[object]) -> Sweep:
+        caller, current = self._opened().caller, Pass()
         bar, unfinished = None, False
         try:
             with guard:
@@ -266,27 +278,24 @@ class LayerStreamer:
                 caller.finish()
                 unfinished = False
         finally:
-            self._end(current, caller, unfinished)
+            if unfinished:
+                self._end(current, caller)
+            current.over = True
             if bar is not None:
                 bar.close()
 
-    def _end(self, current: Pass, caller: Caller, unfinished: bool) -> None:
-        with self._turns.lock:
-            if unfinished and self._turns.has(current) and self._pipeline is not None:
-                caller.abort()
-            self._turns.end(current)
+    def _end(self, current: Pass, caller: Caller) -> None:
+        """An unfinished pass is over: start prefetching again, if it is still its turn.
 
-    def _open_pipeline(self) -> Pipeline:
-        pipeline = getattr(self, "_pipeline", None)
-        if pipeline is None:
-            raise ClosedError("the streamer is closed")
-        pipeline.check_process()
-        result: Pipeline = pipeline
-        return result
+        A sweep that is finalized on another thread leaves that to the next pass, which finds out.
+        """
+        mine = current.thread is threading.current_thread()
+        if mine and self._parts is not None and self._turns.has(current):
+            caller.abort()
 
-    def _open_caller(self) -> Caller:
-        self._open_pipeline()
-        caller = self._caller
-        if caller is None:
+    def _opened(self) -> _Parts:
+        parts = self._parts
+        if parts is None:
             raise ClosedError("the streamer is closed")
-        return caller
+        parts.pipeline.check_process()
+        return parts

@@ -156,10 +156,10 @@ def test_a_slow_layer_fn_finds_its_layer_intact_after_every_pool_has_filled(
     witness = Witness(device, tensors)
     options = {"n_gpu": 1, "n_cpu_pinned": 1, "n_cpu": 1}
     with open_checkpoint(device, path, **options) as streamer:
-        slots = streamer._pipeline.device_pool.count
+        slots = streamer._parts.pipeline.device_pool.count
 
         def slow(x: None, weights: Any, layer_idx: int) -> None:
-            run = streamer._pipeline.control.run
+            run = streamer._parts.pipeline.control.run
             while run.copied.done < run.handed - 1 + slots:
                 os.sched_yield()
             witness(x, weights, layer_idx)

@@ -234,7 +234,7 @@ def test_a_copy_stream_that_is_the_callers_own_is_left_for_another(checkpoint: P
     device = FakeDevice(seed=1)
     streamer = open_on(device, checkpoint, POOLS["pinned"])
     with streamer:
-        copier = streamer._pipeline.copier
+        copier = streamer._parts.pipeline.copier
         first = copier.stream
         with device.on(first):
             for _ in range(3):
