@@ -14,7 +14,6 @@ import torch
 from .accelerator import open_device
 from .caller import Caller
 from .config import OnCopy, PassConfig, PoolConfig
-from .device import Device
 from .errors import ClosedError, SupersededError
 from .files import OpenFiles
 from .formats import read_manifest
@@ -143,7 +142,7 @@ class LayerStreamer:
     def _open(self, manifest: Manifest, config: PoolConfig, options: PassConfig) -> None:
         steps = plan_steps(manifest, options.tail)
         self.manifest = manifest
-        self._device: Device = open_device(options.device)
+        self._device = open_device(options.device)
         self._track_progress = options.track_progress
         self._num_steps = len(steps)
         self._turns = Turns()

@@ -90,12 +90,12 @@ class FakeDevice:
 
     unified = False
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, eager: float | None = None) -> None:
         self.torch_device = torch.device("cpu")
         self.lock = threading.RLock()
         self.errors: list[str] = []
         self._random = random.Random(seed)
-        self._eager = self._random.choice([0.0, 0.1, 0.5, 0.9])
+        self._eager = self._random.choice([0.0, 0.1, 0.5, 0.9]) if eager is None else eager
         self._thread = threading.local()
         self.streams: list[FakeStream] = []
         self.default_stream = self.new_stream()

@@ -115,6 +115,29 @@ def test_layers_are_exact_on_streams_of_the_users_own_that_change_within_a_pass(
         witness.check()
 
 
+def test_work_launched_before_layer_fn_raised_still_sees_its_own_layer(
+    tmp_path: Path, tensors: Any
+) -> None:
+    device = make_device("cuda")
+    witness = Witness(device, tensors)
+
+    def failing_at(number: int) -> Any:
+        def layer_fn(x: Any, weights: Any, layer_idx: int) -> None:
+            torch.cuda._sleep(2_000_000)
+            witness(x, weights, layer_idx)
+            if layer_idx == number:
+                raise ZeroDivisionError
+
+        return layer_fn
+
+    with open_checkpoint(device, tmp_path, n_gpu=1, n_cpu_pinned=1) as streamer:
+        for number in (0, 1, 3, NUM_LAYERS - 1) * 3:
+            with pytest.raises(ZeroDivisionError):
+                streamer.run_pass(None, failing_at(number))
+        streamer.run_pass(None, witness)
+        witness.check()
+
+
 def test_the_callers_thread_never_waits_for_the_device(tmp_path: Path, tensors: Any) -> None:
     with LayerStreamer.from_checkpoint(tmp_path, n_gpu=1, n_cpu_pinned=2 * NUM_LAYERS) as streamer:
         streamer.run_pass(None, nothing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -58,7 +59,11 @@ class Engine:
         self._streams = [device.default_stream, device.new_stream(), device.new_stream()]
 
     def run(self, streamer: LayerStreamer, passes: int) -> None:
-        for _ in range(passes):
+        copier = streamer._parts.pipeline.copier
+        for number in range(passes):
+            if number % 3 == 1:
+                # torch deals streams out in turn: the caller may be given the copier's.
+                self._streams.append(copier.stream)
             fails_at = self._random.choice([None, None, 0, 2, NUM_LAYERS - 1])
             with self._device.on(self._random.choice(self._streams)), ExitStack() as stack:
                 try:
@@ -75,6 +80,14 @@ class Engine:
                 stream = self._random.choice(self._streams)
                 self._order(before, stream)
                 stack.enter_context(self._device.on(stream))
+        if layer_idx == fails_at:
+            raise LaunchFailed
+        return 0
+
+    def launch(self, weights: Any, layer_idx: int, fails_at: int | None = None) -> int:
+        """A layer_fn that launches its checks on the current stream."""
+        for key, tensor in weights.items():
+            self._device.launch(self._check(tensor, layer_idx, key))
         if layer_idx == fails_at:
             raise LaunchFailed
         return 0
@@ -174,6 +187,11 @@ def abort_without_record(caller: Caller) -> None:
     caller._pipeline.publish(0 if run is None else run.base_pass)
 
 
+def change_stream_at_once(copier: Copier, fresh: FakeStream) -> None:
+    copier.stream, copier._next_stream = fresh, None
+    copier._device.enter_thread(fresh)
+
+
 MUTATIONS: dict[str, tuple[type, str, Any, str, Any]] = {
     "the caller's stream does not wait for the copy": (
         Caller, "order_after_copy", leave_out, "pinned", None),
@@ -230,16 +248,69 @@ def seen_errors(checkpoint: Path, options: dict[str, Any]) -> Iterator[bool]:
             yield True
 
 
-def test_a_copy_stream_that_is_the_callers_own_is_left_for_another(checkpoint: Path) -> None:
-    device = FakeDevice(seed=1)
-    streamer = open_on(device, checkpoint, POOLS["pinned"])
-    with streamer:
+def errors_after_a_change_of_stream(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Leave a pass with a copy that has not run, begin the next one on the copier's own stream, and
+    let the new copy stream run ahead of the old one as far as it may."""
+    device = FakeDevice(seed=0, eager=0.0)
+    engine = Engine(device, 0, None)
+    last, runs = NUM_LAYERS - 1, []
+    begun, gate = threading.Event(), threading.Event()
+    wait_reusable, avoid = Feeder.wait_reusable, Copier.avoid
+
+    def gated(feeder: Feeder, slot: int) -> None:
+        # A read that waits for a copy makes it run: no such read in the first run, and in the
+        # second none of the stale copy's slot before the new copies have run.
+        if not runs or feeder.run is runs[0]:
+            while feeder._pool._in_flight[slot] and not feeder.run.aborted:
+                os.sched_yield()
+            return
+        begun.wait(HANG_SECONDS)
+        if slot == NUM_LAYERS:
+            gate.wait(HANG_SECONDS)
+        wait_reusable(feeder, slot)
+
+    def avoided(copier: Copier, stream: Any) -> None:
+        avoid(copier, stream)
+        begun.set()
+
+    def fail_after_prefetch(x: int, weights: Any, layer_idx: int) -> int:
+        runs.append(copier._control.run)
+        while layer_idx == last and copier._control.run.copied.done < NUM_LAYERS + 1:
+            os.sched_yield()
+        return engine.launch(weights, layer_idx, fails_at=last)
+
+    def run_ahead(x: int, weights: Any, layer_idx: int) -> int:
+        while layer_idx == 0 and copier._control.run.copied.done < 2:
+            os.sched_yield()
+        copier.stream.synchronize()
+        gate.set()
+        return engine.launch(weights, layer_idx)
+
+    with open_on(device, checkpoint, {"n_gpu": 1, "n_cpu_pinned": NUM_LAYERS}) as streamer:
         copier = streamer._parts.pipeline.copier
         first = copier.stream
+        monkeypatch.setattr(Feeder, "wait_reusable", gated)
+        with pytest.raises(LaunchFailed):
+            streamer.run_pass(0, fail_after_prefetch)
+        monkeypatch.setattr(Copier, "avoid", avoided)
         with device.on(first):
-            for _ in range(3):
-                streamer.run_pass(0, lambda x, w, i: x)
+            streamer.run_pass(0, run_ahead)
         assert copier.stream is not first
+    device.drain()
+    return device.errors
+
+
+def test_a_copy_stream_that_is_the_callers_own_is_left_for_another(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert errors_after_a_change_of_stream(checkpoint, monkeypatch) == []
+
+
+def test_a_new_copy_stream_that_does_not_wait_for_the_old_one_is_seen(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Copier, "_change_stream", change_stream_at_once)
+    assert errors_after_a_change_of_stream(checkpoint, monkeypatch)
 
 
 def open_on(device: FakeDevice, checkpoint: Path, options: dict[str, Any]) -> LayerStreamer:
