@@ -75,6 +75,9 @@ class Memcpy(Stage):
 class Target(Protocol):
     """Where copies go and how they are enqueued: a device's slots, or the slots themselves."""
 
+    pool_name: str | None
+    """The pool that copies fill; None if they stay in the one that reads have filled."""
+
     def await_slot(self, stage: Stage, run: Run, number: int) -> bool: ...
     def order_slot(self, number: int, stream: Stream) -> None: ...
     def enqueue(self, number: int, layout: Layout, stream: Stream) -> None: ...
@@ -82,6 +85,8 @@ class Target(Protocol):
 
 class DeviceTarget:
     """Copies from host slots to device slots, ordered by events."""
+
+    pool_name: str | None = "device"
 
     def __init__(self, source: HostPool, pool: DevicePool, device: Device) -> None:
         self._source = source
@@ -115,6 +120,8 @@ class DeviceTarget:
 
 class UnifiedTarget:
     """Moves misaligned tensors to their aligned place within the slot they were read into."""
+
+    pool_name: str | None = None
 
     def __init__(self, pool: HostPool) -> None:
         self._pool = pool
@@ -150,7 +157,6 @@ class Copier(Stage):
         self.source_bell = Bell()
         self.target_bell = Bell()
         self.stream = device.new_stream()
-        self.pool_name: str | None = None
         self._next_stream: Stream | None = None
         self._schedule = schedule
         self._device = device
@@ -202,9 +208,9 @@ class Copier(Stage):
         index = self._schedule.index(number)
         clock, layout = self._schedule.clock(run, number), self._schedule.layouts[index]
         slot = self._slots[number % len(self._slots)]
-        if self.pool_name is not None:
+        if self._target.pool_name is not None:
             in_use = number + 1 - run.released
-            self._schedule.note_peak(run, number, self.pool_name, in_use)
+            self._schedule.note_peak(run, number, self._target.pool_name, in_use)
         self._target.order_slot(number, self.stream)
         clock.copy_begin[index].record(self.stream)
         if number not in run.failures:

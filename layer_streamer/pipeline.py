@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .config import OnCopy, PoolConfig, cap_batch, note_unused_batch
-from .copier import Copier, DeviceTarget, Memcpy, UnifiedTarget
+from .copier import Copier, DeviceTarget, Memcpy, Target, UnifiedTarget
 from .device import Device
 from .errors import ClosedError, StreamerError
 from .files import OpenFiles
@@ -185,15 +185,12 @@ class Pipeline:
         self.memcpy = Memcpy(control, schedule, *pools) if len(pools) == 2 else None
         self.copier: Copier | None = None
         if not unified or on_copy is not None or any(layout.copies for layout in layouts):
-            target = (
-                UnifiedTarget(pools[0])
-                if unified
-                else DeviceTarget(pools[-1], self.device_pool, self.device)
-            )
+            target: Target = UnifiedTarget(pools[0])
+            if not unified:
+                target = DeviceTarget(pools[-1], self.device_pool, self.device)
             self.copier = Copier(
                 control, schedule, self.device, target, self.device_pool.slots, on_copy
             )
-            self.copier.pool_name = None if unified else "device"
         self.feeder = Feeder(
             control, schedule, self.reader, pools[0], self._freed, config.chunk_nbytes
         )
