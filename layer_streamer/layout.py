@@ -9,14 +9,15 @@ copy of its own at an aligned place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from .errors import CheckpointError, ConfigError
-from .manifest import Manifest, TensorSpec
+from .manifest import LayerSpec, Manifest, TensorSpec
 
 PAGE = 4096
 """Alignment of reads and of slots, bytes."""
@@ -30,16 +31,8 @@ CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that ``dtype=`` casts; every other one is handed out as stored."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one hand-out of a pass consists of."""
-
-    layer_idx: int
-    tensors: Mapping[str, TensorSpec]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.tensors.values())
+Step: TypeAlias = LayerSpec
+"""What one hand-out of a pass consists of; a tail step is numbered like a layer after the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +98,7 @@ def plan_steps(manifest: Manifest, tail: Sequence[str] = ()) -> tuple[Step, ...]
     No tail step is larger than the largest layer, except that one row is never split. Errors:
     ConfigError for a tail name that the checkpoint lacks.
     """
-    steps = [Step(layer.layer_idx, layer.tensors) for layer in manifest.layers]
+    steps = list(manifest.layers)
     limit = max(step.nbytes for step in steps)
     for name in tail:
         try:
