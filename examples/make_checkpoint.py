@@ -1,0 +1,243 @@
+"""Write a checkpoint with the shape of a known model and random values, to measure with.
+
+    python examples/make_checkpoint.py OUT --shape qwen2.5-7b [--layers 4]
+
+OUT becomes a directory as transformers writes it: config.json and safetensors, no tokenizer. The
+path goes to stdout; progress goes to stderr. Exit code 2 is an error, 130 is Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from llm.random_values import RandomValues
+from llm.shapes import SHAPES, tensor_shapes
+from llm.shards import BLOCK_NBYTES, DTYPES, Shard, plan_shards, shard_index
+
+NUM_WRITERS = 4
+SYNC_NBYTES = 256 << 20
+MAX_LAYERS = 1000
+MARK = "random_values"
+"""Key in config.json that says that this script wrote the directory, and from what."""
+OWN_FILES = re.compile(
+    r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+
+
+class Writer:
+    """Writes shards, several at a time: while one waits for the disk, another fills the cache.
+
+    Everything is on the disk at the end. This costs what the disk costs, but a checkpoint to
+    measure with must not be left to the page cache: dirty pages stay when a benchmark drops the
+    cache, so that it would read memory and call it the disk, and writing them back would go on
+    during the measurement. It is done bit by bit, so that the progress bar shows the disk's
+    progress and Ctrl-C never waits for more than NUM_WRITERS * SYNC_NBYTES to get there.
+    """
+
+    def __init__(self, values: RandomValues, on_written: Callable[[int], object]) -> None:
+        self._values = values
+        self._on_written, self._lock = on_written, threading.Lock()
+        self._stop = threading.Event()
+
+    def write(self, directory: Path, shards: Sequence[Shard]) -> None:
+        """Write all of them. After an error or an interrupt no thread is left."""
+        with ThreadPoolExecutor(NUM_WRITERS, "writer") as pool:
+            try:
+                futures = [pool.submit(self._write_shard, directory, shard) for shard in shards]
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _write_shard(self, directory: Path, shard: Shard) -> None:
+        try:
+            with open(directory / shard.name, "wb", buffering=0) as file:
+                offset = unsynced = 0
+                for piece in self._pieces(shard):
+                    if self._stop.is_set():
+                        return
+                    self._write_at(file.fileno(), piece, offset)
+                    offset, unsynced = offset + piece.nbytes, unsynced + piece.nbytes
+                    if unsynced >= SYNC_NBYTES or offset == shard.nbytes:
+                        os.fdatasync(file.fileno())
+                        unsynced = 0
+        except OSError as error:
+            error.filename = shard.name  # which calls that are given a descriptor do not know
+            raise
+
+    def _pieces(self, shard: Shard) -> Iterator[memoryview]:
+        yield memoryview(shard.header)
+        offset = len(shard.header)
+        for name, count in shard.counts.items():
+            for piece in self._values.tensor(name, count, shard.begin + offset):
+                yield piece
+                offset += piece.nbytes
+
+    def _write_at(self, descriptor: int, data: memoryview, offset: int) -> None:
+        while data:  # the system may take several calls
+            written = os.pwrite(descriptor, data, offset)
+            data, offset = data[written:], offset + written
+            with self._lock:
+                self._on_written(written)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; ValueError for one that makes no sense."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("out", metavar="OUT", type=Path, help="the directory to make; its parent must be there")
+    add("--shape", required=True, choices=list(SHAPES), help="whose config the model has")
+    add("--layers", type=int, metavar="N", help="that many layers instead of the model's own")
+    add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: bfloat16")
+    add("--shard-gb", type=float, default=5.0, metavar="GB", help="largest file; default: 5")
+    add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same bytes")
+    add("--force", action="store_true", help="replace a checkpoint that this script wrote")
+    args = parser.parse_args(argv)
+    if args.layers is not None and not 1 <= args.layers <= MAX_LAYERS:
+        raise ValueError(f"--layers {args.layers}: must be from 1 to {MAX_LAYERS}")
+    if not args.shard_gb > 0:
+        raise ValueError(f"--shard-gb {args.shard_gb:g}: must be above 0")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: must be 0 or more")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check that there is room, write beside OUT, and give it the name at the very end.
+
+    Leaves signals ignored: see main().
+    """
+    out = Path(os.path.realpath(args.out))
+    check_target(out, force=args.force)
+    config = dict(SHAPES[args.shape]) | {"torch_dtype": args.dtype}
+    config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
+    config[MARK] = {"shape": args.shape, "seed": args.seed}
+    shapes = dict(tensor_shapes(config))
+    shards = plan_shards(shapes, dtype=args.dtype, shard_nbytes=args.shard_gb * 1e9)
+    texts = {"config.json": _as_json(config)}
+    if len(shards) > 1:
+        texts["model.safetensors.index.json"] = _as_json(shard_index(shards))
+    nbytes = sum(shard.nbytes for shard in shards)
+    check_room(out.parent, nbytes + sum(map(len, texts.values())))
+
+    began = time.perf_counter()
+    num_blocks = math.ceil((shards[-1].begin + shards[-1].nbytes) / BLOCK_NBYTES)
+    temporary = tempfile.TemporaryDirectory(dir=out.parent, prefix=".make-checkpoint-")
+    try:
+        made = Path(temporary.name) / "made"
+        made.mkdir()
+        for name, text in texts.items():
+            (made / name).write_text(text)
+        values = RandomValues(args.dtype, args.seed, num_blocks)
+        with tqdm(total=nbytes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+            Writer(values, bar.update).write(made, shards)
+        check_target(out, force=args.force)  # what has come there meanwhile
+        _install(made, out, made.with_name("old"))
+    finally:
+        # Removing gigabytes takes seconds: an impatient second Ctrl-C must not leave them behind.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        temporary.cleanup()
+    seconds = time.perf_counter() - began
+    files = f"{len(shards)} file{'s' if len(shards) > 1 else ''}"
+    say(f"{nbytes / 1e9:.2f} GB in {files}, {seconds:.1f} s: {nbytes / seconds / 1e9:.2f} GB/s")
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """ValueError if OUT is there, unless it may be replaced and this script wrote all it holds."""
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out}: not a directory")
+    if os.path.ismount(out):
+        raise ValueError(f"{out}: a mount point; name a directory below it")
+    if not force:
+        raise ValueError(f"{out}: exists (--force replaces what this script wrote)")
+    names = sorted(path.name for path in out.iterdir())
+    for name in names:
+        if not OWN_FILES.fullmatch(name) or not (out / name).is_file():
+            raise ValueError(f"{out}: has {name!r}, which this script did not write")
+    if names and not _is_marked(out):
+        raise ValueError(f"{out}: this script did not write it: config.json has no {MARK!r}")
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """ValueError if the file system has fewer bytes free than that."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise ValueError(f"{directory}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+
+
+def _is_marked(out: Path) -> bool:
+    try:
+        config = json.loads((out / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and MARK in config
+
+
+def _as_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def _install(made: Path, out: Path, old: Path) -> None:
+    """Give ``made`` the name ``out``; what had it goes to ``old``, and comes back if that fails."""
+    try:
+        if out.exists():
+            out.rename(old)
+        made.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code of the program: 0, 2 after an error, 130 after Ctrl-C or SIGTERM."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        args = parse_args(argv)
+        run(args)
+        print(args.out)
+    except KeyboardInterrupt:
+        say("")
+        return 130
+    except (OSError, ValueError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
