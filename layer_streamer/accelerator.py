@@ -14,20 +14,22 @@ from typing import Any
 
 import torch
 
-from .device import CpuDevice, Device, Event, Stream
+from .config import DeviceName
+from .device import PIN_SEGMENT, CpuDevice, Device, Event, Stream
 from .errors import ConfigError, StreamerError
 
 logger = logging.getLogger(__name__)
 
-# cudaHostRegister fails beyond some hundred GiB a call; segments of this size work everywhere.
-REGISTER_SEGMENT = 64 << 30
 CUDA_HOST_REGISTER_PORTABLE = 1
+CUDA_HOST_REGISTER_READ_ONLY = 8
 
 
 class AcceleratorDevice:
     """A device with torch's generic streams and events; host memory stays pageable."""
 
     unified = False
+    maps_files = False
+    pin_segment = PIN_SEGMENT
 
     def __init__(self, torch_device: torch.device) -> None:
         index = torch_device.index
@@ -38,7 +40,11 @@ class AcceleratorDevice:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
-    def pin(self, memory: torch.Tensor) -> bool:
+    def free_bytes(self) -> int:
+        free, _ = torch.accelerator.get_memory_info(self.torch_device.index)
+        return int(free)
+
+    def pin(self, memory: torch.Tensor, *, read_only: bool = False) -> bool:
         logger.warning(
             "%s: host memory cannot be page-locked, copies are slower", self.torch_device
         )
@@ -76,24 +82,32 @@ class AcceleratorDevice:
 class CudaDevice(AcceleratorDevice):
     """An NVIDIA (or ROCm) GPU."""
 
+    maps_files = True
+
     def __init__(self, torch_device: torch.device) -> None:
         super().__init__(torch_device)
         check_architecture(self.torch_device.index)
 
-    def pin(self, memory: torch.Tensor) -> bool:
+    def free_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        return free
+
+    def pin(self, memory: torch.Tensor, *, read_only: bool = False) -> bool:
+        flags = CUDA_HOST_REGISTER_PORTABLE | (CUDA_HOST_REGISTER_READ_ONLY if read_only else 0)
         cudart = torch.cuda.cudart()
-        for offset, length in _segments(memory.nbytes):
+        for offset in range(0, memory.nbytes, self.pin_segment):
+            length = min(self.pin_segment, memory.nbytes - offset)
             with self.guard():
-                code = cudart.cudaHostRegister(
-                    memory.data_ptr() + offset, length, CUDA_HOST_REGISTER_PORTABLE
-                )
+                code = cudart.cudaHostRegister(memory.data_ptr() + offset, length, flags)
             if int(code) != 0:
                 with self.guard():
                     _drain_error()
                 self._unregister(memory, offset)
+                kind = "pages of a mapped file" if read_only else "host memory"
                 logger.warning(
-                    "page-locking %.2f GiB of host memory was refused (%s), copies are slower",
+                    "page-locking %.2f GiB of %s was refused (%s)",
                     memory.nbytes / 2**30,
+                    kind,
                     code,
                 )
                 return False
@@ -104,9 +118,8 @@ class CudaDevice(AcceleratorDevice):
 
     def _unregister(self, memory: torch.Tensor, end: int) -> None:
         cudart = torch.cuda.cudart()
-        for offset, _ in _segments(memory.nbytes):
-            if offset < end:
-                cudart.cudaHostUnregister(memory.data_ptr() + offset)
+        for offset in range(0, end, self.pin_segment):
+            cudart.cudaHostUnregister(memory.data_ptr() + offset)
 
     def new_stream(self) -> Stream:
         # High priority: the pool of streams that users rarely draw from.
@@ -137,10 +150,6 @@ class CudaDevice(AcceleratorDevice):
             )
 
 
-def _segments(nbytes: int) -> Sequence[tuple[int, int]]:
-    return [(o, min(REGISTER_SEGMENT, nbytes - o)) for o in range(0, nbytes, REGISTER_SEGMENT)]
-
-
 def _drain_error() -> None:
     """Take the CUDA error of a refused registration, so that the next kernel does not report it.
 
@@ -169,7 +178,7 @@ def check_architecture(index: int) -> None:
         )
 
 
-def open_device(device: str | torch.device | None) -> Device:
+def open_device(device: DeviceName | None) -> Device:
     """The device that ``device`` names; None takes the GPU if there is one, else the CPU.
 
     ConfigError if it does not exist, or if a GPU is present that this torch cannot use: that is
@@ -199,6 +208,21 @@ def open_device(device: str | torch.device | None) -> Device:
         found = current.type if current is not None else "none"
         raise ConfigError(f"device={str(wanted)!r}: not available (accelerator found: {found})")
     return AcceleratorDevice(wanted)
+
+
+def open_devices(device: DeviceName | Sequence[DeviceName] | None) -> tuple[Device, ...]:
+    """The devices that ``device`` names, one or several of one kind. Raises ConfigError."""
+    if device is None or isinstance(device, str | torch.device):
+        return (open_device(device),)
+    if not device:
+        raise ConfigError("device=[]: must name a device")
+    devices = tuple(open_device(name) for name in device)
+    names = [str(opened.torch_device) for opened in devices]
+    if len({name.split(":")[0] for name in names}) > 1:
+        raise ConfigError(f"device={names}: must be devices of one kind")
+    if len(set(names)) < len(names) and not devices[0].unified:
+        raise ConfigError(f"device={names}: a device is named twice")
+    return devices
 
 
 def _unusable_gpu() -> str | None:

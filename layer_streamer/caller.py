@@ -10,10 +10,11 @@ from __future__ import annotations
 from .clock import PassClock
 from .device import Event, Stream
 from .errors import ClosedError, StreamerError
+from .lane import Lane
 from .pipeline import Pipeline
 from .pool import Weights
 from .stats import PassReport
-from .worker import Run
+from .worker import LaneRun, Run
 
 
 class Caller:
@@ -27,24 +28,24 @@ class Caller:
         self._pipeline = pipeline
         self._control = pipeline.control
         self._schedule = pipeline.schedule
-        self._device = pipeline.device
-        self._slots = pipeline.device_pool.slots
-        self._scratch = pipeline.scratch
+        self._lanes = pipeline.lanes
         self._finished: PassClock | None = None
 
     def begin(self) -> None:
         """Begin a pass at its first step, starting over if the one before did not end."""
-        with self._device.guard():
-            self._device.check_can_wait()
-            self._pipeline.files.check_unchanged()
-            run = self._control.run
-            if run is None or not self._between_passes(run):
-                self.abort()
-            self._pipeline.wake()
-            if self._pipeline.copier is not None and not self._device.unified:
-                self._pipeline.copier.avoid(self._device.current_stream())
-            run = self._run()
-            self._schedule.clock(run, run.released).start()
+        for lane in self._lanes:
+            with lane.device.guard():
+                lane.device.check_can_wait()
+        self._pipeline.files.check_unchanged()
+        run = self._control.run
+        if run is None or not self._between_passes(run):
+            self.abort()
+        self._pipeline.wake()
+        for lane in self._lanes:
+            if lane.copier is not None and not lane.device.unified:
+                lane.copier.avoid(lane.device.current_stream())
+        run = self._run()
+        self._schedule.clock(run, run.released).start()
 
     def take(self) -> tuple[int, Weights]:
         """The next step's layer index and weights, once its copies are enqueued.
@@ -54,20 +55,20 @@ class Caller:
         run = self._run()
         number = run.released
         index = self._schedule.index(number)
-        self._await(run, number)
-        layout = self._schedule.layouts[index]
-        slot = self._slots[number % len(self._slots)]
-        stream = self._device.current_stream()
-        slot.handed_on = stream
-        run.handed = number + 1
-        self.order_after_copy(slot.ready, stream)
+        lane = self._lane(index)
+        stream = lane.device.current_stream()
+        n = -1
+        if index in lane.orders.copied:
+            n = lane.orders.copied.before(number)
+            self._await(run, run.lanes[index % len(self._lanes)], n, number)
+            slot = lane.pool.slots[n % lane.pool.count]
+            slot.handed_on = stream
+            run.handed = number + 1
+            self.order_after_copy(slot.ready, stream)
+        elif self._control.closing:
+            raise ClosedError("the streamer was closed during the pass")
         self._schedule.clock(run, number).compute_begin[index].record(stream)
-        if self._scratch is not None:
-            weights = slot.weights(layout, self._scratch.memory)
-            self._scratch.cast(slot, layout, stream)
-        else:
-            weights = slot.weights(layout, None)
-        return self._schedule.steps[index].layer_idx, weights
+        return self._schedule.steps[index].layer_idx, lane.weights_of(index, n, stream)
 
     def order_after_copy(self, ready: Event, stream: Stream) -> None:
         """Let the caller's stream wait for the slot's copies."""
@@ -77,18 +78,19 @@ class Caller:
         """The caller's work on the step has been enqueued; once done, its slot is free."""
         run = self._run()
         number = run.released
-        self._record_uses(number)
-        clock, index = self._schedule.clock(run, number), self._schedule.index(number)
-        clock.compute_end[index].record(self._device.current_stream())
+        index = self._schedule.index(number)
+        lane = self._lane(index)
+        stream = lane.device.current_stream()
+        self._record_uses(lane, index, number, stream)
+        self._schedule.clock(run, number).compute_end[index].record(stream)
         run.released = number + 1
-        self._pipeline.slot_released()
+        lane.filler_bell.ring()
 
     def finish(self) -> None:
         """The pass's last step has been given back."""
         run = self._run()
         clock = self._schedule.clock(run, run.released - 1)
-        with self._device.guard():
-            clock.stop()
+        clock.stop()
         self._pipeline.files.check_unchanged()
         self._finished = clock
 
@@ -101,8 +103,10 @@ class Caller:
         if run is not None:
             run.aborted = True
             if run.handed > run.released:
-                with self._device.guard():
-                    self._record_uses(run.released)
+                index = self._schedule.index(run.released)
+                lane = self._lane(index)
+                stream = lane.device.current_stream()
+                self._record_uses(lane, index, run.released, stream)
             base_pass = run.base_pass + run.released // self._schedule.length
         self._pipeline.publish(base_pass)
 
@@ -110,25 +114,31 @@ class Caller:
         """The report of the last finished pass; waits until the device has done it."""
         if self._finished is None:
             return None
-        with self._device.guard():
-            return self._finished.report(self._schedule.layouts)
-
-    def _between_passes(self, run: Run) -> bool:
-        whole = run.released % self._schedule.length == 0
-        return whole and not run.aborted and run.handed == run.released
+        return self._finished.report(self._schedule.layouts)
 
     def _run(self) -> Run:
         run = self._control.run
-        assert run is not None
+        if run is None:
+            raise ClosedError("no pass has begun")
         return run
 
-    def _record_uses(self, number: int) -> None:
-        stream = self._device.current_stream()
-        self._slots[number % len(self._slots)].record_uses(stream)
-        if self._scratch is not None:
-            self._scratch.record_uses(stream)
+    def _lane(self, index: int) -> Lane:
+        return self._lanes[index % len(self._lanes)]
 
-    def _await(self, run: Run, number: int) -> None:
+    def _between_passes(self, run: Run) -> bool:
+        """True if the run goes on where the last pass ended."""
+        at_start = run.released % self._schedule.length == 0
+        return at_start and run.handed <= run.released and not run.aborted
+
+    def _record_uses(self, lane: Lane, index: int, number: int, stream: Stream) -> None:
+        if index not in lane.orders.copied:
+            return
+        n = lane.orders.copied.before(number)
+        lane.pool.slots[n % lane.pool.count].record_uses(stream)
+        if lane.scratch is not None:
+            lane.scratch.record_uses(stream)
+
+    def _await(self, run: Run, lane_run: LaneRun, n: int, number: int) -> None:
         while True:
             if self._control.closing:
                 raise ClosedError("the streamer was closed during the pass")
@@ -136,7 +146,7 @@ class Caller:
                 raise StreamerError(
                     f"a thread of the streamer ended: {self._control.fatal}"
                 ) from self._control.fatal
-            if run.copied.out > number:
+            if lane_run.copied.out > n:
                 break
             self._pipeline.caller_bell.wait()
         if number in run.failures:

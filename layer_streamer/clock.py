@@ -7,11 +7,27 @@ are stamped beside those of the pass that is reported. Nothing is allocated in s
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from .device import Device, Event
 from .layout import Layout, Step
 from .stats import PassReport, Span, StepReport, report_step
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """The way of each step of a pass, by its index."""
+
+    devices: tuple[Device, ...]
+    device_of: tuple[int, ...]
+    """Which of ``devices`` the step is handed out on."""
+    read: frozenset[int]
+    """Steps that are read from disk."""
+    moved: frozenset[int]
+    """Steps that a memcpy takes from pageable to pinned memory."""
+    copied: frozenset[int]
+    """Steps whose bytes are copied to their device, or moved within their slot."""
 
 
 class PassClock:
@@ -21,80 +37,96 @@ class PassClock:
     under their lock), at the index of the step in the pass, before the step is handed on.
     """
 
-    def __init__(self, steps: Sequence[Step], device: Device, pools: Mapping[str, int]) -> None:
+    def __init__(self, steps: Sequence[Step], routes: Routes, pools: Mapping[str, int]) -> None:
         count = len(steps)
         self._steps = steps
-        self._device = device
+        self._routes = routes
         self._pools = pools
         self.read_begin = [0.0] * count
         self.read_end = [0.0] * count
         self.memcpy_begin = [0.0] * count
         self.memcpy_end = [0.0] * count
-        self.copy_begin = [device.new_event() for _ in range(count)]
-        self.copy_end = [device.new_event() for _ in range(count)]
-        self.compute_begin = [device.new_event() for _ in range(count)]
-        self.compute_end = [device.new_event() for _ in range(count)]
-        self.begin = device.new_event()
-        self.end = device.new_event()
-        self._now = device.new_event()
-        self.begin_seconds = 0.0
+        self.copy_begin = self._events()
+        self.copy_end = self._events()
+        self.compute_begin = self._events()
+        self.compute_end = self._events()
+        # Times of events can be compared on one device only: each has a begin of its own.
+        self._begins = [device.new_event() for device in routes.devices]
+        self._nows = [device.new_event() for device in routes.devices]
+        self._end = routes.devices[0].new_event()
+        self._begin_seconds = 0.0
         self.peak_slots = dict.fromkeys(pools, 0)
 
     def start(self) -> None:
-        """The pass begins, on the caller's current stream."""
-        self.begin_seconds = time.perf_counter()
-        self.begin.record(self._device.current_stream())
+        """The pass begins, on the caller's current stream of every device."""
+        self._begin_seconds = time.perf_counter()
+        for device, begin in zip(self._routes.devices, self._begins, strict=True):
+            begin.record(device.current_stream())
 
     def stop(self) -> None:
-        """The pass's last compute has been enqueued."""
-        self.end.record(self._device.current_stream())
+        """The pass's last compute has been enqueued, and its result is on the first device."""
+        self._end.record(self._routes.devices[0].current_stream())
 
     def report(self, layouts: Sequence[Layout]) -> PassReport:
-        """What the stamps say; waits until the device has done the pass."""
-        self.end.synchronize()
-        steps = {"read": self._report_host("read", self.read_begin, self.read_end, layouts)}
-        if "pinned" in self._pools and "host" in self._pools:
-            steps["memcpy"] = self._report_host(
-                "memcpy", self.memcpy_begin, self.memcpy_end, layouts
-            )
-        offset = self._device_offset()
-        if any(layout.copies for layout in layouts):
-            spans = self._spans(self.copy_begin, self.copy_end, offset)
-            nbytes = sum(layout.copy_nbytes for layout in layouts)
-            steps["copy"] = report_step("copy", nbytes, spans, offset)
-        spans = self._spans(self.compute_begin, self.compute_end, offset)
+        """What the stamps say; waits until the devices have done the pass."""
+        self._end.synchronize()
+        routes, steps = self._routes, dict[str, StepReport]()
+        for name, indices, begins, ends in (
+            ("read", routes.read, self.read_begin, self.read_end),
+            ("memcpy", routes.moved, self.memcpy_begin, self.memcpy_end),
+        ):
+            if indices:
+                nbytes = sum(layouts[index].read_nbytes for index in indices)
+                spans = self._host_spans(sorted(indices), begins, ends)
+                steps[name] = report_step(name, nbytes, spans)
+        offsets = [self._offset(i) for i in range(len(routes.devices))]
+        if routes.copied:
+            nbytes = sum(layouts[index].copy_nbytes for index in routes.copied)
+            spans = self._spans(sorted(routes.copied), self.copy_begin, self.copy_end, offsets)
+            steps["copy"] = report_step("copy", nbytes, spans, offsets[0])
+        every = range(len(self._steps))
+        spans = self._spans(every, self.compute_begin, self.compute_end, offsets)
         nbytes = sum(step.nbytes for step in self._steps)
-        steps["compute"] = report_step("compute", nbytes, spans, offset)
+        steps["compute"] = report_step("compute", nbytes, spans, offsets[0])
         return PassReport(
-            seconds=self.begin.elapsed_time(self.end) / 1e3,
+            seconds=self._begins[0].elapsed_time(self._end) / 1e3,
             num_layers=len(self._steps),
             steps=steps,
             peak_slots={name: (self.peak_slots[name], n) for name, n in self._pools.items()},
         )
 
-    def _report_host(
-        self, name: str, begins: Sequence[float], ends: Sequence[float], layouts: Sequence[Layout]
-    ) -> StepReport:
-        origin = self.begin_seconds
-        spans = [
-            Span(step.layer_idx, begin - origin, end - origin)
-            for step, begin, end in zip(self._steps, begins, ends, strict=True)
-        ]
-        return report_step(name, sum(layout.read_nbytes for layout in layouts), spans)
+    def _events(self) -> list[Event]:
+        devices = self._routes.devices
+        return [devices[i].new_event() for i in self._routes.device_of]
 
-    def _device_offset(self) -> float:
-        """Seconds from the pass's begin on the host's clock to its begin on the device's."""
-        self._now.record(self._device.current_stream())
-        self._now.synchronize()
-        since_begin = self.begin.elapsed_time(self._now) / 1e3
-        return time.perf_counter() - self.begin_seconds - since_begin
-
-    def _spans(self, begins: Sequence[Event], ends: Sequence[Event], offset: float) -> list[Span]:
+    def _host_spans(
+        self, indices: Iterable[int], begins: Sequence[float], ends: Sequence[float]
+    ) -> list[Span]:
+        origin = self._begin_seconds
         return [
-            Span(
-                step.layer_idx,
-                offset + self.begin.elapsed_time(begin) / 1e3,
-                offset + self.begin.elapsed_time(end) / 1e3,
-            )
-            for step, begin, end in zip(self._steps, begins, ends, strict=True)
+            Span(self._steps[i].layer_idx, begins[i] - origin, ends[i] - origin) for i in indices
         ]
+
+    def _offset(self, device_idx: int) -> float:
+        """Seconds from the pass's begin on the host's clock to its begin on a device's."""
+        device, now = self._routes.devices[device_idx], self._nows[device_idx]
+        now.record(device.current_stream())
+        now.synchronize()
+        since_begin = self._begins[device_idx].elapsed_time(now) / 1e3
+        return time.perf_counter() - self._begin_seconds - since_begin
+
+    def _spans(
+        self,
+        indices: Iterable[int],
+        begins: Sequence[Event],
+        ends: Sequence[Event],
+        offsets: Sequence[float],
+    ) -> list[Span]:
+        spans = []
+        for i in indices:
+            device_idx = self._routes.device_of[i]
+            origin, offset = self._begins[device_idx], offsets[device_idx]
+            begin = offset + origin.elapsed_time(begins[i]) / 1e3
+            end = offset + origin.elapsed_time(ends[i]) / 1e3
+            spans.append(Span(self._steps[i].layer_idx, begin, end))
+        return spans

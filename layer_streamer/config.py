@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, get_args
 
 import torch
 
+from .budget import parse_bytes
 from .errors import ConfigError
 from .layout import CASTABLE
 
 OnCopy = Callable[[int, object], None]
 """``on_copy(layer_idx, stream)``: called after a layer's copies are enqueued on ``stream``."""
 
+ReadMode = Literal["auto", "buffered", "direct", "mapped"]
+"""How files are read: see :attr:`Settings.read_mode`."""
+Bytes = int | str
+"""A number of bytes, or a string such as "6GiB"."""
+DeviceName = str | torch.device
+
+
+class Unset(Enum):
+    """The default of an option for which naming its default value means something else."""
+
+    UNSET = "default"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+UNSET = Unset.UNSET
+
 logger = logging.getLogger(__name__)
 
+DEFAULT_N_GPU = 2
+DEFAULT_N_GPU_OF_SEVERAL = 4
+"""Links that share a host are uneven from moment to moment: measured, see docs/benchmarks."""
+DEFAULT_N_CPU_PINNED = 4
 DEFAULT_READ_THREADS = 8
 DEFAULT_READ_CHUNK = 8 << 20
 MAX_SLOTS = 4096
@@ -23,14 +48,20 @@ MAX_READ_THREADS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PoolConfig:
-    """Sizes of the pools and batches, and how the disk is read."""
+class Settings:
+    """Every option of a streamer."""
 
-    n_gpu: int = 2
-    """Layers held ahead on the device, beside the one in use; >= 0."""
-    n_cpu_pinned: int | None = 4
+    device: DeviceName | Sequence[DeviceName] | None = None
+    """Where layers go; of several devices layer i goes to the one at i % their number. None: the
+    GPU if there is one, else the CPU."""
+    dtype: torch.dtype | None = None
+    """What CASTABLE tensors are cast to; None: as stored."""
+    n_gpu: int | Unset = UNSET
+    """Layers held ahead on each device, beside the one in use; >= 0. Where it is not named and
+    ``device_budget`` is too small for DEFAULT_N_GPU, fewer."""
+    n_cpu_pinned: int | Unset | None = UNSET
     """Layers held ahead in pinned host memory; None or 0: no pinned pool."""
-    n_cpu: int | None = None
+    n_cpu: int | Unset | None = UNSET
     """Layers held ahead in pageable host memory; None or 0: no pageable pool."""
     batch_gpu: int | None = None
     """Layers that the copy step hands on at a time; None: one by one."""
@@ -38,23 +69,80 @@ class PoolConfig:
     """Layers handed on at a time out of the pinned pool."""
     batch_cpu: int | None = None
     """Layers handed on at a time out of the pageable pool."""
+    device_budget: Bytes | None = None
+    """Bytes of each device that may be used; what slots leave holds layers for good. "auto": what
+    is free less a margin. None: slots alone."""
+    host_budget: Bytes | None = None
+    """Bytes of host memory that may be used, likewise. None: slots, or a mapped checkpoint."""
+    reserve_bytes: Bytes = 0
+    """The caller's part of ``device_budget``."""
+    read_mode: ReadMode = "auto"
+    """"buffered" reads through the page cache, "direct" past it, "mapped" takes the page cache
+    itself for the host's memory; "auto" is what suits the memory there is."""
     read_threads: int | None = None
     """Threads that read; None: DEFAULT_READ_THREADS."""
     read_chunk: int | None = None
     """Largest number of bytes one thread reads at a stretch; None: DEFAULT_READ_CHUNK."""
+    tail: Sequence[str] = ()
+    """Tensors to stream after the last layer."""
+    on_copy: OnCopy | None = None
+    track_progress: bool = False
 
     def __post_init__(self) -> None:
-        check_count("n_gpu", self.n_gpu, 0, MAX_SLOTS)
-        for name in ("n_cpu_pinned", "n_cpu"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), 0, MAX_SLOTS)
-        for name in ("batch_gpu", "batch_cpu_pinned", "batch_cpu"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), 1, MAX_SLOTS)
-        if self.read_threads is not None:
-            check_count("read_threads", self.read_threads, 1, MAX_READ_THREADS)
-        if self.read_chunk is not None:
-            check_count("read_chunk", self.read_chunk, 4096, 1 << 30)
+        if self.n_gpu is not UNSET:
+            check_count("n_gpu", self.n_gpu, 0, MAX_SLOTS)
+        for name, low, high in (
+            ("n_cpu_pinned", 0, MAX_SLOTS),
+            ("n_cpu", 0, MAX_SLOTS),
+            ("batch_gpu", 1, MAX_SLOTS),
+            ("batch_cpu_pinned", 1, MAX_SLOTS),
+            ("batch_cpu", 1, MAX_SLOTS),
+            ("read_threads", 1, MAX_READ_THREADS),
+            ("read_chunk", 4096, 1 << 30),
+        ):
+            if getattr(self, name) not in (None, UNSET):
+                check_count(name, getattr(self, name), low, high)
+        for name in ("device_budget", "host_budget"):
+            if getattr(self, name) not in (None, "auto"):
+                parse_bytes(name, getattr(self, name))
+        parse_bytes("reserve_bytes", self.reserve_bytes)
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        if self.read_mode not in get_args(ReadMode):
+            modes = ", ".join(get_args(ReadMode))
+            raise ConfigError(f"read_mode={self.read_mode!r}: must be one of {modes}")
+        if self.dtype is not None and self.dtype not in CASTABLE:
+            raise ConfigError(
+                f"dtype={self.dtype}: must be float32, float16, bfloat16 or None (as stored)"
+            )
+        if isinstance(self.tail, str):
+            raise ConfigError(f"tail={self.tail!r}: must be a list of tensor names")
+
+    @property
+    def num_device(self) -> int:
+        """Layers to be held ahead on each device."""
+        if not isinstance(self.n_gpu, Unset):
+            return self.n_gpu
+        if self.device is None or isinstance(self.device, str | torch.device):
+            return DEFAULT_N_GPU
+        return DEFAULT_N_GPU if len(self.device) < 3 else DEFAULT_N_GPU_OF_SEVERAL
+
+    @property
+    def num_pinned(self) -> int:
+        """Layers held ahead in pinned host memory."""
+        count = self.n_cpu_pinned
+        return DEFAULT_N_CPU_PINNED if isinstance(count, Unset) else count or 0
+
+    @property
+    def num_pageable(self) -> int:
+        """Layers held ahead in pageable host memory."""
+        return 0 if isinstance(self.n_cpu, Unset) else self.n_cpu or 0
+
+    @property
+    def names_host_pools(self) -> bool:
+        """True if the caller asked for host pools of a certain size."""
+        return self.n_cpu_pinned is not UNSET or self.n_cpu is not UNSET
 
     @property
     def num_readers(self) -> int:
@@ -63,29 +151,6 @@ class PoolConfig:
     @property
     def chunk_nbytes(self) -> int:
         return self.read_chunk or DEFAULT_READ_CHUNK
-
-
-@dataclass(frozen=True, slots=True)
-class PassConfig:
-    """What is streamed beside the layers, and where to."""
-
-    device: str | torch.device | None
-    dtype: torch.dtype | None
-    """What CASTABLE tensors are cast to; None: as stored."""
-    tail: Sequence[str]
-    on_copy: OnCopy | None
-    track_progress: bool
-
-    def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in CASTABLE:
-            raise ConfigError(
-                f"dtype={self.dtype}: must be float32, float16, bfloat16 or None (as stored)"
-            )
-        if isinstance(self.tail, str):
-            raise ConfigError(f"tail={self.tail!r}: must be a list of tensor names")
-
-
-CONFIG_KEYS = frozenset(field.name for field in fields(PoolConfig))
 
 
 def check_count(name: str, value: object, low: int, high: int) -> None:

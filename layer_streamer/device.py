@@ -12,6 +12,11 @@ from typing import Any, Protocol
 
 import torch
 
+from .hostmem import available_host_bytes
+
+# Registering fails beyond some hundred GiB a call; segments of this size work everywhere.
+PIN_SEGMENT = 64 << 30
+
 
 class Event(Protocol):
     """A point in a stream's work. Waiting on one that was never recorded does nothing."""
@@ -34,11 +39,18 @@ class Device(Protocol):
     torch_device: torch.device
     unified: bool
     """True if host memory is the device's memory, so that a byte read is where it is used."""
+    maps_files: bool
+    """True if :meth:`pin` may be asked for the read-only pages of a mapped file."""
+    pin_segment: int
+    """Bytes that :meth:`pin` locks at a time; no copy may cross from one segment to the next."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """A uint8 tensor of ``nbytes`` on the device."""
 
-    def pin(self, memory: torch.Tensor) -> bool:
+    def free_bytes(self) -> int:
+        """Bytes of memory that can still be allocated on the device."""
+
+    def pin(self, memory: torch.Tensor, *, read_only: bool = False) -> bool:
         """Page-lock host memory; False, with a logged reason, where that is refused."""
 
     def unpin(self, memory: torch.Tensor) -> None:
@@ -101,6 +113,8 @@ class CpuDevice:
     """The CPU: slots are ordinary memory, and work is done when a call returns."""
 
     unified = True
+    maps_files = False
+    pin_segment = PIN_SEGMENT
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
@@ -109,7 +123,10 @@ class CpuDevice:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def pin(self, memory: torch.Tensor) -> bool:
+    def free_bytes(self) -> int:
+        return available_host_bytes()
+
+    def pin(self, memory: torch.Tensor, *, read_only: bool = False) -> bool:
         return False
 
     def unpin(self, memory: torch.Tensor) -> None:

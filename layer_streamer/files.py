@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from .direct import open_direct
 from .errors import CheckpointChangedError, CheckpointError, ClosedError, ReadError
+from .layout import PAGE
 from .manifest import FileStamp
+
+logger = logging.getLogger(__name__)
 
 # Linux moves at most 0x7ffff000 bytes a call; a round number below it.
 MAX_READ = 1 << 30
+SAMPLES = 16
+"""Places in an extent that are looked at to tell whether it is cached."""
 
 
 class OpenFiles:
-    """One read-only descriptor per file of a checkpoint.
+    """One read-only descriptor per file of a checkpoint, and one more for direct reads.
 
     Thread rules: reads and checks from any thread; :meth:`close` once no thread reads any more.
     """
@@ -22,6 +30,10 @@ class OpenFiles:
     def __init__(self, stamps: Mapping[Path, FileStamp]) -> None:
         self._stamps = dict(stamps)
         self._descriptors: dict[Path, int] = {}
+        self._direct: dict[Path, int] = {}
+        self._refused: list[int] = []
+        self.reads_direct = False
+        """True if reads are to be page-aligned, so that they can be direct."""
         try:
             for path in stamps:
                 self._descriptors[path] = _open(path)
@@ -29,6 +41,28 @@ class OpenFiles:
         except BaseException:
             self.close()
             raise
+
+    def use_direct(self) -> None:
+        """From now on, read past the page cache wherever the file system allows that."""
+        self.reads_direct = True
+        for path in self._stamps:
+            self._open_direct(path)
+
+    def cached_share(self, extents: Iterable[tuple[Path, int, int]]) -> float:
+        """About which part of some (path, offset, bytes) is in the page cache; 0 if unknown."""
+        samples = [
+            (self._descriptors[path], offset + nbytes * i // SAMPLES)
+            for path, offset, nbytes in extents
+            for i in range(SAMPLES)
+            if nbytes
+        ]
+        cached = sum(_is_cached(descriptor, offset) for descriptor, offset in samples)
+        return cached / len(samples) if samples else 1.0
+
+    @property
+    def read_modes(self) -> dict[Path, str]:
+        """How each file is read: "direct", or "buffered" (through the page cache)."""
+        return {path: "direct" if path in self._direct else "buffered" for path in self._stamps}
 
     def descriptor(self, path: Path) -> int:
         """The file descriptor of ``path``."""
@@ -51,37 +85,99 @@ class OpenFiles:
                     f"{path}: changed since it was opened (its time of change moved)"
                 )
 
-    def read_into(self, path: Path, view: memoryview, offset: int) -> None:
-        """Fill ``view`` with the file's bytes from ``offset`` on.
+    def read_into(
+        self, path: Path, view: memoryview, offset: int, wanted: int | None = None
+    ) -> None:
+        """Fill ``view`` with the file's bytes from ``offset`` on, at least ``wanted`` (None: all).
 
-        Errors: ReadError if the system refuses, CheckpointChangedError at the end of the file.
+        Direct if the file is opened so; then ``offset``, the view's address and its length are
+        multiples of a page. Errors: ReadError if the system refuses, CheckpointChangedError at the
+        end of the file.
         """
-        read_exactly(self._descriptors[path], view, offset, path)
+        wanted = len(view) if wanted is None else wanted
+        direct = self._direct.get(path)
+        if direct is not None and not (offset | len(view)) % PAGE:
+            try:
+                read_direct(direct, view, offset, wanted, path)
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise _read_error(path, wanted, offset, error) from error
+                self._refuse_direct(path, error)
+        try:
+            read_exactly(self._descriptors[path], view[:wanted], offset, path)
+        except OSError as error:
+            raise _read_error(path, wanted, offset, error) from error
 
     def close(self) -> None:
         """Close every descriptor. Idempotent."""
+        self._refused += self._direct.values()
+        self._direct.clear()
+        while self._refused:
+            os.close(self._refused.pop())
         while self._descriptors:
             _, descriptor = self._descriptors.popitem()
             os.close(descriptor)
 
+    def _open_direct(self, path: Path) -> None:
+        try:
+            self._direct[path] = open_direct(path)
+        except OSError as error:
+            logger.warning("%s: direct reads are refused (%s), reading buffered", path, error)
+
+    def _refuse_direct(self, path: Path, error: OSError) -> None:
+        """From now on the file is read through the page cache."""
+        descriptor = self._direct.pop(path, None)
+        if descriptor is not None:
+            # Other threads may still be reading from it: closed with the rest.
+            self._refused.append(descriptor)
+            logger.warning("%s: direct reads are refused (%s), reading buffered", path, error)
+
 
 def read_exactly(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
-    """Fill ``view`` from ``offset`` of an open file, through short reads; errors as read_into."""
+    """Fill ``view`` from ``offset`` of an open file, through short reads. Raises OSError."""
     done, wanted = 0, len(view)
+    while done < wanted:
+        # os.preadv fills the slot itself: no bytes object, no shared cursor, no GIL.
+        got = os.preadv(descriptor, [view[done : done + MAX_READ]], offset + done)
+        if got == 0:
+            raise _end_of_file(path, wanted, offset, done)
+        done += got
+
+
+def read_direct(descriptor: int, view: memoryview, offset: int, wanted: int, path: Path) -> None:
+    """Fill at least the first ``wanted`` bytes of a page-aligned ``view``. Raises OSError.
+
+    After a short read it goes on at the page that the read ended in: at the end of the file that
+    gives the same bytes again, so a read that covers nothing new is the end.
+    """
+    covered = 0
+    while covered < wanted:
+        start = covered // PAGE * PAGE
+        got = os.preadv(descriptor, [view[start : start + MAX_READ]], offset + start)
+        if start + got <= covered:
+            raise _end_of_file(path, wanted, offset, covered)
+        covered = start + got
+
+
+def _is_cached(descriptor: int, offset: int) -> bool:
+    """True if a byte can be read without waiting for the disk."""
     try:
-        while done < wanted:
-            # os.preadv fills the slot itself: no bytes object, no shared cursor, no GIL.
-            got = os.preadv(descriptor, [view[done : done + MAX_READ]], offset + done)
-            if got == 0:
-                raise CheckpointChangedError(
-                    f"{path}: expected {wanted} bytes at offset {offset}, got {done}: "
-                    "the file shrank after it was opened"
-                )
-            done += got
-    except OSError as error:
-        raise ReadError(
-            f"{path}: reading {wanted} bytes at offset {offset} failed: {error.strerror or error}"
-        ) from error
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except (OSError, AttributeError):
+        return False  # not cached, or a system that does not tell
+
+
+def _end_of_file(path: Path, wanted: int, offset: int, got: int) -> CheckpointChangedError:
+    return CheckpointChangedError(
+        f"{path}: expected {wanted} bytes at offset {offset}, got {got}: "
+        "the file shrank after it was opened"
+    )
+
+
+def _read_error(path: Path, wanted: int, offset: int, error: OSError) -> ReadError:
+    reason = error.strerror or error
+    return ReadError(f"{path}: reading {wanted} bytes at offset {offset} failed: {reason}")
 
 
 def _open(path: Path) -> int:

@@ -44,6 +44,10 @@ class Read:
     slot_offset: int
     nbytes: int
 
+    def holds(self, slot_offset: int) -> bool:
+        """True if this read brings that byte of the slot."""
+        return self.slot_offset <= slot_offset < self.slot_offset + self.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Copy:
@@ -153,6 +157,17 @@ def lay_out(step: Step, *, unified: bool, dtype: torch.dtype | None = None) -> L
         device_nbytes=align_up(device_end, COPY_ALIGNMENT),
         scratch_nbytes=scratch_end,
     )
+
+
+def lay_out_resident(step: Step, dtype: torch.dtype | None) -> tuple[tuple[View, ...], int]:
+    """Where a step's tensors, cast to ``dtype``, lie in memory of their own, and its bytes."""
+    views, end = list[View](), 0
+    for key, spec in step.tensors.items():
+        cast = dtype if dtype is not None and spec.dtype in CASTABLE else spec.dtype
+        nbytes = spec.nbytes // spec.dtype.itemsize * cast.itemsize
+        views.append(View(key, cast, spec.shape, end, nbytes))
+        end = align_up(end + nbytes, COPY_ALIGNMENT)
+    return tuple(views), end
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,53 +9,65 @@ from __future__ import annotations
 
 import logging
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 
 from .device import Device
-from .layout import COPY_ALIGNMENT, PAGE, align_up
+from .layout import COPY_ALIGNMENT, PAGE, View, align_up
+from .libc import populate
+from .tasks import run_all
 
 logger = logging.getLogger(__name__)
 
 # Not named by the mmap module; the child of a fork sees zeros, the parent keeps its pages.
 MADV_WIPEONFORK = 18
 HUGE_PAGE = 2 << 20
+POPULATE_CHUNK = 64 << 20
+"""Bytes of memory that one thread faults in at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """What a streamer's slots take, bytes."""
+    """What a streamer takes, bytes; none of it grows."""
 
     host_bytes: int
+    """Slots and resident layers in host memory."""
     pinned_bytes: int
     """The page-locked part of ``host_bytes``."""
     device_bytes: int
+    """Slots and resident layers on all devices."""
 
 
 class HostArena:
-    """``count`` page-aligned slots of ``slot_nbytes`` bytes in one anonymous mapping.
+    """Page-aligned slots of the given sizes in one anonymous mapping of exactly their sum.
 
     Thread rules: constructed and freed by one thread; slots may be read and written by any.
     """
 
-    def __init__(self, count: int, slot_nbytes: int, device: Device, *, pinned: bool) -> None:
+    def __init__(self, sizes: Sequence[int], device: Device, *, pinned: bool, threads: int) -> None:
         self._device = device
-        self.slot_nbytes = align_up(max(slot_nbytes, 1), PAGE)
-        self._mapping = mmap.mmap(
-            -1, count * self.slot_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        ends = list(accumulate(align_up(max(size, 1), PAGE) for size in sizes))
+        self.offsets = [0, *ends[:-1]]
+        """Where each slot begins in ``memory``."""
+        self._mapping = mmap.mmap(-1, ends[-1], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._advise()
         array = np.frombuffer(self._mapping, dtype=np.uint8)
         with torch.inference_mode(False):
             self.memory = torch.from_numpy(array)
-            self.slots = _split(self.memory, self.slot_nbytes)
-        self._pinned = [self.memory] if pinned and device.pin(self.memory) else []
+            self.slots = [self.memory[i:j] for i, j in pairwise([0, *ends])]
         whole = memoryview(self._mapping)
-        self.bytes = [
-            whole[i * self.slot_nbytes : (i + 1) * self.slot_nbytes] for i in range(count)
-        ]
+        self.bytes = [whole[i:j] for i, j in pairwise([0, *ends])]
+        self._pinned: list[torch.Tensor] = []
+        if pinned:
+            # Page-locking faults in what is missing, but on one thread.
+            populate_memory(self.memory, threads)
+            if device.pin(self.memory):
+                self._pinned.append(self.memory)
 
     @property
     def pinned(self) -> bool:
@@ -86,10 +98,25 @@ class HostArena:
             self._device.unpin(memory)
 
 
+def populate_memory(memory: torch.Tensor, threads: int) -> None:
+    """Fault the pages of fresh memory in, by several threads; where that is refused, do nothing."""
+    address, nbytes = memory.data_ptr(), memory.nbytes
+
+    def populate_chunk(offset: int) -> None:
+        populate(address + offset, min(POPULATE_CHUNK, nbytes - offset), write=True)
+
+    try:
+        run_all([partial(populate_chunk, o) for o in range(0, nbytes, POPULATE_CHUNK)], threads)
+    except OSError as error:
+        logger.debug("populating memory was refused: %s", error)
+
+
 def device_slots(count: int, slot_nbytes: int, device: Device) -> list[torch.Tensor]:
     """``count`` uint8 tensors of ``slot_nbytes`` rounded up to the copy alignment, in one slab."""
     stride = align_up(max(slot_nbytes, 1), COPY_ALIGNMENT)
-    return _split(allocate(count * stride, device), stride)
+    memory = allocate(count * stride, device)
+    with torch.inference_mode(False):
+        return [memory[start : start + stride] for start in range(0, memory.nbytes, stride)]
 
 
 def allocate(nbytes: int, device: Device) -> torch.Tensor:
@@ -98,18 +125,12 @@ def allocate(nbytes: int, device: Device) -> torch.Tensor:
         return device.allocate(nbytes)
 
 
-def view_tensor(
-    memory: torch.Tensor, offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]
-) -> torch.Tensor:
-    """A tensor of ``dtype`` and ``shape`` over ``nbytes`` bytes of ``memory`` (uint8)."""
+def view_tensor(memory: torch.Tensor, view: View) -> torch.Tensor:
+    """A tensor over bytes of ``memory`` (uint8)."""
     # A view made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
-        if nbytes == 0:
-            return torch.empty(shape, dtype=dtype, device=memory.device)
-        typed: torch.Tensor = memory[offset : offset + nbytes].view(dtype)
-        return typed.view(shape)
-
-
-def _split(memory: torch.Tensor, stride: int) -> list[torch.Tensor]:
-    with torch.inference_mode(False):
-        return [memory[start : start + stride] for start in range(0, memory.nbytes, stride)]
+        if view.nbytes == 0:
+            return torch.empty(view.shape, dtype=view.dtype, device=memory.device)
+        raw = memory[view.offset : view.offset + view.nbytes]
+        typed: torch.Tensor = raw.view(view.dtype)
+        return typed.view(view.shape)

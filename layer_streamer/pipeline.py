@@ -1,4 +1,4 @@
-"""Builds the stages, slots and clocks of a configuration, and takes them down again.
+"""Builds what a plan says, and takes it down again: resident layers, lanes, the schedule.
 
 Knows no LayerStreamer: the threads keep the pipeline alive, and the streamer owns the pipeline, so
 that a streamer nobody holds any more can be collected and close it.
@@ -9,35 +9,26 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-import torch
-
-from .config import OnCopy, PoolConfig, cap_batch, note_unused_batch
-from .copier import Copier, DeviceTarget, Memcpy, Target, UnifiedTarget
+from .clock import Routes
+from .config import Settings
 from .device import Device
 from .errors import ClosedError, StreamerError
 from .files import OpenFiles
+from .lane import Lane
 from .layout import Layout, Step
-from .memory import HostArena, MemoryUse, allocate, device_slots
-from .pool import DevicePool, HostPool, Scratch
-from .reader import Feeder, Reader
-from .schedule import Schedule, lay_out_all
-from .worker import Bell, Control, Progress, Run, Stage
+from .memory import MemoryUse
+from .plan import Plan
+from .progress import ProgressBar
+from .residents import Loader, Residents
+from .schedule import Schedule
+from .worker import Bell, Control, Run
 
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 30.0
 """How long close() waits for a thread that is inside a system call before it says so."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batches:
-    """Steps that each stage hands on at a time."""
-
-    read: int
-    staged: int
-    copied: int
 
 
 class Pipeline:
@@ -51,42 +42,49 @@ class Pipeline:
     def __init__(
         self,
         steps: Sequence[Step],
+        layouts: Sequence[Layout],
         files: OpenFiles,
-        device: Device,
-        config: PoolConfig,
-        *,
-        dtype: torch.dtype | None = None,
-        on_copy: OnCopy | None = None,
+        devices: Sequence[Device],
+        settings: Settings,
+        plan: Plan,
     ) -> None:
-        self.device = device
+        self.devices = tuple(devices)
         self.files = files
+        self.plan = plan
         self.control = Control()
         self.caller_bell = Bell()
+        self.lanes: list[Lane] = []
+        self._settings = settings
+        self._steps = tuple(steps)
+        self._layouts = list(layouts)
         self._pid = os.getpid()
-        self.host_pools: list[HostPool] = []
+        self._residents = [Residents() for _ in devices]
         try:
-            layouts = lay_out_all(steps, unified=device.unified, dtype=dtype)
-            self._build_pools(layouts, config)
-            self._wire(steps, layouts, config, on_copy)
+            if plan.read_mode == "direct":
+                files.use_direct()
+            self._load()
+            self._build_lanes()
         except BaseException:
             self._free()
             raise
 
     @property
     def memory(self) -> MemoryUse:
-        """What the slots take."""
-        scratch = self.scratch.memory.nbytes if self.scratch is not None else 0
+        """What slots and resident layers take."""
+        pools = [pool for lane in self.lanes for pool in lane.host_pools]
+        residents = self._residents
         return MemoryUse(
-            host_bytes=sum(pool.arena.nbytes for pool in self.host_pools),
-            pinned_bytes=sum(p.arena.nbytes for p in self.host_pools if p.arena.pinned),
-            device_bytes=scratch + (0 if self.device.unified else self.device_pool.nbytes),
+            host_bytes=sum(p.arena.nbytes for p in pools) + sum(r.host_nbytes for r in residents),
+            pinned_bytes=sum(p.arena.nbytes for p in pools if p.arena.pinned)
+            + sum(r.pinned_nbytes for r in residents),
+            device_bytes=sum(lane.device_nbytes for lane in self.lanes)
+            + sum(r.device_nbytes for r in residents),
         )
 
     def start(self) -> None:
         """Start the threads; they wait for a run."""
-        self.reader.start()
-        for stage in self.stages:
-            stage.start()
+        for lane in self.lanes:
+            lane.start()
 
     def check_process(self) -> None:
         """ClosedError in a forked child, which has none of the threads."""
@@ -98,22 +96,16 @@ class Pipeline:
 
     def publish(self, base_pass: int) -> None:
         """Start over at the first step of pass ``base_pass``; the run before must be aborted."""
-        length = self.schedule.length
-        read = Progress(self.batches.read, length)
-        # A stage that is left out shows the progress of the one before it.
-        staged = Progress(self.batches.staged, length) if self.memcpy is not None else read
-        copied = Progress(self.batches.copied, length) if self.copier is not None else staged
-        self.control.run = Run(base_pass, read, staged, copied)
+        run = Run(base_pass)
+        run.lanes = tuple(lane.new_run(run) for lane in self.lanes)
+        self.control.run = run
         self.wake()
 
     def wake(self) -> None:
         """Have every stage look at what there is to do: an interrupt may have eaten a ring."""
-        for stage in self.stages:
-            stage.bell.ring()
-
-    def slot_released(self) -> None:
-        """The caller has given a slot back: wake the stage that fills it."""
-        self.filler.bell.ring()
+        for lane in self.lanes:
+            for stage in lane.stages:
+                stage.bell.ring()
 
     def close(self) -> None:
         """Stop the threads and free what they used. Nothing is done in a forked child."""
@@ -122,8 +114,10 @@ class Pipeline:
         self.control.closing = True
         self.caller_bell.ring()
         self.wake()
-        alive = [s.name for s in self.stages if not s.join(JOIN_SECONDS)]
-        alive += self.reader.close(JOIN_SECONDS)
+        alive: list[str] = []
+        for lane in self.lanes:
+            alive += [stage.name for stage in lane.stages if not stage.join(JOIN_SECONDS)]
+            alive += lane.reader.close(JOIN_SECONDS) if lane.reader is not None else []
         if alive:
             raise StreamerError(
                 f"close: {', '.join(alive)} did not stop within {JOIN_SECONDS:.0f} s "
@@ -134,113 +128,122 @@ class Pipeline:
 
     def _wait_device(self) -> None:
         """No copy and no compute uses the slots any more."""
-        with self.device.guard():
-            if self.copier is not None:
-                self.copier.stream.synchronize()
-            self.device_pool.wait_all()
-            if self.scratch is not None:
-                self.scratch.wait_unused()
+        for lane in self.lanes:
+            lane.wait_device()
 
     def _free(self) -> None:
-        for pool in self.host_pools:
-            pool.arena.close()
+        for lane in self.lanes:
+            lane.free()
+        for residents in self._residents:
+            residents.close()
         self.files.close()
 
-    def _build_pools(self, layouts: Sequence[Layout], config: PoolConfig) -> None:
-        device = self.device
-        host_nbytes = max(layout.host_nbytes for layout in layouts)
-        device_nbytes = max(layout.device_nbytes for layout in layouts)
-        scratch_nbytes = max(layout.scratch_nbytes for layout in layouts)
-        pinned, pageable = config.n_cpu_pinned or 0, config.n_cpu or 0
-        if device.unified:
-            # One pool: it holds as many layers ahead as the three would, and no byte moves twice.
-            count = config.n_gpu + pinned + pageable + 1
-            self._add_host_pool("device", count, max(host_nbytes, device_nbytes))
-            memories = self.host_pools[0].arena.slots
-        else:
-            if pageable or not pinned:
-                self._add_host_pool("host", pageable + 1, host_nbytes)
-            if pinned:
-                self._add_host_pool("pinned", pinned + 1, host_nbytes)
-            memories = device_slots(config.n_gpu + 1, device_nbytes, device)
-        self.device_pool = DevicePool(memories, device)
-        self.scratch = Scratch(allocate(scratch_nbytes, device), device) if scratch_nbytes else None
-
-    def _add_host_pool(self, name: str, count: int, slot_nbytes: int) -> None:
-        arena = HostArena(count, slot_nbytes, self.device, pinned=name == "pinned")
-        self.host_pools.append(HostPool(name, arena, self.device))
-
-    def _wire(
-        self,
-        steps: Sequence[Step],
-        layouts: Sequence[Layout],
-        config: PoolConfig,
-        on_copy: OnCopy | None,
-    ) -> None:
-        control, pools, unified = self.control, self.host_pools, self.device.unified
-        counts = {pool.name: pool.count for pool in pools} | {"device": self.device_pool.count}
-        schedule = self.schedule = Schedule(steps, layouts, self.device, counts)
-        self.batches = plan_batches(config, counts, unified=unified)
-        self.reader = Reader(schedule, self.files, control, config.num_readers, pools[0].count)
-        self.memcpy = Memcpy(control, schedule, *pools) if len(pools) == 2 else None
-        self.copier: Copier | None = None
-        if not unified or on_copy is not None or any(layout.copies for layout in layouts):
-            target: Target = UnifiedTarget(pools[0])
-            if not unified:
-                target = DeviceTarget(pools[-1], self.device_pool, self.device)
-            self.copier = Copier(
-                control, schedule, self.device, target, self.device_pool.slots, on_copy
-            )
-        self.feeder = Feeder(
-            control, schedule, self.reader, pools[0], self._freed, config.chunk_nbytes
+    def _load(self) -> None:
+        """Bring what is resident into memory, with a progress bar."""
+        tiers, sizes = self.plan.tiers, self.plan.sizes
+        nbytes = sum(
+            size.read_nbytes for size, tier in zip(sizes, tiers, strict=True) if tier != "disk"
         )
-        later = [stage for stage in (self.memcpy, self.copier) if stage is not None]
-        self.stages: list[Stage] = [self.feeder, *later]
-        self.feeder.others = later
-        self.filler: Stage = self.feeder if unified or self.copier is None else self.copier
-        self._connect_bells()
+        bar = None
+        if nbytes and self._settings.track_progress:
+            bar = ProgressBar(total=nbytes, unit="B", unit_scale=True, desc="loading", leave=False)
+        try:
+            loader = Loader(
+                self.files,
+                self._settings.chunk_nbytes,
+                self._settings.num_readers,
+                bar.update if bar is not None else lambda loaded: None,
+            )
+            self._load_devices(loader)
+            self._load_host(loader)
+        finally:
+            if bar is not None:
+                bar.close()
 
-    def _connect_bells(self) -> None:
-        """Each stage wakes the one whose output slot it frees and the one it hands on to."""
-        self.control.on_adopted = self.feeder.bell.ring
-        self.control.on_fatal = self.caller_bell.ring
-        self.reader.drained_bell = self.feeder.bell
-        after_read: Bell = self.caller_bell
-        if self.copier is not None:
-            before = self.memcpy if self.memcpy is not None else self.feeder
-            self.copier.source_bell, self.copier.target_bell = before.bell, self.caller_bell
-            after_read = self.copier.bell
-        if self.memcpy is not None and self.copier is not None:
-            self.memcpy.source_bell = self.feeder.bell
-            self.memcpy.target_bell = self.copier.bell
-            after_read = self.memcpy.bell
-        self.reader.filled_bell = after_read
+    def _load_devices(self, loader: Loader) -> None:
+        for lane_idx, device in enumerate(self.devices):
+            indices = self._indices(lane_idx, "device")
+            if indices:
+                into = self._residents[lane_idx]
+                steps = {i: self._steps[i] for i in indices}
+                with device.guard():
+                    loader.load_device(into, steps, device, self._settings.dtype)
+            for i in indices:
+                # Nothing of it is read or copied any more.
+                self._layouts[i] = replace(self._layouts[i], reads=(), copies=())
 
-    def _freed(self, run: Run) -> int:
-        """Steps that have been taken out of the pool that the readers fill."""
-        if self.device.unified:
-            return run.released
-        return run.staged.done if self.memcpy is not None else run.copied.done
+    def _load_host(self, loader: Loader) -> None:
+        """Host-resident steps: mapped, or in an arena; shared by the devices, freed as one."""
+        first, device = self._residents[0], self.devices[0]
+        if device.unified:
+            if self.plan.read_mode == "mapped":
+                self._view_mapped(loader)
+            return
+        indices = [i for i, tier in enumerate(self.plan.tiers) if tier == "host"]
+        if not indices:
+            return
+        layouts = {i: self._layouts[i] for i in indices}
+        if self.plan.read_mode != "mapped" or not loader.map_host(first, layouts, device):
+            if self.plan.read_mode == "mapped":
+                self.plan = self.plan.unmapped("page-locking the mapped files was refused")
+            loader.load_host(first, layouts, device)
+        for residents in self._residents[1:]:
+            residents.sources = first.sources
+        for i in indices:
+            self._layouts[i] = replace(self._layouts[i], reads=())
 
+    def _view_mapped(self, loader: Loader) -> None:
+        """CPU: hand out views of the mapped files, of every step that lies there aligned."""
+        indices = [
+            i
+            for i, tier in enumerate(self.plan.tiers)
+            if tier == "disk" and self._layouts[i].reads and not self._layouts[i].copies
+        ]
+        layouts = {i: self._layouts[i] for i in indices}
+        loader.view_mapped(self._residents[0], {i: self._steps[i] for i in indices}, layouts)
+        for residents in self._residents[1:]:
+            residents.mapped, residents.jobs = self._residents[0].mapped, self._residents[0].jobs
 
-def plan_batches(config: PoolConfig, counts: dict[str, int], *, unified: bool) -> Batches:
-    """How many steps each stage hands on at a time; what has no effect is logged."""
-    if unified:
-        # One pool, one hand-over: the readers'. A second batch could wait for slots that the
-        # first one holds back.
-        given = [b for b in (config.batch_cpu, config.batch_cpu_pinned, config.batch_gpu) if b]
-        return Batches(cap_batch("batch", max(given, default=None), counts["device"]), 1, 1)
-    read = staged = 1
-    if "pinned" in counts:
-        pinned = cap_batch("batch_cpu_pinned", config.batch_cpu_pinned, counts["pinned"])
-        if "host" in counts:
-            staged = pinned
-        else:
-            read = pinned
-    else:
-        note_unused_batch("batch_cpu_pinned", config.batch_cpu_pinned, "pinned pool")
-    if "host" in counts:
-        read = cap_batch("batch_cpu", config.batch_cpu, counts["host"])
-    else:
-        note_unused_batch("batch_cpu", config.batch_cpu, "pageable pool")
-    return Batches(read, staged, cap_batch("batch_gpu", config.batch_gpu, counts["device"]))
+    def _indices(self, lane_idx: int, tier: str | None = None) -> list[int]:
+        """The steps of a lane (of one tier)."""
+        return [
+            i
+            for i in range(lane_idx, len(self._steps), len(self.devices))
+            if tier is None or self.plan.tiers[i] == tier
+        ]
+
+    def _build_lanes(self) -> None:
+        several = len(self.devices) > 1
+        for lane_idx, device in enumerate(self.devices):
+            with device.guard():
+                lane = Lane(
+                    device,
+                    self._layouts,
+                    self._indices(lane_idx),
+                    self._residents[lane_idx],
+                    self._settings,
+                    self.plan.placement.device_slots[lane_idx].count,
+                )
+            self.lanes.append(lane)
+        prefixes = [f"{lane_idx} " if several else "" for lane_idx in range(len(self.lanes))]
+        counts: dict[str, int] = {}
+        for lane, prefix in zip(self.lanes, prefixes, strict=True):
+            counts |= lane.slot_counts(prefix)
+        ahead = max(lane.passes_ahead for lane in self.lanes)
+        self.schedule = Schedule(self._steps, self._layouts, self._routes(), counts, ahead)
+        for lane_idx, (lane, prefix) in enumerate(zip(self.lanes, prefixes, strict=True)):
+            with lane.device.guard():
+                lane.wire(lane_idx, self.schedule, self.files, self.control, self.caller_bell)
+            lane.name_pools(prefix)
+
+    def _routes(self) -> Routes:
+        layouts, mapped = self._layouts, self._residents[0].mapped
+        read = {i for i, layout in enumerate(layouts) if layout.reads}
+        two_pools = any(len(lane.host_pools) == 2 for lane in self.lanes)
+        return Routes(
+            devices=self.devices,
+            device_of=tuple(i % len(self.devices) for i in range(len(layouts))),
+            read=frozenset(read),
+            moved=frozenset(read - set(mapped) if two_pools else ()),
+            copied=frozenset(i for i, layout in enumerate(layouts) if layout.copies),
+        )

@@ -6,13 +6,14 @@ device work that still reads or writes it: that is what makes starting over safe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
 from .device import Device, Stream
-from .layout import Layout
+from .layout import Copy, Layout
 from .memory import HostArena, view_tensor
 
 
@@ -24,6 +25,41 @@ class Weights(dict[str, torch.Tensor]):
 
     __setitem__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = _refuse
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a step's bytes lie in host memory, as they are copied."""
+
+    copies: tuple[Copy, ...]
+    parts: tuple[torch.Tensor, ...]
+    """One uint8 tensor for each copy."""
+
+
+def cut_parts(memory: torch.Tensor, extents: Iterable[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+    """A view of uint8 ``memory`` for each (offset, bytes)."""
+    with torch.inference_mode(False):
+        return tuple(memory[offset : offset + nbytes] for offset, nbytes in extents)
+
+
+def cut_source(memory: torch.Tensor, base: int, copies: tuple[Copy, ...], segment: int) -> Source:
+    """What is copied out of a slot at ``base`` of ``memory``, which is pinned in segments.
+
+    No copy crosses from one segment to the next.
+    """
+    split = tuple(part for copy in copies for part in _split_copy(copy, base, segment))
+    if split == copies:
+        split = copies  # the same object: what goes to the same places is looked up by it
+    return Source(split, cut_parts(memory, [(base + copy.src, copy.nbytes) for copy in split]))
+
+
+def _split_copy(copy: Copy, base: int, segment: int) -> Iterator[Copy]:
+    done = 0
+    while done < copy.nbytes:
+        start = copy.src + done
+        nbytes = min(copy.nbytes - done, segment - (base + start) % segment)
+        yield Copy(start, copy.dst + done, nbytes)
+        done += nbytes
 
 
 class HostPool:
@@ -38,8 +74,19 @@ class HostPool:
         self.name = name
         self.arena = arena
         self.count = len(arena.slots)
+        self._segment = device.pin_segment
         self._copied = [device.new_event() for _ in range(self.count)]
         self._in_flight = [False] * self.count
+        self._sources: dict[tuple[int, int], Source] = {}
+
+    def source(self, slot: int, copies: tuple[Copy, ...]) -> Source:
+        """What is copied out of a slot; built once, then kept. From the copier's thread."""
+        source = self._sources.get((slot, id(copies)))
+        if source is None:
+            base = self.arena.offsets[slot]
+            source = cut_source(self.arena.memory, base, copies, self._segment)
+            self._sources[slot, id(copies)] = source
+        return source
 
     def copy_enqueued(self, slot: int, stream: Stream) -> None:
         """Device work that reads the slot has been enqueued on ``stream``."""
@@ -73,13 +120,18 @@ class DeviceSlot:
         self._uses = (device.new_event(), device.new_event())
         self._num_uses = 0
         self._weights: dict[int, Weights] = {}
+        self._parts: dict[tuple[tuple[int, int], ...], tuple[torch.Tensor, ...]] = {}
+        self._parts_by_id: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def record_uses(self, current: Stream) -> None:
         """The caller's work on this slot is enqueued, on the hand-out's stream or ``current``."""
         handed_on = self.handed_on if self.handed_on is not None else current
         self._uses[0].record(handed_on)
+        if handed_on == current:
+            self._num_uses = 1
+            return
         self._uses[1].record(current)
-        self._num_uses = 1 if handed_on == current else 2
+        self._num_uses = 2
 
     def order_after_uses(self, stream: Stream) -> None:
         """Let ``stream`` wait for the caller's work on this slot."""
@@ -91,30 +143,25 @@ class DeviceSlot:
         for event in self._uses[: self._num_uses]:
             event.synchronize()
 
-    def weights(self, layout: Layout, scratch: torch.Tensor | None) -> Weights:
-        """The step's tensors in this slot (cast ones: in ``scratch``); built once, then kept."""
-        key = id(layout.views)
-        weights = self._weights.get(key)
+    def parts(self, copies: tuple[Copy, ...]) -> tuple[torch.Tensor, ...]:
+        """Where each copy goes; built once, then kept. From the copier's thread."""
+        parts = self._parts_by_id.get(id(copies))
+        if parts is None:
+            extents = tuple((copy.dst, copy.nbytes) for copy in copies)
+            # Layers of one shape lie at different phases of the file, but go to the same places.
+            parts = self._parts.get(extents)
+            if parts is None:
+                parts = self._parts[extents] = cut_parts(self.memory, extents)
+            self._parts_by_id[id(copies)] = parts
+        return parts
+
+    def weights(self, layout: Layout) -> Weights:
+        """The step's tensors in this slot, as stored; built once, then kept."""
+        weights = self._weights.get(id(layout.views))
         if weights is None:
-            weights = self._weights[key] = Weights(self._build(layout, scratch))
+            weights = Weights((view.key, view_tensor(self.memory, view)) for view in layout.views)
+            self._weights[id(layout.views)] = weights
         return weights
-
-    def stored(self, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the step as it is stored in this slot, with its key."""
-        for view in layout.views:
-            yield (
-                view.key,
-                view_tensor(self.memory, view.offset, view.nbytes, view.dtype, view.shape),
-            )
-
-    def _build(self, layout: Layout, scratch: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        tensors = dict(self.stored(layout))
-        for cast in layout.casts if scratch is not None else ():
-            assert scratch is not None
-            tensors[cast.key] = view_tensor(
-                scratch, cast.offset, cast.nbytes, cast.dtype, cast.shape
-            )
-        return tensors
 
 
 class Scratch:
@@ -128,20 +175,22 @@ class Scratch:
         self.memory = memory
         self._device = device
         self._slot = DeviceSlot(memory, device)
-        self._pairs: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._cast: dict[tuple[int, int], tuple[Weights, Weights]] = {}
 
-    def cast(self, slot: DeviceSlot, layout: Layout, stream: Stream) -> None:
-        """Enqueue the casts of a step on the caller's current stream."""
+    def cast(self, stored: Weights, layout: Layout, stream: Stream) -> Weights:
+        """Enqueue the casts of a step on the caller's current stream; its tensors, cast."""
         self.order_after_uses(stream)
         self._slot.handed_on = stream
-        key = (id(slot), id(layout.views))
-        pairs = self._pairs.get(key)
-        if pairs is None:
-            stored, weights = dict(slot.stored(layout)), slot.weights(layout, self.memory)
-            pairs = [(weights[cast.key], stored[cast.key]) for cast in layout.casts]
-            self._pairs[key] = pairs
-        for target, source in pairs:
-            self._device.copy(target, source)
+        key = (id(stored), id(layout.casts))
+        kept = self._cast.get(key)
+        if kept is None:
+            cast = {view.key: view_tensor(self.memory, view) for view in layout.casts}
+            # The stored ones are kept as well, so that no other can take their place as the key.
+            kept = self._cast[key] = (Weights({**stored, **cast}), stored)
+        weights = kept[0]
+        for view in layout.casts:
+            self._device.copy(weights[view.key], stored[view.key])
+        return weights
 
     def order_after_uses(self, stream: Stream) -> None:
         """Let ``stream`` wait for the caller's work on the last step's cast tensors."""
@@ -158,6 +207,8 @@ class Scratch:
 
 class DevicePool:
     """The device slots."""
+
+    name = "device"
 
     def __init__(self, memories: list[torch.Tensor], device: Device) -> None:
         self.slots = [DeviceSlot(memory, device) for memory in memories]

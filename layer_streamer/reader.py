@@ -10,31 +10,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 
 from .errors import StreamerError
 from .files import OpenFiles
-from .layout import Read
+from .pieces import Piece
 from .pool import HostPool
-from .schedule import Schedule
-from .worker import Bell, Control, Run, Stage
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes that one call reads into a slot."""
-
-    path: Path
-    offset: int
-    view: memoryview
+from .schedule import Order, Schedule
+from .worker import Bell, Control, LaneRun, Run, Stage
 
 
 @dataclass(slots=True)
 class Job:
     """What one reader thread does at a stretch: up to a chunk of one step's bytes."""
 
-    run: Run
+    lane_run: LaneRun
+    n: int
     number: int
     first: bool
     pieces: Sequence[Piece]
@@ -49,11 +40,12 @@ class Reader:
     """
 
     def __init__(
-        self, schedule: Schedule, files: OpenFiles, control: Control, threads: int, slots: int
+        self, schedule: Schedule, order: Order, files: OpenFiles, control: Control, slots: int
     ) -> None:
         self.filled_bell = Bell()
         self.drained_bell = Bell()
         self._schedule = schedule
+        self._order = order
         self._files = files
         self._control = control
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
@@ -62,13 +54,14 @@ class Reader:
         self._finished = 0
         self._pending = [0] * slots
         self._filled: set[int] = set()
-        self._threads = [
-            threading.Thread(target=self._loop, name=f"layer-streamer-read-{i}", daemon=True)
-            for i in range(threads)
-        ]
+        self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
-        for thread in self._threads:
+    def start(self, threads: int) -> None:
+        """Start that many threads."""
+        for i in range(threads):
+            name = f"layer-streamer-read-{i}"
+            thread = threading.Thread(target=self._loop, name=name, daemon=True)
+            self._threads.append(thread)
             thread.start()
 
     def begin_run(self) -> None:
@@ -80,28 +73,18 @@ class Reader:
         """True if every submitted job is finished."""
         return self._finished == self._submitted
 
-    def submit(self, run: Run, number: int, jobs: Sequence[Sequence[Piece]]) -> None:
-        """Queue the reads of a step; its slot is free."""
-        clock, index = self._schedule.clock(run, number), self._schedule.index(number)
+    def submit(self, lane_run: LaneRun, n: int, jobs: Sequence[Sequence[Piece]]) -> None:
+        """Queue the reads of the lane's ``n``-th step from disk; its slot is free."""
+        number = self._order.number(n)
         if not jobs:
-            clock.read_begin[index] = time.perf_counter()
-            self.complete(run, number)
+            clock = self._schedule.clock(lane_run.run, number)
+            clock.read_begin[self._schedule.index(number)] = time.perf_counter()
+            self._complete(lane_run, n, number)
             return
-        self._pending[number % len(self._pending)] = len(jobs)
+        self._pending[n % len(self._pending)] = len(jobs)
         self._submitted += len(jobs)
         for i, pieces in enumerate(jobs):
-            self._queue.put(Job(run, number, i == 0, pieces))
-
-    def complete(self, run: Run, number: int) -> None:
-        """All of a step's reads have ended, well or not: count it once those before it are."""
-        clock, index = self._schedule.clock(run, number), self._schedule.index(number)
-        clock.read_end[index] = time.perf_counter()
-        with self._lock:
-            self._filled.add(number)
-            while run.read.done in self._filled:
-                self._filled.remove(run.read.done)
-                run.read.advance()
-        self.filled_bell.ring()
+            self._queue.put(Job(lane_run, n, number, i == 0, pieces))
 
     def close(self, seconds: float) -> list[str]:
         """Stop the threads; the names of those that still run after ``seconds``."""
@@ -117,6 +100,17 @@ class Reader:
                 alive.append(thread.name)
         return alive
 
+    def _complete(self, lane_run: LaneRun, n: int, number: int) -> None:
+        """All of a step's reads have ended, well or not: count it once those before it are."""
+        clock = self._schedule.clock(lane_run.run, number)
+        clock.read_end[self._schedule.index(number)] = time.perf_counter()
+        with self._lock:
+            self._filled.add(n)
+            while lane_run.read.done in self._filled:
+                self._filled.remove(lane_run.read.done)
+                lane_run.read.advance()
+        self.filled_bell.ring()
+
     def _loop(self) -> None:
         try:
             while (job := self._queue.get()) is not None:
@@ -126,32 +120,32 @@ class Reader:
             self._control.fail(error)
 
     def _do(self, job: Job) -> None:
-        run, number = job.run, job.number
+        run, number = job.lane_run.run, job.number
         # Nobody waits for the bytes of an aborted run; its slots may be filled again all the same.
         if not (run.aborted or self._control.closing or number in run.failures):
             try:
-                self._read(job)
+                self._read(run, job)
             except BaseException as error:
                 run.failures.setdefault(number, error)
         with self._lock:
-            slot = number % len(self._pending)
+            slot = job.n % len(self._pending)
             self._pending[slot] -= 1
             last = self._pending[slot] == 0
         if last:
             self._check_files(run, number)
-            self.complete(run, number)
+            self._complete(job.lane_run, job.n, number)
         with self._lock:
             self._finished += 1
         if run.aborted:
             self.drained_bell.ring()
 
-    def _read(self, job: Job) -> None:
+    def _read(self, run: Run, job: Job) -> None:
         index = self._schedule.index(job.number)
         if job.first:
-            self._schedule.clock(job.run, job.number).read_begin[index] = time.perf_counter()
+            self._schedule.clock(run, job.number).read_begin[index] = time.perf_counter()
         for piece in job.pieces:
             try:
-                self._files.read_into(piece.path, piece.view, piece.offset)
+                piece.make_ready(self._files)
             except StreamerError as error:
                 raise type(error)(f"{self._describe(index, piece)}: {error}") from error
 
@@ -166,10 +160,11 @@ class Reader:
             run.failures.setdefault(number, error)
 
     def _describe(self, index: int, piece: Piece) -> str:
-        """The layer, and the tensor that the piece's first byte belongs to."""
+        """The layer, and the first tensor that has bytes in the piece."""
         step = self._schedule.steps[index]
-        for spec in step.tensors.values():
-            inside = spec.offset <= piece.offset < spec.offset + spec.nbytes
+        end = piece.offset + piece.wanted
+        for spec in sorted(step.tensors.values(), key=lambda spec: spec.offset):
+            inside = spec.offset < end and piece.offset < spec.offset + spec.nbytes
             if spec.path == piece.path and inside:
                 return f"layer {step.layer_idx}, tensor {spec.name!r}"
         return f"layer {step.layer_idx}"
@@ -178,48 +173,55 @@ class Reader:
 class Feeder(Stage):
     """The first stage: hands the reads of step after step to the readers, as slots come free.
 
-    It is also the barrier between runs: it starts one only when every other stage has left the
-    earlier ones and no read of theirs is in flight.
+    It is also the barrier between runs: it starts one only when every other stage of the lane has
+    left the earlier ones and no read of theirs is in flight.
     """
 
     def __init__(
         self,
         control: Control,
+        lane_idx: int,
         schedule: Schedule,
+        order: Order,
         reader: Reader,
         pool: HostPool,
-        freed: Callable[[Run], int],
-        read_chunk: int,
     ) -> None:
-        super().__init__("layer-streamer-feed", control)
+        super().__init__("layer-streamer-feed", control, lane_idx)
         self.others: Sequence[Stage] = ()
+        self.freed: Callable[[LaneRun], int] = lambda lane_run: 0
+        """How many of the lane's steps from disk have been taken out of the pool."""
+        self.cut: Callable[[int, int], Sequence[Sequence[Piece]]] = lambda index, slot: []
+        """The jobs that bring step ``index`` of a pass into a slot."""
         self._schedule = schedule
+        self._order = order
         self._reader = reader
         self._pool = pool
-        self._freed = freed
-        self._read_chunk = read_chunk
-        self._jobs: dict[tuple[int, int], list[list[Piece]]] = {}
+        self._jobs: dict[tuple[int, int], Sequence[Sequence[Piece]]] = {}
 
-    def process(self, run: Run) -> None:
+    def process(self, lane_run: LaneRun) -> None:
+        run = lane_run.run
         if not self.await_true(run, lambda: self._earlier_runs_left(run)):
             return
         self._reader.begin_run()
-        number = 0
-        while self.await_slot(run, number):
-            slot = number % self._pool.count
+        n = 0
+        while self.await_slot(lane_run, n):
+            number = self._order.number(n)
+            slot = n % self._pool.count
             try:
                 self.wait_reusable(slot)
-                self._note_peak(run, number)
+                in_use = n + 1 - self.freed(lane_run)
+                self._schedule.note_peak(run, number, self._order, self._pool.name, in_use)
                 jobs = self._jobs_of(self._schedule.index(number), slot)
             except BaseException as error:
                 run.failures.setdefault(number, error)
                 jobs = []
-            self._reader.submit(run, number, jobs)
-            number += 1
+            self._reader.submit(lane_run, n, jobs)
+            n += 1
 
-    def await_slot(self, run: Run, number: int) -> bool:
+    def await_slot(self, lane_run: LaneRun, n: int) -> bool:
         """Wait until the step that had this slot before has been taken out of it."""
-        return self.await_true(run, lambda: self._freed(run) > number - self._pool.count)
+        count = self._pool.count
+        return self.await_true(lane_run.run, lambda: self.freed(lane_run) > n - count)
 
     def wait_reusable(self, slot: int) -> None:
         """Block until the device has read what it was to copy from the slot."""
@@ -228,32 +230,8 @@ class Feeder(Stage):
     def _earlier_runs_left(self, run: Run) -> bool:
         return all(stage.run is run for stage in self.others) and self._reader.idle()
 
-    def _note_peak(self, run: Run, number: int) -> None:
-        self._schedule.note_peak(run, number, self._pool.name, number + 1 - self._freed(run))
-
-    def _jobs_of(self, index: int, slot: int) -> list[list[Piece]]:
-        key = (index, slot)
-        jobs = self._jobs.get(key)
+    def _jobs_of(self, index: int, slot: int) -> Sequence[Sequence[Piece]]:
+        jobs = self._jobs.get((index, slot))
         if jobs is None:
-            reads = self._schedule.layouts[index].reads
-            jobs = cut_into_jobs(reads, self._pool.arena.bytes[slot], self._read_chunk)
-            self._jobs[key] = jobs
+            jobs = self._jobs[index, slot] = self.cut(index, slot)
         return jobs
-
-
-def cut_into_jobs(reads: Sequence[Read], slot: memoryview, chunk: int) -> list[list[Piece]]:
-    """Split a step's reads into jobs of at most ``chunk`` bytes; small reads share a job."""
-    jobs: list[list[Piece]] = []
-    room = 0
-    for read in reads:
-        done = 0
-        while done < read.nbytes:
-            if room == 0:
-                jobs.append([])
-                room = chunk
-            nbytes = min(room, read.nbytes - done)
-            start = read.slot_offset + done
-            jobs[-1].append(Piece(read.path, read.offset + done, slot[start : start + nbytes]))
-            done += nbytes
-            room -= nbytes
-    return jobs

@@ -3,27 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
-from .clock import PassClock
-from .device import Device
-from .layout import Layout, Step, View, lay_out
-from .worker import Run
+from .clock import PassClock, Routes
+from .layout import Copy, Layout, Step, View, lay_out
+from .worker import LaneRun, Run
 
 
 def lay_out_all(
     steps: Sequence[Step], *, unified: bool, dtype: torch.dtype | None
 ) -> tuple[Layout, ...]:
     """One layout a step; steps whose views are equal share them, so that slots share tensors."""
-    interned: dict[tuple[View, ...], tuple[View, ...]] = {}
+    all_views: dict[tuple[View, ...], tuple[View, ...]] = {}
+    all_casts: dict[tuple[View, ...], tuple[View, ...]] = {}
+    all_copies: dict[tuple[Copy, ...], tuple[Copy, ...]] = {}
     layouts = []
     for step in steps:
         layout = lay_out(step, unified=unified, dtype=dtype)
-        views = interned.setdefault(layout.views, layout.views)
-        layouts.append(replace(layout, views=views))
+        views = all_views.setdefault(layout.views, layout.views)
+        copies = all_copies.setdefault(layout.copies, layout.copies)
+        casts = all_casts.setdefault(layout.casts, layout.casts)
+        layouts.append(replace(layout, views=views, copies=copies, casts=casts))
     return tuple(layouts)
+
+
+class Order:
+    """Which steps of a pass one stage has work with, and how it numbers them across passes. Pure.
+
+    The stage's own number n counts only its steps; a step's number counts all steps of a run.
+    """
+
+    def __init__(self, indices: Sequence[int], length: int) -> None:
+        self.indices = tuple(indices)
+        self.count = len(self.indices)
+        self._length = length
+        members = set(self.indices)
+        self._before = list(accumulate((index in members for index in range(length)), initial=0))
+
+    def __contains__(self, index: int) -> bool:
+        return self._before[index] < self._before[index + 1]
+
+    def number(self, n: int) -> int:
+        """The step that is the stage's ``n``-th."""
+        passes, position = divmod(n, self.count)
+        return passes * self._length + self.indices[position]
+
+    def before(self, number: int) -> int:
+        """How many of the stage's steps come before step ``number``: if it is one, its own n."""
+        passes, index = divmod(number, self._length)
+        return passes * self.count + self._before[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """The steps of one lane: what goes through the device's slots, and what of it is read."""
+
+    layouts: Sequence[Layout]
+    """Of every step of a pass."""
+    copied: Order
+    read: Order
+
+    @property
+    def length(self) -> int:
+        return len(self.layouts)
+
+    def read_and_copied(self, lane_run: LaneRun) -> int:
+        """Steps from disk whose copies have been enqueued."""
+        return self.read.before(self.copied.number(lane_run.copied.done))
+
+    def released(self, lane_run: LaneRun) -> int:
+        """Steps that the caller has given back to the device's slots."""
+        return self.copied.before(lane_run.run.released)
 
 
 class Schedule:
@@ -33,15 +86,16 @@ class Schedule:
         self,
         steps: Sequence[Step],
         layouts: Sequence[Layout],
-        device: Device,
+        routes: Routes,
         pools: Mapping[str, int],
+        passes_ahead: int,
     ) -> None:
         self.steps = tuple(steps)
         self.layouts = tuple(layouts)
         self.length = len(self.steps)
         # The pass reported last, the one that runs, and all that prefetch may have reached.
-        ahead = -(-sum(pools.values()) // self.length)
-        self._clocks = [PassClock(self.steps, device, pools) for _ in range(2 + ahead)]
+        count = 2 + passes_ahead
+        self._clocks = [PassClock(self.steps, routes, pools) for _ in range(count)]
 
     def clock(self, run: Run, number: int) -> PassClock:
         """The clock of the pass that step ``number`` of ``run`` belongs to."""
@@ -51,7 +105,11 @@ class Schedule:
         """Position of step ``number`` within its pass."""
         return number % self.length
 
-    def note_peak(self, run: Run, number: int, pool: str, in_use: int) -> None:
-        """``in_use`` slots of ``pool`` are taken once step ``number`` is in one of them."""
+    def note_peak(self, run: Run, number: int, order: Order, pool: str, in_use: int) -> None:
+        """``in_use`` slots of ``pool`` are taken once step ``number`` is in one of them.
+
+        ``order``: of the steps that go through the pool.
+        """
         peaks = self.clock(run, number).peak_slots
-        peaks[pool] = in_use if self.index(number) == 0 else max(peaks[pool], in_use)
+        first = self.index(number) == order.indices[0]
+        peaks[pool] = in_use if first else max(peaks[pool], in_use)

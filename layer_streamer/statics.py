@@ -11,7 +11,7 @@ import torch
 
 from .device import Device
 from .files import OpenFiles
-from .layout import CASTABLE
+from .layout import CASTABLE, View
 from .manifest import Manifest, TensorSpec
 from .memory import view_tensor
 
@@ -50,7 +50,7 @@ class Statics:
             with torch.inference_mode(False):
                 memory = torch.empty(spec.nbytes, dtype=torch.uint8)
             self._files.read_into(spec.path, _bytes_of(memory), spec.offset)
-            return view_tensor(memory, 0, spec.nbytes, spec.dtype, spec.shape)
+            return view_tensor(memory, View(name, spec.dtype, spec.shape, 0, spec.nbytes))
         if spec.nbytes == 0:
             return torch.empty(spec.shape, dtype=spec.dtype)
         viewed = self._mapped.get(name)
@@ -71,7 +71,8 @@ class Statics:
         )
         with torch.inference_mode(False):
             mapped = torch.from_numpy(np.frombuffer(pages, dtype=np.uint8))
-        return view_tensor(mapped, spec.offset - start, spec.nbytes, spec.dtype, spec.shape)
+        offset = spec.offset - start
+        return view_tensor(mapped, View(spec.name, spec.dtype, spec.shape, offset, spec.nbytes))
 
     def _load(self, spec: TensorSpec, device: Device) -> torch.Tensor:
         dtype = spec.dtype

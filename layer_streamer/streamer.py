@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from .accelerator import open_device
+from .accelerator import open_devices
+from .assembly import assemble
 from .caller import Caller
-from .config import OnCopy, PassConfig, PoolConfig
-from .errors import ClosedError, SupersededError
-from .files import OpenFiles
+from .config import UNSET, Bytes, DeviceName, OnCopy, ReadMode, Settings, Unset
+from .errors import ClosedError
 from .formats import read_manifest
-from .layout import plan_steps
 from .manifest import Manifest, manifest_from_tensor_info
 from .memory import MemoryUse
-from .pipeline import Pipeline
+from .plan import Plan
 from .pool import Weights
-from .progress import ProgressBar
-from .statics import Statics
 from .stats import PassReport
+from .sweep import Parts, Sweep, sweep
 from .tree import move
-from .turn import Pass, Turns
+from .turn import Turns
 
 X = TypeVar("X")
-Sweep: TypeAlias = Generator[tuple[int, Weights], None, None]
 LayerFn = Callable[[Any, Weights, int], Any]
 """``layer_fn(x, weights, layer_idx) -> x``."""
-
-
-class _Parts(NamedTuple):
-    """What an open streamer is made of; dropped as one when it is closed."""
-
-    pipeline: Pipeline
-    caller: Caller
-    statics: Statics
 
 
 class LayerStreamer:
@@ -62,15 +49,19 @@ class LayerStreamer:
         block_sizes: Mapping[str, int],
         dtype: torch.dtype,
         num_layers: int,
-        n_gpu: int = 2,
-        n_cpu_pinned: int | None = 4,
-        n_cpu: int | None = None,
+        n_gpu: int | Unset = UNSET,
+        n_cpu_pinned: int | Unset | None = UNSET,
+        n_cpu: int | Unset | None = UNSET,
         batch_gpu: int | None = None,
         batch_cpu_pinned: int | None = None,
         batch_cpu: int | None = None,
         track_progress: bool = True,
         *,
-        device: str | torch.device | None = None,
+        device: DeviceName | Sequence[DeviceName] | None = None,
+        device_budget: Bytes | None = None,
+        host_budget: Bytes | None = None,
+        reserve_bytes: Bytes = 0,
+        read_mode: ReadMode = "auto",
         read_threads: int | None = None,
         read_chunk: int | None = None,
         tail: Sequence[str] = (),
@@ -86,26 +77,32 @@ class LayerStreamer:
         manifest = manifest_from_tensor_info(
             model_dir, tensor_info, shard_offsets, block_keys, block_sizes, dtype, num_layers
         )
-        config = PoolConfig(
-            n_gpu=n_gpu, n_cpu_pinned=n_cpu_pinned, n_cpu=n_cpu, batch_gpu=batch_gpu,
-            batch_cpu_pinned=batch_cpu_pinned, batch_cpu=batch_cpu, read_threads=read_threads,
-            read_chunk=read_chunk,
+        settings = Settings(
+            device=device, n_gpu=n_gpu, n_cpu_pinned=n_cpu_pinned, n_cpu=n_cpu,
+            batch_gpu=batch_gpu, batch_cpu_pinned=batch_cpu_pinned, batch_cpu=batch_cpu,
+            device_budget=device_budget, host_budget=host_budget, reserve_bytes=reserve_bytes,
+            read_mode=read_mode, read_threads=read_threads, read_chunk=read_chunk, tail=tail,
+            on_copy=on_copy, track_progress=track_progress,
         )  # fmt: skip
-        self._open(manifest, config, PassConfig(device, None, tail, on_copy, track_progress))
+        self._open(manifest, settings)
 
     @classmethod
     def from_checkpoint(  # noqa: PLR0913 - every option by name
         cls,
         path: str | Path,
         *,
-        device: str | torch.device | None = None,
+        device: DeviceName | Sequence[DeviceName] | None = None,
         dtype: torch.dtype | None = None,
-        n_gpu: int = 2,
-        n_cpu_pinned: int | None = 4,
-        n_cpu: int | None = None,
+        n_gpu: int | Unset = UNSET,
+        n_cpu_pinned: int | Unset | None = UNSET,
+        n_cpu: int | Unset | None = UNSET,
         batch_gpu: int | None = None,
         batch_cpu_pinned: int | None = None,
         batch_cpu: int | None = None,
+        device_budget: Bytes | None = None,
+        host_budget: Bytes | None = None,
+        reserve_bytes: Bytes = 0,
+        read_mode: ReadMode = "auto",
         read_threads: int | None = None,
         read_chunk: int | None = None,
         tail: Sequence[str] = (),
@@ -115,11 +112,12 @@ class LayerStreamer:
     ) -> LayerStreamer:
         """Open a safetensors directory or file, or a GGUF file; its layers are found by name.
 
-        * ``device``: a torch device; None takes the GPU if there is one, else the CPU.
+        * ``device``: one or several; layer i goes to device i % their number. None: GPU, else CPU.
         * ``dtype``: cast F32, F16 and BF16 tensors to it on the device; None leaves them as stored.
-        * ``n_gpu``, ``n_cpu_pinned``, ``n_cpu``: layers that the device, pinned and pageable pools
-          hold ahead, beside the one in use. None or 0 leaves a host pool out.
+        * ``n_gpu`` (2), ``n_cpu_pinned`` (4), ``n_cpu`` (None): layers that the device, pinned and
+          pageable pools hold ahead, beside the one in use. None or 0 leaves a host pool out.
         * ``batch_gpu``, ``batch_cpu_pinned``, ``batch_cpu``: layers handed on at a time; None: 1.
+        * ``device_budget``, ``host_budget``, ``reserve_bytes``, ``read_mode``: see Settings.
         * ``read_threads`` (None: 8), ``read_chunk`` (None: 8 MiB): reader threads, bytes a read.
         * ``tail``: names of tensors to stream after the last layer, split by rows.
         * ``on_copy(layer_idx, stream)``: called on the copier's thread after a layer's copies are
@@ -129,37 +127,47 @@ class LayerStreamer:
 
         Raises CheckpointError for the checkpoint, ConfigError for the options.
         """
-        config = PoolConfig(
-            n_gpu=n_gpu, n_cpu_pinned=n_cpu_pinned, n_cpu=n_cpu, batch_gpu=batch_gpu,
-            batch_cpu_pinned=batch_cpu_pinned, batch_cpu=batch_cpu, read_threads=read_threads,
-            read_chunk=read_chunk,
+        settings = Settings(
+            device=device, dtype=dtype, n_gpu=n_gpu, n_cpu_pinned=n_cpu_pinned, n_cpu=n_cpu,
+            batch_gpu=batch_gpu, batch_cpu_pinned=batch_cpu_pinned, batch_cpu=batch_cpu,
+            device_budget=device_budget, host_budget=host_budget, reserve_bytes=reserve_bytes,
+            read_mode=read_mode, read_threads=read_threads, read_chunk=read_chunk, tail=tail,
+            on_copy=on_copy, track_progress=track_progress,
         )  # fmt: skip
-        options = PassConfig(device, dtype, tail, on_copy, track_progress)
         self = cls.__new__(cls)
-        self._open(read_manifest(path, layer_pattern), config, options)
+        self._open(read_manifest(path, layer_pattern), settings)
         return self
 
-    def _open(self, manifest: Manifest, config: PoolConfig, options: PassConfig) -> None:
-        steps = plan_steps(manifest, options.tail)
+    def _open(self, manifest: Manifest, settings: Settings) -> None:
         self.manifest = manifest
-        self._device = open_device(options.device)
-        self._track_progress = options.track_progress
-        self._num_steps = len(steps)
+        self._devices = open_devices(settings.device)
         self._turns = Turns()
-        files = OpenFiles(manifest.files)
-        pipeline = Pipeline(
-            steps, files, self._device, config, dtype=options.dtype, on_copy=options.on_copy
-        )
-        self._parts: _Parts | None = _Parts(
-            pipeline, Caller(pipeline), Statics(manifest, files, options.dtype)
+        pipeline, statics = assemble(manifest, self._devices, settings)
+        self._parts: Parts | None = Parts(
+            pipeline, Caller(pipeline), statics, self._turns, settings.track_progress
         )
         self._close_pipeline = weakref.finalize(self, pipeline.close)
         pipeline.start()
 
     @property
+    def plan(self) -> Plan:
+        """Where each layer lives, how it is read, and the predicted seconds a pass."""
+        return self.opened().pipeline.plan
+
+    @property
+    def read_modes(self) -> dict[Path, str]:
+        """By file, how it is read: "direct" where the file system allows it, else "buffered"."""
+        return self.opened().pipeline.files.read_modes
+
+    @property
     def device(self) -> torch.device:
-        """Where layers are handed out."""
-        return self._device.torch_device
+        """Where results are returned, and layers are handed out if it is the only one."""
+        return self._devices[0].torch_device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where layers are handed out: layer i at i modulo their number."""
+        return tuple(device.torch_device for device in self._devices)
 
     @property
     def num_layers(self) -> int:
@@ -169,12 +177,12 @@ class LayerStreamer:
     @property
     def num_steps(self) -> int:
         """Hand-outs of a pass: layers and tail steps."""
-        return self._num_steps
+        return self.opened().pipeline.schedule.length
 
     @property
     def memory(self) -> MemoryUse:
         """Bytes that the slots take on the host and on the device; it never grows."""
-        return self._opened().pipeline.memory
+        return self.opened().pipeline.memory
 
     @property
     def closed(self) -> bool:
@@ -186,7 +194,7 @@ class LayerStreamer:
 
         Waits until the device has done that pass: the only wait that measuring costs.
         """
-        return self._opened().caller.report()
+        return self.opened().caller.report()
 
     def run_pass(self, x: X, layer_fn: LayerFn) -> X:
         """One pass: ``x = layer_fn(x, weights, layer_idx)`` for every layer, in order.
@@ -198,32 +206,32 @@ class LayerStreamer:
 
         Raises what ``layer_fn`` raises, or the error of the layer that could not be streamed.
         """
-        guard = self._device.guard()
-        sweep = self._sweep(guard)
+        steps = sweep(self.opened(), guarded=True)
         state: Any = x
         try:
-            for layer_idx, weights in sweep:
-                state = layer_fn(move(state, self.device), weights, layer_idx)
+            for layer_idx, weights in steps:
+                device = self._devices[layer_idx % len(self._devices)]
+                state = layer_fn(move(state, device.torch_device), weights, layer_idx)
         finally:
-            sweep.close()
+            steps.close()
         result: X = move(state, self.device)
         return result
 
-    def sweep(self) -> Iterator[tuple[int, Weights]]:
+    def sweep(self) -> Sweep:
         """One pass as a loop: yields (layer_idx, weights) for every layer, in order.
 
         What :meth:`run_pass` says of weights holds until the loop advances. Leaving the loop early
         ends the pass. A newer pass on the same thread supersedes it: its next advance raises
         SupersededError.
         """
-        return self._sweep(nullcontext())
+        return sweep(self.opened(), guarded=False)
 
     def load_static(self, name: str) -> torch.Tensor:
         """One tensor on the device for good (outside the slots), cast as the layers are.
 
         The same tensor object each time. Raises CheckpointError, ReadError.
         """
-        return self._opened().statics.load(name, self._device)
+        return self.opened().statics.load(name, self._devices[0])
 
     def host_tensor(self, name: str) -> torch.Tensor:
         """A host view of one tensor as stored, over the file's own pages: for embedding rows.
@@ -231,7 +239,7 @@ class LayerStreamer:
         Read-only by contract: a write changes a private copy of the page. It stays valid after
         close; a file that is truncated while it is mapped kills the process that touches it.
         """
-        return self._opened().statics.view(name)
+        return self.opened().statics.view(name)
 
     def close(self) -> None:
         """Stop the threads and return all memory and file descriptors. Idempotent, any thread.
@@ -257,42 +265,8 @@ class LayerStreamer:
         state = "closed" if self.closed else f"{self.num_layers} layers on {self.device}"
         return f"<LayerStreamer {self.manifest.path} ({state})>"
 
-    def _sweep(self, guard: AbstractContextManager[object]) -> Sweep:
-        caller, current = self._opened().caller, Pass()
-        bar, unfinished = None, False
-        try:
-            with guard:
-                self._turns.claim(current)
-                caller.begin()
-                unfinished = True
-                if self._track_progress:
-                    bar = ProgressBar(total=self._num_steps, unit="layer", leave=False)
-                for _ in range(self._num_steps):
-                    yield caller.take()
-                    if not self._turns.has(current):
-                        raise SupersededError("this sweep was overtaken by a newer pass")
-                    caller.give_back()
-                    if bar is not None:
-                        bar.update()
-                caller.finish()
-                unfinished = False
-        finally:
-            if unfinished:
-                self._end(current, caller)
-            current.over = True
-            if bar is not None:
-                bar.close()
-
-    def _end(self, current: Pass, caller: Caller) -> None:
-        """An unfinished pass is over: start prefetching again, if it is still its turn.
-
-        A sweep that is finalized on another thread leaves that to the next pass, which finds out.
-        """
-        mine = current.thread is threading.current_thread()
-        if mine and self._parts is not None and self._turns.has(current):
-            caller.abort()
-
-    def _opened(self) -> _Parts:
+    def opened(self) -> Parts:
+        """The parts, for this library's own tools. Raises ClosedError."""
         parts = self._parts
         if parts is None:
             raise ClosedError("the streamer is closed")

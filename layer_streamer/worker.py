@@ -1,9 +1,10 @@
 """Threads of the pipeline: how they wait, how they are told to start over, how they stop.
 
 The pipeline is driven by *step numbers*. One unbroken sequence of passes is a :class:`Run`; its
-steps are numbered 0, 1, 2, ... across passes, step n goes through slot n % count of every pool,
-and each stage does its steps in order. What a stage may do next follows from the counters of its
-neighbours alone, so no slot is ever carried through a queue where an interrupt could lose it.
+steps are numbered 0, 1, 2, ... across passes. A *lane* is one device with the threads and slots
+that serve it; its stages do the steps of that device that they have work with, in order, and count
+them from 0. What a stage may do next follows from the counters of its neighbours alone, so no slot
+is ever carried through a queue where an interrupt could lose it.
 """
 
 from __future__ import annotations
@@ -62,34 +63,40 @@ class Progress:
             self.out = done
 
 
-class Run:
-    """One unbroken sequence of passes, from its start to the abort that ends it.
+class LaneRun:
+    """How far the stages of one lane have come in a run.
 
-    Ownership: ``aborted``, ``handed`` and ``released`` belong to the caller's thread, each Progress
-    to its stage. ``failures`` maps a step to the error that its pass is to raise; a stage adds to
-    it before it hands the step on.
+    Each Progress belongs to its stage. ``read`` and ``staged`` count the steps that come from disk,
+    ``copied`` those that go through the device's slots.
     """
 
-    __slots__ = (
-        "aborted",
-        "base_pass",
-        "copied",
-        "failures",
-        "handed",
-        "read",
-        "released",
-        "staged",
-    )
+    __slots__ = ("copied", "read", "run", "staged")
 
-    def __init__(self, base_pass: int, read: Progress, staged: Progress, copied: Progress) -> None:
-        self.base_pass = base_pass
-        self.aborted = False
+    def __init__(self, run: Run, read: Progress, staged: Progress, copied: Progress) -> None:
+        self.run = run
         self.read = read
         self.staged = staged
         self.copied = copied
+
+
+class Run:
+    """One unbroken sequence of passes, from its start to the abort that ends it.
+
+    Ownership: ``aborted``, ``handed`` and ``released`` (in steps of the pass, whatever the lane)
+    belong to the caller's thread; ``lanes`` is complete before the run is published. ``failures``
+    maps a step to the error that its pass is to raise; a stage adds to it before it hands the step
+    on.
+    """
+
+    __slots__ = ("aborted", "base_pass", "failures", "handed", "lanes", "released")
+
+    def __init__(self, base_pass: int) -> None:
+        self.base_pass = base_pass
+        self.aborted = False
         self.handed = 0
         self.released = 0
         self.failures: dict[int, BaseException] = {}
+        self.lanes: tuple[LaneRun, ...] = ()
 
 
 class Stage(ABC):
@@ -98,12 +105,15 @@ class Stage(ABC):
     Contract: ``process`` runs on the stage's thread and returns when its run is aborted or the
     pipeline closes; it looks at that through :meth:`await_true`. ``run`` is the run that the stage
     has adopted: once it shows a run, the stage has left every earlier one for good.
+    ``on_adopted`` is called then.
     """
 
-    def __init__(self, name: str, control: Control) -> None:
+    def __init__(self, name: str, control: Control, lane_idx: int) -> None:
         self.bell = Bell()
         self.run: Run | None = None
+        self.on_adopted: Callable[[], None] = lambda: None
         self._control = control
+        self._lane_idx = lane_idx
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
 
     def start(self) -> None:
@@ -121,8 +131,8 @@ class Stage(ABC):
         return self._thread.name
 
     @abstractmethod
-    def process(self, run: Run) -> None:
-        """Do the steps of ``run`` until it is aborted."""
+    def process(self, lane_run: LaneRun) -> None:
+        """Do the lane's steps of a run until that is aborted."""
 
     def prepare(self) -> None:  # noqa: B027 - most stages have nothing to set up
         """Set up the stage's thread before the first run."""
@@ -140,7 +150,7 @@ class Stage(ABC):
         try:
             self.prepare()
             while (run := self._next_run()) is not None:
-                self.process(run)
+                self.process(run.lanes[self._lane_idx])
         except BaseException as error:
             self._control.fail(error)
 
@@ -149,7 +159,7 @@ class Stage(ABC):
             run = self._control.run
             if run is not None and run is not self.run:
                 self.run = run
-                self._control.on_adopted()
+                self.on_adopted()
                 return run
             self.bell.wait()
         return None
@@ -167,7 +177,6 @@ class Control:
         self.run: Run | None = None
         self.closing = False
         self.fatal: BaseException | None = None
-        self.on_adopted: Callable[[], None] = lambda: None
         self.on_fatal: Callable[[], None] = lambda: None
 
     def fail(self, error: BaseException) -> None:

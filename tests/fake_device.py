@@ -89,15 +89,25 @@ class FakeDevice:
     """An asynchronous device in host memory; ``seed`` picks the schedule."""
 
     unified = False
+    maps_files = True
+    pin_segment = 1 << 40
 
-    def __init__(self, seed: int, eager: float | None = None) -> None:
+    @classmethod
+    def several(cls, count: int, seed: int) -> list[FakeDevice]:
+        """Devices that share a host: one lock, one scheduler, one list of streams and errors."""
+        first = cls(seed)
+        return [first, *(cls(seed, host=first) for _ in range(count - 1))]
+
+    def __init__(
+        self, seed: int, eager: float | None = None, host: FakeDevice | None = None
+    ) -> None:
         self.torch_device = torch.device("cpu")
-        self.lock = threading.RLock()
-        self.errors: list[str] = []
+        self.lock = threading.RLock() if host is None else host.lock
+        self.errors: list[str] = [] if host is None else host.errors
         self._random = random.Random(seed)
         self._eager = self._random.choice([0.0, 0.1, 0.5, 0.9]) if eager is None else eager
         self._thread = threading.local()
-        self.streams: list[FakeStream] = []
+        self.streams: list[FakeStream] = [] if host is None else host.streams
         self.default_stream = self.new_stream()
         self._pinned: set[int] = set()
         self._copies: Counter[int] = Counter()
@@ -108,7 +118,10 @@ class FakeDevice:
         self.current_stream().push(lambda: memory.fill_(POISON))
         return memory
 
-    def pin(self, memory: torch.Tensor) -> bool:
+    def free_bytes(self) -> int:
+        return 1 << 40
+
+    def pin(self, memory: torch.Tensor, *, read_only: bool = False) -> bool:
         self._pinned.add(memory.data_ptr())
         return True
 
@@ -146,7 +159,7 @@ class FakeDevice:
     def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
         stream = self.current_stream()
         with self.lock:
-            stream.push(lambda: dst.view(torch.uint8).fill_(POISON))
+            stream.push(lambda: dst.view(-1).view(torch.uint8).fill_(POISON))
             arena = src.untyped_storage().data_ptr()
             self._copies[arena] += 1
             stream.push(lambda: self._execute_copy(dst, src, arena))

@@ -13,6 +13,7 @@ from fake_device import FakeDevice
 import layer_streamer.streamer
 from layer_streamer import LayerStreamer
 from layer_streamer.accelerator import CudaDevice
+from layer_streamer.device import CpuDevice
 
 POISON = 0xDB
 
@@ -21,7 +22,7 @@ class LateCudaDevice(CudaDevice):
     """A GPU on which every copy first poisons its target and dawdles, so that order matters."""
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
-        dst.view(torch.uint8).fill_(POISON)
+        dst.view(-1).view(torch.uint8).fill_(POISON)
         torch.cuda._sleep(200_000)
         super().copy(dst, src)
 
@@ -33,16 +34,25 @@ def make_device(kind: str) -> Any:
     return LateCudaDevice(torch.device("cuda")) if kind == "cuda" else None
 
 
+def make_devices(kind: str, count: int) -> list[Any]:
+    """``count`` devices of a kind; of GPUs no more than there are."""
+    if kind == "cuda":
+        there = min(count, torch.cuda.device_count())
+        return [LateCudaDevice(torch.device("cuda", i)) for i in range(there)]
+    return FakeDevice.several(count, seed=7) if kind == "fake" else [CpuDevice()] * count
+
+
 @contextmanager
 def opened_on(device: Any) -> Iterator[None]:
-    """Streamers that are opened within get ``device``; None: the CPU."""
-    before = layer_streamer.streamer.open_device
+    """Streamers that are opened within get ``device``, one or several; None: the CPU."""
+    before = layer_streamer.streamer.open_devices
     chosen = before("cpu") if device is None else device
-    layer_streamer.streamer.open_device = lambda wanted: chosen
+    devices = tuple(chosen) if isinstance(chosen, list | tuple) else (chosen,)
+    layer_streamer.streamer.open_devices = lambda wanted: devices
     try:
         yield
     finally:
-        layer_streamer.streamer.open_device = before
+        layer_streamer.streamer.open_devices = before
 
 
 def open_checkpoint(device: Any, path: Path, **options: Any) -> LayerStreamer:
@@ -59,16 +69,19 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 class Witness:
     """A layer_fn that compares every tensor it is given with the file's, byte for byte.
 
+    ``device``: the one that layers are handed out on, or several.
+
     On an asynchronous device the comparison is launched work; :meth:`check` waits for it.
     """
 
     def __init__(
         self, device: Any, tensors: Mapping[str, torch.Tensor], prefix: str = "model.layers.{i}."
     ) -> None:
-        self._device = device
+        self._devices = list(device) if isinstance(device, list | tuple) else [device]
+        self._device = self._devices[0]
         self._prefix = prefix
         self._tensors = tensors
-        self._on_gpu = isinstance(device, CudaDevice)
+        self._on_gpu = isinstance(self._device, CudaDevice)
         self._expected = {
             name: raw(tensor).cuda() if self._on_gpu else raw(tensor)
             for name, tensor in tensors.items()
@@ -79,6 +92,8 @@ class Witness:
 
     def __call__(self, x: Any, weights: Mapping[str, torch.Tensor], layer_idx: int) -> Any:
         self.layers.append(layer_idx)
+        # Work runs where its layer is: only there is it ordered after the layer's copies.
+        self._device = self._devices[layer_idx % len(self._devices)]
         head = self._prefix.format(i=layer_idx)
         expected = {n[len(head) :] for n in self._tensors if n.startswith(head)}
         if set(weights) != expected:
@@ -94,7 +109,8 @@ class Witness:
             self.errors.append(f"{name}: {tensor.dtype} {tuple(tensor.shape)}")
         if self._on_gpu:
             torch.cuda._sleep(100_000)
-            self._flags.append((raw(tensor) != self._expected[name]).any())
+            expected = self._expected[name].to(tensor.device, non_blocking=True)
+            self._flags.append((raw(tensor) != expected).any())
         elif isinstance(self._device, FakeDevice):
             self._device.launch(lambda: self._look(name, tensor))
         else:
@@ -109,7 +125,7 @@ class Witness:
         if isinstance(self._device, FakeDevice):
             self._device.drain()
             self.errors += self._device.errors
-        if self._flags and bool(torch.stack(self._flags).any()):
+        if any(flag.item() for flag in self._flags):
             self.errors.append("a layer's bytes on the GPU were not the file's")
         self._flags.clear()
         assert not self.errors, self.errors[:5]

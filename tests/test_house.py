@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from assets import tiny_checkpoint, tiny_model
 
 import layer_streamer
-from layer_streamer.config import CONFIG_KEYS, PoolConfig
+from layer_streamer.config import Settings
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "layer_streamer"
@@ -20,27 +21,47 @@ ORDER = [
     "manifest",
     "inspect",
     "formats",
+    "budget",
+    "knapsack",
+    "residency",
     "layout",
+    "placement",
     "config",
+    "plan",
+    "planner",
     "stats",
+    "machine",
+    "limits",
+    "libc",
+    "hostmem",
+    "tasks",
     "device",
     "accelerator",
     "clock",
     "memory",
+    "direct",
     "files",
+    "pieces",
     "worker",
     "pool",
     "schedule",
+    "mapped",
+    "residents",
     "reader",
     "copier",
+    "lane",
+    "progress",
     "pipeline",
     "caller",
     "turn",
     "statics",
+    "assembly",
     "tree",
-    "progress",
+    "sweep",
     "streamer",
+    "tools",
 ]
+FOLDERS = ("formats", "tools")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -48,9 +69,10 @@ def imported(path: Path) -> Iterator[str]:
     """Names of the library's modules that a file of the library imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            # Inside formats/, one dot is formats itself.
-            inside = path.parent.name == "formats" and node.level == 1
-            yield "formats" if inside else (node.module or "").split(".")[0]
+            # Inside formats/ or tools/, one dot is the folder itself.
+            folder = path.parent.name
+            inside = folder in FOLDERS and node.level == 1
+            yield folder if inside else (node.module or "").split(".")[0]
 
 
 @pytest.mark.parametrize("module", ORDER)
@@ -59,12 +81,12 @@ def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
     files = [path] if path.exists() else sorted((LIBRARY / module).glob("*.py"))
     for file in files:
         for name in set(imported(file)):
-            assert name in ORDER[: ORDER.index(module) + (module == "formats")], f"{file}: {name}"
+            assert name in ORDER[: ORDER.index(module) + (module in FOLDERS)], f"{file}: {name}"
 
 
 def test_every_module_of_the_library_has_its_place_in_the_order() -> None:
     modules = {path.stem for path in LIBRARY.glob("*.py")} - {"__init__", "__main__"}
-    assert modules | {"formats"} == set(ORDER)
+    assert modules | set(FOLDERS) == set(ORDER)
 
 
 def test_design_md_lists_the_modules_in_the_order_of_their_dependencies() -> None:
@@ -97,10 +119,13 @@ def test_the_readmes_example_runs_as_it_stands(
 def test_the_readmes_table_has_every_option_and_its_default() -> None:
     rows = re.findall(r"^\| (`[^|]+) \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     table = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
-    assert set(table) >= CONFIG_KEYS
-    defaults = PoolConfig()
-    for name in ("n_gpu", "n_cpu_pinned", "n_cpu"):
+    assert set(table) >= {field.name for field in fields(Settings)}
+    defaults = Settings()
+    assert table["n_gpu"] == str(defaults.num_device)
+    for name in ("device_budget", "host_budget", "reserve_bytes", "read_mode"):
         assert table[name] == str(getattr(defaults, name))
+    assert table["n_cpu_pinned"] == str(defaults.num_pinned)
+    assert table["n_cpu"] == str(defaults.num_pageable or None)
     assert table["read_threads"] == str(defaults.num_readers)
     assert table["read_chunk"] == f"{defaults.chunk_nbytes >> 20} MiB"
 

@@ -21,7 +21,7 @@ from layer_streamer.layout import (
     split_rows,
 )
 from layer_streamer.manifest import TensorSpec
-from layer_streamer.reader import cut_into_jobs
+from layer_streamer.pieces import SlotCutter
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 FILES = [Path("a"), Path("b")]
@@ -146,7 +146,7 @@ def test_rows_are_split_whole_in_order_and_within_the_limit(
 def test_jobs_cover_every_read_once_in_pieces_of_at_most_a_chunk(step: Step, chunk: int) -> None:
     layout = lay_out(step, unified=False)
     slot = memoryview(bytearray(layout.host_nbytes))
-    jobs = cut_into_jobs(layout.reads, slot, chunk)
+    jobs = SlotCutter(chunk, aligned=False).cut(layout.reads, slot)
     assert all(0 < sum(len(piece.view) for piece in job) <= chunk for job in jobs)
     for job in jobs:
         for piece in job:

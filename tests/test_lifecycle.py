@@ -164,10 +164,10 @@ def test_a_failed_opening_leaves_nothing_behind(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("layer_streamer.pipeline.HostArena", refuse)
+    monkeypatch.setattr("layer_streamer.lane.HostArena", refuse)
     for _ in range(20):
         with pytest.raises(MemoryError):
-            open_checkpoint(device, tmp_path)
+            open_checkpoint(device, tmp_path, n_cpu_pinned=2)
     gc.collect()
     assert footprint() == before
 

@@ -16,15 +16,15 @@ from checkpoints import tiny_tensors, write_safetensors
 from fake_device import FakeDevice, FakeStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import open_checkpoint
 
-import layer_streamer.streamer
 from layer_streamer import LayerStreamer, StreamerError
 from layer_streamer.caller import Caller
 from layer_streamer.copier import Copier, DeviceTarget, Memcpy
 from layer_streamer.pipeline import Pipeline
 from layer_streamer.pool import DeviceSlot, Scratch
 from layer_streamer.reader import Feeder
-from layer_streamer.worker import Run, Stage
+from layer_streamer.worker import LaneRun, Stage
 
 NUM_LAYERS = 5
 HANG_SECONDS = 5.0
@@ -59,7 +59,7 @@ class Engine:
         self._streams = [device.default_stream, device.new_stream(), device.new_stream()]
 
     def run(self, streamer: LayerStreamer, passes: int) -> None:
-        copier = streamer._parts.pipeline.copier
+        copier = streamer._parts.pipeline.lanes[0].copier
         for number in range(passes):
             if number % 3 == 1:
                 # torch deals streams out in turn: the caller may be given the copier's.
@@ -148,26 +148,27 @@ def leave_out(*args: Any) -> None:
     """A wait that does not wait."""
 
 
-def one_slot_early(freed: Callable[[Any, Run], int], count: Callable[[Any], int]) -> Any:
+def one_slot_early(count: Callable[[Any], int]) -> Any:
     """A wait for a free slot that takes the slot one step before it is free."""
 
-    def await_slot(stage: Any, run: Run, number: int) -> bool:
-        return stage.await_true(run, lambda: freed(stage, run) >= number - count(stage))
+    def await_slot(stage: Any, lane_run: LaneRun, n: int) -> bool:
+        return stage.await_true(lane_run.run, lambda: stage.freed(lane_run) >= n - count(stage))
 
     return await_slot
 
 
-def one_step_early(handed_on: Callable[[Run], int]) -> Any:
+def one_step_early(handed_on: Callable[[LaneRun], int]) -> Any:
     """A wait for a step that goes on one step before it is handed on."""
 
-    def await_source(stage: Stage, run: Run, number: int) -> bool:
-        return stage.await_true(run, lambda: handed_on(run) >= number)
+    def await_source(stage: Stage, lane_run: LaneRun, n: int) -> bool:
+        return stage.await_true(lane_run.run, lambda: handed_on(lane_run) >= n)
 
     return await_source
 
 
-def device_slot_early(target: DeviceTarget, stage: Stage, run: Run, number: int) -> bool:
-    return stage.await_true(run, lambda: run.released >= number - target._pool.count)
+def device_slot_early(target: DeviceTarget, stage: Stage, lane_run: LaneRun, n: int) -> bool:
+    freed = target._orders.released
+    return stage.await_true(lane_run.run, lambda: freed(lane_run) >= n - target._pool.count)
 
 
 def record_hand_out_only(slot: DeviceSlot, current: FakeStream) -> None:
@@ -211,12 +212,12 @@ MUTATIONS: dict[str, tuple[type, str, Any, str, Any]] = {
         Copier, "order_after_allocation", leave_out, "pinned", None),
     "a read takes a slot too early": (
         Feeder, "await_slot",
-        one_slot_early(lambda s, run: s._freed(run), lambda s: s._pool.count), "pinned", None),
+        one_slot_early(lambda s: s._pool.count), "pinned", None),
     "a memcpy takes its source too early": (
         Memcpy, "await_source", one_step_early(lambda run: run.read.out), "both", None),
     "a memcpy takes a slot too early": (
         Memcpy, "await_slot",
-        one_slot_early(lambda s, run: run.copied.done, lambda s: s._target.count), "both", None),
+        one_slot_early(lambda s: s._target.count), "both", None),
     "a copy takes its source too early": (
         Copier, "await_source", one_step_early(lambda run: run.staged.out), "pinned", None),
     "a copy takes a slot too early": (
@@ -275,19 +276,19 @@ def errors_after_a_change_of_stream(checkpoint: Path, monkeypatch: pytest.Monkey
 
     def fail_after_prefetch(x: int, weights: Any, layer_idx: int) -> int:
         runs.append(copier._control.run)
-        while layer_idx == last and copier._control.run.copied.done < NUM_LAYERS + 1:
+        while layer_idx == last and copier._control.run.lanes[0].copied.done < NUM_LAYERS + 1:
             os.sched_yield()
         return engine.launch(weights, layer_idx, fails_at=last)
 
     def run_ahead(x: int, weights: Any, layer_idx: int) -> int:
-        while layer_idx == 0 and copier._control.run.copied.done < 2:
+        while layer_idx == 0 and copier._control.run.lanes[0].copied.done < 2:
             os.sched_yield()
         copier.stream.synchronize()
         gate.set()
         return engine.launch(weights, layer_idx)
 
     with open_on(device, checkpoint, {"n_gpu": 1, "n_cpu_pinned": NUM_LAYERS}) as streamer:
-        copier = streamer._parts.pipeline.copier
+        copier = streamer._parts.pipeline.lanes[0].copier
         first = copier.stream
         monkeypatch.setattr(Feeder, "wait_reusable", gated)
         with pytest.raises(LaunchFailed):
@@ -314,9 +315,4 @@ def test_a_new_copy_stream_that_does_not_wait_for_the_old_one_is_seen(
 
 
 def open_on(device: FakeDevice, checkpoint: Path, options: dict[str, Any]) -> LayerStreamer:
-    opened = layer_streamer.streamer.open_device
-    layer_streamer.streamer.open_device = lambda wanted: device
-    try:
-        return LayerStreamer.from_checkpoint(checkpoint, read_threads=2, **options)
-    finally:
-        layer_streamer.streamer.open_device = opened
+    return open_checkpoint(device, checkpoint, read_threads=2, **options)

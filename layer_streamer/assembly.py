@@ -1,0 +1,100 @@
+"""From a manifest and settings to a pipeline: look at the machine, plan, build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .config import Settings
+from .device import Device
+from .files import OpenFiles
+from .hostmem import available_host_bytes
+from .layout import Layout, Step, plan_steps
+from .limits import load_limits
+from .manifest import Manifest
+from .pipeline import Pipeline
+from .placement import Rates
+from .plan import Machine, Plan
+from .planner import make_plan, measure_steps
+from .schedule import lay_out_all
+from .statics import Statics
+
+
+def assemble(
+    manifest: Manifest, devices: Sequence[Device], settings: Settings
+) -> tuple[Pipeline, Statics]:
+    """An open pipeline, its threads not yet started, and the tensors beside it."""
+    steps = plan_steps(manifest, settings.tail)
+    layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
+    files = OpenFiles(manifest.files)
+    try:
+        machine = look_at_machine(devices, _known_rates(manifest, devices))
+        plan = _plan(steps, layouts, machine, settings, files)
+        pipeline = Pipeline(steps, layouts, files, devices, settings, plan)
+    except BaseException:
+        files.close()
+        raise
+    return pipeline, Statics(manifest, files, settings.dtype)
+
+
+def draw_plan(
+    manifest: Manifest,
+    devices: Sequence[Device],
+    settings: Settings,
+    given: Mapping[str, float],
+) -> Plan:
+    """The plan that a streamer would be opened with; nothing is allocated.
+
+    ``given``: rates in bytes a second to go by instead of measured ones: "read", "copy".
+    """
+    steps = plan_steps(manifest, settings.tail)
+    layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
+    rates = _known_rates(manifest, devices)
+    rates = Rates(
+        given.get("read", rates.read),
+        tuple(given.get("copy", rate) for rate in rates.copy),
+        None if "copy" in given else rates.copy_together,
+    )
+    files = OpenFiles(manifest.files)
+    try:
+        return _plan(steps, layouts, look_at_machine(devices, rates), settings, files)
+    finally:
+        files.close()
+
+
+def _plan(
+    steps: Sequence[Step],
+    layouts: Sequence[Layout],
+    machine: Machine,
+    settings: Settings,
+    files: OpenFiles,
+) -> Plan:
+    extents = [(r.path, r.offset, r.nbytes) for layout in layouts for r in layout.reads]
+    return make_plan(
+        measure_steps(steps, layouts, settings.dtype),
+        max(layout.scratch_nbytes for layout in layouts),
+        machine,
+        settings,
+        lambda: files.cached_share(extents),
+    )
+
+
+def _known_rates(manifest: Manifest, devices: Sequence[Device]) -> Rates:
+    """What has been measured of this machine and this file system, if anything."""
+    limits = load_limits(next(iter(manifest.files)))
+    names = [str(device.torch_device) for device in devices]
+    if limits is None:
+        return Rates(None, (None,) * len(names))
+    together = limits.copy_together_rate if len(names) > 1 else None
+    return Rates(limits.read_rate, tuple(limits.copy_rate(name) for name in names), together)
+
+
+def look_at_machine(devices: Sequence[Device], rates: Rates) -> Machine:
+    """What this machine has free now."""
+    return Machine(
+        devices=tuple(str(device.torch_device) for device in devices),
+        unified=devices[0].unified,
+        maps_files=all(device.maps_files for device in devices),
+        device_free=tuple(device.free_bytes() for device in devices),
+        host_available=available_host_bytes(),
+        rates=rates,
+    )

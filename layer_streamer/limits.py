@@ -1,0 +1,252 @@
+"""The measured limits of a machine, and the record of them in the user's cache directory.
+
+What belongs to the machine (memory, devices) and what belongs to a file system (reads) are two
+parts in two files, so that probing another disk leaves the rest as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import types
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from .machine import FileSystem, MachineIdentity, file_system, this_machine
+from .stats import write_atomically
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of the record's format; a record of another version is not read."""
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRate:
+    """Reads of a disk by ``threads`` threads, ``chunk_nbytes`` a call."""
+
+    mode: str
+    """Either "direct", or "cold": through the page cache, from which the file was dropped."""
+    threads: int
+    chunk_nbytes: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadRate:
+    """Bytes that ``threads`` threads move a second, all together."""
+
+    threads: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SizeRate:
+    """Bytes a second of copies of ``nbytes`` each, back to back on one stream."""
+
+    nbytes: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """Copies between host memory and one device."""
+
+    device: str
+    """torch's name of it, such as "cuda:0"."""
+    pinned: bool
+    """False if page-locking was refused: then ``copies`` and ``back`` are of pageable memory."""
+    copies: tuple[SizeRate, ...]
+    """From pinned host memory to the device, by the size of a copy."""
+    pageable: float
+    """From pageable host memory to the device, bytes a second."""
+    back: float
+    """From the device to pinned host memory, bytes a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachinePart:
+    """What does not depend on the disk."""
+
+    identity: MachineIdentity
+    measured_at: str
+    """Time of day in UTC, ISO 8601."""
+    quick: bool
+    """True if it was measured with ``--quick``."""
+    memcpy: tuple[ThreadRate, ...]
+    """Host to host memory."""
+    devices: tuple[DeviceLimits, ...]
+    copy_together: float | None
+    """Copies to all of ``devices`` at once, bytes a second; None unless there are several."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPart:
+    """The reads of one file system."""
+
+    file_system: FileSystem
+    path: str
+    """What was read: a file, a directory, or the directory of a temporary file."""
+    measured_at: str
+    quick: bool
+    reads: tuple[ReadRate, ...]
+    """Empty where the file system keeps what it is told to drop, and refuses direct reads."""
+    cached_reads: tuple[ThreadRate, ...]
+    """Reads of what is in the page cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineLimits:
+    """A machine's limits, in bytes a second. A property is None where nothing was measured."""
+
+    machine: MachinePart
+    disk: DiskPart | None
+
+    @property
+    def best_read(self) -> ReadRate | None:
+        """The fastest direct read; where those are refused, the fastest cold one."""
+        reads = self.disk.reads if self.disk else ()
+        direct = [read for read in reads if read.mode == "direct"]
+        return max(direct or reads, key=lambda read: read.bytes_per_s, default=None)
+
+    @property
+    def read_rate(self) -> float | None:
+        """Disk to host memory, of :attr:`best_read`."""
+        return self.best_read.bytes_per_s if self.best_read else None
+
+    @property
+    def cached_read_rate(self) -> float | None:
+        """Page cache to host memory, by as many threads as are best."""
+        return _best(self.disk.cached_reads if self.disk else ())
+
+    @property
+    def memcpy_rate(self) -> float | None:
+        """Host memory to host memory, by as many threads as are best."""
+        return _best(self.machine.memcpy)
+
+    def copy_rate(self, device: str) -> float | None:
+        """Pinned host memory to ``device`` ("cuda:0"), in copies of the best size."""
+        for limits in self.machine.devices:
+            if limits.device == device:
+                return _best(limits.copies)
+        return None
+
+    @property
+    def copy_together_rate(self) -> float | None:
+        """Pinned host memory to all measured devices at once, the sum."""
+        if self.machine.copy_together is not None or not self.machine.devices:
+            return self.machine.copy_together
+        return self.copy_rate(self.machine.devices[0].device)
+
+
+def load_limits(path: Path | None = None) -> MachineLimits | None:
+    """The limits on record for this machine, and for the file system of ``path`` if one is given.
+
+    None if this machine (its processor, GPUs, driver, torch) has none; ``disk`` is None if the file
+    system has none. A record that cannot be read is as good as none, and is logged.
+    """
+    identity = this_machine()
+    folder = _folder(identity)
+    machine = _load(folder / "machine.json", MachinePart)
+    if machine is None:
+        return None
+    if machine.identity != identity:
+        logger.info("the limits on record are of another driver or torch: %s", machine.identity)
+        return None
+    return MachineLimits(machine, _load_disk(folder, path))
+
+
+def save_limits(limits: MachineLimits) -> tuple[Path, ...]:
+    """Put ``limits`` on record, each part atomically; the files written. Raises OSError."""
+    folder = _folder(limits.machine.identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: dict[Path, MachinePart | DiskPart] = {folder / "machine.json": limits.machine}
+    if limits.disk is not None:
+        parts[folder / _disk_name(limits.disk.file_system)] = limits.disk
+    for path, part in parts.items():
+        write_atomically(path, json.dumps({"version": VERSION, **asdict(part)}))
+    return tuple(parts)
+
+
+def encode(limits: MachineLimits) -> dict[str, Any]:
+    """``limits`` as JSON has it; :func:`decode` is the way back."""
+    return {"version": VERSION, **asdict(limits)}
+
+
+def decode(document: object, kind: type[P]) -> P:
+    """The record (MachineLimits, or a part) in parsed JSON. ValueError if it is not exactly one."""
+    if not isinstance(document, dict):
+        raise ValueError("not a JSON object")
+    version = document.get("version")
+    if version != VERSION:
+        raise ValueError(f"of version {version!r}, this is version {VERSION}")
+    rest = {name: value for name, value in document.items() if name != "version"}
+    value: P = _value(kind, rest, kind.__name__)
+    return value
+
+
+def _best(rates: Iterable[ThreadRate | SizeRate]) -> float | None:
+    return max((rate.bytes_per_s for rate in rates), default=None)
+
+
+def _folder(identity: MachineIdentity) -> Path:
+    """Where a machine's records are: home directories can be shared by machines."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        cache = Path.home() / ".cache"
+    digest = hashlib.sha256(repr(identity.hardware).encode()).hexdigest()[:16]
+    return cache / "layer-streamer" / "limits" / digest
+
+
+def _disk_name(system: FileSystem) -> str:
+    number = system.device_number
+    kind = "".join(c if c.isalnum() else "-" for c in system.type)
+    return f"disk-{os.major(number)}-{os.minor(number)}-{kind}.json"
+
+
+def _load_disk(folder: Path, path: Path | None) -> DiskPart | None:
+    try:
+        system = file_system(path) if path is not None else None
+    except OSError:
+        return None
+    part = _load(folder / _disk_name(system), DiskPart) if system is not None else None
+    return part if part is not None and part.file_system == system else None
+
+
+def _load(path: Path, kind: type[P]) -> P | None:
+    try:
+        return decode(json.loads(path.read_text(encoding="utf-8")), kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("%s: not used (%s); probe writes it anew", path, error)
+        return None
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+    """``value`` as ``kind``, a type that the records use. ValueError unless it fits exactly."""
+    if is_dataclass(kind):
+        wanted = {field.name for field in fields(kind)}
+        if not isinstance(value, dict) or set(value) != wanted:
+            raise ValueError(f"{name}: does not have exactly the fields {sorted(wanted)}")
+        hints = get_type_hints(kind)
+        return kind(**{key: _value(hints[key], value[key], key) for key in value})  # type: ignore[operator]
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}: not a list")
+        return tuple(_value(get_args(kind)[0], item, name) for item in value)
+    if get_origin(kind) is types.UnionType:
+        (inner,) = (arg for arg in get_args(kind) if arg is not types.NoneType)
+        return None if value is None else _value(inner, value, name)
+    if kind is float and type(value) in (int, float) and math.isfinite(value) and value > 0:
+        return float(value)
+    if kind is not float and type(value) is kind:
+        return value
+    raise ValueError(f"{name}={value!r}: not a {kind.__name__} that a record can have")

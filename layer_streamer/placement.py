@@ -1,0 +1,271 @@
+"""Which step of a pass lives in which tier, from byte budgets, and the predicted seconds. Pure.
+
+A *step* is one hand-out of a pass: a layer, or a row range of a tail tensor. It lives on its
+device for good, in host memory (and is copied each pass), or on disk (and is read and copied each
+pass). The choice is made once: a cyclic scan defeats every cache that decides as it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from .residency import Candidate, Memory, choose_residents
+
+Tier: TypeAlias = Literal["device", "host", "disk"]
+"""Where a step lives. On a unified device (the CPU), what is resident is in "device"."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """What one step takes in each place, bytes."""
+
+    device_nbytes: int
+    """Resident on its device: cast, aligned."""
+    host_nbytes: int
+    """In host memory, resident or in a slot: whole pages."""
+    read_nbytes: int
+    """Read from disk each pass if it lives there."""
+    copy_nbytes: int
+    """Moved over the link each pass unless it lives on the device."""
+    slot_nbytes: int
+    """What it needs of a device slot, the cast slot not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What may be used, bytes."""
+
+    device: tuple[int | None, ...]
+    """By device; None: slots as needed, and nothing resident.
+
+    On a unified device the first one counts, for all memory of all devices.
+    """
+    host: int | None
+    """For all devices together; None: slots as needed, and nothing resident."""
+    device_slots: int
+    """Slots of each device (n_gpu + 1); on a unified device, slots of its one pool."""
+    host_slots: int
+    """Host slots of each device, all host pools together."""
+    reserve: tuple[int, ...] = ()
+    """By device, what of its budget is the caller's; missing: 0."""
+    scratch_nbytes: int = 0
+    """The cast slot of each device to which something is streamed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """``count`` buffers of ``nbytes`` bytes each."""
+
+    count: int
+    nbytes: int
+
+    @property
+    def total_nbytes(self) -> int:
+        return self.count * self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where every step lives, and the memory that this takes while passes run, bytes.
+
+    What is needed for a moment to load the residents is not in it.
+    """
+
+    tiers: tuple[Tier, ...]
+    """By step."""
+    devices: tuple[int, ...]
+    """By step, the index of its device: step i is on device i modulo their number."""
+    device_slots: tuple[Slots, ...]
+    """By device: no more than it streams steps, none if it streams nothing."""
+    host_slots: tuple[Slots, ...]
+    """By device: none if no step of it lives on disk. Equally large on all devices."""
+    device_bytes: tuple[int, ...]
+    """By device: residents, slots and cast slot, without the caller's reserve."""
+    host_bytes: int
+    """Residents and slots in host memory; 0 on a unified device."""
+
+
+def place(
+    sizes: Sequence[StepSize], num_devices: int, budget: Budget, *, unified: bool
+) -> Placement:
+    """Where each step of a pass lives, so that as few bytes as possible move each pass.
+
+    Slots are paid first, then residency; where nothing is streamed, no slots are needed. A device
+    holds the steps that spare it the most bytes of copies. Host memory, which the devices share,
+    holds those of the rest that spare the most bytes of reads. ``unified``: all devices use one
+    memory, and what they hold spares reads. Equal steps are spread evenly over the pass, so that
+    neither disk nor link sees a burst.
+
+    The choice is exact for few sizes, nearly so for many. Where it is exact, more device memory
+    never means more bytes copied, and more host memory never more bytes read. (More device memory
+    may mean more bytes read, if sizes differ: what is left may fill host memory less well.)
+    Errors: ConfigError if a budget is below its slots, naming it and the bound.
+    """
+    devices = tuple(i % num_devices for i in range(len(sizes)))
+    if unified:
+        on_device = _hold_unified(sizes, devices, budget)
+        in_host = [False] * len(sizes)
+    else:
+        on_device = _hold_on_devices(sizes, num_devices, budget)
+        in_host = _hold_in_host(sizes, devices, on_device, budget)
+    tiers: list[Tier] = [
+        "device" if held else "host" if kept else "disk"
+        for held, kept in zip(on_device, in_host, strict=True)
+    ]
+    return _account(sizes, tiers, num_devices, budget, unified=unified)
+
+
+def _hold_on_devices(sizes: Sequence[StepSize], num_devices: int, budget: Budget) -> list[bool]:
+    resident = [False] * len(sizes)
+    for device in range(num_devices):
+        steps = range(device, len(sizes), num_devices)
+        candidates = [
+            Candidate(sizes[i].device_nbytes, sizes[i].copy_nbytes, sizes[i].slot_nbytes)
+            for i in steps
+        ]
+        owner = f"device {device}" if num_devices > 1 else "the device"
+        memory = _device_memory(budget, device, owner)
+        if memory is not None:
+            held = choose_residents(candidates, [device] * len(candidates), memory)
+            for i, is_held in zip(steps, held, strict=True):
+                resident[i] = is_held
+    return resident
+
+
+def _hold_unified(
+    sizes: Sequence[StepSize], devices: Sequence[int], budget: Budget
+) -> Sequence[bool]:
+    memory = _device_memory(budget, 0, "the device")
+    if memory is None:
+        return [False] * len(sizes)
+    candidates = [
+        Candidate(size.device_nbytes, size.read_nbytes, size.slot_nbytes) for size in sizes
+    ]
+    return choose_residents(candidates, devices, memory)
+
+
+def _device_memory(budget: Budget, device: int, owner: str) -> Memory | None:
+    nbytes = budget.device[device]
+    if nbytes is None:
+        return None
+    return Memory(
+        name="device_budget",
+        owner=owner,
+        budget=nbytes,
+        slots=budget.device_slots,
+        scratch_nbytes=budget.scratch_nbytes,
+        reserve=budget.reserve[device] if device < len(budget.reserve) else 0,
+    )
+
+
+def _hold_in_host(
+    sizes: Sequence[StepSize], devices: Sequence[int], on_device: Sequence[bool], budget: Budget
+) -> list[bool]:
+    resident = [False] * len(sizes)
+    if budget.host is None:
+        return resident
+    steps = [i for i, held in enumerate(on_device) if not held]
+    candidates = [
+        Candidate(sizes[i].host_nbytes, sizes[i].read_nbytes, sizes[i].host_nbytes) for i in steps
+    ]
+    memory = Memory("host_budget", "the host", budget.host, budget.host_slots)
+    held = choose_residents(candidates, [devices[i] for i in steps], memory)
+    for i, is_held in zip(steps, held, strict=True):
+        resident[i] = is_held
+    return resident
+
+
+def _account(
+    sizes: Sequence[StepSize],
+    tiers: Sequence[Tier],
+    num_devices: int,
+    budget: Budget,
+    *,
+    unified: bool,
+) -> Placement:
+    """The placement with these tiers, and what it takes."""
+    slots, host_slots, device_bytes = [], [], []
+    read = [i for i, tier in enumerate(tiers) if tier == "disk"]
+    host_nbytes = max((sizes[i].host_nbytes for i in read), default=0)
+    for device in range(num_devices):
+        steps = range(device, len(sizes), num_devices)
+        streamed = [i for i in steps if tiers[i] != "device"]
+        # Devices that share a memory have been charged for slots of one size.
+        sizing = [i for i, tier in enumerate(tiers) if tier != "device"] if unified else streamed
+        slot_nbytes = max((sizes[i].slot_nbytes for i in sizing), default=0)
+        slots.append(_slots(min(budget.device_slots, len(streamed)), slot_nbytes))
+        on_disk = not unified and any(tiers[i] == "disk" for i in steps)
+        host_slots.append(_slots(budget.host_slots * on_disk, host_nbytes))
+        resident = sum(sizes[i].device_nbytes for i in steps if tiers[i] == "device")
+        scratch = budget.scratch_nbytes if streamed else 0
+        device_bytes.append(resident + slots[-1].total_nbytes + scratch)
+    kept = sum(sizes[i].host_nbytes for i, tier in enumerate(tiers) if tier == "host")
+    return Placement(
+        tiers=tuple(tiers),
+        devices=tuple(i % num_devices for i in range(len(sizes))),
+        device_slots=tuple(slots),
+        host_slots=tuple(host_slots),
+        device_bytes=tuple(device_bytes),
+        host_bytes=kept + sum(slots.total_nbytes for slots in host_slots),
+    )
+
+
+def _slots(count: int, nbytes: int) -> Slots:
+    return Slots(count, nbytes if count else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes a second, above 0; None: unknown."""
+
+    read: float | None
+    """The disk."""
+    copy: tuple[float | None, ...]
+    """By device, its link while the others rest."""
+    copy_together: float | None = None
+    """All links at once, in sum; None: they do not slow each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How long a pass takes if nothing but reads and copies takes time."""
+
+    seconds: float
+    bound_by: str
+    """"read", "copy", or "resident" where nothing is streamed."""
+    read_seconds: float
+    copy_seconds: float
+    read_bytes: int
+    """A pass, of all devices."""
+    copy_bytes: int
+
+
+def predict(sizes: Sequence[StepSize], placement: Placement, rates: Rates) -> Prediction | None:
+    """The seconds that a pass takes: reads and copies go on side by side, the slower one counts.
+
+    None if a rate is unknown of a disk or link over which something moves.
+    """
+    read_bytes = 0
+    copied = [0] * len(placement.device_bytes)
+    for size, tier, device in zip(sizes, placement.tiers, placement.devices, strict=True):
+        read_bytes += size.read_nbytes if tier == "disk" else 0
+        copied[device] += size.copy_nbytes if tier != "device" else 0
+    times = []
+    for nbytes, rate in ((read_bytes, rates.read), *zip(copied, rates.copy, strict=True)):
+        if nbytes and rate is None:
+            return None
+        times.append(nbytes / rate if rate is not None else 0.0)
+    if rates.copy_together is not None:
+        times.append(sum(copied) / rates.copy_together)
+    read_seconds, copy_seconds = times[0], max(times[1:], default=0.0)
+    bound_by = "read" if read_seconds >= copy_seconds else "copy"
+    return Prediction(
+        seconds=max(read_seconds, copy_seconds),
+        bound_by=bound_by if read_bytes or sum(copied) else "resident",
+        read_seconds=read_seconds,
+        copy_seconds=copy_seconds,
+        read_bytes=read_bytes,
+        copy_bytes=sum(copied),
+    )

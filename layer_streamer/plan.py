@@ -1,0 +1,112 @@
+"""What a streamer will do with a checkpoint on a machine: tiers, read mode, predicted time. Pure.
+
+The machine's side comes in as numbers, so that a plan can be made for a machine that is elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from .budget import format_bytes
+from .placement import Placement, Prediction, Rates, StepSize, Tier
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What a plan needs to know of a machine."""
+
+    devices: tuple[str, ...]
+    unified: bool
+    """True if the device computes in host memory (the CPU)."""
+    maps_files: bool
+    """True if a device can copy from the pages of a mapped file."""
+    device_free: tuple[int, ...]
+    """Free bytes of each device."""
+    host_available: int
+    """Bytes of host memory that can be had."""
+    rates: Rates
+    """What is known of them; what a prediction needs may be missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where each step lives and how it is read. ``str()`` of it is a table."""
+
+    machine: Machine
+    sizes: tuple[StepSize, ...]
+    placement: Placement
+    read_mode: Literal["mapped", "direct", "buffered"]
+    """How files are asked to be read; OpenFiles says which of them refused."""
+    reason: str
+    """Why they are read so."""
+    predicted: Prediction | None
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """By step: "device" and "host" are resident, "disk" is read each pass."""
+        return self.placement.tiers
+
+    @property
+    def predicted_seconds(self) -> float | None:
+        """Seconds a pass if only reads and copies take time; None if no rates are known."""
+        return self.predicted.seconds if self.predicted is not None else None
+
+    def document(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "devices": self.machine.devices,
+            "tiers": self.tiers,
+            "device_bytes": self.placement.device_bytes,
+            "host_bytes": self.placement.host_bytes,
+            "read_mode": self.read_mode,
+            "reason": self.reason,
+            "predicted": asdict(self.predicted) if self.predicted is not None else None,
+        }
+
+    def unmapped(self, reason: str) -> Plan:
+        """The same with an arena instead of mapped files."""
+        return replace(self, read_mode="buffered", reason=reason)
+
+    def __str__(self) -> str:
+        sizes, tiers = self.sizes, self.tiers
+        names = {"device": "resident on the device", "host": "resident in host memory"}
+        lines = [f"  {'tier':<24} {'layers':>6} {'GB':>8} {'GB read':>8} {'GB copied':>9}  which"]
+        for tier in ("device", "host", "disk"):
+            of_tier = [i for i, placed in enumerate(tiers) if placed == tier]
+            if not of_tier:
+                continue
+            stored = sum(sizes[i].read_nbytes for i in of_tier)
+            read = stored if tier == "disk" else 0
+            copied = sum(sizes[i].copy_nbytes for i in of_tier) if tier != "device" else 0
+            lines.append(
+                f"  {names.get(tier, 'on disk'):<24} {len(of_tier):>6} {stored / 1e9:>8.3f} "
+                f"{read / 1e9:>8.3f} {copied / 1e9:>9.3f}  {_ranges(of_tier)}"
+            )
+        for device, nbytes in zip(self.machine.devices, self.placement.device_bytes, strict=True):
+            lines.append(f"  memory on {device}: {format_bytes(nbytes)}")
+        if not self.machine.unified:
+            kind = " (the page cache itself)" if self.read_mode == "mapped" else ""
+            lines.append(f"  host memory: {format_bytes(self.placement.host_bytes)}{kind}")
+        lines += [f"  reads: {self.read_mode}: {self.reason}", f"  {self._prediction()}"]
+        return "\n".join(lines)
+
+    def _prediction(self) -> str:
+        if self.predicted is None:
+            return "no prediction: rates are unknown (python -m layer_streamer probe measures them)"
+        parts = self.predicted
+        return (
+            f"predicted: {parts.seconds:.4f} s a pass, bound by {parts.bound_by} "
+            f"(read {parts.read_seconds:.4f} s, copy {parts.copy_seconds:.4f} s)"
+        )
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """ "0-3, 7": for people; what is too long is counted."""
+    if len(indices) < 2:
+        return ", ".join(map(str, indices))
+    if indices[-1] - indices[0] == len(indices) - 1:
+        return f"{indices[0]}-{indices[-1]}"
+    listed = ", ".join(map(str, indices[:12]))
+    return listed if len(indices) <= 12 else f"{listed}, ... {indices[-1]}"

@@ -1,0 +1,217 @@
+"""Makes a plan: tiers from budgets and sizes, and how files are read. Pure.
+
+The machine's side comes in as numbers, so that a plan can be made for a machine that is elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from .budget import format_bytes, parse_bytes
+from .config import UNSET, Bytes, Settings
+from .errors import ConfigError
+from .layout import Layout, Step, lay_out_resident
+from .placement import Budget, Placement, StepSize, place, predict
+from .plan import Machine, Plan
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+CACHED = 0.9
+"""Files of which this share is in the page cache are loaded from there."""
+
+
+def measure_steps(
+    steps: Sequence[Step], layouts: Sequence[Layout], dtype: torch.dtype | None
+) -> tuple[StepSize, ...]:
+    """What each step takes in each place."""
+    return tuple(
+        StepSize(
+            device_nbytes=lay_out_resident(step, dtype)[1],
+            host_nbytes=layout.host_nbytes,
+            read_nbytes=layout.read_nbytes,
+            copy_nbytes=layout.copy_nbytes,
+            slot_nbytes=layout.device_nbytes,
+        )
+        for step, layout in zip(steps, layouts, strict=True)
+    )
+
+
+def make_plan(
+    sizes: Sequence[StepSize],
+    scratch_nbytes: int,
+    machine: Machine,
+    settings: Settings,
+    cached_share: Callable[[], float],
+) -> Plan:
+    """Tiers from the budgets, and how files are read.
+
+    ``cached_share()`` tells which part of the files is in the page cache; it is asked only if that
+    matters. Errors: ConfigError for a budget below its slots, for mapped files that do not fit.
+    """
+    sizes = tuple(sizes)
+    if machine.unified:
+        placement = _place_unified(sizes, scratch_nbytes, machine, settings)
+        mode, reason = _unified_mode(sizes, placement, machine, settings)
+    else:
+        placement, mode, reason = _place_streamed(sizes, scratch_nbytes, machine, settings)
+    if mode == "load":
+        cached = cached_share() >= CACHED
+        mode = "buffered" if cached else "direct"
+        reason = f"read once, {'from the page cache' if cached else 'past the page cache'}"
+    rates = machine.rates
+    if machine.unified:
+        # Nothing is copied to the CPU: what counts is the disk.
+        rates = replace(rates, copy=(float("inf"),) * len(machine.devices))
+    predicted = predict(sizes, placement, rates)
+    return Plan(machine, sizes, placement, mode, reason, predicted)  # type: ignore[arg-type]
+
+
+def margin(nbytes: int) -> int:
+    """What "auto" leaves of that much free memory: a tenth, at least 512 MiB."""
+    return max(nbytes // 10, GIB // 2)
+
+
+def _usable(nbytes: int) -> int:
+    return max(nbytes - margin(nbytes), 0)
+
+
+def _resolve(name: str, budget: Bytes | None, free: int) -> int | None:
+    if budget is None:
+        return None
+    return _usable(free) if budget == "auto" else parse_bytes(name, budget)
+
+
+def _place_unified(
+    sizes: tuple[StepSize, ...], scratch_nbytes: int, machine: Machine, settings: Settings
+) -> Placement:
+    available = machine.host_available
+    budgets = [
+        _resolve(name, value, available)
+        for name, value in (
+            ("device_budget", settings.device_budget),
+            ("host_budget", settings.host_budget),
+        )
+    ]
+    # Both names mean the one memory there is; the smaller amount holds.
+    budget = min((b for b in budgets if b is not None), default=None)
+    slots = settings.num_device + settings.num_pinned + settings.num_pageable + 1
+    count = len(machine.devices)
+    sizes = tuple(
+        replace(size, slot_nbytes=max(size.slot_nbytes, size.host_nbytes)) for size in sizes
+    )
+    return place(
+        sizes, count, Budget((budget,) * count, None, slots, 0, (), scratch_nbytes), unified=True
+    )
+
+
+def _unified_mode(
+    sizes: tuple[StepSize, ...], placement: Placement, machine: Machine, settings: Settings
+) -> tuple[str, str]:
+    if settings.read_mode != "auto":
+        return settings.read_mode, "as asked"
+    return _stream_mode(sizes, placement, sum(placement.device_bytes), machine, settings)
+
+
+def _place_streamed(
+    sizes: tuple[StepSize, ...], scratch_nbytes: int, machine: Machine, settings: Settings
+) -> tuple[Placement, str, str]:
+    reserve = parse_bytes("reserve_bytes", settings.reserve_bytes)
+    count = len(machine.devices)
+    pinned, pageable = settings.num_pinned, settings.num_pageable
+    host_slots = (pinned + 1 if pinned else 0) + (pageable + 1 if pageable or not pinned else 0)
+    budget = Budget(
+        device=tuple(
+            _resolve("device_budget", settings.device_budget, n) for n in machine.device_free
+        ),
+        host=None,
+        device_slots=settings.num_device + 1,
+        host_slots=host_slots,
+        reserve=(reserve,) * count,
+        scratch_nbytes=scratch_nbytes,
+    )
+    slots_only, budget = _shrink_slots(sizes, count, budget, settings)
+    needed = sum(
+        size.host_nbytes
+        for size, tier in zip(sizes, slots_only.tiers, strict=True)
+        if tier != "device"
+    )
+    given = _resolve("host_budget", settings.host_budget, machine.host_available)
+    usable = _usable(machine.host_available) if given is None else given
+    if needed and _wants_map(machine, settings) and needed <= usable:
+        placement = place(sizes, count, replace(budget, host=needed), unified=False)
+        return placement, "mapped", f"host memory holds it ({format_bytes(usable)} may be used)"
+    if settings.read_mode == "mapped" and needed and machine.maps_files:
+        raise ConfigError(
+            f"read_mode='mapped': needs {format_bytes(needed)} of host memory, "
+            f"{format_bytes(usable)} may be used (host_budget says otherwise)"
+        )
+    placement = place(sizes, count, replace(budget, host=given), unified=False)
+    _check_host(placement, machine, settings)
+    if settings.read_mode in ("direct", "buffered"):
+        return placement, settings.read_mode, "as asked"
+    mode, reason = _stream_mode(sizes, placement, placement.host_bytes, machine, settings)
+    return placement, mode, reason
+
+
+def _shrink_slots(
+    sizes: tuple[StepSize, ...], num_devices: int, budget: Budget, settings: Settings
+) -> tuple[Placement, Budget]:
+    """The placement with nothing in host memory; fewer device slots if nobody asked for more."""
+    least = budget.device_slots if settings.n_gpu is not UNSET else min(2, budget.device_slots)
+    while True:
+        try:
+            return place(sizes, num_devices, budget, unified=False), budget
+        except ConfigError:
+            if budget.device_slots == least:
+                raise
+            budget = replace(budget, device_slots=budget.device_slots - 1)
+
+
+def _wants_map(machine: Machine, settings: Settings) -> bool:
+    if not machine.maps_files:
+        if settings.read_mode == "mapped":
+            logger.warning("read_mode='mapped': the device cannot copy from mapped files")
+        return False
+    asked = settings.read_mode == "mapped"
+    return asked or (settings.read_mode == "auto" and not settings.names_host_pools)
+
+
+def _check_host(placement: Placement, machine: Machine, settings: Settings) -> None:
+    """Too much page-locked memory is not refused by the kernel: something gets killed."""
+    if placement.host_bytes <= machine.host_available:
+        return
+    needed, free = format_bytes(placement.host_bytes), format_bytes(machine.host_available)
+    if settings.host_budget is None:
+        raise ConfigError(
+            f"n_cpu_pinned={settings.num_pinned}, n_cpu={settings.num_pageable}: the host slots "
+            f"need {needed}, {free} of host memory is free (a host_budget overrides this check)"
+        )
+    logger.warning("host_budget=%r: %s to be used, %s free", settings.host_budget, needed, free)
+
+
+def _stream_mode(
+    sizes: tuple[StepSize, ...],
+    placement: Placement,
+    used: int,
+    machine: Machine,
+    settings: Settings,
+) -> tuple[str, str]:
+    """How the steps that live on disk are read under "auto"."""
+    on_disk = sum(
+        size.read_nbytes
+        for size, tier in zip(sizes, placement.tiers, strict=True)
+        if tier == "disk"
+    )
+    if not on_disk:
+        return "load", ""
+    if settings.host_budget is not None:
+        return "direct", "the page cache is not part of host_budget"
+    room = _usable(machine.host_available - used)
+    if on_disk <= room:
+        return "buffered", f"the page cache can hold {format_bytes(on_disk)}"
+    return "direct", f"{format_bytes(on_disk)} a pass, the page cache has room for less"

@@ -1,0 +1,216 @@
+"""What stays in memory for good: layers resident on a device or in host memory, and their loading.
+
+Everything here happens once, while a streamer is opened, by several threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from .device import Device, Event, Stream
+from .errors import StreamerError
+from .files import OpenFiles
+from .layout import PAGE, Layout, Step, align_up, lay_out_resident
+from .manifest import TensorSpec
+from .mapped import MappedFiles, cut_mapped_jobs
+from .memory import HostArena, allocate, view_tensor
+from .pieces import Piece, SlotCutter
+from .pool import Source, Weights, cut_source
+from .tasks import run_all
+
+
+@dataclass(slots=True)
+class Residents:
+    """What steps have in memory for good, by their index in the pass."""
+
+    weights: dict[int, Weights] = field(default_factory=dict)
+    """On their device, as they are handed out."""
+    sources: dict[int, Source] = field(default_factory=dict)
+    """In host memory, as they are copied."""
+    mapped: dict[int, Weights] = field(default_factory=dict)
+    """Over the pages of a mapped file, as stored; faulted in anew for every pass (CPU)."""
+    jobs: dict[int, Sequence[Sequence[Piece]]] = field(default_factory=dict)
+    """What faults the mapped ones in."""
+    owners: list[HostArena | MappedFiles] = field(default_factory=list)
+    """What has page locks to give back."""
+    device_nbytes: int = 0
+    host_nbytes: int = 0
+    pinned_nbytes: int = 0
+
+    def close(self) -> None:
+        """Give the page locks back; the memory goes with its last view. Idempotent."""
+        for owner in self.owners:
+            owner.close()
+
+
+class Loader:
+    """Brings resident layers into memory: ``threads`` at once, ``chunk`` bytes at a stretch.
+
+    ``on_loaded(bytes)`` is called on the calling thread as they arrive. Raises what reads raise,
+    with the tensor's name.
+    """
+
+    def __init__(
+        self, files: OpenFiles, chunk: int, threads: int, on_loaded: Callable[[int], object]
+    ) -> None:
+        self._files = files
+        self._chunk = align_up(chunk, PAGE)
+        self._threads = threads
+        self._on_loaded = on_loaded
+
+    def load_device(
+        self, into: Residents, steps: Mapping[int, Step], device: Device, dtype: torch.dtype | None
+    ) -> None:
+        """Put steps on the device for good, cast as they are handed out."""
+        placed = {i: lay_out_resident(step, dtype) for i, step in steps.items()}
+        slab = allocate(sum(nbytes for _, nbytes in placed.values()), device)
+        into.device_nbytes += slab.nbytes
+        bounces = _Bounces(device, self._chunk, self._threads)
+        tasks, base = list[Callable[[], int]](), 0
+        for i, (views, nbytes) in placed.items():
+            memory = slab[base : base + nbytes]
+            tensors = Weights((view.key, view_tensor(memory, view)) for view in views)
+            into.weights[i] = tensors
+            for key, spec in steps[i].tensors.items():
+                tasks += self._cut_tensor(spec, tensors[key], bounces)
+            base += nbytes
+        try:
+            self._run(tasks, bounces.enter_thread)
+        finally:
+            bounces.close()
+
+    def load_host(self, into: Residents, layouts: Mapping[int, Layout], device: Device) -> None:
+        """Read steps into an arena of exactly their size, pinned if the device can."""
+        arena = HostArena(
+            [layout.host_nbytes for layout in layouts.values()],
+            device,
+            pinned=True,
+            threads=self._threads,
+        )
+        into.owners.append(arena)
+        into.host_nbytes += arena.nbytes
+        into.pinned_nbytes += arena.nbytes if arena.pinned else 0
+        cutter = SlotCutter(self._chunk, aligned=self._files.reads_direct)
+        tasks: list[Callable[[], int]] = []
+        for (i, layout), slot, base in zip(
+            layouts.items(), arena.bytes, arena.offsets, strict=True
+        ):
+            into.sources[i] = cut_source(arena.memory, base, layout.copies, device.pin_segment)
+            tasks += [partial(self._fill, pieces) for pieces in cutter.cut(layout.reads, slot)]
+        self._run(tasks, lambda: None)
+
+    def map_host(self, into: Residents, layouts: Mapping[int, Layout], device: Device) -> bool:
+        """Page-lock the files' own pages; False, with nothing kept, where that is refused."""
+        mapped = MappedFiles(self._files, [r for layout in layouts.values() for r in layout.reads])
+        mapped.populate_all(self._threads, self._on_loaded)
+        if not mapped.pin(device):
+            return False
+        into.owners.append(mapped)
+        into.host_nbytes += mapped.nbytes
+        into.pinned_nbytes += mapped.nbytes
+        for i, layout in layouts.items():
+            into.sources[i] = mapped.source(layout, device.pin_segment)
+        return True
+
+    def view_mapped(
+        self, into: Residents, steps: Mapping[int, Step], layouts: Mapping[int, Layout]
+    ) -> None:
+        """View steps in the files' own pages (CPU); each pass faults them in."""
+        mapped = MappedFiles(self._files, [r for layout in layouts.values() for r in layout.reads])
+        into.owners.append(mapped)
+        for i, step in steps.items():
+            into.mapped[i] = Weights((key, mapped.view(spec)) for key, spec in step.tensors.items())
+            into.jobs[i] = cut_mapped_jobs(layouts[i].reads, mapped, self._chunk)
+
+    def _run(self, tasks: Sequence[Callable[[], int]], on_start: Callable[[], object]) -> None:
+        run_all(tasks, self._threads, on_start=on_start, on_done=self._on_loaded)
+        self._files.check_unchanged()
+
+    def _fill(self, pieces: Sequence[Piece]) -> int:
+        for piece in pieces:
+            piece.make_ready(self._files)
+        return sum(piece.wanted for piece in pieces)
+
+    def _cut_tensor(
+        self, spec: TensorSpec, tensor: torch.Tensor, bounces: _Bounces
+    ) -> list[Callable[[], int]]:
+        return [
+            partial(self._load_part, spec, tensor, done, bounces)
+            for done in range(0, spec.nbytes, self._chunk)
+        ]
+
+    def _load_part(
+        self, spec: TensorSpec, tensor: torch.Tensor, done: int, bounces: _Bounces
+    ) -> int:
+        """Bring up to a chunk of a tensor, from byte ``done`` on, to its device."""
+        nbytes = min(self._chunk, spec.nbytes - done)
+        bounce = bounces.mine()
+        try:
+            payload = self._read(spec, done, nbytes, bounce.slot)
+        except StreamerError as error:
+            raise type(error)(f"tensor {spec.name!r}: {error}") from error
+        flat = tensor.view(-1)
+        if tensor.dtype == spec.dtype:
+            bounces.copy(bounce, flat.view(torch.uint8)[done : done + nbytes], payload)
+        else:
+            first, itemsize = done // spec.dtype.itemsize, spec.dtype.itemsize
+            aligned = payload if not payload.data_ptr() % itemsize else payload.clone()
+            part = flat[first : first + nbytes // itemsize]
+            bounces.copy(bounce, part, aligned.view(spec.dtype))
+        return nbytes
+
+    def _read(self, spec: TensorSpec, done: int, nbytes: int, slot: torch.Tensor) -> torch.Tensor:
+        offset = spec.offset + done
+        lead = offset % PAGE if self._files.reads_direct else 0
+        length = align_up(lead + nbytes, PAGE) if self._files.reads_direct else nbytes
+        array: Any = slot.numpy()
+        view = memoryview(array)[:length]
+        self._files.read_into(spec.path, view, offset - lead, lead + nbytes)
+        return slot[lead : lead + nbytes]
+
+
+class _Bounce(NamedTuple):
+    """One thread's host memory on the way to a device."""
+
+    slot: torch.Tensor
+    stream: Stream
+    copied: Event
+
+
+class _Bounces:
+    """Pinned host memory for each loading thread, ``chunk`` bytes and the pages at its ends."""
+
+    def __init__(self, device: Device, chunk: int, threads: int) -> None:
+        self._device = device
+        self._allocated = device.new_event()
+        self._allocated.record(device.current_stream())
+        sizes = [chunk + 2 * PAGE] * threads
+        self._arena = HostArena(sizes, device, pinned=not device.unified, threads=threads)
+        self._free = list(self._arena.slots)
+        self._local = threading.local()
+
+    def enter_thread(self) -> None:
+        """Give the calling thread a bounce of its own."""
+        stream = self._device.new_stream()
+        self._device.enter_thread(stream)
+        stream.wait_event(self._allocated)
+        self._local.bounce = _Bounce(self._free.pop(), stream, self._device.new_event())
+
+    def mine(self) -> _Bounce:
+        bounce: _Bounce = self._local.bounce
+        return bounce
+
+    def copy(self, bounce: _Bounce, dst: torch.Tensor, src: torch.Tensor) -> None:
+        """Copy and wait until it has happened; the other threads read meanwhile."""
+        self._device.copy(dst, src)
+        bounce.copied.record(bounce.stream)
+        bounce.copied.synchronize()
+
+    def close(self) -> None:
+        self._arena.close()

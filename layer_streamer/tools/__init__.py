@@ -1,0 +1,1 @@
+"""``python -m layer_streamer``: tools for people, on top of the library."""

@@ -1,0 +1,255 @@
+"""A timed run: passes of a synthetic load beside what the hardware alone needs for the same bytes.
+
+Limit and passes are measured in turn, so that a machine that slows down slows both.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..streamer import LayerStreamer
+from .rawspeed import BareCompute, Load, RawCopies, RawReads, synchronize
+
+DRIFT = 0.05
+"""A pass is not counted if the limit before and after it differ by more than this."""
+IO_COUNTERS = Path("/proc/self/io")
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What is measured: ``passes`` passes of a load of ``tokens`` vectors (0: no compute)."""
+
+    passes: int = 5
+    tokens: int = 1
+    cold: bool = False
+    """Each pass begins with nothing prefetched; else right after an untimed one."""
+
+    def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise ConfigError(f"passes={self.passes}: must be at least 1")
+        if self.tokens < 0:
+            raise ConfigError(f"tokens={self.tokens}: must be at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was measured. Seconds and ratios are medians."""
+
+    seconds_per_pass: float
+    limit_seconds: float
+    share_of_limit: float
+    """Of limit over pass, each pair measured in turn."""
+    bound_by: str
+    """Which limit is the longest: "read", "copy", "compute"; or "none"."""
+    peak_device_bytes: int
+    """Most memory that torch had allocated on one device during passes."""
+    peak_host_bytes: int
+    """Most memory that the process had in use (resident), the mapped page cache included."""
+    disk_bytes_per_pass: float | None
+    """Bytes that the process had fetched from storage; None where the system does not tell."""
+    open_seconds: float
+    pass_seconds: tuple[float, ...]
+    limits: dict[str, tuple[float, ...]]
+    """By name, the seconds of each limit; before the first pass and after each."""
+    shares: tuple[float, ...]
+    """Of the pairs that count."""
+    dropped: int
+    """Pairs that drifted by more than DRIFT."""
+    stalled_seconds: dict[str, float]
+    """By step, of the last pass."""
+    slots: int
+    """Bytes that the streamer says it holds on its devices."""
+    host: int
+    """The same in host memory."""
+    plan: str
+    report: str
+
+    def __str__(self) -> str:
+        spread = (max(self.pass_seconds) - min(self.pass_seconds)) / self.seconds_per_pass
+        disk = "unknown"
+        if self.disk_bytes_per_pass is not None:
+            disk = f"{self.disk_bytes_per_pass / 1e9:.3f} GB"
+        return "\n".join(
+            (
+                self.plan,
+                f"{self.seconds_per_pass:.4f} s a pass (median of {len(self.pass_seconds)}, "
+                f"spread {spread:.1%}), {self.share_of_limit:.1%} of the limit of "
+                f"{self.limit_seconds:.4f} s, bound by {self.bound_by}"
+                + (f"; {self.dropped} pairs dropped for drift" if self.dropped else ""),
+                f"peak: {self.peak_device_bytes / 2**20:,.0f} MiB on a device, "
+                f"{self.peak_host_bytes / 2**20:,.0f} MiB in host memory; disk: {disk} a pass; "
+                f"opened in {self.open_seconds:.2f} s",
+                self.report,
+            )
+        )
+
+    def document(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def run_bench(open_streamer: Callable[[], LayerStreamer], bench: Bench) -> Outcome:
+    """Open a streamer and measure it. Raises what opening and passes raise."""
+    begin = time.perf_counter()
+    with open_streamer() as streamer, ExitStack() as stack:
+        open_seconds = time.perf_counter() - begin
+        load = Load(bench.tokens)
+        run = _Runner(streamer, load, bench)
+        _reset_peak(streamer.devices)
+        run.warm_up()
+        disk = run.disk_bytes_per_pass()
+        peak = _peak(streamer.devices)
+        limits = _limits(streamer, load, stack)
+        measured = {name: [measure()] for name, measure in limits.items()}
+        seconds = []
+        for _ in range(bench.passes):
+            seconds.append(run.timed())
+            for name, measure in limits.items():
+                measured[name].append(measure())
+        report = streamer.last_pass
+        assert report is not None
+        shares, dropped = _pair(seconds, measured)
+        medians = {name: median(values) for name, values in measured.items()}
+        return Outcome(
+            seconds_per_pass=median(seconds),
+            limit_seconds=max(medians.values(), default=0.0),
+            share_of_limit=median(shares) if shares else 0.0,
+            bound_by=max(medians, key=lambda name: medians[name], default="none"),
+            peak_device_bytes=peak,
+            peak_host_bytes=_peak_host(),
+            disk_bytes_per_pass=disk,
+            open_seconds=open_seconds,
+            pass_seconds=tuple(seconds),
+            limits={name: tuple(values) for name, values in measured.items()},
+            shares=tuple(shares),
+            dropped=dropped,
+            stalled_seconds={name: step.stalled_seconds for name, step in report.steps.items()},
+            slots=streamer.memory.device_bytes,
+            host=streamer.memory.host_bytes,
+            plan=str(streamer.plan),
+            report=str(report),
+        )
+
+
+class _Runner:
+    """Passes of one streamer, as a bench wants them."""
+
+    def __init__(self, streamer: LayerStreamer, load: Load, bench: Bench) -> None:
+        self._streamer = streamer
+        self._load = load
+        self._bench = bench
+        self._x = torch.zeros(1, device=streamer.device)
+
+    def warm_up(self) -> None:
+        """Two passes: the first finds slots empty, the second is as all later ones are."""
+        for _ in range(2):
+            self._run()
+
+    def timed(self) -> float:
+        """Seconds of a pass, from its begin to the end of its last work on the device."""
+        if self._bench.cold:
+            discard_prefetched(self._streamer)
+        else:
+            self._run()
+        begin = time.perf_counter()
+        self._run()
+        return time.perf_counter() - begin
+
+    def disk_bytes_per_pass(self) -> float | None:
+        """Of ``bench.passes`` passes in a row. Prefetch is as far ahead after them as before."""
+        before = _disk_bytes()
+        for _ in range(self._bench.passes):
+            self._run()
+        after = _disk_bytes()
+        if before is None or after is None:
+            return None
+        return (after - before) / self._bench.passes
+
+    def _run(self) -> None:
+        self._streamer.run_pass(self._x, self._load)
+        for device in self._streamer.devices:
+            synchronize(device)
+
+
+def discard_prefetched(streamer: LayerStreamer) -> None:
+    """Begin a pass and leave it: what was prefetched is dropped, reading starts at layer 0."""
+    sweep = streamer.sweep()
+    next(sweep)
+    sweep.close()
+
+
+def _limits(
+    streamer: LayerStreamer, load: Load, stack: ExitStack
+) -> dict[str, Callable[[], float]]:
+    """By name, what measures what a pass needs at least."""
+    pipeline, limits = streamer.opened().pipeline, dict[str, Callable[[], float]]()
+    layouts, devices = pipeline.schedule.layouts, pipeline.devices
+    if load.tokens:
+        limits["compute"] = BareCompute(streamer, load).seconds
+    copied = [
+        sum(layout.copy_nbytes for layout in layouts[i :: len(devices)])
+        for i in range(len(devices))
+    ]
+    if any(copied) and not devices[0].unified:
+        limits["copy"] = stack.enter_context(closing(RawCopies(devices, copied))).seconds
+    reads = [read for layout in layouts for read in layout.reads]
+    if reads:
+        direct = pipeline.files.reads_direct
+        raw = stack.enter_context(closing(RawReads(streamer.manifest, reads, direct=direct)))
+        limits["read"] = raw.seconds
+    return limits
+
+
+def _pair(
+    seconds: Sequence[float], limits: Mapping[str, Sequence[float]]
+) -> tuple[list[float], int]:
+    """Share of the limit of each pass, and how many are left out because the limit drifted.
+
+    The limit of a pass is the mean of those measured before and after it.
+    """
+    shares, dropped = [], 0
+    for i, elapsed in enumerate(seconds):
+        before = max((values[i] for values in limits.values()), default=0.0)
+        after = max((values[i + 1] for values in limits.values()), default=0.0)
+        if abs(before - after) > DRIFT * max(before, after):
+            dropped += 1
+        else:
+            shares.append((before + after) / 2 / elapsed)
+    return shares, dropped
+
+
+def _reset_peak(devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(devices: Sequence[torch.device]) -> int:
+    """Most bytes that torch has had on one of the devices."""
+    peaks = [torch.cuda.max_memory_reserved(device) for device in devices if device.type == "cuda"]
+    return max(peaks, default=0)
+
+
+def _peak_host() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _disk_bytes() -> int | None:
+    """Bytes that this process has had fetched from storage; None where that is not told."""
+    try:
+        counters = dict(line.split(": ") for line in IO_COUNTERS.read_text().splitlines())
+        return int(counters["read_bytes"])
+    except (OSError, ValueError, KeyError):
+        return None

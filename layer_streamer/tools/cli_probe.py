@@ -1,0 +1,100 @@
+"""``python -m layer_streamer probe``: the machine's limits, measured and put on record."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..device import Device
+from ..errors import ConfigError
+from ..limits import MachineLimits, MachinePart, load_limits, save_limits
+from ..progress import ProgressBar
+from .probe import Target, choose_devices, is_known, probe
+from .probe_config import Journal, ProbeConfig, quick_config
+from .probe_table import describe, document
+
+
+def register(commands: Any) -> None:
+    """Add the command to ``commands``, argparse's subparsers."""
+    parser = commands.add_parser(
+        "probe", help="measure this machine's limits: disk, memory, links to the devices"
+    )
+    parser.add_argument(
+        "path",
+        nargs="?",
+        type=Path,
+        help="a file or a directory with large files, which are only read; without it, a "
+        "temporary file is written and removed",
+    )
+    parser.add_argument(
+        "--dir", type=Path, help="where the temporary file goes (default: the current directory)"
+    )
+    parser.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="D",
+        help="a device to measure, such as cuda:0; may be repeated (default: every GPU)",
+    )
+    parser.add_argument("--seconds", type=float, metavar="S", help="time of one measurement")
+    parser.add_argument("--quick", action="store_true", help="a few seconds in all; rougher")
+    parser.add_argument(
+        "--force", action="store_true", help="measure also what is on record for this machine"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, save, and print the table and the document. ConfigError, StreamerError."""
+    target, config = _target(args), _config(args)
+    devices = choose_devices(args.device)
+    known = None if args.force else _known(devices, config)
+    begun = itertools.count()
+    with ProgressBar(unit="measurement", leave=False) as bar:
+
+        def show(name: str, total: int) -> None:
+            # Called when a measurement begins: those before it are done.
+            bar.total, bar.n = total, next(begun)
+            bar.set_description_str(name)
+
+        journal = Journal(show)
+        limits = probe(target, devices, config, journal, known)
+    if known is not None:
+        journal.note(
+            f"memory and devices: as measured at {known.measured_at}; --force measures them again"
+        )
+    print(describe(limits, journal.notes))
+    print(document(limits, journal.notes, _save(limits)), flush=True)
+
+
+def _target(args: argparse.Namespace) -> Target:
+    if args.path is None:
+        return Target(args.dir or Path(), temporary=True)
+    if args.dir is not None:
+        raise ConfigError(f"--dir={args.dir}: only for a temporary file, but {args.path} is read")
+    return Target(args.path, temporary=False)
+
+
+def _config(args: argparse.Namespace) -> ProbeConfig:
+    config = quick_config() if args.quick else ProbeConfig()
+    return config if args.seconds is None else replace(config, seconds=args.seconds)
+
+
+def _known(devices: Sequence[Device], config: ProbeConfig) -> MachinePart | None:
+    recorded = load_limits()
+    if recorded is None or not is_known(recorded.machine, devices, config):
+        return None
+    return recorded.machine
+
+
+def _save(limits: MachineLimits) -> tuple[Path, ...]:
+    try:
+        return save_limits(limits)
+    except OSError as error:
+        print(f"warning: the limits were not saved: {error}", file=sys.stderr)
+        return ()

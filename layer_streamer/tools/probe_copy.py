@@ -1,0 +1,208 @@
+"""The memory's part of a probe: memcpy by threads; copies to devices, alone and together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import numpy as np
+import torch
+
+from ..device import CpuDevice, Device, Stream
+from ..errors import StreamerError
+from ..limits import DeviceLimits, SizeRate, ThreadRate
+from ..memory import HostArena, allocate
+from .probe_config import MIB, Journal, ProbeConfig
+from .sampling import Sampler, run_together
+
+PAGEABLE_NBYTES = 64 * MIB
+"""Size of one copy from pageable memory."""
+TOGETHER_NBYTES = 64 * MIB
+"""The same, of copies to all devices at once."""
+MAX_VIEWS = 256
+"""Places in host memory that copies of one size go round."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Destination and source of a copy."""
+
+
+def measure_memcpy(config: ProbeConfig, budget: int, journal: Journal) -> tuple[ThreadRate, ...]:
+    """Host memory to host memory, each thread at its own piece; bytes are counted once."""
+    size = config.buffered_chunk
+    count = max(1, budget // 2 // size)
+    sampler, rates = Sampler(config.effort), []
+    with closing(HostArena([count * size] * 2, CpuDevice(), pinned=False, threads=1)) as arena:
+        arena.memory.fill_(1)
+        source, target = (slot.numpy() for slot in arena.slots)
+
+        def memcpy(worker: int, number: int) -> None:
+            begin = number % count * size
+            # One thread's copy: torch would spread it over threads of its own.
+            np.copyto(target[begin : begin + size], source[begin : begin + size])
+
+        for threads in config.memcpy_threads:
+            journal.measuring(f"memcpy, {threads} threads")
+            rate = sampler.measure(lambda num_jobs: memcpy, size, threads)
+            if rate is not None:
+                rates.append(ThreadRate(threads, rate))
+    return tuple(rates)
+
+
+def measure_device(
+    device: Device, config: ProbeConfig, budget: int, journal: Journal
+) -> DeviceLimits:
+    """Copies of every size from pinned memory, from pageable memory, and back; one stream."""
+    name = str(device.torch_device)
+    memory = _device_memory(device, min(max(config.copy_sizes), budget))
+    copier = DeviceCopier(device, config)
+    journal.measuring(f"{name}: copies from pageable memory")
+    nbytes = min(PAGEABLE_NBYTES, memory.nbytes)
+    with closing(_host_memory(device, min(4 * nbytes, budget), pinned=False)) as arena:
+        pageable = copier.rate(_pairs(memory, arena.memory, nbytes))
+    with closing(_host_memory(device, memory.nbytes, pinned=True)) as arena:
+        if not arena.pinned:
+            journal.note(f"{name}: page-locking was refused, its copies are of pageable memory")
+        rates = []
+        for size in copy_sizes(config, memory.nbytes):
+            journal.measuring(f"{name}: copies of {size >> 10} KiB")
+            rates.append(SizeRate(size, copier.rate(_pairs(memory, arena.memory, size))))
+        journal.measuring(f"{name}: copies back")
+        pairs = _pairs(memory, arena.memory, copy_sizes(config, memory.nbytes)[-1])
+        back = copier.rate([(source, target) for target, source in pairs])
+        return DeviceLimits(name, arena.pinned, tuple(rates), pageable, back)
+
+
+def measure_together(
+    devices: Sequence[Device], rates: Sequence[float], config: ProbeConfig, budget: int
+) -> float:
+    """Bytes a second of copies to all ``devices`` at once, a thread and a stream for each.
+
+    Each gets bytes in proportion to its rate alone, so that all would end at the same time.
+    """
+    nbytes = min(TOGETHER_NBYTES, budget // len(devices))
+    with ExitStack() as stack:
+        loads = []
+        for device, rate in zip(devices, rates, strict=True):
+            memory = _device_memory(device, nbytes)
+            arena = _host_memory(device, memory.nbytes, pinned=True)
+            stack.enter_context(closing(arena))
+            pairs = _pairs(memory, arena.memory, memory.nbytes)
+            count = max(1, round(rate * config.copy_seconds / memory.nbytes))
+            loads.append(_Load(device, device.new_stream(), pairs, count))
+        total = sum(load.nbytes for load in loads)
+        samples = []
+        for _ in range(1 + config.samples):
+            spans = run_together([load.run for load in loads], threading.Event())
+            begin, end = min(span[0] for span in spans), max(span[1] for span in spans)
+            samples.append(total / max(end - begin, 1e-9))
+        return median(samples[1:])
+
+
+def copy_sizes(config: ProbeConfig, most: int) -> list[int]:
+    """The sizes of copies to measure, with no more than ``most`` bytes of memory."""
+    return [size for size in config.copy_sizes if size <= most] or [most]
+
+
+class DeviceCopier:
+    """Rates of copies on one stream of a device, timed by the device's events."""
+
+    def __init__(self, device: Device, config: ProbeConfig) -> None:
+        self._device = device
+        self._config = config
+        self._stream = device.new_stream()
+
+    def rate(self, pairs: Sequence[Pair]) -> float:
+        """Bytes a second of copies of ``pairs`` in turn, back to back: the median of samples."""
+        stopped = threading.Event()
+        (rate,) = run_together([partial(self._measure, pairs, stopped)], stopped)
+        return rate
+
+    def _measure(self, pairs: Sequence[Pair], stopped: threading.Event) -> float:
+        # On a thread of the probe's own: the caller's current device and stream stay.
+        self._device.enter_thread(self._stream)
+        begin, end = self._device.new_event(), self._device.new_event()
+        nbytes = pairs[0][0].nbytes
+
+        def sample(count: int) -> float:
+            begin.record()
+            _enqueue(self._device, pairs, count)
+            end.record()
+            end.synchronize()
+            return count * nbytes / max(begin.elapsed_time(end) / 1e3, 1e-9)
+
+        few = max(1, min(64, 64 * MIB // nbytes))
+        try:
+            sample(few)
+            seconds = self._config.copy_seconds / self._config.samples
+            count = max(1, int(sample(few) * seconds / nbytes))
+            rates = [sample(count) for _ in range(self._config.samples) if not stopped.is_set()]
+        finally:
+            self._stream.synchronize()
+        return median(rates) if rates else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What one device copies while the others do."""
+
+    device: Device
+    stream: Stream
+    pairs: Sequence[Pair]
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.pairs[0][0].nbytes
+
+    def run(self) -> tuple[float, float]:
+        """When the copies began and when they had ended, on the host's clock."""
+        self.device.enter_thread(self.stream)
+        ended = self.device.new_event()
+        begin = time.perf_counter()
+        try:
+            _enqueue(self.device, self.pairs, self.count)
+            ended.record()
+            ended.synchronize()
+        finally:
+            self.stream.synchronize()
+        return begin, time.perf_counter()
+
+
+def _enqueue(device: Device, pairs: Sequence[Pair], count: int) -> None:
+    for number in range(count):
+        device.copy(*pairs[number % len(pairs)])
+
+
+def _pairs(target: torch.Tensor, source: torch.Tensor, nbytes: int) -> list[Pair]:
+    """Copies of ``nbytes`` to the same place on the device, from place after place on the host."""
+    places = min(source.nbytes // nbytes, MAX_VIEWS)
+    stride = source.nbytes // places
+    with torch.inference_mode(False):
+        to = target[:nbytes]
+        return [(to, source[i * stride : i * stride + nbytes]) for i in range(places)]
+
+
+def _host_memory(device: Device, nbytes: int, *, pinned: bool) -> HostArena:
+    arena = HostArena([nbytes], device, pinned=pinned, threads=4)
+    # Untouched pages are all the same page of zeros.
+    arena.memory.fill_(1)
+    return arena
+
+
+def _device_memory(device: Device, nbytes: int) -> torch.Tensor:
+    """``nbytes`` on the device, or as near to it as there is free. StreamerError below a MiB."""
+    while True:
+        try:
+            with device.guard():
+                memory = allocate(nbytes, device)
+                device.current_stream().synchronize()
+                return memory
+        except torch.OutOfMemoryError as error:
+            nbytes //= 2
+            if nbytes < MIB:
+                raise StreamerError(f"{device.torch_device}: no memory is free there") from error

@@ -1,0 +1,197 @@
+"""What the hardware alone needs for the bytes of a pass: raw copies, raw reads, bare compute."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..device import CpuDevice, Device
+from ..files import OpenFiles
+from ..layout import PAGE, Read, align_up
+from ..manifest import Manifest
+from ..mapped import merge_ranges
+from ..memory import HostArena, allocate
+from ..streamer import LayerStreamer
+from .sampling import run_jobs
+
+COPY_NBYTES = 512 << 20
+"""Size of one raw copy: as fast as copies get."""
+READ_GRID = ((1, 16 << 20), (4, 16 << 20), (8, 8 << 20), (16, 1 << 20))
+"""(threads, bytes a read) of which the fastest is the raw rate."""
+TRIAL_NBYTES = 2 << 30
+"""Bytes that each point of the grid reads to be chosen."""
+
+
+class RawCopies:
+    """Back-to-back copies of so many bytes from pinned memory to each device, all at once.
+
+    Thread rules: one thread; it starts one a device.
+    """
+
+    def __init__(self, devices: Sequence[Device], nbytes: Sequence[int]) -> None:
+        self._loads = [
+            _CopyLoad(device, total) for device, total in zip(devices, nbytes, strict=True) if total
+        ]
+
+    def seconds(self) -> float:
+        """Measure once."""
+        ends: list[float] = []
+        barrier = threading.Barrier(len(self._loads) + 1)
+
+        def copy(load: _CopyLoad) -> None:
+            load.enter_thread()
+            barrier.wait()
+            load.run()
+            ends.append(time.perf_counter())
+
+        threads = [threading.Thread(target=copy, args=(load,)) for load in self._loads]
+        for thread in threads:
+            thread.start()
+        barrier.wait()
+        begin = time.perf_counter()
+        for thread in threads:
+            thread.join()
+        return max(ends) - begin
+
+    def close(self) -> None:
+        for load in self._loads:
+            load.close()
+
+
+class _CopyLoad:
+    """Copies of ``total`` bytes to one device, round and round through one piece of memory."""
+
+    def __init__(self, device: Device, total: int) -> None:
+        piece = min(COPY_NBYTES, total)
+        self._device = device
+        self._arena = HostArena([piece], device, pinned=True, threads=4)
+        self._stream = device.new_stream()
+        with device.guard():
+            target = allocate(piece, device)
+            device.current_stream().synchronize()
+        self._pairs = [
+            (target[:nbytes], self._arena.memory[:nbytes])
+            for done in range(0, total, piece)
+            for nbytes in (min(piece, total - done),)
+        ]
+
+    def enter_thread(self) -> None:
+        self._device.enter_thread(self._stream)
+
+    def run(self) -> None:
+        for target, source in self._pairs:
+            self._device.copy(target, source)
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        self._arena.close()
+
+
+class RawReads:
+    """Reads of a pass's extents, in order, past the page cache if the streamer reads so too.
+
+    The way to read is the fastest of READ_GRID on the first TRIAL_NBYTES of them.
+    """
+
+    def __init__(self, manifest: Manifest, reads: Sequence[Read], *, direct: bool) -> None:
+        self._sizes = {path: stamp.size for path, stamp in manifest.files.items()}
+        self._files = OpenFiles(manifest.files)
+        if direct:
+            self._files.use_direct()
+        self._reads = reads
+        largest = max(threads * chunk for threads, chunk in READ_GRID)
+        self._arena = HostArena([largest], CpuDevice(), pinned=False, threads=4)
+        # Untouched pages are all the same page of zeros.
+        self._arena.memory.fill_(1)
+        times = {
+            (threads, chunk): self._measure(threads, chunk, TRIAL_NBYTES)
+            for threads, chunk in READ_GRID
+        }
+        self.threads, self.chunk = min(times, key=lambda point: times[point])
+
+    def seconds(self) -> float:
+        """Measure once."""
+        return self._measure(self.threads, self.chunk)
+
+    def close(self) -> None:
+        self._arena.close()
+        self._files.close()
+
+    def _measure(self, threads: int, chunk: int, most: int | None = None) -> float:
+        """Seconds for the extents, or for about ``most`` bytes of them."""
+        chunks = list(self._cut(chunk))
+        if most is not None:
+            chunks = chunks[: -(-most // chunk)]
+        memory = self._arena.bytes[0]
+
+        def read(worker: int, number: int) -> None:
+            path, offset, nbytes, wanted = chunks[number]
+            view = memory[worker * chunk : worker * chunk + nbytes]
+            self._files.read_into(path, view, offset, wanted)
+
+        begin = time.perf_counter()
+        run_jobs(read, len(chunks), threads)
+        return time.perf_counter() - begin
+
+    def _cut(self, chunk: int) -> Iterator[tuple[Path, int, int, int]]:
+        """(path, offset, bytes in whole pages, bytes that the file has of these)."""
+        for path, start, end in merge_ranges(self._reads):
+            for offset in range(start, end, chunk):
+                wanted = min(chunk, end - offset)
+                nbytes = align_up(wanted, PAGE)
+                yield path, offset, nbytes, min(nbytes, self._sizes[path] - offset)
+
+
+class BareCompute:
+    """A load's layers one after the other with weights that are on the device already.
+
+    The weights of one layer stand for all: they are the same work.
+    """
+
+    def __init__(self, streamer: LayerStreamer, load: Load) -> None:
+        self._load, self._count, self._device = load, streamer.num_steps, streamer.device
+        sweep = streamer.sweep()
+        _, weights = next(sweep)
+        self._weights = {key: tensor.clone() for key, tensor in weights.items()}
+        sweep.close()
+
+    def seconds(self) -> float:
+        """Measure once."""
+        synchronize(self._device)
+        begin = time.perf_counter()
+        for layer_idx in range(self._count):
+            self._load(None, self._weights, layer_idx)
+        synchronize(self._device)
+        return time.perf_counter() - begin
+
+
+class Load:
+    """A stand-in for a model: every floating matrix of a layer times ``tokens`` vectors."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self._inputs: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def __call__(self, x: Any, weights: Mapping[str, torch.Tensor], layer_idx: int) -> Any:
+        for weight in weights.values():
+            if self.tokens and weight.ndim == 2 and weight.is_floating_point():
+                self._input(weight) @ weight.T
+        return x
+
+    def _input(self, weight: torch.Tensor) -> torch.Tensor:
+        key = (weight.shape[1], weight.dtype, weight.device)
+        if key not in self._inputs:
+            shape = (self.tokens, weight.shape[1])
+            self._inputs[key] = torch.randn(shape, device=weight.device).to(weight.dtype)
+        return self._inputs[key]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work on a device."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
