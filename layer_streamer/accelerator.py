@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .config import DeviceName
+from .cudart import CudaEvent, load_runtime
 from .device import PIN_SEGMENT, CpuDevice, Device, Event, Stream
 from .errors import ConfigError, StreamerError
 
@@ -72,6 +73,9 @@ class AcceleratorDevice:
     def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
         dst.copy_(src, non_blocking=True)
 
+    def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
+        self.copy(dst, src)
+
     def guard(self) -> AbstractContextManager[object]:
         return torch.accelerator.device_index(self.torch_device.index)
 
@@ -87,6 +91,7 @@ class CudaDevice(AcceleratorDevice):
     def __init__(self, torch_device: torch.device) -> None:
         super().__init__(torch_device)
         check_architecture(self.torch_device.index)
+        self._runtime = load_runtime()
 
     def free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.torch_device)
@@ -127,9 +132,13 @@ class CudaDevice(AcceleratorDevice):
         return stream
 
     def new_event(self) -> Event:
-        # Blocking: a thread that waits on it sleeps instead of taking a core (and the GIL).
-        event: Event = torch.cuda.Event(enable_timing=True, blocking=True)
-        return event
+        return CudaEvent.make(self._runtime)
+
+    def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
+        if self._runtime is None:
+            self.copy(dst, src)
+        else:
+            self._runtime.copy(dst, src, stream)
 
     def current_stream(self) -> Stream:
         stream: Stream = torch.cuda.current_stream(self.torch_device)

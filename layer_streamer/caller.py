@@ -72,7 +72,7 @@ class Caller:
 
     def order_after_copy(self, ready: Event, stream: Stream) -> None:
         """Let the caller's stream wait for the slot's copies."""
-        stream.wait_event(ready)
+        ready.wait(stream)
 
     def give_back(self) -> None:
         """The caller's work on the step has been enqueued; once done, its slot is free."""

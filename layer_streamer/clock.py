@@ -59,6 +59,9 @@ class PassClock:
 
     def start(self) -> None:
         """The pass begins, on the caller's current stream of every device."""
+        # The pass that this clock was of is long over, unless its caller waits for nothing: then
+        # it is waited for here, so that neither its stamps nor the device's queues overflow.
+        self._end.synchronize()
         self._begin_seconds = time.perf_counter()
         for device, begin in zip(self._routes.devices, self._begins, strict=True):
             begin.record(device.current_stream())

@@ -133,15 +133,18 @@ class DeviceTarget:
             slot = self._orders.read.before(number) % self._host_pool.count
             source = self._host_pool.source(slot, self._orders.layouts[index].copies)
             try:
-                self._copy(source, target)
+                self._copy(source, target, stream)
             finally:
                 self._host_pool.copy_enqueued(slot, stream)
         elif index in self._sources:
-            self._copy(self._sources[index], target)
+            self._copy(self._sources[index], target, stream)
 
-    def _copy(self, source: Source, target: DeviceSlot) -> None:
+    def _copy(self, source: Source, target: DeviceSlot, stream: Stream) -> None:
         for dst, src in zip(target.parts(source.copies), source.parts, strict=True):
-            self._device.copy(dst, src)
+            if source.pinned:
+                self._device.copy_pinned(dst, src, stream)
+            else:
+                self._device.copy(dst, src)
 
 
 class UnifiedTarget:
@@ -201,7 +204,7 @@ class Copier(Stage):
 
     def order_after_allocation(self, stream: Stream) -> None:
         """Let the copies wait for whatever used the slots' memory before it was theirs."""
-        stream.wait_event(self._allocated)
+        self._allocated.wait(stream)
 
     def avoid(self, stream: Stream) -> None:
         """Use another copy stream if ``stream``, the caller's, is the present one.
@@ -257,6 +260,6 @@ class Copier(Stage):
     def _change_stream(self, fresh: Stream) -> None:
         moved = self._device.new_event()
         moved.record(self.stream)
-        fresh.wait_event(moved)
+        moved.wait(fresh)
         self.stream, self._next_stream = fresh, None
         self._device.enter_thread(fresh)

@@ -22,6 +22,7 @@ class Event(Protocol):
     """A point in a stream's work. Waiting on one that was never recorded does nothing."""
 
     def record(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
     def synchronize(self) -> None: ...
     def elapsed_time(self, end: Any) -> float: ...
 
@@ -29,7 +30,6 @@ class Event(Protocol):
 class Stream(Protocol):
     """A queue of device work, first in first out."""
 
-    def wait_event(self, event: Any) -> None: ...
     def synchronize(self) -> None: ...
 
 
@@ -71,6 +71,9 @@ class Device(Protocol):
     def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
         """Enqueue a copy (a cast, if dtypes differ) on the calling thread's current stream."""
 
+    def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
+        """Enqueue a copy of equal bytes from page-locked memory on the thread's current stream."""
+
     def guard(self) -> AbstractContextManager[object]:
         """Context in which this device is the current one."""
 
@@ -89,6 +92,9 @@ class HostEvent:
     def record(self, stream: object = None) -> None:
         self.seconds = time.perf_counter()
 
+    def wait(self, stream: object = None) -> None:
+        return
+
     def synchronize(self) -> None:
         return
 
@@ -101,9 +107,6 @@ class HostStream:
     """The one stream of a device that computes synchronously."""
 
     __slots__ = ()
-
-    def wait_event(self, event: HostEvent) -> None:
-        return
 
     def synchronize(self) -> None:
         return
@@ -146,6 +149,9 @@ class CpuDevice:
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
         dst.copy_(src)
+
+    def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
+        self.copy(dst, src)
 
     def guard(self) -> AbstractContextManager[object]:
         return nullcontext()

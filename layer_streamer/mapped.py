@@ -106,12 +106,12 @@ class MappedFiles:
             region = self.find(read.path, read.offset)
             inside = [copy for copy in layout.copies if read.holds(copy.src)]
             base = read.offset - region.offset - read.slot_offset
-            cut = cut_source(region.memory, base, tuple(inside), segment)
+            cut = cut_source(region.memory, base, tuple(inside), segment, pinned=True)
             copies += cut.copies
             parts += cut.parts
         # As one object if nothing was split: what goes to the same places is looked up by it.
         same = tuple(copies) == layout.copies
-        return Source(layout.copies if same else tuple(copies), tuple(parts))
+        return Source(layout.copies if same else tuple(copies), tuple(parts), pinned=True)
 
     def populate_all(self, threads: int, on_done: Callable[[int], object]) -> None:
         """Fault everything in, by several threads; ``on_done(bytes)`` as they arrive."""

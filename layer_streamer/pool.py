@@ -34,6 +34,7 @@ class Source:
     copies: tuple[Copy, ...]
     parts: tuple[torch.Tensor, ...]
     """One uint8 tensor for each copy."""
+    pinned: bool
 
 
 def cut_parts(memory: torch.Tensor, extents: Iterable[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
@@ -42,7 +43,9 @@ def cut_parts(memory: torch.Tensor, extents: Iterable[tuple[int, int]]) -> tuple
         return tuple(memory[offset : offset + nbytes] for offset, nbytes in extents)
 
 
-def cut_source(memory: torch.Tensor, base: int, copies: tuple[Copy, ...], segment: int) -> Source:
+def cut_source(
+    memory: torch.Tensor, base: int, copies: tuple[Copy, ...], segment: int, *, pinned: bool
+) -> Source:
     """What is copied out of a slot at ``base`` of ``memory``, which is pinned in segments.
 
     No copy crosses from one segment to the next.
@@ -50,7 +53,8 @@ def cut_source(memory: torch.Tensor, base: int, copies: tuple[Copy, ...], segmen
     split = tuple(part for copy in copies for part in _split_copy(copy, base, segment))
     if split == copies:
         split = copies  # the same object: what goes to the same places is looked up by it
-    return Source(split, cut_parts(memory, [(base + copy.src, copy.nbytes) for copy in split]))
+    parts = cut_parts(memory, [(base + copy.src, copy.nbytes) for copy in split])
+    return Source(split, parts, pinned)
 
 
 def _split_copy(copy: Copy, base: int, segment: int) -> Iterator[Copy]:
@@ -84,7 +88,9 @@ class HostPool:
         source = self._sources.get((slot, id(copies)))
         if source is None:
             base = self.arena.offsets[slot]
-            source = cut_source(self.arena.memory, base, copies, self._segment)
+            source = cut_source(
+                self.arena.memory, base, copies, self._segment, pinned=self.arena.pinned
+            )
             self._sources[slot, id(copies)] = source
         return source
 
@@ -136,7 +142,7 @@ class DeviceSlot:
     def order_after_uses(self, stream: Stream) -> None:
         """Let ``stream`` wait for the caller's work on this slot."""
         for event in self._uses[: self._num_uses]:
-            stream.wait_event(event)
+            event.wait(stream)
 
     def wait_unused(self) -> None:
         """Block until the caller's work on this slot has ended."""

@@ -101,7 +101,9 @@ class Loader:
         for (i, layout), slot, base in zip(
             layouts.items(), arena.bytes, arena.offsets, strict=True
         ):
-            into.sources[i] = cut_source(arena.memory, base, layout.copies, device.pin_segment)
+            into.sources[i] = cut_source(
+                arena.memory, base, layout.copies, device.pin_segment, pinned=arena.pinned
+            )
             tasks += [partial(self._fill, pieces) for pieces in cutter.cut(layout.reads, slot)]
         self._run(tasks, lambda: None)
 
@@ -199,7 +201,7 @@ class _Bounces:
         """Give the calling thread a bounce of its own."""
         stream = self._device.new_stream()
         self._device.enter_thread(stream)
-        stream.wait_event(self._allocated)
+        self._allocated.wait(stream)
         self._local.bounce = _Bounce(self._free.pop(), stream, self._device.new_event())
 
     def mine(self) -> _Bounce:

@@ -41,6 +41,9 @@ class FakeEvent:
             self.owners[number].push(lambda: self._execute(number))
             device.nudge()
 
+    def wait(self, stream: FakeStream | None = None) -> None:
+        (stream if stream is not None else self._device.current_stream()).wait_event(self)
+
     def synchronize(self) -> None:
         with self._device.lock:
             if self.latest is not None:
@@ -164,6 +167,9 @@ class FakeDevice:
             self._copies[arena] += 1
             stream.push(lambda: self._execute_copy(dst, src, arena))
             self.nudge()
+
+    def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: FakeStream) -> None:
+        self.copy(dst, src)
 
     def _execute_copy(self, dst: torch.Tensor, src: torch.Tensor, arena: int) -> None:
         dst.copy_(src)

@@ -26,6 +26,11 @@ class LateCudaDevice(CudaDevice):
         torch.cuda._sleep(200_000)
         super().copy(dst, src)
 
+    def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
+        dst.view(-1).view(torch.uint8).fill_(POISON)
+        torch.cuda._sleep(200_000)
+        super().copy_pinned(dst, src, stream)
+
 
 def make_device(kind: str) -> Any:
     """A device by name: "cpu" (None: the streamer's own), "fake", "cuda"."""

@@ -68,7 +68,7 @@ def test_a_streamer_works_when_page_locking_is_refused(
     tmp_path: Path, tensors: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = make_device("cuda")
-    monkeypatch.setattr(device, "pin", lambda memory: False)
+    monkeypatch.setattr(device, "pin", lambda memory, **kind: False)
     witness = Witness(device, tensors)
     with open_checkpoint(device, tmp_path) as streamer:
         for _ in range(3):

@@ -36,6 +36,7 @@ ORDER = [
     "hostmem",
     "tasks",
     "device",
+    "cudart",
     "accelerator",
     "clock",
     "memory",

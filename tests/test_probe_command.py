@@ -231,6 +231,7 @@ def test_a_real_gpu_is_probed_in_seconds_and_its_link_is_measured(
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gc.collect()
     before = torch.cuda.memory_allocated(), torch.cuda.current_device()
     assert main(["probe", "--quick", "--dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

@@ -10,10 +10,11 @@ import os
 import sys
 
 from ..errors import ConfigError, StreamerError
+from .cli_bench import register as register_bench
 from .cli_inspect import register as register_inspect
 from .cli_probe import register as register_probe
 
-COMMANDS = (register_probe, register_inspect)
+COMMANDS = (register_probe, register_inspect, register_bench)
 """Each adds its command's parser, with the function that does the work as its ``run``."""
 
 

@@ -192,6 +192,9 @@ class Load:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work on a device."""
+    """Wait for the work on the current stream of a device, as a caller that reads a result does.
+
+    To wait for the whole device would be to wait for copies that are prefetched, too.
+    """
     if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        torch.accelerator.current_stream(device).synchronize()
