@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -10,8 +11,25 @@ import psutil
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
-_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-"""Limit and usage, in cgroups of version 2 and 1."""
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """Names of a cgroup's files."""
+
+    limit: str
+    usage: str
+    cached: tuple[str, str]
+    """Lines of memory.stat: file pages, which usage counts and the kernel gives back."""
+
+
+_VERSIONS = (
+    _Version("memory.max", "memory.current", ("inactive_file", "active_file")),
+    _Version(
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)
 
 
 def available_host_bytes() -> int:
@@ -21,21 +39,21 @@ def available_host_bytes() -> int:
     """
     available = int(psutil.virtual_memory().available)
     for folder in _cgroups():
-        for limit_name, usage_name in _FILES:
-            limit, usage = _number(folder / limit_name), _number(folder / usage_name)
+        for version in _VERSIONS:
+            limit, usage = _number(folder / version.limit), _number(folder / version.usage)
             if limit is not None and usage is not None:
-                available = min(available, limit - usage)
+                held = max(usage - _cached(folder, version.cached), 0)
+                available = min(available, limit - held)
     return max(available, 0)
 
 
 def _cgroups() -> Iterator[Path]:
     """Folders of the cgroups that this process is in, and of all their ancestors."""
-    try:
-        lines = MEMBERSHIP.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    for line in _text(MEMBERSHIP).splitlines():
+        fields = line.split(":", 2)
+        if len(fields) < 3:
+            continue
+        _, controllers, path = fields
         if controllers and "memory" not in controllers.split(","):
             continue
         root = CGROUP_ROOT / "memory" if controllers else CGROUP_ROOT
@@ -44,9 +62,24 @@ def _cgroups() -> Iterator[Path]:
             yield root.joinpath(*parts[:depth])
 
 
+def _cached(folder: Path, names: tuple[str, str]) -> int:
+    """Bytes of a cgroup's usage that are page cache."""
+    pairs = [line.split() for line in _text(folder / "memory.stat").splitlines()]
+    found = [pair[1] for pair in pairs if len(pair) == 2 and pair[0] in names]
+    return sum(int(number) for number in found if number.isdecimal())
+
+
 def _number(path: Path) -> int | None:
     """The number in a file; None if there is none ("max": no limit)."""
     try:
-        return int(path.read_text())
-    except (OSError, ValueError):
+        return int(_text(path))
+    except ValueError:
         return None
+
+
+def _text(path: Path) -> str:
+    """What a file says; nothing if it cannot be read. A cgroup's name may be of any bytes."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
