@@ -31,7 +31,7 @@ class OpenFiles:
         self._stamps = dict(stamps)
         self._descriptors: dict[Path, int] = {}
         self._direct: dict[Path, int] = {}
-        self._refused: list[int] = []
+        self._refused: dict[Path, int] = {}
         self.reads_direct = False
         """True if reads are to be page-aligned, so that they can be direct."""
         try:
@@ -111,26 +111,33 @@ class OpenFiles:
 
     def close(self) -> None:
         """Close every descriptor. Idempotent."""
-        self._refused += self._direct.values()
-        self._direct.clear()
-        while self._refused:
-            os.close(self._refused.pop())
-        while self._descriptors:
-            _, descriptor = self._descriptors.popitem()
-            os.close(descriptor)
+        for opened in (self._direct, self._refused, self._descriptors):
+            while opened:
+                try:
+                    _, descriptor = opened.popitem()
+                except KeyError:
+                    break  # another thread that closes was first
+                os.close(descriptor)
 
     def _open_direct(self, path: Path) -> None:
         try:
-            self._direct[path] = open_direct(path)
+            descriptor = open_direct(path)
         except OSError as error:
             logger.warning("%s: direct reads are refused (%s), reading buffered", path, error)
+            return
+        self._direct[path] = descriptor
+        # A link on the way may lead elsewhere by now, which the first descriptor does not show.
+        if not os.path.sameopenfile(descriptor, self._descriptors[path]):
+            raise CheckpointChangedError(
+                f"{path}: changed since it was opened: the name is another file's"
+            )
 
     def _refuse_direct(self, path: Path, error: OSError) -> None:
         """From now on the file is read through the page cache."""
         descriptor = self._direct.pop(path, None)
         if descriptor is not None:
             # Other threads may still be reading from it: closed with the rest.
-            self._refused.append(descriptor)
+            self._refused[path] = descriptor
             logger.warning("%s: direct reads are refused (%s), reading buffered", path, error)
 
 
@@ -149,13 +156,16 @@ def read_direct(descriptor: int, view: memoryview, offset: int, wanted: int, pat
     """Fill at least the first ``wanted`` bytes of a page-aligned ``view``. Raises OSError.
 
     After a short read it goes on at the page that the read ended in: at the end of the file that
-    gives the same bytes again, so a read that covers nothing new is the end.
+    gives the same bytes again, so a read that covers nothing new is the end. EINVAL, as where
+    direct reads are refused, if the file goes on there.
     """
     covered = 0
     while covered < wanted:
         start = covered // PAGE * PAGE
         got = os.preadv(descriptor, [view[start : start + MAX_READ]], offset + start)
         if start + got <= covered:
+            if os.fstat(descriptor).st_size > offset + covered:
+                raise OSError(errno.EINVAL, "they end within a page")
             raise _end_of_file(path, wanted, offset, covered)
         covered = start + got
 

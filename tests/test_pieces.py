@@ -1,0 +1,135 @@
+"""How reads are cut: page-aligned pieces for direct reads; and such layers, streamed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random_tensor, write_safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import Witness, make_device, open_checkpoint
+
+from layer_streamer.layout import PAGE, Layout, Read, Step, align_up, lay_out
+from layer_streamer.manifest import TensorSpec
+from layer_streamer.pieces import SlotCutter
+
+FILES = [Path("a"), Path("b")]
+CHUNKS = [4096, 5000, 8191, 8192, 3 * PAGE, 1 << 20]
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Of a step whose tensors lie at any offsets of two files, adjacent or apart."""
+    ends = {path: draw(st.integers(0, 9000)) for path in FILES}
+    tensors = {}
+    for i in range(draw(st.integers(1, 6))):
+        path = draw(st.sampled_from(FILES))
+        offset = ends[path] + draw(st.sampled_from([0, 0, 1, 4095, 4096, 4097, 50_000]))
+        nbytes = draw(st.sampled_from([0, 1, 100, 4095, 4096, 4097, 30_000]))
+        tensors[f"t{i}"] = TensorSpec(f"t{i}", torch.uint8, (nbytes,), path, offset, nbytes)
+        ends[path] = offset + nbytes
+    return lay_out(Step(0, tensors), unified=draw(st.booleans()))
+
+
+def file_byte(path: Path, offset: int) -> int:
+    """A byte that tells its place, to within a few pages."""
+    return (offset * 31 + offset // PAGE * 7 + (path == FILES[1])) % 256
+
+
+def address(slot: memoryview, view: memoryview) -> int:
+    """Where in ``slot`` a piece's view begins."""
+    first = torch.frombuffer(slot, dtype=torch.uint8).data_ptr()
+    return torch.frombuffer(view, dtype=torch.uint8).data_ptr() - first
+
+
+@given(layout=layouts(), chunk=st.sampled_from(CHUNKS))
+def test_aligned_pieces_are_whole_pages_of_the_file_and_of_the_slot(
+    layout: Layout, chunk: int
+) -> None:
+    slot = memoryview(bytearray(layout.host_nbytes))
+    jobs = SlotCutter(chunk, aligned=True).cut(layout.reads, slot)
+    for job in jobs:
+        assert job
+        assert sum(len(piece.view) for piece in job) <= chunk // PAGE * PAGE
+        for piece in job:
+            place = address(slot, piece.view)
+            assert (piece.offset | len(piece.view) | place) % PAGE == 0
+            assert len(piece.view) == align_up(piece.wanted, PAGE) > 0
+            assert place + len(piece.view) <= layout.host_nbytes
+
+
+@given(layout=layouts(), chunk=st.sampled_from(CHUNKS), aligned=st.booleans())
+def test_what_pieces_want_covers_every_read_and_not_a_byte_behind_it(
+    layout: Layout, chunk: int, aligned: bool
+) -> None:
+    slot = memoryview(bytearray(layout.host_nbytes))
+    jobs = SlotCutter(chunk, aligned=aligned).cut(layout.reads, slot)
+    pieces = [piece for job in jobs for piece in job]
+    ends = {(read.path, read.offset + read.nbytes) for read in layout.reads}
+    for piece in pieces:
+        # What is wanted is in the file: it ends within a read, or where one does.
+        end = piece.offset + piece.wanted
+        assert (piece.path, end) in ends or any(
+            read.path == piece.path and read.offset < end < read.offset + read.nbytes
+            for read in layout.reads
+        )
+        assert piece.wanted <= len(piece.view)
+        piece.view[: piece.wanted] = bytes(
+            file_byte(piece.path, piece.offset + i) for i in range(piece.wanted)
+        )
+    for read in layout.reads:
+        found = slot[read.slot_offset : read.slot_offset + read.nbytes]
+        assert found == bytes(file_byte(read.path, read.offset + i) for i in range(read.nbytes))
+
+
+@given(layout=layouts(), chunk=st.sampled_from(CHUNKS))
+def test_aligned_pieces_never_bring_a_page_of_the_slot_twice(layout: Layout, chunk: int) -> None:
+    slot = memoryview(bytearray(layout.host_nbytes))
+    brought: set[int] = set()
+    for job in SlotCutter(chunk, aligned=True).cut(layout.reads, slot):
+        for piece in job:
+            first = address(slot, piece.view)
+            now = set(range(first, first + len(piece.view), PAGE))
+            assert not now & brought
+            brought |= now
+    assert brought == {page for read in layout.reads for page in pages_of(read)}
+
+
+def pages_of(read: Read) -> range:
+    return range(read.slot_offset // PAGE * PAGE, read.slot_offset + read.nbytes, PAGE)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "fake"])
+@settings(deadline=None, max_examples=25)
+@given(
+    sizes=st.lists(
+        st.sampled_from([1, 17, 4095, 4096, 4097, 20_000, 70_001]), min_size=1, max_size=5
+    ),
+    chunk=st.sampled_from([4096, 5000, 12_288, 1 << 20]),
+    padding=st.integers(0, 33),
+    gap=st.sampled_from([0, 3, 4095, 5000]),
+    pools=st.sampled_from([(4, None), (1, 1), (None, None)]),
+    data=st.data(),
+)
+def test_layers_of_any_size_are_exact_in_direct_reads_of_any_chunk(  # noqa: PLR0917
+    tmp_path_factory: pytest.TempPathFactory, kind: str, sizes: list[int], chunk: int,
+    padding: int, gap: int, pools: tuple[int | None, int | None], data: st.DataObject,
+) -> None:  # fmt: skip
+    tensors = {}
+    for i, size in enumerate(sizes):
+        for j in range(data.draw(st.integers(1, 3))):
+            tensors[f"model.layers.{i}.w{j}"] = random_tensor((size,), torch.uint8, seed=9 * i + j)
+    path = tmp_path_factory.mktemp("any") / "model.safetensors"
+    write_safetensors(path, tensors, padding=padding, gap=gap)
+    device = make_device(kind)
+    witness = Witness(device, tensors)
+    options = {"n_cpu_pinned": pools[0], "n_cpu": pools[1], "read_threads": 3}
+    with open_checkpoint(
+        device, path, read_mode="direct", read_chunk=chunk, n_gpu=1, **options
+    ) as streamer:
+        assert streamer.plan.read_mode == "direct"
+        for _ in range(2):
+            streamer.run_pass(None, witness)
+        witness.check()
