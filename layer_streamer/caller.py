@@ -61,6 +61,10 @@ class Caller:
         if index in lane.orders.copied:
             n = lane.orders.copied.before(number)
             self._await(run, run.lanes[index % len(self._lanes)], n, number)
+            if index in lane.residents.mapped:
+                # Its pages were there when they were populated; a look at missing ones kills.
+                layout = self._schedule.layouts[index]
+                self._pipeline.files.check_unchanged({read.path for read in layout.reads})
             slot = lane.pool.slots[n % lane.pool.count]
             slot.handed_on = stream
             run.handed = number + 1

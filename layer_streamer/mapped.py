@@ -2,7 +2,8 @@
 
 The page cache is then the only copy of the model in host memory. A mapped file that shrinks kills
 whoever touches the missing pages, on the CPU; a device goes on copying from pages that no longer
-belong to the file. So every pass checks the files (files.OpenFiles), and populates before it looks.
+belong to the file. So every pass checks the files (files.OpenFiles), on the CPU each hand-out does
+too, and populates before it looks: what remains is the time from there to the look.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 from .device import Device
-from .errors import CheckpointChangedError, ReadError
+from .errors import ReadError
 from .files import OpenFiles
 from .layout import PAGE, Copy, Layout, Read, View
 from .libc import populate
@@ -35,6 +37,8 @@ MERGE_GAP = 1 << 20
 """Extents this many bytes apart are mapped and page-locked as one."""
 POPULATE_CHUNK = 16 << 20
 """Bytes that one thread faults in at a time."""
+UNSUPPORTED = (None, errno.EINVAL, errno.ENOSYS)
+"""Of errno, where the system cannot populate; any other one tells of the pages."""
 
 
 class _Pages:
@@ -72,12 +76,13 @@ class MappedFiles:
     """The ranges of a checkpoint's files that some reads cover, mapped into memory.
 
     Thread rules: built and closed by one thread; populated by any. Nothing is read until then.
+    Errors: OSError where the file system cannot map, CheckpointChangedError for a file that shrank.
     """
 
     def __init__(self, files: OpenFiles, reads: Iterable[Read]) -> None:
         self._files = files
         self.regions = [
-            Region(path, start, _map(files.descriptor(path), start, end))
+            Region(path, start, _map(files, path, start, end))
             for path, start, end in merge_ranges(reads)
         ]
         self._pinned: list[torch.Tensor] = []
@@ -113,8 +118,16 @@ class MappedFiles:
         same = tuple(copies) == layout.copies
         return Source(layout.copies if same else tuple(copies), tuple(parts), pinned=True)
 
+    def check_populates(self) -> None:
+        """Raises OSError if pages cannot be populated, so that a look at them might kill."""
+        for region in self.regions:
+            populate_range(self._files, region, 0, min(PAGE, region.memory.nbytes))
+
     def populate_all(self, threads: int, on_done: Callable[[int], object]) -> None:
-        """Fault everything in, by several threads; ``on_done(bytes)`` as they arrive."""
+        """Fault everything in, by several threads; ``on_done(bytes)`` as they arrive.
+
+        Nothing is done where the system cannot: page-locking then does it, on one thread.
+        """
         tasks = [
             partial(self._read_ahead_and_populate, region, start)
             for region in self.regions
@@ -149,7 +162,8 @@ class MappedFiles:
         if hasattr(os, "posix_fadvise"):
             descriptor = self._files.descriptor(region.path)
             os.posix_fadvise(descriptor, region.offset + start, nbytes, os.POSIX_FADV_WILLNEED)
-        populate_range(region, start, nbytes)
+        with suppress(OSError):
+            populate_range(self._files, region, start, nbytes)
         return nbytes
 
 
@@ -166,19 +180,22 @@ class MappedPiece:
         """Raises ReadError; CheckpointChangedError where a look would kill the process."""
         start = (self.offset - self.region.offset) // PAGE * PAGE
         end = self.offset - self.region.offset + self.wanted
-        populate_range(self.region, start, end - start)
+        populate_range(files, self.region, start, end - start)
 
 
-def populate_range(region: Region, start: int, nbytes: int) -> None:
-    """Fault in ``nbytes`` from byte ``start`` of a region, a multiple of a page."""
+def populate_range(files: OpenFiles, region: Region, start: int, nbytes: int) -> None:
+    """Fault in ``nbytes`` from byte ``start`` of a region, a multiple of a page.
+
+    Errors: CheckpointChangedError, ReadError; OSError where the system cannot populate.
+    """
     try:
         populate(region.memory.data_ptr() + start, nbytes, write=False)
     except OSError as error:
+        if error.errno in UNSUPPORTED:
+            raise
+        # EFAULT means that a touch would kill: beyond the end of the file, or on a failing disk.
+        files.check_unchanged([region.path])
         place = f"{region.path}: {nbytes} mapped bytes at offset {region.offset + start}"
-        if error.errno == errno.EFAULT:
-            raise CheckpointChangedError(
-                f"{place} are gone: the file shrank after it was opened"
-            ) from error
         raise ReadError(f"{place} cannot be read: {error.strerror or error}") from error
 
 
@@ -197,7 +214,10 @@ def cut_mapped_jobs(
 
 
 def merge_ranges(reads: Iterable[Read]) -> list[tuple[Path, int, int]]:
-    """Page-aligned (path, start, end) that cover the reads, merged where MERGE_GAP allows."""
+    """(path, start, end) that cover the reads, merged where MERGE_GAP allows.
+
+    A range starts at a page and ends with its last read: the file may end there too.
+    """
     ranges: list[tuple[Path, int, int]] = []
     for read in sorted(reads, key=lambda read: (str(read.path), read.offset)):
         start, end = read.offset // PAGE * PAGE, read.offset + read.nbytes
@@ -209,9 +229,18 @@ def merge_ranges(reads: Iterable[Read]) -> list[tuple[Path, int, int]]:
     return ranges
 
 
-def _map(descriptor: int, start: int, end: int) -> torch.Tensor:
-    mapping = mmap.mmap(
-        descriptor, end - start, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=start
-    )
+def _map(files: OpenFiles, path: Path, start: int, end: int) -> torch.Tensor:
+    try:
+        mapping = mmap.mmap(
+            files.descriptor(path),
+            end - start,
+            flags=mmap.MAP_SHARED,
+            prot=mmap.PROT_READ,
+            offset=start,
+        )
+    except ValueError as error:
+        # What Python says of a range beyond the end of the file.
+        files.check_unchanged([path])
+        raise ReadError(f"{path}: bytes {start} to {end} cannot be mapped: {error}") from error
     with torch.inference_mode(False):
         return torch.from_numpy(np.asarray(_Pages(mapping)))

@@ -185,7 +185,7 @@ class Pipeline:
         layouts = {i: self._layouts[i] for i in indices}
         if self.plan.read_mode != "mapped" or not loader.map_host(first, layouts, device):
             if self.plan.read_mode == "mapped":
-                self.plan = self.plan.unmapped("page-locking the mapped files was refused")
+                self.plan = self.plan.unmapped("mapping or page-locking was refused")
             loader.load_host(first, layouts, device)
         for residents in self._residents[1:]:
             residents.sources = first.sources
@@ -200,7 +200,10 @@ class Pipeline:
             if tier == "disk" and self._layouts[i].reads and not self._layouts[i].copies
         ]
         layouts = {i: self._layouts[i] for i in indices}
-        loader.view_mapped(self._residents[0], {i: self._steps[i] for i in indices}, layouts)
+        steps = {i: self._steps[i] for i in indices}
+        if not loader.view_mapped(self._residents[0], steps, layouts):
+            self.plan = self.plan.unmapped("mapping or populating was refused")
+            return
         for residents in self._residents[1:]:
             residents.mapped, residents.jobs = self._residents[0].mapped, self._residents[0].jobs
 

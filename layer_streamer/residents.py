@@ -5,6 +5,7 @@ Everything here happens once, while a streamer is opened, by several threads.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from .memory import HostArena, allocate, view_tensor
 from .pieces import Piece, SlotCutter
 from .pool import Source, Weights, cut_source
 from .tasks import run_all
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -109,7 +112,11 @@ class Loader:
 
     def map_host(self, into: Residents, layouts: Mapping[int, Layout], device: Device) -> bool:
         """Page-lock the files' own pages; False, with nothing kept, where that is refused."""
-        mapped = MappedFiles(self._files, [r for layout in layouts.values() for r in layout.reads])
+        try:
+            mapped = self._map(layouts)
+        except OSError as error:
+            logger.warning("mapping files was refused (%s)", error)
+            return False
         mapped.populate_all(self._threads, self._on_loaded)
         if not mapped.pin(device):
             return False
@@ -122,13 +129,25 @@ class Loader:
 
     def view_mapped(
         self, into: Residents, steps: Mapping[int, Step], layouts: Mapping[int, Layout]
-    ) -> None:
-        """View steps in the files' own pages (CPU); each pass faults them in."""
-        mapped = MappedFiles(self._files, [r for layout in layouts.values() for r in layout.reads])
+    ) -> bool:
+        """View steps in the files' own pages (CPU), which each pass faults in.
+
+        False, with nothing kept, where the system cannot say that a look at them would kill.
+        """
+        try:
+            mapped = self._map(layouts)
+            mapped.check_populates()
+        except OSError as error:
+            logger.warning("mapping or populating files was refused (%s)", error)
+            return False
         into.owners.append(mapped)
         for i, step in steps.items():
             into.mapped[i] = Weights((key, mapped.view(spec)) for key, spec in step.tensors.items())
             into.jobs[i] = cut_mapped_jobs(layouts[i].reads, mapped, self._chunk)
+        return True
+
+    def _map(self, layouts: Mapping[int, Layout]) -> MappedFiles:
+        return MappedFiles(self._files, [r for layout in layouts.values() for r in layout.reads])
 
     def _run(self, tasks: Sequence[Callable[[], int]], on_start: Callable[[], object]) -> None:
         run_all(tasks, self._threads, on_start=on_start, on_done=self._on_loaded)
