@@ -104,9 +104,11 @@ def _place_unified(
     sizes = tuple(
         replace(size, slot_nbytes=max(size.slot_nbytes, size.host_nbytes)) for size in sizes
     )
-    return place(
+    placement = place(
         sizes, count, Budget((budget,) * count, None, slots, 0, (), scratch_nbytes), unified=True
     )
+    _check_host(sum(placement.device_bytes), budget is not None, machine, settings)
+    return placement
 
 
 def _unified_mode(
@@ -151,7 +153,7 @@ def _place_streamed(
             f"{format_bytes(usable)} may be used (host_budget says otherwise)"
         )
     placement = place(sizes, count, replace(budget, host=given), unified=False)
-    _check_host(placement, machine, settings)
+    _check_host(placement.host_bytes, given is not None, machine, settings)
     if settings.read_mode in ("direct", "buffered"):
         return placement, settings.read_mode, "as asked"
     mode, reason = _stream_mode(sizes, placement, placement.host_bytes, machine, settings)
@@ -181,17 +183,20 @@ def _wants_map(machine: Machine, settings: Settings) -> bool:
     return asked or (settings.read_mode == "auto" and not settings.names_host_pools)
 
 
-def _check_host(placement: Placement, machine: Machine, settings: Settings) -> None:
-    """Too much page-locked memory is not refused by the kernel: something gets killed."""
-    if placement.host_bytes <= machine.host_available:
+def _check_host(nbytes: int, budgeted: bool, machine: Machine, settings: Settings) -> None:
+    """Too much memory is not refused by the kernel: something gets killed."""
+    if nbytes <= machine.host_available:
         return
-    needed, free = format_bytes(placement.host_bytes), format_bytes(machine.host_available)
-    if settings.host_budget is None:
+    needed, free = format_bytes(nbytes), format_bytes(machine.host_available)
+    if not budgeted:
+        counts = f"n_cpu_pinned={settings.num_pinned}, n_cpu={settings.num_pageable}"
+        if machine.unified:
+            counts = f"n_gpu={settings.num_device}, {counts}"
         raise ConfigError(
-            f"n_cpu_pinned={settings.num_pinned}, n_cpu={settings.num_pageable}: the host slots "
-            f"need {needed}, {free} of host memory is free (a host_budget overrides this check)"
+            f"{counts}: the slots need {needed}, {free} of host memory is free "
+            "(a host_budget overrides this check)"
         )
-    logger.warning("host_budget=%r: %s to be used, %s free", settings.host_budget, needed, free)
+    logger.warning("the budget lets %s of host memory be used, %s is free", needed, free)
 
 
 def _stream_mode(

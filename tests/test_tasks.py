@@ -1,0 +1,145 @@
+"""run_all: every result, the first error, interrupts; and no thread left behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layer_streamer.tasks import run_all
+
+SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith("layer-streamer-open")]
+
+
+class Boom(Exception):
+    """What the tests' own tasks raise."""
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(0, 30), threads=st.integers(1, 9))
+def test_every_result_is_reported_once_to_the_calling_thread(count: int, threads: int) -> None:
+    results: list[int] = []
+    callers: set[threading.Thread] = set()
+
+    def on_done(result: int) -> None:
+        results.append(result)
+        callers.add(threading.current_thread())
+
+    run_all([partial(int, i) for i in range(count)], threads, on_done=on_done)
+    assert sorted(results) == list(range(count))
+    assert callers <= {threading.current_thread()}
+
+
+@pytest.mark.parametrize(("tasks", "threads", "expected"), [(3, 8, 3), (8, 3, 3), (1, 1, 1)])
+def test_no_more_threads_are_started_than_there_are_tasks_or_are_allowed(
+    tasks: int, threads: int, expected: int
+) -> None:
+    # Nobody goes on until all that are expected have started.
+    barrier = threading.Barrier(expected, timeout=SECONDS)
+    started: list[threading.Thread] = []
+
+    def on_start() -> None:
+        started.append(threading.current_thread())
+        barrier.wait()
+
+    run_all([lambda: None] * tasks, threads, on_start=on_start)
+    assert len(set(started)) == len(started) == expected
+
+
+def test_no_tasks_start_no_thread() -> None:
+    run_all(list[Callable[[], None]](), 4, on_start=lambda: pytest.fail("a thread was started"))
+
+
+def test_the_first_error_is_raised_and_tasks_not_begun_are_dropped() -> None:
+    done: list[int] = []
+
+    def task(i: int) -> int:
+        if i == 2:
+            raise Boom(i)
+        done.append(i)
+        return i
+
+    with pytest.raises(Boom, match="2"):
+        run_all([partial(task, i) for i in range(100)], 1)
+    assert done == [0, 1]
+
+
+def test_an_error_waits_for_the_tasks_under_way_and_for_no_others() -> None:
+    under_way, failed = threading.Event(), threading.Event()
+    ended: list[str] = []
+
+    def fail() -> None:
+        assert under_way.wait(SECONDS)
+        failed.set()
+        raise Boom
+
+    def go_on() -> None:
+        under_way.set()
+        assert failed.wait(SECONDS)
+        ended.append("under way")
+
+    late = partial(ended.append, "late")
+    with pytest.raises(Boom):
+        run_all([go_on, fail, *[late] * 50], 2)
+    assert ended[:1] == ["under way"]
+
+
+def test_after_an_error_on_every_thread_one_of_them_is_raised() -> None:
+    barrier = threading.Barrier(4, timeout=SECONDS)
+
+    def fail(i: int) -> None:
+        barrier.wait()
+        raise Boom(i)
+
+    with pytest.raises(Boom):
+        run_all([partial(fail, i) for i in range(4)], 4)
+
+
+def test_an_error_of_on_start_is_raised() -> None:
+    def on_start() -> None:
+        raise Boom
+
+    with pytest.raises(Boom):
+        run_all([lambda: None] * 5, 3, on_start=on_start)
+
+
+def test_a_task_that_raises_what_ends_an_interpreter_is_an_error_like_any_other() -> None:
+    def leave() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        run_all([leave], 1)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Boom])
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_an_interrupt_in_on_done_stops_the_rest(error: type[BaseException], at: int) -> None:
+    begun: list[int] = []
+    gate = threading.Semaphore(at + 1)
+
+    def task(i: int) -> int:
+        assert gate.acquire(timeout=SECONDS)
+        begun.append(i)
+        return i
+
+    def on_done(result: int) -> None:
+        if result == at:
+            # What is begun by now may end: the rest must not be.
+            gate.release()
+            raise error
+
+    with pytest.raises(error):
+        run_all([partial(task, i) for i in range(100)], 1, on_done=on_done)
+    assert len(begun) <= at + 2
+    assert begun[: at + 1] == list(range(at + 1))
