@@ -200,7 +200,11 @@ def open_device(device: DeviceName | None) -> Device:
         if present:
             raise ConfigError(f"{present}; install a CUDA build of torch, or pass device='cpu'")
         return CpuDevice()
-    wanted = torch.device(device)
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device={device!r}: no device has that name ({reason})") from error
     if wanted.type == "cpu":
         return CpuDevice()
     if wanted.type == "cuda":

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -23,6 +23,10 @@ from .rawspeed import BareCompute, Load, RawCopies, RawReads, synchronize
 
 DRIFT = 0.05
 """A pass is not counted if the limit before and after it differ by more than this."""
+Show: TypeAlias = Callable[[str, int | None], object]
+"""Called as each measurement begins, with its name and their number (None: not known yet)."""
+PREPARATIONS = 3
+"""Measurements before those that are counted by passes and limits."""
 IO_COUNTERS = Path("/proc/self/io")
 
 
@@ -99,7 +103,11 @@ class Outcome:
         return asdict(self)
 
 
-def run_bench(open_streamer: Callable[[], LayerStreamer], bench: Bench) -> Outcome:
+def run_bench(
+    open_streamer: Callable[[], LayerStreamer],
+    bench: Bench,
+    show: Show = lambda name, total: None,
+) -> Outcome:
     """Open a streamer and measure it. Raises what opening and passes raise."""
     begin = time.perf_counter()
     with open_streamer() as streamer, ExitStack() as stack:
@@ -107,16 +115,14 @@ def run_bench(open_streamer: Callable[[], LayerStreamer], bench: Bench) -> Outco
         load = Load(bench.tokens)
         run = _Runner(streamer, load, bench)
         _reset_peak(streamer.devices)
+        show("warming up", None)
         run.warm_up()
+        show("bytes from disk", None)
         disk = run.disk_bytes_per_pass()
         peak = _peak(streamer.devices)
+        show("preparing the limits", None)
         limits = _limits(streamer, load, stack)
-        measured = {name: [measure()] for name, measure in limits.items()}
-        seconds = []
-        for _ in range(bench.passes):
-            seconds.append(run.timed())
-            for name, measure in limits.items():
-                measured[name].append(measure())
+        seconds, measured = _measure_in_turn(run, limits, bench.passes, show)
         report = streamer.last_pass
         assert report is not None
         shares, dropped = _pair(seconds, measured)
@@ -180,6 +186,26 @@ class _Runner:
         self._streamer.run_pass(self._x, self._load)
         for device in self._streamer.devices:
             synchronize(device)
+
+
+def _measure_in_turn(
+    run: _Runner, limits: Mapping[str, Callable[[], float]], passes: int, show: Show
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Seconds of each pass, and by name those of the limits before the first and after each."""
+    seconds, measured = list[float](), {name: list[float]() for name in limits}
+    total = PREPARATIONS + passes + len(limits) * (passes + 1)
+
+    def measure_limits() -> None:
+        for name, measure in limits.items():
+            show(f"limit: {name}", total)
+            measured[name].append(measure())
+
+    measure_limits()
+    for number in range(passes):
+        show(f"pass {number + 1}", total)
+        seconds.append(run.timed())
+        measure_limits()
+    return seconds, measured
 
 
 def discard_prefetched(streamer: LayerStreamer) -> None:

@@ -14,8 +14,8 @@ from .cli_bench import register as register_bench
 from .cli_inspect import register as register_inspect
 from .cli_probe import register as register_probe
 
-COMMANDS = (register_probe, register_inspect, register_bench)
-"""Each adds its command's parser, with the function that does the work as its ``run``."""
+COMMANDS = (register_inspect, register_probe, register_bench)
+"""Each adds the parser of a command or two, with the function that does the work as ``run``."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ..assembly import draw_plan
 from ..config import Settings
 from ..errors import ConfigError
 from ..formats import read_manifest
+from ..progress import ProgressBar
 from ..streamer import LayerStreamer
 from .bench import Bench, run_bench
 
@@ -43,10 +46,10 @@ def register(commands: Any) -> None:
 
 def run_plan(args: argparse.Namespace) -> None:
     """Print the plan of a streamer that is not opened, and its JSON."""
-    settings = _settings(args)
-    rates = {"read": args.read_rate, "copy": args.copy_rate}
-    given = {name: rate * 1e9 for name, rate in rates.items() if rate is not None}
-    plan = draw_plan(read_manifest(args.path), open_devices(settings.device), settings, given)
+    settings = Settings(**_options(args))
+    plan = draw_plan(
+        read_manifest(args.path), open_devices(settings.device), settings, _rates(args)
+    )
     print(f"{args.path}: {len(plan.tiers)} layers")
     print(plan)
     print(json.dumps(plan.document()), flush=True)
@@ -56,7 +59,21 @@ def run_bench_command(args: argparse.Namespace) -> None:
     """Measure, and print the table and its JSON."""
     bench = Bench(passes=args.passes, tokens=args.tokens, cold=args.cold)
     options = _options(args)
-    outcome = run_bench(lambda: LayerStreamer.from_checkpoint(args.path, **options), bench)
+    bars = list[ProgressBar]()
+    with ExitStack() as stack:
+
+        def show(name: str, total: int | None) -> None:
+            # Called when a measurement begins: those before it are done.
+            if bars:
+                bars[0].update()
+            else:
+                bars.append(stack.enter_context(ProgressBar(unit="measurement", leave=False)))
+            bars[0].total = total
+            bars[0].set_description_str(name)
+
+        outcome = run_bench(
+            lambda: LayerStreamer.from_checkpoint(args.path, **options), bench, show
+        )
     print(outcome)
     print(json.dumps({"path": str(args.path), **asdict(bench), **outcome.document()}), flush=True)
 
@@ -76,8 +93,22 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--read-chunk", type=int, metavar="BYTES")
 
 
-def _count(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
+def _count(text: str) -> int:
+    """Layers of a pool; none at all is 0, as None would be an option that was not named."""
+    return 0 if text.lower() == "none" else int(text)
+
+
+def _rates(args: argparse.Namespace) -> dict[str, float]:
+    """The rates that were named, bytes a second. Raises ConfigError."""
+    given = {}
+    for name in ("read", "copy"):
+        rate = vars(args)[f"{name}_rate"]
+        if rate is None:
+            continue
+        if not 0 < rate < math.inf:
+            raise ConfigError(f"--{name}-rate={rate}: must be above 0 (GB/s), and finite")
+        given[name] = rate * 1e9
+    return given
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -91,10 +122,3 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     if args.device:
         named["device"] = args.device
     return named
-
-
-def _settings(args: argparse.Namespace) -> Settings:
-    try:
-        return Settings(**_options(args))
-    except TypeError as error:
-        raise ConfigError(str(error)) from error

@@ -12,7 +12,7 @@ import torch
 
 from ..device import CpuDevice, Device
 from ..files import OpenFiles
-from ..layout import PAGE, Read, align_up
+from ..layout import CASTABLE, PAGE, Read, align_up
 from ..manifest import Manifest
 from ..mapped import merge_ranges
 from ..memory import HostArena, allocate
@@ -171,7 +171,7 @@ class BareCompute:
 
 
 class Load:
-    """A stand-in for a model: every floating matrix of a layer times ``tokens`` vectors."""
+    """A stand-in for a model: a layer's matrices of plain floats times ``tokens`` vectors."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -179,7 +179,7 @@ class Load:
 
     def __call__(self, x: Any, weights: Mapping[str, torch.Tensor], layer_idx: int) -> Any:
         for weight in weights.values():
-            if self.tokens and weight.ndim == 2 and weight.is_floating_point():
+            if self.tokens and weight.ndim == 2 and weight.dtype in CASTABLE:
                 self._input(weight) @ weight.T
         return x
 

@@ -1,0 +1,240 @@
+"""``python -m layer_streamer bench``: figures, JSON, progress, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from assets import one_torch_thread
+from checkpoints import random_tensor, tiny_checkpoint, write_safetensors
+from test_plan_command import BAD
+
+from layer_streamer.__main__ import main
+from layer_streamer.tools import bench as bench_module
+from layer_streamer.tools.bench import Outcome
+from layer_streamer.tools.rawspeed import RawReads
+
+ROOT = Path(__file__).parents[1]
+CPU = ["--device", "cpu"]
+FEW = [*CPU, "--passes", "2"]
+FIGURES = {
+    "seconds_per_pass", "limit_seconds", "share_of_limit", "bound_by", "peak_device_bytes",
+    "peak_host_bytes", "disk_bytes_per_pass",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_threads(tmp_path_factory: Any, monkeypatch: Any) -> Any:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("layer_streamer.tools.rawspeed.READ_GRID", ((1, 8192), (2, 4096)))
+    with one_torch_thread():
+        yield
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tiny_checkpoint(tmp_path, 6, hidden=40)
+    return tmp_path
+
+
+def benched(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, Any]:
+    """The table and the document."""
+    assert main(["bench", *map(str, arguments)]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    return "\n".join(table), json.loads(last)
+
+
+def test_the_last_line_is_json_with_every_figure(model: Path, capsys: Any) -> None:
+    table, document = benched(capsys, model, *FEW, "--tokens", 2)
+    assert set(document) >= FIGURES
+    assert (document["path"], document["passes"]) == (str(model), 2)
+    assert (document["tokens"], document["cold"]) == (2, False)
+    assert len(document["pass_seconds"]) == 2
+    assert {name: len(values) for name, values in document["limits"].items()} == {
+        "compute": 3, "read": 3
+    }  # fmt: skip
+    assert document["bound_by"] in document["limits"]
+    assert min(document["pass_seconds"]) <= document["seconds_per_pass"]
+    assert document["limit_seconds"] > 0
+    assert len(document["shares"]) + document["dropped"] == 2
+    assert document["peak_device_bytes"] == 0
+    assert document["peak_host_bytes"] > 10 << 20
+    assert f"{document['seconds_per_pass']:.4f} s a pass" in table
+    assert f"bound by {document['bound_by']}" in table
+    assert "pass of 6 layers" in table
+
+
+def test_without_tokens_nothing_is_computed(model: Path, capsys: Any) -> None:
+    _, document = benched(capsys, model, *FEW, "--tokens", 0)
+    assert set(document["limits"]) == {"read"}
+    assert document["bound_by"] == "read"
+
+
+def test_with_everything_resident_and_no_tokens_there_is_no_limit(model: Path, capsys: Any) -> None:
+    options = ["--tokens", 0, "--device-budget", "1GiB"]
+    _, document = benched(capsys, model, *FEW, *options)
+    assert (document["limits"], document["bound_by"]) == ({}, "none")
+    assert document["limit_seconds"] == document["share_of_limit"] == 0.0
+
+
+@pytest.mark.parametrize(("cold", "discarded"), [([], 0), (["--cold"], 2)])
+def test_a_cold_pass_begins_with_nothing_prefetched(
+    model: Path, monkeypatch: Any, capsys: Any, cold: list[str], discarded: int
+) -> None:
+    times = []
+    real = bench_module.discard_prefetched
+    monkeypatch.setattr(
+        bench_module, "discard_prefetched", lambda streamer: (times.append(1), real(streamer))
+    )
+    _, document = benched(capsys, model, *FEW, *cold)
+    assert len(times) == discarded
+    assert document["cold"] is bool(cold)
+
+
+@pytest.mark.parametrize("mode", ["direct", "mapped"])
+def test_the_raw_reads_are_of_the_kind_that_the_streamer_does(
+    model: Path, monkeypatch: Any, capsys: Any, mode: str
+) -> None:
+    kinds = []
+    real = RawReads.__init__
+
+    def begin(self: RawReads, manifest: Any, reads: Any, *, direct: bool) -> None:
+        kinds.append(direct)
+        real(self, manifest, reads, direct=direct)
+
+    monkeypatch.setattr(RawReads, "__init__", begin)
+    _, document = benched(capsys, model, *FEW, "--read-mode", mode, "--n-cpu", 1)
+    assert kinds == [mode == "direct"]
+    assert f"reads: {mode}: as asked" in document["plan"]
+
+
+def test_several_devices_share_the_layers(model: Path, capsys: Any) -> None:
+    _, document = benched(capsys, model, *FEW, *CPU)
+    assert document["plan"].count("memory on cpu") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.int8, torch.bool, torch.float64])
+def test_layers_of_any_dtype_are_benched(tmp_path: Path, capsys: Any, dtype: torch.dtype) -> None:
+    tensors = {f"model.layers.{i}.w": random_tensor((9, 7), dtype, seed=i) for i in range(2)}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    _, document = benched(capsys, tmp_path, *FEW)
+    assert document["disk_bytes_per_pass"] is None or document["disk_bytes_per_pass"] >= 0
+
+
+@pytest.mark.parametrize("text", [None, "", "read_bytes: many\n", "rchar: 5\n", "nonsense\n"])
+def test_a_system_that_does_not_tell_what_came_from_disk_gives_no_figure(
+    model: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, text: str | None
+) -> None:
+    if text is not None:
+        (tmp_path / "io").write_text(text)
+    monkeypatch.setattr(bench_module, "IO_COUNTERS", tmp_path / "io")
+    table, document = benched(capsys, model, *CPU, "--passes", 1, "--tokens", 0)
+    assert document["disk_bytes_per_pass"] is None
+    assert "disk: unknown a pass" in table
+
+
+def test_bytes_from_disk_are_those_of_one_pass(model: Path, monkeypatch: Any, capsys: Any) -> None:
+    counters = iter([1000, 1000 + 2 * 777])
+    monkeypatch.setattr(bench_module, "_disk_bytes", lambda: next(counters))
+    _, document = benched(capsys, model, *FEW, "--tokens", 0)
+    assert document["disk_bytes_per_pass"] == 777
+
+
+def test_pairs_whose_limit_drifted_are_left_out() -> None:
+    limits = {"a": [1.0, 1.0, 1.2, 1.2], "b": [0.5, 0.5, 0.5, 0.5]}
+    shares, dropped = bench_module._pair([2.0, 2.0, 2.4], limits)
+    assert (shares, dropped) == ([0.5, 0.5], 1)
+
+
+def test_progress_over_the_measurements_is_on_stderr_by_name(model: Path, capsys: Any) -> None:
+    assert main(["bench", str(model), *FEW]) == 0
+    printed = capsys.readouterr()
+    for name in ("warming up", "limit: read", "limit: compute", "pass 1", "pass 2"):
+        assert name in printed.err
+        assert f"{name}:" not in printed.out
+    # 3 preparations, 2 limits before and after each of 2 passes.
+    assert "/11" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *BAD,
+        ([".", *CPU, "--passes", "0"], "passes=0: must be at least 1"),
+        ([".", *CPU, "--tokens", "-1"], "tokens=-1: must be at least 0"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_and_exit_code_2(
+    model: Path, monkeypatch: Any, capsys: Any, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(model)
+    assert main(["bench", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_file_that_changes_during_the_bench_is_an_error(
+    model: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    real = bench_module.discard_prefetched
+
+    def change(streamer: Any) -> None:
+        real(streamer)
+        (model / "model.safetensors").write_bytes(b"gone")
+
+    monkeypatch.setattr(bench_module, "discard_prefetched", change)
+    assert main(["bench", str(model), *FEW, "--cold"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "error: " in printed.err.splitlines()[-1]
+    assert "model.safetensors" in printed.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 4, 9])
+def test_an_interrupt_at_any_measurement_ends_with_130_and_prints_nothing(
+    model: Path, monkeypatch: Any, capsys: Any, at: int
+) -> None:
+    import layer_streamer.tools.cli_bench as cli
+
+    real = cli.run_bench
+
+    def run(open_streamer: Any, bench: Any, show: Any) -> Outcome:
+        numbers = iter(range(100))
+
+        def interrupted(name: str, total: int | None) -> None:
+            show(name, total)
+            if next(numbers) == at:
+                raise KeyboardInterrupt
+
+        return real(open_streamer, bench, interrupted)
+
+    monkeypatch.setattr(cli, "run_bench", run)
+    assert main(["bench", str(model), *FEW]) == 130
+    assert capsys.readouterr().out == ""
+
+
+def test_ctrl_c_in_the_terminal_ends_a_real_bench(model: Path) -> None:
+    command = [sys.executable, "-m", "layer_streamer", "bench", str(model), *CPU]
+    with subprocess.Popen(
+        [*command, "--passes", "1000000", "--tokens", "0"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as running:  # fmt: skip
+        assert running.stderr is not None
+        said = b""
+        while b"bytes from disk" not in said:
+            more = running.stderr.read1()
+            assert more, "it ended by itself"
+            said += more
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, b"")
+    assert b"Traceback" not in err
