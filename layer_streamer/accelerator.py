@@ -76,6 +76,9 @@ class AcceleratorDevice:
     def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
         self.copy(dst, src)
 
+    def wait_idle(self) -> None:
+        torch.accelerator.synchronize(self.torch_device)
+
     def guard(self) -> AbstractContextManager[object]:
         return torch.accelerator.device_index(self.torch_device.index)
 

@@ -74,6 +74,9 @@ class Device(Protocol):
     def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         """Enqueue a copy of equal bytes from page-locked memory on the thread's current stream."""
 
+    def wait_idle(self) -> None:
+        """Block until the device has done all work there is."""
+
     def guard(self) -> AbstractContextManager[object]:
         """Context in which this device is the current one."""
 
@@ -152,6 +155,9 @@ class CpuDevice:
 
     def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         self.copy(dst, src)
+
+    def wait_idle(self) -> None:
+        return
 
     def guard(self) -> AbstractContextManager[object]:
         return nullcontext()

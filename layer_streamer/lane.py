@@ -121,8 +121,11 @@ class Lane:
         return self.scratch.cast(stored, layout, stream)
 
     def wait_device(self) -> None:
-        """No copy and no compute uses the slots any more."""
+        """No copy and no compute uses the slots or the resident layers any more."""
         with self.device.guard():
+            if self.residents.weights:
+                # No event tells what still reads them: they are never given back.
+                self.device.wait_idle()
             if self.copier is not None:
                 self.copier.stream.synchronize()
             self.pool.wait_all()

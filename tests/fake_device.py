@@ -179,6 +179,9 @@ class FakeDevice:
         """Enqueue work on the calling thread's current stream."""
         self.current_stream().push(operation)
 
+    def wait_idle(self) -> None:
+        self.drain()
+
     def guard(self) -> AbstractContextManager[object]:
         return nullcontext()
 

@@ -225,3 +225,17 @@ def test_tail_steps_are_placed_like_layers(tmp_path: Path, kind: str) -> None:
             assert torch.equal(
                 torch.cat([raw(part) for part in parts]), raw(tensors["lm_head.weight"])
             )
+
+
+def test_close_waits_for_work_that_reads_resident_layers(
+    checkpoint: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
+    path, tensors = checkpoint
+    device = FakeDevice(seed=7, eager=0.0)
+    witness = Witness(device, tensors)
+    with open_checkpoint(device, path, device_budget="1GiB") as streamer:
+        streamer.run_pass(None, witness)
+        slab = next(streamer.sweep())[1]["mlp.up_proj.weight"]
+    # What the allocator gives to the next one who asks.
+    slab.fill_(0)
+    witness.check()
