@@ -9,7 +9,7 @@ from .device import Device
 from .files import OpenFiles
 from .hostmem import available_host_bytes
 from .layout import Layout, Step, plan_steps
-from .limits import load_limits
+from .limits import MachineLimits, load_limits
 from .manifest import Manifest
 from .pipeline import Pipeline
 from .placement import Rates
@@ -27,7 +27,8 @@ def assemble(
     layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
     files = OpenFiles(manifest.files)
     try:
-        machine = look_at_machine(devices, _known_rates(manifest, devices))
+        limits = load_limits(next(iter(manifest.files)))
+        machine = look_at_machine(devices, _rates(limits, devices), _readers(limits))
         plan = _plan(steps, layouts, machine, settings, files)
         pipeline = Pipeline(steps, layouts, files, devices, settings, plan)
     except BaseException:
@@ -48,7 +49,8 @@ def draw_plan(
     """
     steps = plan_steps(manifest, settings.tail)
     layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
-    rates = _known_rates(manifest, devices)
+    limits = load_limits(next(iter(manifest.files)))
+    rates = _rates(limits, devices)
     rates = Rates(
         given.get("read", rates.read),
         tuple(given.get("copy", rate) for rate in rates.copy),
@@ -56,7 +58,8 @@ def draw_plan(
     )
     files = OpenFiles(manifest.files)
     try:
-        return _plan(steps, layouts, look_at_machine(devices, rates), settings, files)
+        machine = look_at_machine(devices, rates, _readers(limits))
+        return _plan(steps, layouts, machine, settings, files)
     finally:
         files.close()
 
@@ -78,9 +81,8 @@ def _plan(
     )
 
 
-def _known_rates(manifest: Manifest, devices: Sequence[Device]) -> Rates:
+def _rates(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:
     """What has been measured of this machine and this file system, if anything."""
-    limits = load_limits(next(iter(manifest.files)))
     names = [str(device.torch_device) for device in devices]
     if limits is None:
         return Rates(None, (None,) * len(names))
@@ -88,7 +90,17 @@ def _known_rates(manifest: Manifest, devices: Sequence[Device]) -> Rates:
     return Rates(limits.read_rate, tuple(limits.copy_rate(name) for name in names), together)
 
 
-def look_at_machine(devices: Sequence[Device], rates: Rates) -> Machine:
+def _readers(limits: MachineLimits | None) -> dict[str, tuple[int, int]]:
+    """By read mode, the threads and bytes a read that were the fastest, where that was measured."""
+    best = limits.best_read if limits is not None else None
+    if best is None or best.mode != "direct":
+        return {}
+    return {"direct": (best.threads, best.chunk_nbytes)}
+
+
+def look_at_machine(
+    devices: Sequence[Device], rates: Rates, readers: Mapping[str, tuple[int, int]]
+) -> Machine:
     """What this machine has free now."""
     return Machine(
         devices=tuple(str(device.torch_device) for device in devices),
@@ -97,4 +109,5 @@ def look_at_machine(devices: Sequence[Device], rates: Rates) -> Machine:
         device_free=tuple(device.free_bytes() for device in devices),
         host_available=available_host_bytes(),
         rates=rates,
+        readers=readers,
     )

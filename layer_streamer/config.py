@@ -80,7 +80,8 @@ class Settings:
     """"buffered" reads through the page cache, "direct" past it, "mapped" takes the page cache
     itself for the host's memory; "auto" is what suits the memory there is."""
     read_threads: int | None = None
-    """Threads that read; None: DEFAULT_READ_THREADS."""
+    """Threads that read. With ``read_chunk`` None as well, direct reads take what a probe of this
+    file system found to be the fastest; else None means DEFAULT_READ_THREADS."""
     read_chunk: int | None = None
     """Largest number of bytes one thread reads at a stretch; None: DEFAULT_READ_CHUNK."""
     tail: Sequence[str] = ()

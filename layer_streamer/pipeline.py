@@ -54,7 +54,9 @@ class Pipeline:
         self.control = Control()
         self.caller_bell = Bell()
         self.lanes: list[Lane] = []
-        self._settings = settings
+        self._settings = replace(
+            settings, read_threads=plan.read_threads, read_chunk=plan.read_chunk
+        )
         self._steps = tuple(steps)
         self._layouts = list(layouts)
         self._pid = os.getpid()

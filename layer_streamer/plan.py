@@ -5,8 +5,8 @@ The machine's side comes in as numbers, so that a plan can be made for a machine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from .budget import format_bytes
@@ -28,6 +28,8 @@ class Machine:
     """Bytes of host memory that can be had."""
     rates: Rates
     """What is known of them; what a prediction needs may be missing."""
+    readers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By read mode, the (threads, bytes a read) that were measured to be the fastest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,9 @@ class Plan:
     reason: str
     """Why they are read so."""
     predicted: Prediction | None
+    read_threads: int
+    read_chunk: int
+    """Bytes that one thread reads at a stretch."""
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
@@ -61,6 +66,8 @@ class Plan:
             "device_bytes": self.placement.device_bytes,
             "host_bytes": self.placement.host_bytes,
             "read_mode": self.read_mode,
+            "read_threads": self.read_threads,
+            "read_chunk": self.read_chunk,
             "reason": self.reason,
             "predicted": asdict(self.predicted) if self.predicted is not None else None,
         }
@@ -89,7 +96,11 @@ class Plan:
         if not self.machine.unified:
             kind = " (the page cache itself)" if self.read_mode == "mapped" else ""
             lines.append(f"  host memory: {format_bytes(self.placement.host_bytes)}{kind}")
-        lines += [f"  reads: {self.read_mode}: {self.reason}", f"  {self._prediction()}"]
+        lines += [
+            f"  reads: {self.read_mode}: {self.reason}",
+            f"  readers: {self.read_threads} threads x {format_bytes(self.read_chunk)}",
+            f"  {self._prediction()}",
+        ]
         return "\n".join(lines)
 
     def _prediction(self) -> str:

@@ -68,7 +68,15 @@ def make_plan(
         # Nothing is copied to the CPU: what counts is the disk.
         rates = replace(rates, copy=(float("inf"),) * len(machine.devices))
     predicted = predict(sizes, placement, rates)
-    return Plan(machine, sizes, placement, mode, reason, predicted)  # type: ignore[arg-type]
+    threads, chunk = _choose_readers(mode, machine, settings)
+    return Plan(machine, sizes, placement, mode, reason, predicted, threads, chunk)  # type: ignore[arg-type]
+
+
+def _choose_readers(mode: str, machine: Machine, settings: Settings) -> tuple[int, int]:
+    """Threads and bytes a read: as asked, else as measured here, else the defaults."""
+    if settings.read_threads is None and settings.read_chunk is None and mode in machine.readers:
+        return machine.readers[mode]
+    return settings.num_readers, settings.chunk_nbytes
 
 
 def margin(nbytes: int) -> int:

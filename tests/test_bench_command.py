@@ -17,6 +17,7 @@ from test_plan_command import BAD
 
 from layer_streamer.__main__ import main
 from layer_streamer.tools import bench as bench_module
+from layer_streamer.tools import footprint
 from layer_streamer.tools.bench import Outcome
 from layer_streamer.tools.rawspeed import RawReads
 
@@ -133,7 +134,7 @@ def test_a_system_that_does_not_tell_what_came_from_disk_gives_no_figure(
 ) -> None:
     if text is not None:
         (tmp_path / "io").write_text(text)
-    monkeypatch.setattr(bench_module, "IO_COUNTERS", tmp_path / "io")
+    monkeypatch.setattr(footprint, "IO_COUNTERS", tmp_path / "io")
     table, document = benched(capsys, model, *CPU, "--passes", 1, "--tokens", 0)
     assert document["disk_bytes_per_pass"] is None
     assert "disk: unknown a pass" in table
@@ -141,7 +142,7 @@ def test_a_system_that_does_not_tell_what_came_from_disk_gives_no_figure(
 
 def test_bytes_from_disk_are_those_of_one_pass(model: Path, monkeypatch: Any, capsys: Any) -> None:
     counters = iter([1000, 1000 + 2 * 777])
-    monkeypatch.setattr(bench_module, "_disk_bytes", lambda: next(counters))
+    monkeypatch.setattr(bench_module, "bytes_from_disk", lambda: next(counters))
     _, document = benched(capsys, model, *FEW, "--tokens", 0)
     assert document["disk_bytes_per_pass"] == 777
 

@@ -288,6 +288,8 @@ def test_the_document_holds_the_table() -> None:
         "device_bytes": [6 * GIB],
         "host_bytes": 5 * GIB,
         "read_mode": "mapped",
+        "read_threads": 8,
+        "read_chunk": 8 << 20,
         "reason": made.reason,
         "predicted": None,
     }
@@ -298,3 +300,19 @@ def test_a_plan_without_its_mapping_reads_buffered_and_says_why() -> None:
     made = plan(GPU).unmapped("page-locking was refused")
     assert (made.read_mode, made.reason) == ("buffered", "page-locking was refused")
     assert "page cache itself" not in str(made)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (4, 1 << 20)),
+        ({"read_mode": "buffered"}, (8, 8 << 20)),
+        ({"read_threads": 3}, (3, 8 << 20)),
+        ({"read_chunk": 8192}, (8, 8192)),
+    ],
+)
+def test_direct_reads_go_as_they_were_measured_to_be_fastest_unless_told_otherwise(
+    options: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    planned = plan(replace(TIGHT, readers={"direct": (4, 1 << 20)}), **options)
+    assert (planned.read_threads, planned.read_chunk) == expected

@@ -5,13 +5,10 @@ Limit and passes are measured in turn, so that a machine that slows down slows b
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
 
@@ -19,6 +16,7 @@ import torch
 
 from ..errors import ConfigError
 from ..streamer import LayerStreamer
+from .footprint import bytes_from_disk, device_peak, host_peak, reset_device_peak
 from .rawspeed import BareCompute, Load, RawCopies, RawReads, synchronize
 
 DRIFT = 0.05
@@ -27,7 +25,8 @@ Show: TypeAlias = Callable[[str, int | None], object]
 """Called as each measurement begins, with its name and their number (None: not known yet)."""
 PREPARATIONS = 3
 """Measurements before those that are counted by passes and limits."""
-IO_COUNTERS = Path("/proc/self/io")
+SETTLE_SECONDS = 0.02
+"""Between two looks at whether prefetch has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +113,14 @@ def run_bench(
         open_seconds = time.perf_counter() - begin
         load = Load(bench.tokens)
         run = _Runner(streamer, load, bench)
-        _reset_peak(streamer.devices)
+        reset_device_peak(streamer.devices)
         show("warming up", None)
         run.warm_up()
         show("bytes from disk", None)
         disk = run.disk_bytes_per_pass()
-        peak = _peak(streamer.devices)
+        peak = device_peak(streamer.devices)
         show("preparing the limits", None)
+        run.settle()
         limits = _limits(streamer, load, stack)
         seconds, measured = _measure_in_turn(run, limits, bench.passes, show)
         report = streamer.last_pass
@@ -133,7 +133,7 @@ def run_bench(
             share_of_limit=median(shares) if shares else 0.0,
             bound_by=max(medians, key=lambda name: medians[name], default="none"),
             peak_device_bytes=peak,
-            peak_host_bytes=_peak_host(),
+            peak_host_bytes=host_peak(),
             disk_bytes_per_pass=disk,
             open_seconds=open_seconds,
             pass_seconds=tuple(seconds),
@@ -174,13 +174,17 @@ class _Runner:
 
     def disk_bytes_per_pass(self) -> float | None:
         """Of ``bench.passes`` passes in a row. Prefetch is as far ahead after them as before."""
-        before = _disk_bytes()
+        before = bytes_from_disk()
         for _ in range(self._bench.passes):
             self._run()
-        after = _disk_bytes()
+        after = bytes_from_disk()
         if before is None or after is None:
             return None
         return (after - before) / self._bench.passes
+
+    def settle(self) -> None:
+        """Wait until disk and links are at rest."""
+        settle(self._streamer)
 
     def _run(self) -> None:
         self._streamer.run_pass(self._x, self._load)
@@ -198,6 +202,8 @@ def _measure_in_turn(
     def measure_limits() -> None:
         for name, measure in limits.items():
             show(f"limit: {name}", total)
+            # Prefetch goes on after a pass, over the same disk and link.
+            run.settle()
             measured[name].append(measure())
 
     measure_limits()
@@ -206,6 +212,19 @@ def _measure_in_turn(
         seconds.append(run.timed())
         measure_limits()
     return seconds, measured
+
+
+def settle(streamer: LayerStreamer) -> None:
+    """Wait until prefetch has filled every slot, and disk and links are at rest."""
+    pipeline = streamer.opened().pipeline
+    quiet = 0
+    while quiet < 2:
+        # A stage that has been woken may be about to begin: looked at twice.
+        busy = any(lane.reader is not None and not lane.reader.idle() for lane in pipeline.lanes)
+        quiet = 0 if busy else quiet + 1
+        time.sleep(SETTLE_SECONDS)
+    for device in pipeline.devices:
+        device.wait_idle()
 
 
 def discard_prefetched(streamer: LayerStreamer) -> None:
@@ -253,29 +272,3 @@ def _pair(
         else:
             shares.append((before + after) / 2 / elapsed)
     return shares, dropped
-
-
-def _reset_peak(devices: Sequence[torch.device]) -> None:
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak(devices: Sequence[torch.device]) -> int:
-    """Most bytes that torch has had on one of the devices."""
-    peaks = [torch.cuda.max_memory_reserved(device) for device in devices if device.type == "cuda"]
-    return max(peaks, default=0)
-
-
-def _peak_host() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _disk_bytes() -> int | None:
-    """Bytes that this process has had fetched from storage; None where that is not told."""
-    try:
-        counters = dict(line.split(": ") for line in IO_COUNTERS.read_text().splitlines())
-        return int(counters["read_bytes"])
-    except (OSError, ValueError, KeyError):
-        return None
