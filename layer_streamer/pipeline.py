@@ -53,6 +53,7 @@ class Pipeline:
         self.plan = plan
         self.control = Control()
         self.caller_bell = Bell()
+        self.control.on_fatal = self.caller_bell.ring
         self.lanes: list[Lane] = []
         self._settings = replace(
             settings, read_threads=plan.read_threads, read_chunk=plan.read_chunk

@@ -97,7 +97,7 @@ class FakeDevice:
 
     @classmethod
     def several(cls, count: int, seed: int) -> list[FakeDevice]:
-        """Devices that share a host: one lock, one scheduler, one list of streams and errors."""
+        """Devices that share a host: one lock, one list of streams, of errors, of page locks."""
         first = cls(seed)
         return [first, *(cls(seed, host=first) for _ in range(count - 1))]
 
@@ -112,8 +112,10 @@ class FakeDevice:
         self._thread = threading.local()
         self.streams: list[FakeStream] = [] if host is None else host.streams
         self.default_stream = self.new_stream()
-        self._pinned: set[int] = set()
-        self._copies: Counter[int] = Counter()
+        self._pinned: set[int] = set() if host is None else host._pinned
+        """Addresses of the memory that is page-locked."""
+        # Whichever device copies from it: memory is pinned by one for all.
+        self._copies: Counter[int] = Counter() if host is None else host._copies
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         memory = torch.full((nbytes,), POISON, dtype=torch.uint8)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from fake_device import FakeDevice
 
@@ -16,6 +19,7 @@ from layer_streamer.accelerator import CudaDevice
 from layer_streamer.device import CpuDevice
 
 POISON = 0xDB
+HANG_SECONDS = 10.0
 
 
 class LateCudaDevice(CudaDevice):
@@ -64,6 +68,46 @@ def open_checkpoint(device: Any, path: Path, **options: Any) -> LayerStreamer:
     """A streamer of the checkpoint at ``path`` on ``device``."""
     with opened_on(device):
         return LayerStreamer.from_checkpoint(path, **options)
+
+
+class FailingDisk:
+    """os.preadv that fails at a byte offset of a file, ``times`` times, once that is set."""
+
+    def __init__(self, offset: int, error: int) -> None:
+        self._read = os.preadv
+        self._offset = offset
+        self._error = error
+        self.times = 0
+        self.failed = threading.Event()
+
+    def __call__(self, descriptor: int, buffers: Any, offset: int) -> int:
+        if self.times and offset <= self._offset < offset + len(buffers[0]):
+            self.times -= 1
+            self.failed.set()
+            raise OSError(self._error, os.strerror(self._error))
+        return self._read(descriptor, buffers, offset)
+
+
+def in_thread(function: Callable[[], None]) -> BaseException | None:
+    """Run ``function`` on another thread; the error it raised."""
+    errors: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join(HANG_SECONDS)
+    assert not thread.is_alive()
+    return errors[0] if errors else None
+
+
+def footprint() -> tuple[list[str], int]:
+    """Names of the threads, and number of open file descriptors, of this process."""
+    return sorted(t.name for t in threading.enumerate()), psutil.Process().num_fds()
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 from checkpoints import tiny_checkpoint, tiny_tensors
 from fake_device import FakeDevice
 from safetensors.torch import save_file
-from support import Witness, make_device, open_checkpoint
+from support import Witness, footprint, make_device, open_checkpoint
 
 from layer_streamer import LayerStreamer
 
@@ -116,11 +116,6 @@ def test_an_interrupt_while_waiting_for_a_layer_ends_the_wait(
             streamer.run_pass(None, nothing)
         go_on.set()
         streamer.run_pass(None, nothing)
-
-
-def footprint() -> tuple[list[str], int]:
-    """Names of the threads, and number of open file descriptors, of this process."""
-    return sorted(t.name for t in threading.enumerate()), psutil.Process().num_fds()
 
 
 def open_pass_close(device: Any, path: Path, round_number: int) -> None:

@@ -1,0 +1,39 @@
+"""A tiny checkpoint and a streamer of it, on every route that a layer can take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import tiny_checkpoint
+from routes import NUM_LAYERS, make_devices, open_route, route_params
+
+from layer_streamer import LayerStreamer
+
+
+@pytest.fixture
+def tensors(tmp_path: Path) -> dict[str, torch.Tensor]:
+    return tiny_checkpoint(tmp_path, NUM_LAYERS, hidden=40)
+
+
+@pytest.fixture(params=route_params())
+def route(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def device(route: str) -> Any:
+    """The route's device, or devices."""
+    return make_devices(route)
+
+
+@pytest.fixture
+def streamer(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], route: str, device: Any
+) -> Iterator[LayerStreamer]:
+    with open_route(route, tmp_path, device) as opened:
+        yield opened
