@@ -100,12 +100,18 @@ def make_devices(name: str) -> Any:
     return FakeDevice.several(route.num_devices, seed=7)
 
 
+_budgets: dict[Any, dict[str, int]] = {}
+
+
 def open_route(name: str, path: Path, device: Any, **options: Any) -> LayerStreamer:
     """A streamer of ``path`` whose layers take the route ``name``; ``options`` go before its."""
     route = ROUTES[name]
     options = {**route.options, **options}
     if route.resident:
-        options |= budgets(path, make_devices(name), options, route.resident)
+        key = name, path, options.get("dtype"), options.get("tail")
+        if key not in _budgets:
+            _budgets[key] = budgets(path, make_devices(name), options, route.resident)
+        options |= _budgets[key]
     streamer = open_checkpoint(device, path, **options)
     plan = streamer.plan
     assert (set(plan.tiers), plan.read_mode) == (set(route.tiers), route.read_mode)
