@@ -27,6 +27,7 @@ def assemble(
     layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
     files = OpenFiles(manifest.files)
     try:
+        statics = Statics(manifest, files, settings.dtype)
         limits = load_limits(next(iter(manifest.files)))
         machine = look_at_machine(devices, _rates(limits, devices), _readers(limits))
         plan = _plan(steps, layouts, machine, settings, files)
@@ -34,7 +35,7 @@ def assemble(
     except BaseException:
         files.close()
         raise
-    return pipeline, Statics(manifest, files, settings.dtype)
+    return pipeline, statics
 
 
 def draw_plan(

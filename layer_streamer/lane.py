@@ -212,11 +212,12 @@ class Lane:
             self.memcpy.freed = self.orders.read_and_copied
         feeder = Feeder(control, lane_idx, schedule, order, self.reader, pools[0])
         cutter = SlotCutter(self.settings.chunk_nbytes, aligned=files.reads_direct)
+        # Not through self: in a cycle, the slots' memory would outlive close() until it is found.
+        layouts, faults, slots = self.orders.layouts, self.residents.jobs, pools[0].arena.bytes
 
         def cut(index: int, slot: int) -> Sequence[Sequence[Piece]]:
-            jobs = self.residents.jobs.get(index)
-            reads = self.orders.layouts[index].reads
-            return cutter.cut(reads, pools[0].arena.bytes[slot]) if jobs is None else jobs
+            jobs = faults.get(index)
+            return cutter.cut(layouts[index].reads, slots[slot]) if jobs is None else jobs
 
         feeder.cut = cut
         return feeder

@@ -139,12 +139,22 @@ class MappedFiles:
     def pin(self, device: Device) -> bool:
         """Page-lock every region; False, with nothing locked, if one is refused."""
         self._device = device
+        try:
+            # An interrupt in the midst of it, on the calling thread, could lose a lock.
+            run_all([partial(self._pin_all, device)], 1)
+        except BaseException:
+            self.close()
+            raise
+        if len(self._pinned) < len(self.regions):
+            self.close()
+            return False
+        return True
+
+    def _pin_all(self, device: Device) -> None:
         for region in self.regions:
             if not device.pin(region.memory, read_only=True):
-                self.close()
-                return False
+                return
             self._pinned.append(region.memory)
-        return True
 
     def close(self) -> None:
         """Give the page locks back. Pages go when the last view of them does. Idempotent."""

@@ -64,10 +64,14 @@ class HostArena:
         self.bytes = [whole[i:j] for i, j in pairwise([0, *ends])]
         self._pinned: list[torch.Tensor] = []
         if pinned:
-            # Page-locking faults in what is missing, but on one thread.
-            populate_memory(self.memory, threads)
-            if device.pin(self.memory):
-                self._pinned.append(self.memory)
+            try:
+                # Page-locking faults in what is missing, but on one thread.
+                populate_memory(self.memory, threads)
+                # An interrupt in the midst of it, on the calling thread, could lose the lock.
+                run_all([self._pin], 1)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def pinned(self) -> bool:
@@ -77,6 +81,10 @@ class HostArena:
     @property
     def nbytes(self) -> int:
         return self.memory.nbytes
+
+    def _pin(self) -> None:
+        if self._device.pin(self.memory):
+            self._pinned.append(self.memory)
 
     def _advise(self) -> None:
         wanted = [MADV_WIPEONFORK]

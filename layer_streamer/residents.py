@@ -75,15 +75,15 @@ class Loader:
         slab = allocate(sum(nbytes for _, nbytes in placed.values()), device)
         into.device_nbytes += slab.nbytes
         bounces = _Bounces(device, self._chunk, self._threads)
-        tasks, base = list[Callable[[], int]](), 0
-        for i, (views, nbytes) in placed.items():
-            memory = slab[base : base + nbytes]
-            tensors = Weights((view.key, view_tensor(memory, view)) for view in views)
-            into.weights[i] = tensors
-            for key, spec in steps[i].tensors.items():
-                tasks += self._cut_tensor(spec, tensors[key], bounces)
-            base += nbytes
         try:
+            tasks, base = list[Callable[[], int]](), 0
+            for i, (views, nbytes) in placed.items():
+                memory = slab[base : base + nbytes]
+                tensors = Weights((view.key, view_tensor(memory, view)) for view in views)
+                into.weights[i] = tensors
+                for key, spec in steps[i].tensors.items():
+                    tasks += self._cut_tensor(spec, tensors[key], bounces)
+                base += nbytes
             self._run(tasks, bounces.enter_thread)
         finally:
             bounces.close()
@@ -220,8 +220,12 @@ class _Bounces:
         """Give the calling thread a bounce of its own."""
         stream = self._device.new_stream()
         self._device.enter_thread(stream)
-        self._allocated.wait(stream)
+        self.order_after_allocation(stream)
         self._local.bounce = _Bounce(self._free.pop(), stream, self._device.new_event())
+
+    def order_after_allocation(self, stream: Stream) -> None:
+        """Let the copies wait for whatever used the layers' memory before it was theirs."""
+        self._allocated.wait(stream)
 
     def mine(self) -> _Bounce:
         bounce: _Bounce = self._local.bounce
@@ -231,6 +235,10 @@ class _Bounces:
         """Copy and wait until it has happened; the other threads read meanwhile."""
         self._device.copy(dst, src)
         bounce.copied.record(bounce.stream)
+        self.wait_copied(bounce)
+
+    def wait_copied(self, bounce: _Bounce) -> None:
+        """Block until the device has read the bounce, which is filled again after that."""
         bounce.copied.synchronize()
 
     def close(self) -> None:

@@ -143,10 +143,11 @@ class LayerStreamer:
         self._devices = open_devices(settings.device)
         self._turns = Turns()
         pipeline, statics = assemble(manifest, self._devices, settings)
+        # First of all: from here on, whatever comes, what is open gets closed.
+        self._close_pipeline = weakref.finalize(self, pipeline.close)
         self._parts: Parts | None = Parts(
             pipeline, Caller(pipeline), statics, self._turns, settings.track_progress
         )
-        self._close_pipeline = weakref.finalize(self, pipeline.close)
         pipeline.start()
 
     @property
@@ -246,7 +247,7 @@ class LayerStreamer:
 
         A pass that is under way on another thread raises ClosedError.
         """
-        if not hasattr(self, "_close_pipeline"):
+        if not hasattr(self, "_parts"):
             return  # construction failed
         parts = self._parts
         if parts is not None:

@@ -6,54 +6,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
+from interrupter import Interrupt, Interrupter
 from support import Witness, make_device, open_checkpoint
 
-import layer_streamer
 from layer_streamer import LayerStreamer
 
-LIBRARY = str(Path(layer_streamer.__file__).parent)
 NUM_LAYERS = 3
 HANG_SECONDS = 10.0
-
-
-class Interrupt(KeyboardInterrupt):
-    """Tells our interrupts from a user's."""
-
-
-class Interrupter:
-    """Raises Interrupt at the n-th event of this thread within the library, once."""
-
-    def __init__(self, number: int, kind: str) -> None:
-        self._left = number
-        self._kind = kind
-        self.fired = False
-
-    def __enter__(self) -> Interrupter:
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        sys.settrace(None)
-
-    def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(LIBRARY):
-            return None
-        frame.f_trace_opcodes = self._kind == "opcode"
-        return self._event
-
-    def _event(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == self._kind and not self.fired:
-            self._left -= 1
-            if self._left < 0:
-                self.fired = True
-                raise Interrupt
-        return self._event
 
 
 def interrupt_everywhere(

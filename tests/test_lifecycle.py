@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,6 +173,25 @@ def test_a_streamer_that_nobody_holds_closes_itself(
     gc.collect()
     assert footprint() == before
     assert_nothing_is_left(device)
+
+
+def test_closing_gives_all_memory_back_without_a_garbage_collection(
+    tmp_path: Path, tensors: Any, route: str, device: Any
+) -> None:
+    streamer = open_route(route, tmp_path, device)
+    streamer.run_pass(None, nothing)
+    pipeline = streamer._parts.pipeline
+    owned = [weakref.ref(lane) for lane in pipeline.lanes]
+    owned += [weakref.ref(pool.arena) for lane in pipeline.lanes for pool in lane.host_pools]
+    owned += [weakref.ref(owner) for some in pipeline._residents for owner in some.owners]
+    del pipeline
+    gc.collect()
+    gc.disable()
+    try:
+        streamer.close()
+        assert not [ref for ref in owned if ref() is not None]
+    finally:
+        gc.enable()
 
 
 def test_weights_kept_beyond_their_time_stay_readable_after_close(tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+"""Interrupts at exact places: the n-th line or bytecode of the library that a thread comes to."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import layer_streamer
+
+LIBRARY = str(Path(layer_streamer.__file__).parent)
+
+
+class Interrupt(KeyboardInterrupt):
+    """Tells our interrupts from a user's."""
+
+
+class Interrupter:
+    """Raises Interrupt at the n-th event of this thread within the library, once."""
+
+    def __init__(self, number: int, kind: str) -> None:
+        self._left = number
+        self._kind = kind
+        self.fired = False
+
+    def __enter__(self) -> Interrupter:
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(LIBRARY):
+            return None
+        frame.f_trace_opcodes = self._kind == "opcode"
+        return self._event
+
+    def _event(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == self._kind and not self.fired:
+            self._left -= 1
+            if self._left < 0:
+                self.fired = True
+                raise Interrupt
+        return self._event
