@@ -12,11 +12,13 @@ import pytest
 import torch
 from checkpoints import tiny_checkpoint
 from interrupter import Interrupt, Interrupter
-from support import Witness, make_device, open_checkpoint
+from routes import ROUTES, open_route, route_params
+from support import Witness
 
 from layer_streamer import LayerStreamer
 
 NUM_LAYERS = 3
+"""On each device."""
 HANG_SECONDS = 10.0
 
 
@@ -47,15 +49,21 @@ def interrupt_everywhere(
         number += stride
 
 
-@pytest.fixture(params=["cpu", "fake"])
+@pytest.fixture
 def opened(
-    request: pytest.FixtureRequest, tmp_path: Path
+    route: str, device: Any, tmp_path: Path
 ) -> Iterator[tuple[LayerStreamer, Any, dict[str, torch.Tensor]]]:
-    tensors = tiny_checkpoint(tmp_path, NUM_LAYERS, hidden=40)
-    device = make_device(request.param)
-    options = {"n_gpu": 1, "n_cpu_pinned": 1, "n_cpu": 1, "dtype": torch.float32}
-    with open_checkpoint(device, tmp_path, **options) as streamer:
+    tensors = tiny_checkpoint(tmp_path, ROUTES[route].num_devices * NUM_LAYERS, hidden=40)
+    with open_route(route, tmp_path, device, dtype=torch.float32) as streamer:
         yield streamer, device, tensors
+
+
+POOLED = pytest.mark.parametrize("route", ["cpu pools", "pools"])
+OTHERS = pytest.mark.parametrize(
+    "route",
+    route_params("cpu mapped", "mapped", "two partial", slow=("cpu partial", "arena", "partial")),
+)
+"""What differs between routes is on few lines of the calling thread."""
 
 
 def run_everywhere(opened: Any, kind: str, stride: int) -> int:
@@ -65,7 +73,7 @@ def run_everywhere(opened: Any, kind: str, stride: int) -> int:
         witness = Witness(device, tensors)
         for _ in range(2):
             streamer.run_pass(None, witness)
-        assert witness.layers == 2 * list(range(NUM_LAYERS))
+        assert witness.layers == 2 * list(range(streamer.num_layers))
         witness.check()
 
     def use() -> None:
@@ -80,19 +88,32 @@ def run_everywhere(opened: Any, kind: str, stride: int) -> int:
     return interrupt_everywhere(streamer, use, check, kind, stride)
 
 
+@POOLED
 def test_after_an_interrupt_at_any_line_the_next_passes_are_exact(opened: Any) -> None:
     assert run_everywhere(opened, "line", 1) > 200
 
 
+@OTHERS
+def test_after_an_interrupt_at_a_line_of_another_route_the_next_passes_are_exact(
+    opened: Any,
+) -> None:
+    assert run_everywhere(opened, "line", 3) > 150
+
+
+@POOLED
 def test_after_an_interrupt_at_a_bytecode_the_next_passes_are_exact(opened: Any) -> None:
     assert run_everywhere(opened, "opcode", 13) > 1000
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "route", ["cpu pools", "cpu mapped", "pools", "mapped", "arena", "partial", "two partial"]
+)
 def test_after_an_interrupt_at_any_bytecode_the_next_passes_are_exact(opened: Any) -> None:
     assert run_everywhere(opened, "opcode", 1) > 1000
 
 
+@pytest.mark.parametrize("route", ["cpu pools", "pools", "two partial"])
 def test_after_an_interrupt_at_any_line_another_thread_can_run_a_pass(opened: Any) -> None:
     streamer, device, tensors = opened
 
