@@ -18,7 +18,7 @@ from support import Witness
 from layer_streamer import LayerStreamer
 
 NUM_LAYERS = 3
-"""On each device."""
+"""Twice as many where there are to be some in every tier."""
 HANG_SECONDS = 10.0
 
 
@@ -53,7 +53,8 @@ def interrupt_everywhere(
 def opened(
     route: str, device: Any, tmp_path: Path
 ) -> Iterator[tuple[LayerStreamer, Any, dict[str, torch.Tensor]]]:
-    tensors = tiny_checkpoint(tmp_path, ROUTES[route].num_devices * NUM_LAYERS, hidden=40)
+    count = 2 * NUM_LAYERS if ROUTES[route].resident else NUM_LAYERS
+    tensors = tiny_checkpoint(tmp_path, count, hidden=40)
     with open_route(route, tmp_path, device, dtype=torch.float32) as streamer:
         yield streamer, device, tensors
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
-import random
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_tensors, write_safetensors
+from checkpoints import write_safetensors
 from fake_device import FakeDevice, FakeStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import open_checkpoint
+from ordering import (
+    HANG_SECONDS,
+    NUM_LAYERS,
+    POOLS,
+    TENSORS,
+    Engine,
+    LaunchFailed,
+    find_errors,
+    open_on,
+    seen_errors,
+)
 
-from layer_streamer import LayerStreamer, StreamerError
 from layer_streamer.caller import Caller
 from layer_streamer.copier import Copier, DeviceTarget, Memcpy
 from layer_streamer.pipeline import Pipeline
@@ -26,103 +33,12 @@ from layer_streamer.pool import DeviceSlot, Scratch
 from layer_streamer.reader import Feeder
 from layer_streamer.worker import LaneRun, Stage
 
-NUM_LAYERS = 5
-HANG_SECONDS = 5.0
-# Larger than a page: smaller layers lie at their own phase in a slot and would not collide.
-TENSORS = tiny_tensors(NUM_LAYERS, hidden=48)
-POOLS = {
-    "pinned": {"n_gpu": 1, "n_cpu_pinned": 2},
-    "both": {"n_gpu": 0, "n_cpu_pinned": 1, "n_cpu": 1},
-    "pageable": {"n_gpu": 2, "n_cpu_pinned": None, "n_cpu": 1},
-    "none": {"n_gpu": 1, "n_cpu_pinned": None, "n_cpu": None},
-}
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_safetensors(
         tmp_path_factory.mktemp("ordering") / "model.safetensors", TENSORS
     ).parent
-
-
-class LaunchFailed(Exception):
-    """What the test's layer_fn raises after it launched work."""
-
-
-class Engine:
-    """A caller that launches work which checks, when it runs, what the slot holds."""
-
-    def __init__(self, device: FakeDevice, seed: int, dtype: torch.dtype | None) -> None:
-        self._device = device
-        self._random = random.Random(seed)
-        self._dtype = dtype
-        self._streams = [device.default_stream, device.new_stream(), device.new_stream()]
-
-    def run(self, streamer: LayerStreamer, passes: int) -> None:
-        copier = streamer._parts.pipeline.lanes[0].copier
-        for number in range(passes):
-            if number % 3 == 1:
-                # torch deals streams out in turn: the caller may be given the copier's.
-                self._streams.append(copier.stream)
-            fails_at = self._random.choice([None, None, 0, 2, NUM_LAYERS - 1])
-            with self._device.on(self._random.choice(self._streams)), ExitStack() as stack:
-                try:
-                    streamer.run_pass(0, lambda x, w, i, f=fails_at: self._layer(w, i, f, stack))
-                except LaunchFailed:
-                    continue
-
-    def _layer(self, weights: Any, layer_idx: int, fails_at: int | None, stack: ExitStack) -> int:
-        # More than one piece of work a layer, and sometimes a change of stream in between.
-        for key, tensor in weights.items():
-            self._device.launch(self._check(tensor, layer_idx, key))
-            if self._random.random() < 0.3:
-                before = self._device.current_stream()
-                stream = self._random.choice(self._streams)
-                self._order(before, stream)
-                stack.enter_context(self._device.on(stream))
-        if layer_idx == fails_at:
-            raise LaunchFailed
-        return 0
-
-    def launch(self, weights: Any, layer_idx: int, fails_at: int | None = None) -> int:
-        """A layer_fn that launches its checks on the current stream."""
-        for key, tensor in weights.items():
-            self._device.launch(self._check(tensor, layer_idx, key))
-        if layer_idx == fails_at:
-            raise LaunchFailed
-        return 0
-
-    def _order(self, before: FakeStream, after: FakeStream) -> None:
-        """A change of stream within a layer is ordered by the user: new work waits for old."""
-        event = self._device.new_event()
-        event.record(before)
-        after.wait_event(event)
-
-    def _check(self, tensor: torch.Tensor, layer_idx: int, key: str) -> Callable[[], None]:
-        expected = TENSORS[f"model.layers.{layer_idx}.{key}"]
-        expected = expected if self._dtype is None else expected.to(self._dtype)
-
-        def look() -> None:
-            if not torch.equal(tensor, expected):
-                self._device.errors.append(f"layer {layer_idx} {key}: not its own bytes")
-
-        return look
-
-
-def find_errors(checkpoint: Path, seed: int, options: dict[str, Any], passes: int = 4) -> list[str]:
-    """Run passes over a fake device with this schedule; what its work saw wrong."""
-    device = FakeDevice(seed)
-    streamer = open_on(device, checkpoint, options)
-    # A pass that hangs (as a mutation may make it) is ended by closing the streamer.
-    guard = threading.Timer(HANG_SECONDS, streamer.close)
-    guard.start()
-    try:
-        with streamer:
-            Engine(device, seed, options.get("dtype")).run(streamer, passes)
-    finally:
-        guard.cancel()
-    device.drain()
-    return device.errors
 
 
 @settings(deadline=None, max_examples=150)
@@ -241,19 +157,11 @@ def test_taking_out_one_wait_is_seen(
     assert any(seen_errors(checkpoint, options)), f"no schedule noticed: {mutation}"
 
 
-def seen_errors(checkpoint: Path, options: dict[str, Any]) -> Iterator[bool]:
-    for seed in range(200):
-        try:
-            yield bool(find_errors(checkpoint, seed, options))
-        except (StreamerError, RuntimeError, IndexError):
-            yield True
-
-
 def errors_after_a_change_of_stream(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Leave a pass with a copy that has not run, begin the next one on the copier's own stream, and
     let the new copy stream run ahead of the old one as far as it may."""
     device = FakeDevice(seed=0, eager=0.0)
-    engine = Engine(device, 0, None)
+    engine = Engine([device], 0, None)
     last, runs = NUM_LAYERS - 1, []
     begun, gate = threading.Event(), threading.Event()
     wait_reusable, avoid = Feeder.wait_reusable, Copier.avoid
@@ -312,7 +220,3 @@ def test_a_new_copy_stream_that_does_not_wait_for_the_old_one_is_seen(
 ) -> None:
     monkeypatch.setattr(Copier, "_change_stream", change_stream_at_once)
     assert errors_after_a_change_of_stream(checkpoint, monkeypatch)
-
-
-def open_on(device: FakeDevice, checkpoint: Path, options: dict[str, Any]) -> LayerStreamer:
-    return open_checkpoint(device, checkpoint, read_threads=2, **options)

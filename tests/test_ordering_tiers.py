@@ -1,0 +1,140 @@
+"""The order of events where layers are resident, files mapped, devices several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_safetensors
+from fake_device import FakeDevice
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ordering import POOLS, TENSORS, find_errors, seen_errors
+from routes import budgets
+
+from layer_streamer.caller import Caller
+from layer_streamer.copier import Copier, DeviceTarget
+from layer_streamer.pipeline import Pipeline
+from layer_streamer.residents import _Bounces
+from layer_streamer.schedule import Orders
+from layer_streamer.worker import LaneRun, Run, Stage
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_safetensors(
+        tmp_path_factory.mktemp("ordering") / "model.safetensors", TENSORS
+    ).parent
+
+
+def with_budgets(
+    checkpoint: Path, options: Mapping[str, Any], resident: Mapping[str, int]
+) -> dict[str, Any]:
+    """The options with room for so many resident layers, on each device and in host memory."""
+    plain = {name: value for name, value in options.items() if name != "devices"}
+    devices = FakeDevice.several(options.get("devices", 1), seed=0)
+    return {**options, **budgets(checkpoint, devices, plain, resident)}
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 2**32),
+    pools=st.sampled_from(sorted(POOLS)),
+    read_mode=st.sampled_from(["buffered", "direct", "mapped"]),
+    devices=st.integers(1, 3),
+    resident=st.fixed_dictionaries({}, optional={n: st.integers(0, 5) for n in ("device", "host")}),
+    batch=st.sampled_from([None, 2]),
+    dtype=st.sampled_from([None, torch.bfloat16]),
+)
+def test_whatever_the_budgets_modes_and_devices_work_only_ever_sees_its_layers_bytes(  # noqa: PLR0917
+    checkpoint: Path, seed: int, pools: str, read_mode: str, devices: int,
+    resident: dict[str, int], batch: int | None, dtype: Any,
+) -> None:  # fmt: skip
+    if read_mode == "mapped":
+        resident.pop("host", None)  # mapped files are host memory for every layer
+    options = {**POOLS[pools], "read_mode": read_mode, "devices": devices, "dtype": dtype}
+    options |= {"batch_gpu": batch, "batch_cpu": batch, "batch_cpu_pinned": batch}
+    assert find_errors(checkpoint, seed, with_budgets(checkpoint, options, resident)) == []
+
+
+def leave_out(*args: Any) -> None:
+    """A wait that does not wait."""
+
+
+def one_more(count: Callable[[Orders, LaneRun], int]) -> Any:
+    """A count that is one ahead of what has happened."""
+    return lambda orders, lane_run: count(orders, lane_run) + 1
+
+
+def one_read_early(copier: Copier, lane_run: LaneRun, n: int) -> bool:
+    number = copier._orders.copied.number(n)
+    if number % copier._orders.length not in copier._orders.read:
+        return copier.await_true(lane_run.run, lambda: True)
+    k = copier._orders.read.before(number)
+    return copier.await_true(lane_run.run, lambda: lane_run.staged.out >= k)
+
+
+def reads_of_the_other_lane(copier: Copier, lane_run: LaneRun, n: int) -> bool:
+    other = lane_run.run.lanes[1 - copier._lane_idx]
+    k = copier._orders.read.before(copier._orders.copied.number(n))
+    return copier.await_true(lane_run.run, lambda: other.staged.out > k)
+
+
+def copies_of_the_first_lane(
+    caller: Caller, run: Run, lane_run: LaneRun, n: int, number: int
+) -> None:
+    await_step(caller, run, run.lanes[0], n, number)
+
+
+def slots_of_all_lanes(target: DeviceTarget, stage: Stage, lane_run: LaneRun, n: int) -> bool:
+    """Counts the releases of whatever lane as this lane's."""
+    run, count = lane_run.run, target._pool.count
+    return stage.await_true(run, lambda: run.released > n - count)
+
+
+def wait_for_the_first_device(pipeline: Pipeline) -> None:
+    pipeline.lanes[0].wait_device()
+
+
+await_step = Caller._await
+ONE = {"n_gpu": 0, "n_cpu_pinned": 1}
+SOME = {"device": 1, "host": 1}
+TWO = {**ONE, "devices": 2}
+MAPPED = {"n_gpu": 1, "read_mode": "mapped"}
+ARENA = {"n_gpu": 1, "read_mode": "buffered", "host_budget": "1GiB"}
+MUTATIONS: dict[str, tuple[type, str, Any, dict[str, Any], dict[str, int]]] = {
+    "a resident layer is copied before its memory is its own": (
+        _Bounces, "order_after_allocation", leave_out, ONE, {"device": 2}),
+    "a bounce is filled again before the device has read it": (
+        _Bounces, "wait_copied", leave_out, ONE, {"device": 2}),
+    "a copy takes a layer from disk before it is read, between resident ones": (
+        Copier, "await_source", one_read_early, ONE, SOME),
+    "a read takes a slot one copy too early, between resident layers": (
+        Orders, "read_and_copied", one_more(Orders.read_and_copied), ONE, SOME),
+    "close gives back the page locks of an arena while copies run": (
+        Pipeline, "_wait_device", leave_out, ARENA, {}),
+    "close gives back the page locks of mapped files while copies run": (
+        Pipeline, "_wait_device", leave_out, MAPPED, {}),
+    "close waits for the first of several devices": (
+        Pipeline, "_wait_device", wait_for_the_first_device, {**MAPPED, "devices": 2}, {}),
+    "a lane copies what the other lane has read": (
+        Copier, "await_source", reads_of_the_other_lane, TWO, {}),
+    "a layer is handed out when another lane has copied": (
+        Caller, "_await", copies_of_the_first_lane, TWO, {}),
+    "a lane takes a slot when a step of any lane is given back": (
+        DeviceTarget, "await_slot", slots_of_all_lanes, TWO, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_taking_out_one_wait_is_seen(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, mutation: str
+) -> None:
+    owner, name, replacement, options, resident = MUTATIONS[mutation]
+    options = with_budgets(checkpoint, options, resident) if resident else options
+    assert all(not find_errors(checkpoint, seed, options) for seed in range(5))
+    monkeypatch.setattr(owner, name, replacement)
+    assert any(seen_errors(checkpoint, options)), f"no schedule noticed: {mutation}"
