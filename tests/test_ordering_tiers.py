@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from checkpoints import write_safetensors
 from fake_device import FakeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ordering import POOLS, TENSORS, find_errors, seen_errors
+from ordering import HANG_SECONDS, POOLS, TENSORS, find_errors, open_on, seen_errors
 from routes import budgets
 
+from layer_streamer import ClosedError
 from layer_streamer.caller import Caller
 from layer_streamer.copier import Copier, DeviceTarget
 from layer_streamer.pipeline import Pipeline
@@ -138,3 +141,46 @@ def test_taking_out_one_wait_is_seen(
     assert all(not find_errors(checkpoint, seed, options) for seed in range(5))
     monkeypatch.setattr(owner, name, replacement)
     assert any(seen_errors(checkpoint, options)), f"no schedule noticed: {mutation}"
+
+
+def find_errors_on_the_cpu(checkpoint: Path, options: Mapping[str, Any]) -> list[str]:
+    """Look at each layer only when reads have come as far as they go while it is in hand."""
+    errors: list[str] = []
+    with open_on(None, checkpoint, options) as streamer:
+        pipeline = streamer._parts.pipeline
+        lane = pipeline.lanes[0]
+        assert set(streamer.plan.tiers) == {"device", "disk"}
+
+        def look(x: Any, weights: Mapping[str, torch.Tensor], layer_idx: int) -> None:
+            run = pipeline.control.run
+            n = lane.orders.copied.before(run.released)
+            ahead = n + lane.pool.count if layer_idx in lane.orders.copied else 0
+            while run.lanes[0].read.done < ahead and not streamer.closed:
+                os.sched_yield()
+            for _ in range(50):  # one read more is one too many: give it the time
+                os.sched_yield()
+            for key, tensor in weights.items():
+                if not torch.equal(tensor, TENSORS[f"model.layers.{layer_idx}.{key}"]):
+                    errors.append(f"layer {layer_idx} {key}: not its own bytes")
+
+        # Reads that overtake each other may not be counted: such a pass hangs.
+        guard = threading.Timer(HANG_SECONDS, streamer.close)
+        guard.start()
+        try:
+            for _ in range(4):
+                streamer.run_pass(None, look)
+        except ClosedError:
+            errors.append("a pass hung")
+        finally:
+            guard.cancel()
+    return errors
+
+
+def test_on_the_cpu_a_read_that_takes_a_slot_one_release_early_is_seen(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"n_gpu": 0, "n_cpu_pinned": None, "read_mode": "buffered"}
+    options |= budgets(checkpoint, None, options, {"device": 1})
+    assert find_errors_on_the_cpu(checkpoint, options) == []
+    monkeypatch.setattr(Orders, "released", one_more(Orders.released))
+    assert find_errors_on_the_cpu(checkpoint, options)

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import routes
 import torch
 from checkpoints import tiny_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
-from support import make_device, open_checkpoint
+from routes import nothing
+from support import open_checkpoint
 
+from layer_streamer import LayerStreamer
 from layer_streamer.stats import PassReport, Span, report_step
 
 NUM_LAYERS = 5
-
-
-def nothing(x: Any, weights: Any, layer_idx: int) -> Any:
-    return x
 
 
 def step_of(*spans: tuple[float, float], nbytes: int = 10**9) -> Any:
@@ -58,27 +57,34 @@ def test_busy_and_stalled_time_add_up_to_the_time_until_the_last_end(spans: Any)
     assert inside + step.stalled_seconds == pytest.approx(max(last, 0.0))
 
 
-@pytest.mark.parametrize("kind", ["cpu", "fake"])
-def test_every_finished_pass_leaves_a_report_of_its_own(tmp_path: Path, kind: str) -> None:
-    tiny_checkpoint(tmp_path, NUM_LAYERS)
-    device = make_device(kind)
-    with open_checkpoint(device, tmp_path, n_gpu=1, n_cpu_pinned=1, n_cpu=1) as streamer:
-        assert streamer.last_pass is None
-        payload = sum(layer.nbytes for layer in streamer.manifest.layers)
-        seen = []
-        for _ in range(4):
-            streamer.run_pass(torch.zeros(1), nothing)
-            report = streamer.last_pass
-            assert isinstance(report, PassReport)
-            seen.append(report)
-            assert report.num_layers == NUM_LAYERS
-            assert report.steps["read"].bytes >= payload
-            assert report.steps["compute"].bytes == payload
-            assert report.bound_by in report.steps
-            assert all(1 <= peak <= count for peak, count in report.peak_slots.values())
-            assert all(len(step.spans) == NUM_LAYERS for step in report.steps.values())
-            assert all(s.begin <= s.end for step in report.steps.values() for s in step.spans)
-        assert len({report.steps["read"].spans for report in seen}) == 4
+def test_every_finished_pass_leaves_a_report_of_its_own(
+    streamer: LayerStreamer, route: str
+) -> None:
+    assert streamer.last_pass is None
+    tiers, layers = streamer.plan.tiers, streamer.manifest.layers
+    seen = []
+    for _ in range(4):
+        streamer.run_pass(torch.zeros(1), nothing)
+        report = streamer.last_pass
+        assert isinstance(report, PassReport)
+        seen.append(report)
+        read = [i for i, tier in enumerate(tiers) if tier == "disk"]
+        copied = [i for i, tier in enumerate(tiers) if tier != "device"]
+        computed = list(range(routes.NUM_LAYERS))
+        assert report.num_layers == len(computed)
+        expected = {"read": read, "compute": computed}
+        if "cpu" not in route:
+            expected["copy"] = copied
+        for name, indices in expected.items():
+            assert (name in report.steps) == bool(indices)
+            if indices:
+                step = report.steps[name]
+                assert sorted(span.layer_idx for span in step.spans) == indices
+                assert step.bytes >= sum(layers[i].nbytes for i in indices)
+        assert report.bound_by in report.steps
+        assert all(1 <= peak <= count for peak, count in report.peak_slots.values())
+        assert all(s.begin <= s.end for step in report.steps.values() for s in step.spans)
+    assert len({report.steps["compute"].spans for report in seen}) == 4
 
 
 def test_a_pass_that_failed_leaves_the_report_of_the_one_before(tmp_path: Path) -> None:
