@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
-from routes import NUM_LAYERS, make_devices, open_route, route_params
+from routes import NUM_LAYERS, default_params, make_devices, open_route
 
 from layer_streamer import LayerStreamer
 
@@ -19,7 +19,7 @@ def tensors(tmp_path: Path) -> dict[str, torch.Tensor]:
     return tiny_checkpoint(tmp_path, NUM_LAYERS, hidden=40)
 
 
-@pytest.fixture(params=route_params())
+@pytest.fixture(params=default_params())
 def route(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

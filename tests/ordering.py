@@ -18,6 +18,8 @@ from layer_streamer import LayerStreamer, StreamerError
 
 NUM_LAYERS = 5
 HANG_SECONDS = 5.0
+MUTANT_SECONDS = 1.5
+"""A hundred times what such passes take."""
 # Larger than a page: smaller layers lie at their own phase in a slot and would not collide.
 TENSORS = tiny_tensors(NUM_LAYERS, hidden=48)
 POOLS = {
@@ -101,16 +103,19 @@ class Engine:
         return look
 
 
-def find_errors(checkpoint: Path, seed: int, options: Mapping[str, Any]) -> list[str]:
+def find_errors(
+    checkpoint: Path, seed: int, options: Mapping[str, Any], seconds: float = HANG_SECONDS
+) -> list[str]:
     """Run passes over fake devices with this schedule; what their work saw wrong.
 
-    ``options``: of the streamer, and ``devices`` (1), their number.
+    ``options``: of the streamer, and ``devices`` (1), their number. StreamerError for passes that
+    hang for ``seconds``.
     """
     options = dict(options)
     devices = FakeDevice.several(options.pop("devices", 1), seed)
     streamer = open_on(devices, checkpoint, options)
     # A pass that hangs (as a mutation may make it) is ended by closing the streamer.
-    guard = threading.Timer(HANG_SECONDS, streamer.close)
+    guard = threading.Timer(seconds, streamer.close)
     guard.start()
     try:
         with streamer:
@@ -125,7 +130,7 @@ def seen_errors(checkpoint: Path, options: Mapping[str, Any]) -> Iterator[bool]:
     """For schedule after schedule, whether it saw an error."""
     for seed in range(200):
         try:
-            yield bool(find_errors(checkpoint, seed, options))
+            yield bool(find_errors(checkpoint, seed, options, MUTANT_SECONDS))
         except (StreamerError, RuntimeError, IndexError):
             yield True
 

@@ -77,6 +77,10 @@ ROUTES = {
 }
 
 
+STOOD_FOR = ("cpu direct", "cpu partial", "cpu two", "resident", "two", "two mapped")
+"""Routes whose parts are all parts of other routes."""
+
+
 def route_params(*names: str, slow: Sequence[str] = ()) -> list[Any]:
     """Routes as parameters: the named ones (none: all), marked for the GPU where they need it."""
     chosen = names or tuple(ROUTES)
@@ -88,6 +92,12 @@ def route_params(*names: str, slow: Sequence[str] = ()) -> list[Any]:
         for name in (*chosen, *slow)
     }
     return [pytest.param(name, marks=marked) for name, marked in marks.items()]
+
+
+def default_params(*names: str) -> list[Any]:
+    """Routes as parameters (none named: all); those that others stand for are marked slow."""
+    chosen = [name for name in names or ROUTES if name not in STOOD_FOR]
+    return route_params(*chosen, slow=[name for name in names or ROUTES if name in STOOD_FOR])
 
 
 def make_devices(name: str) -> Any:

@@ -16,11 +16,11 @@ from routes import (
     ROUTES,
     Boom,
     assert_next_pass_is_exact,
+    default_params,
     nothing,
     of_tier,
     open_route,
     raises_at,
-    route_params,
 )
 from support import FailingDisk, in_thread, open_checkpoint
 
@@ -34,14 +34,14 @@ from layer_streamer import (
 from layer_streamer.worker import Stage
 
 SECONDS = 10.0
-READING = route_params(
+READING = default_params(
     *(name for name, route in ROUTES.items() if "disk" in route.tiers and name != "cpu mapped")
 )
 """The routes on which a pass reads."""
 reading = pytest.mark.parametrize("route", READING)
 # The fake device copies with the CPU, which a look at the missing pages of a mapped file kills.
 shrinkable = pytest.mark.parametrize(
-    "route", route_params(*(name for name in ROUTES if name not in ("mapped", "two mapped")))
+    "route", default_params(*(name for name in ROUTES if name not in ("mapped", "two mapped")))
 )
 
 
@@ -219,7 +219,7 @@ def test_a_loop_left_early_ends_the_pass(
 
 
 @pytest.mark.parametrize(
-    "route", route_params(*(name for name in ROUTES if "resident" not in name))
+    "route", default_params(*(name for name in ROUTES if "resident" not in name))
 )
 def test_a_thread_that_dies_ends_the_pass_instead_of_leaving_it_to_wait(
     streamer: LayerStreamer, monkeypatch: pytest.MonkeyPatch
