@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .device import Device, Event
 from .layout import Layout, Step
@@ -28,6 +28,8 @@ class Routes:
     """Steps that a memcpy takes from pageable to pinned memory."""
     copied: frozenset[int]
     """Steps whose bytes are copied to their device, or moved within their slot."""
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """By kind of step ("read", "copy"), the measured limit in bytes a second, where it is known."""
 
 
 class PassClock:
@@ -96,6 +98,7 @@ class PassClock:
             num_layers=len(self._steps),
             steps=steps,
             peak_slots={name: (self.peak_slots[name], n) for name, n in self._pools.items()},
+            limits=routes.limits,
         )
 
     def _events(self) -> list[Event]:

@@ -252,4 +252,5 @@ class Pipeline:
             read=frozenset(read),
             moved=frozenset(read - set(mapped) if two_pools else ()),
             copied=frozenset(i for i, layout in enumerate(layouts) if layout.copies),
+            limits=self.plan.limits,
         )

@@ -58,6 +58,19 @@ class Plan:
         """Seconds a pass if only reads and copies take time; None if no rates are known."""
         return self.predicted.seconds if self.predicted is not None else None
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """By step of a byte's way, the measured limit in bytes a second, where it is known."""
+        rates, limits = self.machine.rates, dict[str, float]()
+        together = rates.copy_together
+        if together is None and None not in rates.copy:
+            together = sum(rate for rate in rates.copy if rate is not None)
+        if together is not None and not self.machine.unified:
+            limits["copy"] = together
+        if rates.read is not None and self.read_mode == "direct":
+            limits["read"] = rates.read
+        return limits
+
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
         return {

@@ -58,6 +58,14 @@ class PassReport:
     """By name, for the steps that this configuration has."""
     peak_slots: Mapping[str, tuple[int, int]]
     """Pool name -> (most slots in use at once, slots it has)."""
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """By step, the bytes a second that ``probe`` measured to be possible here, if it has."""
+
+    def share_of_limit(self, name: str) -> float | None:
+        """Rate of a step over what the hardware was measured to be capable of; None: unknown."""
+        if name not in self.limits or name not in self.steps:
+            return None
+        return self.steps[name].gb_per_s * 1e9 / self.limits[name]
 
     @property
     def bound_by(self) -> str:
@@ -72,11 +80,15 @@ class PassReport:
         for step in self.steps.values():
             lines.append(
                 f"  {step.name:<8} {step.bytes / 1e9:>9.3f} {step.busy_seconds:>9.4f} "
-                f"{step.stalled_seconds:>9.4f} {step.gb_per_s:>8.2f}"
+                f"{step.stalled_seconds:>9.4f} {step.gb_per_s:>8.2f}{self._share(step.name)}"
             )
         used = ", ".join(f"{pool} {peak} of {n}" for pool, (peak, n) in self.peak_slots.items())
         lines.append(f"  slots in use at most: {used}")
         return "\n".join(lines)
+
+    def _share(self, name: str) -> str:
+        share = self.share_of_limit(name)
+        return f"  ({share:.0%} of the limit)" if share is not None else ""
 
     def timeline(self) -> dict[str, object]:
         """The pass in Chrome's trace-event format, for https://ui.perfetto.dev."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from checkpoints import tiny_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from routes import nothing
-from support import open_checkpoint
+from support import make_device, open_checkpoint
 
 from layer_streamer import LayerStreamer
+from layer_streamer.placement import Rates
 from layer_streamer.stats import PassReport, Span, report_step
 
 NUM_LAYERS = 5
@@ -170,3 +172,34 @@ def test_track_progress_shows_a_bar_over_the_layers_on_stderr(tmp_path: Path, ca
     assert printed.out == ""
     assert f"/{NUM_LAYERS}" in printed.err
     assert "layer" in printed.err
+
+
+def test_a_report_shows_the_share_of_a_limit_that_is_known() -> None:
+    read, copy = step_of((0.0, 2.0), nbytes=10), step_of((0.0, 1.0), nbytes=10)
+    report = PassReport(
+        seconds=2.0,
+        num_layers=1,
+        steps={"read": replace(read, name="read"), "copy": replace(copy, name="copy")},
+        peak_slots={},
+        limits={"read": 10.0, "memcpy": 1.0},
+    )
+    assert report.share_of_limit("read") == pytest.approx(0.5)
+    assert report.share_of_limit("copy") is None
+    assert report.share_of_limit("memcpy") is None
+    assert "(50% of the limit)" in str(report)
+    assert str(report).count("of the limit") == 1
+
+
+def test_limits_on_record_reach_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_checkpoint(tmp_path, NUM_LAYERS)
+    rates = Rates(5.0, (7.0,))
+    monkeypatch.setattr("layer_streamer.assembly._rates", lambda limits, devices: rates)
+    for read_mode, expected in (
+        ("direct", {"read": 5.0, "copy": 7.0}),
+        ("buffered", {"copy": 7.0}),
+    ):
+        options: dict[str, Any] = {"n_cpu_pinned": 1, "read_mode": read_mode}
+        with open_checkpoint(make_device("fake"), tmp_path, **options) as streamer:
+            streamer.run_pass(None, nothing)
+            assert streamer.last_pass is not None
+            assert streamer.last_pass.limits == expected
