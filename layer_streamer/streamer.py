@@ -117,7 +117,7 @@ class LayerStreamer:
         * ``n_gpu`` (2), ``n_cpu_pinned`` (4), ``n_cpu`` (None): layers that the device, pinned and
           pageable pools hold ahead, beside the one in use. None or 0 leaves a host pool out.
         * ``batch_gpu``, ``batch_cpu_pinned``, ``batch_cpu``: layers handed on at a time; None: 1.
-        * ``device_budget``, ``host_budget``, ``reserve_bytes``, ``read_mode``: see Settings.
+        * ``device_budget``, ``host_budget``, ``reserve_bytes``, ``read_mode``: docs/concepts.md.
         * ``read_threads`` (None: 8), ``read_chunk`` (None: 8 MiB): reader threads, bytes a read.
         * ``tail``: names of tensors to stream after the last layer, split by rows.
         * ``on_copy(layer_idx, stream)``: called on the copier's thread after a layer's copies are
