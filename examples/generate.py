@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C
 
 DTYPES = ("float32", "bfloat16", "float16")
 POOLS = ("n_gpu", "n_cpu_pinned", "n_cpu")
+MEMORY = ("device_budget", "host_budget", "read_mode")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,6 +81,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for pool in POOLS:
         flag, place = "--" + pool.replace("_", "-"), pool[2:].replace("_", "-")
         add(flag, type=_at_least(0), metavar="N", help=f"layers held ahead in the {place} pool")
+    add("--device-budget", metavar="BYTES", help='memory of the device to use: "6GiB", "auto"')
+    add("--host-budget", metavar="BYTES", help="the same of host memory")
+    add("--read-mode", metavar="MODE", help="auto (default), buffered, direct or mapped")
     add("--timeline", type=Path, metavar="FILE", help="save the last pass for ui.perfetto.dev")
     return parser.parse_args(argv)
 
@@ -114,10 +118,11 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(directory)
     ids = encode(tokenizer, read_prompt(args.prompt), raw=args.raw)
     new_tokens = fit(len(ids), args.max_new_tokens, config)
-    pools = {pool: getattr(args, pool) for pool in POOLS if getattr(args, pool) is not None}
+    given = {name: getattr(args, name) for name in (*POOLS, *MEMORY)}
+    options = {name: value for name, value in given.items() if value is not None}
     leave_a_core()
     with LayerStreamer.from_checkpoint(
-        args.model, device=device, dtype=dtype, tail=[names.head], **pools
+        args.model, device=device, dtype=dtype, tail=[names.head], **options
     ) as streamer:
         room = len(ids) + new_tokens
         engine = Engine(streamer, config, names, max_positions=room, dtype=dtype)

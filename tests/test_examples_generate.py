@@ -203,6 +203,23 @@ def test_help_needs_no_torch():
     assert " torch" not in result.stderr
 
 
+def test_with_budgets_the_text_is_the_same_and_nothing_is_said_to_be_streamed(tiny, capfd):
+    options = [tiny[0], "--prompt", "Hi", "--max-new-tokens", 6]
+    assert main(*options) == 0
+    streamed = capfd.readouterr()
+    assert main(*options, "--device-budget", "auto") == 0
+    resident = capfd.readouterr()
+    assert resident.out == streamed.out
+    assert "0.00 GB streamed" in resident.err and "0.00 GB streamed" not in streamed.err
+    assert "slots and resident layers" in resident.err
+    assert "slots and resident layers" not in streamed.err
+
+
+def test_a_budget_that_means_nothing_is_one_clear_line(tiny, capfd):
+    assert main(tiny[0], "--prompt", "Hi", "--device-budget", "lots") == 2
+    assert "device_budget" in capfd.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.mark.gpu
 def test_the_script_answers_on_a_gpu():
     result = run(smollm2(), "--prompt", "What is 2+2?", "--device", "cuda", "--dtype", "float32")

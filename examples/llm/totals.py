@@ -31,7 +31,8 @@ class Totals:
         """Count the streamer's last pass, which took ``seconds`` with all that belongs to it."""
         report = streamer.last_pass
         assert report is not None
-        self.streamed_bytes += max(step.bytes for step in report.steps.values())
+        moved = [step.bytes for name, step in report.steps.items() if name != "compute"]
+        self.streamed_bytes += max(moved, default=0)
         self.bound_by[report.bound_by] += 1
         if self.new_tokens == 0:
             self.prompt_seconds = seconds
@@ -57,9 +58,10 @@ class Totals:
 
 
 def _memory(streamer: LayerStreamer) -> str:
-    slots = streamer.memory.host_bytes + streamer.memory.device_bytes
+    held = streamer.memory.host_bytes + streamer.memory.device_bytes
+    what = "slots" if set(streamer.plan.tiers) == {"disk"} else "slots and resident layers"
     line = (
-        f"model {streamer.manifest.nbytes / GIB:.3f} GiB, slots {slots / GIB:.3f} GiB; "
+        f"model {streamer.manifest.nbytes / GIB:.3f} GiB, {what} {held / GIB:.3f} GiB; "
         f"this process at its peak, Python and torch included: {peak_host_bytes() / GIB:.3f} GiB"
     )
     if streamer.device.type == "cuda":
