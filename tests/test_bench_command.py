@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from assets import one_torch_thread
 from checkpoints import random_tensor, tiny_checkpoint, write_safetensors
 from test_plan_command import BAD
 
+from layer_streamer import read_manifest
 from layer_streamer.__main__ import main
+from layer_streamer.layout import Read
 from layer_streamer.tools import bench as bench_module
 from layer_streamer.tools import footprint
 from layer_streamer.tools.bench import Outcome
@@ -61,6 +64,8 @@ def test_the_last_line_is_json_with_every_figure(model: Path, capsys: Any) -> No
         "compute": 3, "read": 3
     }  # fmt: skip
     assert document["bound_by"] in document["limits"]
+    ((name, spread),) = document["comparisons"].items()
+    assert len(spread) == 3 and f"{name} alone" in table
     assert min(document["pass_seconds"]) <= document["seconds_per_pass"]
     assert document["limit_seconds"] > 0
     assert len(document["shares"]) + document["dropped"] == 2
@@ -81,6 +86,7 @@ def test_with_everything_resident_and_no_tokens_there_is_no_limit(model: Path, c
     options = ["--tokens", 0, "--device-budget", "1GiB"]
     _, document = benched(capsys, model, *FEW, *options)
     assert (document["limits"], document["bound_by"]) == ({}, "none")
+    assert document["comparisons"] == {}
     assert document["limit_seconds"] == document["share_of_limit"] == 0.0
 
 
@@ -105,9 +111,9 @@ def test_the_raw_reads_are_of_the_kind_that_the_streamer_does(
     kinds = []
     real = RawReads.__init__
 
-    def begin(self: RawReads, manifest: Any, reads: Any, *, direct: bool) -> None:
-        kinds.append(direct)
-        real(self, manifest, reads, direct=direct)
+    def begin(self: RawReads, manifest: Any, reads: Any, **options: Any) -> None:
+        kinds.append(options["direct"])
+        real(self, manifest, reads, **options)
 
     monkeypatch.setattr(RawReads, "__init__", begin)
     _, document = benched(capsys, model, *FEW, "--read-mode", mode, "--n-cpu", 1)
@@ -156,11 +162,11 @@ def test_pairs_whose_limit_drifted_are_left_out() -> None:
 def test_progress_over_the_measurements_is_on_stderr_by_name(model: Path, capsys: Any) -> None:
     assert main(["bench", str(model), *FEW]) == 0
     printed = capsys.readouterr()
-    for name in ("warming up", "limit: read", "limit: compute", "pass 1", "pass 2"):
+    for name in ("warming up", "alone: read", "alone: compute", "pass 1", "pass 2"):
         assert name in printed.err
         assert f"{name}:" not in printed.out
-    # 3 preparations, 2 limits before and after each of 2 passes.
-    assert "/11" in printed.err
+    # 3 preparations, 2 passes, 2 limits and 1 comparison before them and after each.
+    assert "/14" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -239,3 +245,19 @@ def test_ctrl_c_in_the_terminal_ends_a_real_bench(model: Path) -> None:
         out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, b"")
     assert b"Traceback" not in err
+
+
+def test_spread_reads_go_round_through_the_memory_that_was_said(model: Path) -> None:
+    manifest = read_manifest(model)
+    reads = [Read(next(iter(manifest.files)), 4096 * i, 0, 4096) for i in range(6)]
+    with closing(RawReads(manifest, reads, direct=False, spread_nbytes=4 << 20)) as raw:
+        raw.chunk, raw._slots = 4096, 6
+        memory = raw._arena.memory
+        memory.zero_()
+        raw.seconds()
+        beyond = raw.threads * raw.chunk
+        assert not memory[beyond:].any()
+        raw.spread_seconds()
+        path = reads[0].path
+        expected = path.read_bytes()[: 6 * 4096]
+        assert bytes(memory[: len(expected)].numpy()) == expected

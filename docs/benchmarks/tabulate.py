@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 PICTURE = Path(__file__).with_name("passes.svg")
@@ -57,6 +58,19 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
 
 
+def disk_table(records: list[dict[str, Any]]) -> str:
+    """Passes that read, beside raw reads into a small buffer and into memory like the slots'."""
+    lines = ["| regime | s a pass | raw reads, s | spread over memory, s | share of these |"]
+    lines.append("|---" + "|--:" * 4 + "|")
+    for record in records:
+        for spread in record["comparisons"].values():
+            raw, same = median(record["limits"]["read"]), median(spread)
+            cells = [record["regime"], f"{record['seconds_per_pass']:.3f}", f"{raw:.3f}"]
+            cells += [f"{same:.3f}", f"{same / record['seconds_per_pass']:.1%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def describe(record: dict[str, Any]) -> str:
     """Where a record was measured."""
     machine = record["machine"]
@@ -102,6 +116,7 @@ def main() -> int:
         print(
             describe(chosen[-1]), table([row(record) for record in chosen]), sep="\n\n", end="\n\n"
         )
+    print(disk_table(passes), end="\n\n")
     for record in records:
         if "pass_seconds" not in record:
             numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}

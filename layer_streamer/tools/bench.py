@@ -21,6 +21,10 @@ from .rawspeed import BareCompute, Load, RawCopies, RawReads, synchronize
 
 DRIFT = 0.05
 """A pass is not counted if the limit before and after it differ by more than this."""
+SPREAD_READS = "read into memory as large as the slots"
+"""A comparison beside the limits: raw reads that do not fall into the same small memory each time.
+What a hypervisor copies into the CPU's cache arrives faster than what goes on to memory."""
+Measures: TypeAlias = dict[str, Callable[[], float]]
 Show: TypeAlias = Callable[[str, int | None], object]
 """Called as each measurement begins, with its name and their number (None: not known yet)."""
 PREPARATIONS = 3
@@ -65,6 +69,8 @@ class Outcome:
     pass_seconds: tuple[float, ...]
     limits: dict[str, tuple[float, ...]]
     """By name, the seconds of each limit; before the first pass and after each."""
+    comparisons: dict[str, tuple[float, ...]]
+    """The same of what is no limit but helps to understand the passes: SPREAD_READS."""
     shares: tuple[float, ...]
     """Of the pairs that count."""
     dropped: int
@@ -90,6 +96,7 @@ class Outcome:
                 f"spread {spread:.1%}), {self.share_of_limit:.1%} of the limit of "
                 f"{self.limit_seconds:.4f} s, bound by {self.bound_by}"
                 + (f"; {self.dropped} pairs dropped for drift" if self.dropped else ""),
+                *(f"{name} alone: {median(t):.4f} s" for name, t in self.comparisons.items()),
                 f"peak: {self.peak_device_bytes / 2**20:,.0f} MiB on a device, "
                 f"{self.peak_host_bytes / 2**20:,.0f} MiB in host memory; disk: {disk} a pass; "
                 f"opened in {self.open_seconds:.2f} s",
@@ -121,8 +128,9 @@ def run_bench(
         peak = device_peak(streamer.devices)
         show("preparing the limits", None)
         run.settle()
-        limits = _limits(streamer, load, stack)
-        seconds, measured = _measure_in_turn(run, limits, bench.passes, show)
+        limits, comparisons = _limits(streamer, load, stack)
+        seconds, taken = _measure_in_turn(run, limits | comparisons, bench.passes, show)
+        measured = {name: taken[name] for name in limits}
         report = streamer.last_pass
         assert report is not None
         shares, dropped = _pair(seconds, measured)
@@ -138,6 +146,7 @@ def run_bench(
             open_seconds=open_seconds,
             pass_seconds=tuple(seconds),
             limits={name: tuple(values) for name, values in measured.items()},
+            comparisons={name: tuple(taken[name]) for name in comparisons},
             shares=tuple(shares),
             dropped=dropped,
             stalled_seconds={name: step.stalled_seconds for name, step in report.steps.items()},
@@ -201,7 +210,7 @@ def _measure_in_turn(
 
     def measure_limits() -> None:
         for name, measure in limits.items():
-            show(f"limit: {name}", total)
+            show(f"alone: {name}", total)
             # Prefetch goes on after a pass, over the same disk and link.
             run.settle()
             measured[name].append(measure())
@@ -234,11 +243,9 @@ def discard_prefetched(streamer: LayerStreamer) -> None:
     sweep.close()
 
 
-def _limits(
-    streamer: LayerStreamer, load: Load, stack: ExitStack
-) -> dict[str, Callable[[], float]]:
-    """By name, what measures what a pass needs at least."""
-    pipeline, limits = streamer.opened().pipeline, dict[str, Callable[[], float]]()
+def _limits(streamer: LayerStreamer, load: Load, stack: ExitStack) -> tuple[Measures, Measures]:
+    """By name, what measures what a pass needs at least; and what is compared with it besides."""
+    pipeline, limits, comparisons = streamer.opened().pipeline, Measures(), Measures()
     layouts, devices = pipeline.schedule.layouts, pipeline.devices
     if load.tokens:
         limits["compute"] = BareCompute(streamer, load).seconds
@@ -250,10 +257,13 @@ def _limits(
         limits["copy"] = stack.enter_context(closing(RawCopies(devices, copied))).seconds
     reads = [read for layout in layouts for read in layout.reads]
     if reads:
+        slots = sum(pool.arena.nbytes for lane in pipeline.lanes for pool in lane.host_pools)
         direct = pipeline.files.reads_direct
-        raw = stack.enter_context(closing(RawReads(streamer.manifest, reads, direct=direct)))
+        opened = RawReads(streamer.manifest, reads, direct=direct, spread_nbytes=slots)
+        raw = stack.enter_context(closing(opened))
         limits["read"] = raw.seconds
-    return limits
+        comparisons[SPREAD_READS] = raw.spread_seconds
+    return limits, comparisons
 
 
 def _pair(

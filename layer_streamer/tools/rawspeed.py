@@ -21,7 +21,7 @@ from .sampling import run_jobs
 
 COPY_NBYTES = 512 << 20
 """Size of one raw copy: as fast as copies get."""
-READ_GRID = ((1, 16 << 20), (4, 16 << 20), (8, 8 << 20), (16, 1 << 20))
+READ_GRID = ((1, 16 << 20), (8, 2 << 20), (8, 8 << 20), (16, 1 << 20))
 """(threads, bytes a read) of which the fastest is the raw rate."""
 TRIAL_NBYTES = 2 << 30
 """Bytes that each point of the grid reads to be chosen."""
@@ -95,34 +95,45 @@ class _CopyLoad:
 class RawReads:
     """Reads of a pass's extents, in order, past the page cache if the streamer reads so too.
 
-    The way to read is the fastest of READ_GRID on the first TRIAL_NBYTES of them.
+    The way to read is the fastest of READ_GRID on the first TRIAL_NBYTES of them. Each thread reads
+    into the same small memory again and again, which may never leave the CPU's cache;
+    ``spread_nbytes`` is the memory that whoever keeps the bytes for a while goes round through.
     """
 
-    def __init__(self, manifest: Manifest, reads: Sequence[Read], *, direct: bool) -> None:
+    def __init__(
+        self, manifest: Manifest, reads: Sequence[Read], *, direct: bool, spread_nbytes: int
+    ) -> None:
         self._sizes = {path: stamp.size for path, stamp in manifest.files.items()}
         self._files = OpenFiles(manifest.files)
         if direct:
             self._files.use_direct()
         self._reads = reads
         largest = max(threads * chunk for threads, chunk in READ_GRID)
-        self._arena = HostArena([largest], CpuDevice(), pinned=False, threads=4)
+        self._arena = HostArena([max(largest, spread_nbytes)], CpuDevice(), pinned=False, threads=4)
         # Untouched pages are all the same page of zeros.
         self._arena.memory.fill_(1)
         times = {
-            (threads, chunk): self._measure(threads, chunk, TRIAL_NBYTES)
+            (threads, chunk): self._measure(threads, chunk, most=TRIAL_NBYTES)
             for threads, chunk in READ_GRID
         }
         self.threads, self.chunk = min(times, key=lambda point: times[point])
+        self._slots = max(self.threads, spread_nbytes // self.chunk)
 
     def seconds(self) -> float:
         """Measure once."""
         return self._measure(self.threads, self.chunk)
 
+    def spread_seconds(self) -> float:
+        """Measure once, into as much memory as was said."""
+        return self._measure(self.threads, self.chunk, slots=self._slots)
+
     def close(self) -> None:
         self._arena.close()
         self._files.close()
 
-    def _measure(self, threads: int, chunk: int, most: int | None = None) -> float:
+    def _measure(
+        self, threads: int, chunk: int, *, most: int | None = None, slots: int | None = None
+    ) -> float:
         """Seconds for the extents, or for about ``most`` bytes of them."""
         chunks = list(self._cut(chunk))
         if most is not None:
@@ -131,7 +142,8 @@ class RawReads:
 
         def read(worker: int, number: int) -> None:
             path, offset, nbytes, wanted = chunks[number]
-            view = memory[worker * chunk : worker * chunk + nbytes]
+            slot = worker if slots is None else number % slots
+            view = memory[slot * chunk : slot * chunk + nbytes]
             self._files.read_into(path, view, offset, wanted)
 
         begin = time.perf_counter()
