@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from .device import Device, Event
+from .device import Device, Event, Stream
 from .layout import Layout, Step
 from .stats import PassReport, Span, StepReport, report_step
 
@@ -50,6 +50,8 @@ class PassClock:
         self.memcpy_end = [0.0] * count
         self.copy_begin = self._events()
         self.copy_end = self._events()
+        self._part_seconds = [0.0] * count
+        self._part_nbytes = [0] * count
         self.compute_begin = self._events()
         self.compute_end = self._events()
         # Times of events can be compared on one device only: each has a begin of its own.
@@ -58,6 +60,16 @@ class PassClock:
         self._end = routes.devices[0].new_event()
         self._begin_seconds = 0.0
         self.peak_slots = dict.fromkeys(pools, 0)
+
+    def begin_copy(self, index: int, stream: Stream) -> None:
+        """A step's first copy is to be enqueued on ``stream``. From the copier's thread."""
+        self._part_seconds[index], self._part_nbytes[index] = 0.0, 0
+        self.copy_begin[index].record(stream)
+
+    def add_copy(self, index: int, nbytes: int, seconds: float) -> None:
+        """The copies of a part of a step have ended. From the feeder's thread."""
+        self._part_seconds[index] += seconds
+        self._part_nbytes[index] += nbytes
 
     def start(self) -> None:
         """The pass begins, on the caller's current stream of every device."""
@@ -87,7 +99,12 @@ class PassClock:
         offsets = [self._offset(i) for i in range(len(routes.devices))]
         if routes.copied:
             nbytes = sum(layouts[index].copy_nbytes for index in routes.copied)
-            spans = self._spans(sorted(routes.copied), self.copy_begin, self.copy_end, offsets)
+            copied = sorted(routes.copied)
+            spans = self._spans(copied, self.copy_begin, self.copy_end, offsets)
+            spans = [
+                self._condense(i, span, layouts[i].copy_nbytes)
+                for i, span in zip(copied, spans, strict=True)
+            ]
             steps["copy"] = report_step("copy", nbytes, spans, offsets[0])
         every = range(len(self._steps))
         spans = self._spans(every, self.compute_begin, self.compute_end, offsets)
@@ -100,6 +117,17 @@ class PassClock:
             peak_slots={name: (self.peak_slots[name], n) for name, n in self._pools.items()},
             limits=routes.limits,
         )
+
+    def _condense(self, index: int, span: Span, nbytes: int) -> Span:
+        """A step whose parts were copied as they came: as if all had been copied at the end.
+
+        The last parts may not have been timed yet; they take as long as those that have.
+        """
+        timed = self._part_nbytes[index]
+        if not timed:
+            return span
+        seconds = self._part_seconds[index] * nbytes / timed
+        return replace(span, begin=max(span.begin, span.end - seconds))
 
     def _events(self) -> list[Event]:
         devices = self._routes.devices

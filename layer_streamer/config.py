@@ -43,6 +43,11 @@ DEFAULT_N_GPU_OF_SEVERAL = 4
 DEFAULT_N_CPU_PINNED = 4
 DEFAULT_READ_THREADS = 8
 DEFAULT_READ_CHUNK = 8 << 20
+RING_CHUNKS = {"direct": 1 << 20, "buffered": 4 << 20}
+"""Default bytes a read where layers pass through a ring, by read mode: all of it should stay in the
+CPU's cache, but what is read from the page cache comes so fast that more reads cost too much."""
+RING_SLOTS_PER_READER = 2
+"""One that is being filled, one that is being copied."""
 MAX_SLOTS = 4096
 MAX_READ_THREADS = 256
 
@@ -60,7 +65,8 @@ class Settings:
     """Layers held ahead on each device, beside the one in use; >= 0. Where it is not named and
     ``device_budget`` is too small for DEFAULT_N_GPU, fewer."""
     n_cpu_pinned: int | Unset | None = UNSET
-    """Layers held ahead in pinned host memory; None or 0: no pinned pool."""
+    """Layers held ahead in pinned host memory; None or 0: no pinned pool. With no host pool at all,
+    as by default, layers pass through a small pinned ring, a part at a time."""
     n_cpu: int | Unset | None = UNSET
     """Layers held ahead in pageable host memory; None or 0: no pageable pool."""
     batch_gpu: int | None = None
@@ -130,8 +136,13 @@ class Settings:
         return DEFAULT_N_GPU if len(self.device) < 3 else DEFAULT_N_GPU_OF_SEVERAL
 
     @property
+    def through_ring(self) -> bool:
+        """True if there is no host pool: layers from disk are read and copied part by part."""
+        return not self.num_pageable and (self.n_cpu_pinned is UNSET or not self.n_cpu_pinned)
+
+    @property
     def num_pinned(self) -> int:
-        """Layers held ahead in pinned host memory."""
+        """Layers held ahead in pinned host memory (where there is a pool)."""
         count = self.n_cpu_pinned
         return DEFAULT_N_CPU_PINNED if isinstance(count, Unset) else count or 0
 

@@ -8,13 +8,13 @@ overwrites it; a host slot is filled again only when the device has read it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from .config import OnCopy
 from .device import Device, Stream
-from .pool import DevicePool, DeviceSlot, HostPool, Source
+from .pool import DeviceSlot, HostPool
 from .schedule import Order, Orders, Schedule
+from .target import Target
 from .worker import Bell, Control, LaneRun, Stage
 
 
@@ -82,95 +82,6 @@ class Memcpy(Stage):
         clock.memcpy_end[index] = time.perf_counter()
 
 
-class Target(Protocol):
-    """Where copies go and how they are enqueued: a device's slots, or the slots themselves."""
-
-    @property
-    def pool_name(self) -> str | None:
-        """The pool that copies fill; None if they stay in the one that reads have filled."""
-
-    def await_slot(self, stage: Stage, lane_run: LaneRun, n: int) -> bool: ...
-    def order_slot(self, n: int, stream: Stream) -> None: ...
-    def enqueue(self, n: int, number: int, stream: Stream) -> None: ...
-
-
-class DeviceTarget:
-    """Copies from host memory to device slots, ordered by events."""
-
-    def __init__(
-        self,
-        orders: Orders,
-        sources: Mapping[int, Source],
-        host_pool: HostPool | None,
-        pool: DevicePool,
-        device: Device,
-    ) -> None:
-        self._orders = orders
-        self._sources = sources
-        self._host_pool = host_pool
-        self._pool = pool
-        self._device = device
-
-    @property
-    def pool_name(self) -> str | None:
-        return self._pool.name
-
-    def await_slot(self, stage: Stage, lane_run: LaneRun, n: int) -> bool:
-        """Wait until the caller has given this slot's last step back."""
-        run, before, count = lane_run.run, self._orders.copied.before, self._pool.count
-        return stage.await_true(run, lambda: before(run.released) > n - count)
-
-    def order_slot(self, n: int, stream: Stream) -> None:
-        """Let the copies wait for the caller's work on the slot."""
-        self._pool.slots[n % self._pool.count].order_after_uses(stream)
-
-    def enqueue(self, n: int, number: int, stream: Stream) -> None:
-        """Enqueue a step's copies; a host slot they come from is in use until they have run."""
-        index = number % self._orders.length
-        target = self._pool.slots[n % self._pool.count]
-        if index in self._orders.read:
-            assert self._host_pool is not None
-            slot = self._orders.read.before(number) % self._host_pool.count
-            source = self._host_pool.source(slot, self._orders.layouts[index].copies)
-            try:
-                self._copy(source, target, stream)
-            finally:
-                self._host_pool.copy_enqueued(slot, stream)
-        elif index in self._sources:
-            self._copy(self._sources[index], target, stream)
-
-    def _copy(self, source: Source, target: DeviceSlot, stream: Stream) -> None:
-        for dst, src in zip(target.parts(source.copies), source.parts, strict=True):
-            if source.pinned:
-                self._device.copy_pinned(dst, src, stream)
-            else:
-                self._device.copy(dst, src)
-
-
-class UnifiedTarget:
-    """Moves misaligned tensors to their aligned place within the slot they were read into."""
-
-    pool_name = None
-
-    def __init__(self, orders: Orders, pool: HostPool) -> None:
-        self._orders = orders
-        self._pool = pool
-
-    def await_slot(self, stage: Stage, lane_run: LaneRun, n: int) -> bool:
-        """The slot is free: the step has been read into it."""
-        return True
-
-    def order_slot(self, n: int, stream: Stream) -> None:
-        """Nothing runs on the slot: work on the CPU is done when its call returns."""
-
-    def enqueue(self, n: int, number: int, stream: Stream) -> None:
-        """Move the tensors that are misaligned for their dtype."""
-        memory = self._pool.arena.slots[n % self._pool.count]
-        for copy in self._orders.layouts[number % self._orders.length].copies:
-            source = memory[copy.src : copy.src + copy.nbytes]
-            memory[copy.dst : copy.dst + copy.nbytes].copy_(source)
-
-
 class Copier(Stage):
     """Enqueues every step's copies on its own stream and records when they are done."""
 
@@ -221,41 +132,76 @@ class Copier(Stage):
         n = 0
         while self.await_source(lane_run, n) and self._target.await_slot(self, lane_run, n):
             number = self._orders.copied.number(n)
-            try:
-                self._copy(lane_run, n, number)
-            except BaseException as error:
-                lane_run.run.failures.setdefault(number, error)
+            self._attempt(self._begin, lane_run, n, number)
+            if not self._take_reads(lane_run, n, number):
+                return
+            self._attempt(self._end, lane_run, n, number)
             lane_run.copied.advance()
-            self.source_bell.ring()
             self.target_bell.ring()
             n += 1
 
     def await_source(self, lane_run: LaneRun, n: int) -> bool:
-        """Wait until the step before has handed this step on, if it comes from disk."""
+        """Wait until the step before has handed this step (its first part) on, if it is read."""
         number = self._orders.copied.number(n)
         if number % self._orders.length not in self._orders.read:
             return self.await_true(lane_run.run, lambda: True)
-        k = self._orders.read.before(number)
+        first = self._orders.read.before(number)
+        return self.await_true(lane_run.run, lambda: lane_run.staged.out > first)
+
+    def await_part(self, lane_run: LaneRun, k: int) -> bool:
+        """Wait until one more part of the step has been handed on, the lane's ``k``-th."""
         return self.await_true(lane_run.run, lambda: lane_run.staged.out > k)
 
-    def _copy(self, lane_run: LaneRun, n: int, number: int) -> None:
+    def _take_reads(self, lane_run: LaneRun, n: int, number: int) -> bool:
+        """Enqueue what comes from disk, part by part; False once the run is over.
+
+        What has failed is counted as taken, too: its host slots are free again.
+        """
+        run, read = lane_run.run, self._orders.read
+        index, clock = self._schedule.index(number), self._schedule.clock(run, number)
+        first = read.before(number)
+        for k in range(first, read.before(number + 1)):
+            if k > first and not self.await_part(lane_run, k):
+                return False
+            if number not in run.failures:
+                try:
+                    self._target.enqueue_read(n, k, index, clock, self.stream)
+                except BaseException as error:
+                    run.failures.setdefault(number, error)
+            lane_run.taken = k + 1
+            self.source_bell.ring()
+        return True
+
+    def _attempt(
+        self, work: Callable[[LaneRun, int, int], None], lane_run: LaneRun, n: int, number: int
+    ) -> None:
+        """Do something for a step; an error is what its pass is to raise."""
+        try:
+            work(lane_run, n, number)
+        except BaseException as error:
+            lane_run.run.failures.setdefault(number, error)
+
+    def _begin(self, lane_run: LaneRun, n: int, number: int) -> None:
         if self._next_stream is not None:
             self._change_stream(self._next_stream)
         run, index = lane_run.run, self._schedule.index(number)
-        clock, slot = self._schedule.clock(run, number), self.slots[n % len(self.slots)]
         if self._target.pool_name is not None:
             in_use = n + 1 - self._orders.released(lane_run)
             self._schedule.note_peak(
                 run, number, self._orders.copied, self._target.pool_name, in_use
             )
         self._target.order_slot(n, self.stream)
-        clock.copy_begin[index].record(self.stream)
+        self._schedule.clock(run, number).begin_copy(index, self.stream)
+
+    def _end(self, lane_run: LaneRun, n: int, number: int) -> None:
+        run, index = lane_run.run, self._schedule.index(number)
         if number not in run.failures:
-            self._target.enqueue(n, number, self.stream)
+            if index not in self._orders.read:
+                self._target.enqueue(n, index, self.stream)
             if self.on_copy is not None:
                 self.on_copy(self._schedule.steps[index].layer_idx, self.stream)
-        clock.copy_end[index].record(self.stream)
-        slot.ready.record(self.stream)
+        self._schedule.clock(run, number).copy_end[index].record(self.stream)
+        self.slots[n % len(self.slots)].ready.record(self.stream)
 
     def _change_stream(self, fresh: Stream) -> None:
         moved = self._device.new_event()

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .config import Settings, cap_batch, note_unused_batch
-from .copier import Copier, DeviceTarget, Memcpy, Target, UnifiedTarget
+from .batches import plan_batches
+from .config import Settings
+from .copier import Copier, Memcpy
 from .device import Device, Stream
 from .files import OpenFiles
 from .layout import Layout
 from .memory import HostArena, allocate, device_slots
-from .pieces import Piece, SlotCutter
+from .pieces import RingCutter, SlotCutter, SlotJobs
+from .placement import LaneSlots
 from .pool import DevicePool, HostPool, Scratch, Weights
 from .reader import Feeder, Reader
 from .residents import Residents
+from .ring import Parts, Ring, RingJobs, RingTarget
 from .schedule import Order, Orders, Schedule
+from .target import DeviceTarget, Target, UnifiedTarget
 from .worker import Bell, Control, LaneRun, Progress, Run, Stage
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Batches:
-    """Steps that each stage hands on at a time."""
-
-    read: int
-    staged: int
-    copied: int
 
 
 class Lane:
@@ -47,7 +41,7 @@ class Lane:
         indices: Sequence[int],
         residents: Residents,
         settings: Settings,
-        device_slots: int,
+        slots: LaneSlots,
     ) -> None:
         self.device = device
         self.residents = residents
@@ -57,7 +51,12 @@ class Lane:
         read = [i for i in passes if i not in residents.weights and i not in residents.sources]
         copied = Order(passes, len(layouts))
         in_slots = passes if device.unified else read
-        self.orders = Orders(tuple(layouts), copied, Order(in_slots, len(layouts)))
+        self.parts: Parts | None = None
+        if settings.through_ring and not device.unified:
+            aligned = settings.read_mode == "direct"
+            self.parts = Parts(layouts, read, RingCutter(slots.host.nbytes, aligned=aligned))
+        order = Order(in_slots, len(layouts)) if self.parts is None else self.parts.order
+        self.orders = Orders(tuple(layouts), copied, order)
         self.host_pools: list[HostPool] = []
         self.scratch: Scratch | None = None
         self.stages: list[Stage] = []
@@ -67,7 +66,7 @@ class Lane:
         self.filler_bell = Bell()
         """Rung when the caller gives a slot back."""
         try:
-            self._build_pools(device_slots)
+            self._build_pools(slots)
         except BaseException:
             self.free()
             raise
@@ -137,8 +136,7 @@ class Lane:
         for pool in self.host_pools:
             pool.arena.close()
 
-    def _build_pools(self, count: int) -> None:
-        """``count``: slots of the device's pool (unified: of the one pool there is)."""
+    def _build_pools(self, slots: LaneSlots) -> None:
         device, settings, layouts = self.device, self.settings, self.orders.layouts
         through = [layouts[i] for i in self.orders.copied.indices]
         filled = [layouts[i] for i in self.orders.copied.indices if i not in self.residents.weights]
@@ -147,7 +145,7 @@ class Lane:
         device_nbytes = max((layout.device_nbytes for layout in filled), default=0)
         scratch_nbytes = max((layout.scratch_nbytes for layout in filled), default=0)
         pinned, pageable = settings.num_pinned, settings.num_pageable
-        count = max(count, 1)  # somebody listens, although nothing is streamed
+        count = max(slots.device, 1)  # somebody listens, although nothing is streamed
         memories: list[torch.Tensor] = []
         if device.unified and through:
             # One pool: it holds as many layers ahead as the three would, and no byte moves twice.
@@ -155,20 +153,24 @@ class Lane:
             self._add_host_pool("device", count, nbytes)
             memories = self.host_pools[0].arena.slots
         elif through:
-            if read and (pageable or not pinned):
-                self._add_host_pool("host", pageable + 1, host_nbytes)
-            if read and pinned:
-                self._add_host_pool("pinned", pinned + 1, host_nbytes)
+            if read and self.parts is not None:
+                self._add_host_pool("ring", slots.host.count, slots.host.nbytes)
+            elif read:
+                if pageable:
+                    self._add_host_pool("host", pageable + 1, host_nbytes)
+                if pinned:
+                    self._add_host_pool("pinned", pinned + 1, host_nbytes)
             memories = device_slots(count, device_nbytes, device)
         self.pool = DevicePool(memories, device)
         if scratch_nbytes:
             self.scratch = Scratch(allocate(scratch_nbytes, device), device)
 
     def _add_host_pool(self, name: str, count: int, slot_nbytes: int) -> None:
-        pinned = name == "pinned"
+        pinned = name in ("pinned", "ring")
         threads = self.settings.num_readers
         arena = HostArena([slot_nbytes] * count, self.device, pinned=pinned, threads=threads)
-        self.host_pools.append(HostPool(name, arena, self.device))
+        kind = Ring if name == "ring" else HostPool
+        self.host_pools.append(kind(name, arena, self.device))
 
     def wire(
         self,
@@ -209,24 +211,24 @@ class Lane:
         self.reader = Reader(schedule, order, files, control, pools[0].count)
         if len(pools) == 2:
             self.memcpy = Memcpy(control, lane_idx, schedule, order, *pools)
-            self.memcpy.freed = self.orders.read_and_copied
+            self.memcpy.freed = taken
         feeder = Feeder(control, lane_idx, schedule, order, self.reader, pools[0])
-        cutter = SlotCutter(self.settings.chunk_nbytes, aligned=files.reads_direct)
-        # Not through self: in a cycle, the slots' memory would outlive close() until it is found.
-        layouts, faults, slots = self.orders.layouts, self.residents.jobs, pools[0].arena.bytes
-
-        def cut(index: int, slot: int) -> Sequence[Sequence[Piece]]:
-            jobs = faults.get(index)
-            return cutter.cut(layouts[index].reads, slots[slot]) if jobs is None else jobs
-
-        feeder.cut = cut
+        slots, faults = pools[0].arena.bytes, self.residents.jobs
+        if self.parts is None:
+            cutter = SlotCutter(self.settings.chunk_nbytes, aligned=files.reads_direct)
+            feeder.jobs = SlotJobs(self.orders.layouts, slots, cutter, faults).jobs
+        else:
+            feeder.jobs = RingJobs(self.parts, slots).jobs
         return feeder
 
     def _target(self) -> Target:
         if self.device.unified:
             return UnifiedTarget(self.orders, self.host_pools[0])
         source = self.host_pools[-1] if self.host_pools else None
-        return DeviceTarget(self.orders, self.residents.sources, source, self.pool, self.device)
+        what = (self.orders, self.residents.sources, source, self.pool, self.device)
+        if self.parts is not None and isinstance(source, Ring):
+            return RingTarget(self.parts, source, *what)
+        return DeviceTarget(*what)
 
     def _freed(self) -> Callable[[LaneRun], int]:
         """Steps that have been taken out of the pool that the readers fill."""
@@ -234,7 +236,7 @@ class Lane:
             return self.orders.released
         if self.memcpy is not None:
             return lambda lane_run: lane_run.staged.done
-        return self.orders.read_and_copied
+        return taken
 
     def _connect_bells(self, feeder: Feeder | None, caller_bell: Bell) -> None:
         """Each stage wakes the one whose output slot it frees and the one it hands on to."""
@@ -260,27 +262,6 @@ class Lane:
             self.filler_bell = filler.bell
 
 
-def plan_batches(settings: Settings, counts: Mapping[str, int], *, unified: bool) -> Batches:
-    """How many steps each stage hands on at a time; what has no effect is logged."""
-    if not counts:
-        return Batches(1, 1, 1)
-    if unified:
-        # One pool, one hand-over: the readers'. A second batch could wait for slots that the
-        # first one holds back.
-        all_batches = (settings.batch_cpu, settings.batch_cpu_pinned, settings.batch_gpu)
-        given = [batch for batch in all_batches if batch]
-        return Batches(cap_batch("batch", max(given, default=None), counts["device"]), 1, 1)
-    read = staged = 1
-    if "pinned" in counts:
-        pinned = cap_batch("batch_cpu_pinned", settings.batch_cpu_pinned, counts["pinned"])
-        if "host" in counts:
-            staged = pinned
-        else:
-            read = pinned
-    else:
-        note_unused_batch("batch_cpu_pinned", settings.batch_cpu_pinned, "pinned pool")
-    if "host" in counts:
-        read = cap_batch("batch_cpu", settings.batch_cpu, counts["host"])
-    else:
-        note_unused_batch("batch_cpu", settings.batch_cpu, "pageable pool")
-    return Batches(read, staged, cap_batch("batch_gpu", settings.batch_gpu, counts["device"]))
+def taken(lane_run: LaneRun) -> int:
+    """Steps (parts) from disk whose copies out of host memory have been enqueued."""
+    return lane_run.taken

@@ -56,7 +56,10 @@ class Pipeline:
         self.control.on_fatal = self.caller_bell.ring
         self.lanes: list[Lane] = []
         self._settings = replace(
-            settings, read_threads=plan.read_threads, read_chunk=plan.read_chunk
+            settings,
+            read_mode=plan.read_mode,
+            read_threads=plan.read_threads,
+            read_chunk=plan.read_chunk,
         )
         self._steps = tuple(steps)
         self._layouts = list(layouts)
@@ -228,7 +231,7 @@ class Pipeline:
                     self._indices(lane_idx),
                     self._residents[lane_idx],
                     self._settings,
-                    self.plan.placement.device_slots[lane_idx].count,
+                    self.plan.placement.slots_of(lane_idx),
                 )
             self.lanes.append(lane)
         prefixes = [f"{lane_idx} " if several else "" for lane_idx in range(len(self.lanes))]

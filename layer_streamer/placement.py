@@ -52,6 +52,8 @@ class Budget:
     """By device, what of its budget is the caller's; missing: 0."""
     scratch_nbytes: int = 0
     """The cast slot of each device to which something is streamed."""
+    host_slot_nbytes: int | None = None
+    """Size of a host slot; None: as large as the largest step that is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,15 @@ class Slots:
     @property
     def total_nbytes(self) -> int:
         return self.count * self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSlots:
+    """Slots that belong to one device."""
+
+    device: int
+    """How many it has; on a unified device, of the one pool there is."""
+    host: Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +91,16 @@ class Placement:
     device_slots: tuple[Slots, ...]
     """By device: no more than it streams steps, none if it streams nothing."""
     host_slots: tuple[Slots, ...]
-    """By device: none if no step of it lives on disk. Equally large on all devices."""
+    """By device: none if no step of it lives on disk. Equally large on all devices. They hold a
+    step each, or, where Budget says how large they are, a part of one."""
     device_bytes: tuple[int, ...]
     """By device: residents, slots and cast slot, without the caller's reserve."""
     host_bytes: int
     """Residents and slots in host memory; 0 on a unified device."""
+
+    def slots_of(self, device_idx: int) -> LaneSlots:
+        """Slots that belong to one device."""
+        return LaneSlots(self.device_slots[device_idx].count, self.host_slots[device_idx])
 
 
 def place(
@@ -171,6 +187,9 @@ def _hold_in_host(
         Candidate(sizes[i].host_nbytes, sizes[i].read_nbytes, sizes[i].host_nbytes) for i in steps
     ]
     memory = Memory("host_budget", "the host", budget.host, budget.host_slots)
+    if budget.host_slot_nbytes is not None:
+        ring_nbytes = budget.host_slots * budget.host_slot_nbytes
+        memory = Memory("host_budget", "the host", budget.host, 0, scratch_nbytes=ring_nbytes)
     held = choose_residents(candidates, [devices[i] for i in steps], memory)
     for i, is_held in zip(steps, held, strict=True):
         resident[i] = is_held
@@ -188,7 +207,9 @@ def _account(
     """The placement with these tiers, and what it takes."""
     slots, host_slots, device_bytes = [], [], []
     read = [i for i, tier in enumerate(tiers) if tier == "disk"]
-    host_nbytes = max((sizes[i].host_nbytes for i in read), default=0)
+    host_nbytes = budget.host_slot_nbytes
+    if host_nbytes is None:
+        host_nbytes = max((sizes[i].host_nbytes for i in read), default=0)
     for device in range(num_devices):
         steps = range(device, len(sizes), num_devices)
         streamed = [i for i in steps if tiers[i] != "device"]

@@ -12,9 +12,15 @@ from dataclasses import replace
 import torch
 
 from .budget import format_bytes, parse_bytes
-from .config import UNSET, Bytes, Settings
+from .config import (
+    RING_CHUNKS,
+    RING_SLOTS_PER_READER,
+    UNSET,
+    Bytes,
+    Settings,
+)
 from .errors import ConfigError
-from .layout import Layout, Step, lay_out_resident
+from .layout import PAGE, Layout, Step, lay_out_resident
 from .placement import Budget, Placement, StepSize, place, predict
 from .plan import Machine, Plan
 
@@ -68,15 +74,32 @@ def make_plan(
         # Nothing is copied to the CPU: what counts is the disk.
         rates = replace(rates, copy=(float("inf"),) * len(machine.devices))
     predicted = predict(sizes, placement, rates)
-    threads, chunk = _choose_readers(mode, machine, settings)
+    ring = settings.through_ring and not machine.unified and "disk" in placement.tiers
+    threads, chunk = _choose_readers(mode, machine, settings, ring=ring)
     return Plan(machine, sizes, placement, mode, reason, predicted, threads, chunk)  # type: ignore[arg-type]
 
 
-def _choose_readers(mode: str, machine: Machine, settings: Settings) -> tuple[int, int]:
+def _choose_readers(
+    mode: str, machine: Machine, settings: Settings, *, ring: bool
+) -> tuple[int, int]:
     """Threads and bytes a read: as asked, else as measured here, else the defaults."""
     if settings.read_threads is None and settings.read_chunk is None and mode in machine.readers:
         return machine.readers[mode]
-    return settings.num_readers, settings.chunk_nbytes
+    chunk = settings.chunk_nbytes
+    if settings.read_chunk is None and ring:
+        chunk = RING_CHUNKS[mode]
+    return settings.num_readers, chunk
+
+
+def _ring(
+    mode: str, sizes: Sequence[StepSize], machine: Machine, settings: Settings
+) -> tuple[int, int]:
+    """Slots of the ring and their bytes: whole pages, no more than hold all steps."""
+    threads, chunk = _choose_readers(mode, machine, settings, ring=True)
+    largest = max(size.host_nbytes for size in sizes)
+    nbytes = max(min(chunk // PAGE * PAGE, largest), PAGE)
+    parts = sum(-(-size.host_nbytes // nbytes) for size in sizes)
+    return min(threads * RING_SLOTS_PER_READER, parts), nbytes
 
 
 def margin(nbytes: int) -> int:
@@ -133,7 +156,12 @@ def _place_streamed(
     reserve = parse_bytes("reserve_bytes", settings.reserve_bytes)
     count = len(machine.devices)
     pinned, pageable = settings.num_pinned, settings.num_pageable
-    host_slots = (pinned + 1 if pinned else 0) + (pageable + 1 if pageable or not pinned else 0)
+    host_slots, host_slot_nbytes = sum(n + 1 for n in (pinned, pageable) if n), None
+    if settings.through_ring:
+        # Which mode it will be follows from the placement, but of that only where it is not asked.
+        likely = "direct" if settings.host_budget is not None else "buffered"
+        mode = settings.read_mode if settings.read_mode in RING_CHUNKS else likely
+        host_slots, host_slot_nbytes = _ring(mode, sizes, machine, settings)
     budget = Budget(
         device=tuple(
             _resolve("device_budget", settings.device_budget, n) for n in machine.device_free
@@ -141,6 +169,7 @@ def _place_streamed(
         host=None,
         device_slots=settings.num_device + 1,
         host_slots=host_slots,
+        host_slot_nbytes=host_slot_nbytes,
         reserve=(reserve,) * count,
         scratch_nbytes=scratch_nbytes,
     )
@@ -165,6 +194,10 @@ def _place_streamed(
     if settings.read_mode in ("direct", "buffered"):
         return placement, settings.read_mode, "as asked"
     mode, reason = _stream_mode(sizes, placement, placement.host_bytes, machine, settings)
+    if settings.through_ring and mode == "direct" and given is None:
+        host_slots, host_slot_nbytes = _ring(mode, sizes, machine, settings)
+        budget = replace(budget, host_slots=host_slots, host_slot_nbytes=host_slot_nbytes)
+        placement = place(sizes, count, budget, unified=False)
     return placement, mode, reason
 
 

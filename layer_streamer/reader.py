@@ -76,15 +76,17 @@ class Reader:
     def submit(self, lane_run: LaneRun, n: int, jobs: Sequence[Sequence[Piece]]) -> None:
         """Queue the reads of the lane's ``n``-th step from disk; its slot is free."""
         number = self._order.number(n)
+        begins = self._order.before(number) == n
         if not jobs:
-            clock = self._schedule.clock(lane_run.run, number)
-            clock.read_begin[self._schedule.index(number)] = time.perf_counter()
+            if begins:
+                clock = self._schedule.clock(lane_run.run, number)
+                clock.read_begin[self._schedule.index(number)] = time.perf_counter()
             self._complete(lane_run, n, number)
             return
         self._pending[n % len(self._pending)] = len(jobs)
         self._submitted += len(jobs)
         for i, pieces in enumerate(jobs):
-            self._queue.put(Job(lane_run, n, number, i == 0, pieces))
+            self._queue.put(Job(lane_run, n, number, begins and i == 0, pieces))
 
     def close(self, seconds: float) -> list[str]:
         """Stop the threads; the names of those that still run after ``seconds``."""
@@ -190,13 +192,12 @@ class Feeder(Stage):
         self.others: Sequence[Stage] = ()
         self.freed: Callable[[LaneRun], int] = lambda lane_run: 0
         """How many of the lane's steps from disk have been taken out of the pool."""
-        self.cut: Callable[[int, int], Sequence[Sequence[Piece]]] = lambda index, slot: []
-        """The jobs that bring step ``index`` of a pass into a slot."""
+        self.jobs: Callable[[int, int, int], Sequence[Sequence[Piece]]] = lambda n, index, slot: []
+        """The reads that bring the lane's ``n``-th step or part, of step ``index``, into a slot."""
         self._schedule = schedule
         self._order = order
         self._reader = reader
         self._pool = pool
-        self._jobs: dict[tuple[int, int], Sequence[Sequence[Piece]]] = {}
 
     def process(self, lane_run: LaneRun) -> None:
         run = lane_run.run
@@ -211,7 +212,7 @@ class Feeder(Stage):
                 self.wait_reusable(slot)
                 in_use = n + 1 - self.freed(lane_run)
                 self._schedule.note_peak(run, number, self._order, self._pool.name, in_use)
-                jobs = self._jobs_of(self._schedule.index(number), slot)
+                jobs = self.jobs(n, self._schedule.index(number), slot)
             except BaseException as error:
                 run.failures.setdefault(number, error)
                 jobs = []
@@ -229,9 +230,3 @@ class Feeder(Stage):
 
     def _earlier_runs_left(self, run: Run) -> bool:
         return all(stage.run is run for stage in self.others) and self._reader.idle()
-
-    def _jobs_of(self, index: int, slot: int) -> Sequence[Sequence[Piece]]:
-        jobs = self._jobs.get((index, slot))
-        if jobs is None:
-            jobs = self._jobs[index, slot] = self.cut(index, slot)
-        return jobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -33,15 +34,16 @@ def lay_out_all(
 class Order:
     """Which steps of a pass one stage has work with, and how it numbers them across passes. Pure.
 
-    The stage's own number n counts only its steps; a step's number counts all steps of a run.
+    The stage's own number n counts only its steps; a step's number counts all steps of a run. A
+    step that comes in several parts is named once for each, in a row: then n counts parts.
     """
 
     def __init__(self, indices: Sequence[int], length: int) -> None:
         self.indices = tuple(indices)
         self.count = len(self.indices)
         self._length = length
-        members = set(self.indices)
-        self._before = list(accumulate((index in members for index in range(length)), initial=0))
+        parts = Counter(self.indices)
+        self._before = list(accumulate((parts[index] for index in range(length)), initial=0))
 
     def __contains__(self, index: int) -> bool:
         return self._before[index] < self._before[index + 1]
@@ -52,14 +54,20 @@ class Order:
         return passes * self._length + self.indices[position]
 
     def before(self, number: int) -> int:
-        """How many of the stage's steps come before step ``number``: if it is one, its own n."""
+        """How many of the stage's steps (parts) come before step ``number``.
+
+        If it is one of them: its own n, or that of its first part.
+        """
         passes, index = divmod(number, self._length)
         return passes * self.count + self._before[index]
 
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """The steps of one lane: what goes through the device's slots, and what of it is read."""
+    """The steps of one lane: what goes through the device's slots, and what of it is read.
+
+    ``read`` counts parts of steps if they pass through a ring.
+    """
 
     layouts: Sequence[Layout]
     """Of every step of a pass."""
@@ -69,10 +77,6 @@ class Orders:
     @property
     def length(self) -> int:
         return len(self.layouts)
-
-    def read_and_copied(self, lane_run: LaneRun) -> int:
-        """Steps from disk whose copies have been enqueued."""
-        return self.read.before(self.copied.number(lane_run.copied.done))
 
     def released(self, lane_run: LaneRun) -> int:
         """Steps that the caller has given back to the device's slots."""

@@ -66,17 +66,20 @@ class Progress:
 class LaneRun:
     """How far the stages of one lane have come in a run.
 
-    Each Progress belongs to its stage. ``read`` and ``staged`` count the steps that come from disk,
-    ``copied`` those that go through the device's slots.
+    Each Progress belongs to its stage. ``read`` and ``staged`` count the steps that come from disk
+    (their parts, where they pass through a ring), ``copied`` those that go through the device's
+    slots. ``taken`` is the copier's as well: the steps or parts from disk whose copies out of host
+    memory have been enqueued.
     """
 
-    __slots__ = ("copied", "read", "run", "staged")
+    __slots__ = ("copied", "read", "run", "staged", "taken")
 
     def __init__(self, run: Run, read: Progress, staged: Progress, copied: Progress) -> None:
         self.run = run
         self.read = read
         self.staged = staged
         self.copied = copied
+        self.taken = 0
 
 
 class Run:

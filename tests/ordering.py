@@ -26,7 +26,8 @@ POOLS = {
     "pinned": {"n_gpu": 1, "n_cpu_pinned": 2},
     "both": {"n_gpu": 0, "n_cpu_pinned": 1, "n_cpu": 1},
     "pageable": {"n_gpu": 2, "n_cpu_pinned": None, "n_cpu": 1},
-    "none": {"n_gpu": 1, "n_cpu_pinned": None, "n_cpu": None},
+    "ring": {"n_gpu": 1, "n_cpu_pinned": None, "n_cpu": None, "read_chunk": 4096},
+    "wide ring": {"n_gpu": 0, "n_cpu_pinned": None, "n_cpu": None},
 }
 
 

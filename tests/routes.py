@@ -19,6 +19,7 @@ NUM_LAYERS = 6
 POOLS = {"n_gpu": 1, "n_cpu_pinned": 1, "n_cpu": 1}
 """Named, because where no host pool is named "auto" may map the files instead of reading them."""
 FEW_SLOTS = {"n_gpu": 0, "n_cpu_pinned": 1}
+RING = {"n_cpu_pinned": None, "n_cpu": None, "read_chunk": 4096, "read_threads": 2}
 """What slots take must be less than all layers, or all would be resident instead."""
 
 
@@ -40,6 +41,7 @@ def _routes(kind: str) -> dict[str, Route]:
     return {
         "pools": Route(kind, POOLS),
         "direct": Route(kind, {**POOLS, "read_mode": "direct"}, read_mode="direct"),
+        "ring": Route(kind, {**RING, "n_gpu": 1, "read_mode": "direct"}, read_mode="direct"),
         "mapped": Route(
             kind, {"n_gpu": 1, "read_mode": "mapped"}, frozenset({"host"}), read_mode="mapped"
         ),
@@ -53,6 +55,12 @@ def _routes(kind: str) -> dict[str, Route]:
             frozenset({"device", "host", "disk"}),
             read_mode="direct",
             resident={"device": 1, "host": 2},
+        ),
+        "partial ring": Route(
+            kind,
+            {**RING, "n_gpu": 0, "read_mode": "buffered"},
+            frozenset({"device", "host", "disk"}),
+            resident={"device": 1, "host": 1},
         ),
     }
 
@@ -68,7 +76,7 @@ ROUTES = {
     "two mapped": Route("fake", {"n_gpu": 1}, frozenset({"host"}), "mapped", num_devices=2),
     "two partial": Route(
         "fake",
-        {"n_gpu": 0, "n_cpu_pinned": None, "read_mode": "buffered"},
+        {**RING, "n_gpu": 0, "read_mode": "buffered"},
         frozenset({"device", "host", "disk"}),
         num_devices=2,
         resident={"device": 1, "host": 1},
@@ -77,7 +85,9 @@ ROUTES = {
 }
 
 
-STOOD_FOR = ("cpu direct", "cpu partial", "cpu two", "resident", "two", "two mapped")
+STOOD_FOR = (
+    "cpu direct", "cpu partial", "cpu two", "resident", "two", "two mapped", "partial ring"
+)  # fmt: skip
 """Routes whose parts are all parts of other routes."""
 
 

@@ -19,10 +19,12 @@ from routes import budgets
 
 from layer_streamer import ClosedError
 from layer_streamer.caller import Caller
-from layer_streamer.copier import Copier, DeviceTarget
+from layer_streamer.copier import Copier
 from layer_streamer.pipeline import Pipeline
+from layer_streamer.reader import Feeder
 from layer_streamer.residents import _Bounces
 from layer_streamer.schedule import Orders
+from layer_streamer.target import DeviceTarget
 from layer_streamer.worker import LaneRun, Run, Stage
 
 
@@ -72,6 +74,11 @@ def one_more(count: Callable[[Orders, LaneRun], int]) -> Any:
     return lambda orders, lane_run: count(orders, lane_run) + 1
 
 
+def one_slot_early(feeder: Feeder, lane_run: LaneRun, n: int) -> bool:
+    count = feeder._pool.count
+    return feeder.await_true(lane_run.run, lambda: feeder.freed(lane_run) >= n - count)
+
+
 def one_read_early(copier: Copier, lane_run: LaneRun, n: int) -> bool:
     number = copier._orders.copied.number(n)
     if number % copier._orders.length not in copier._orders.read:
@@ -116,7 +123,7 @@ MUTATIONS: dict[str, tuple[type, str, Any, dict[str, Any], dict[str, int]]] = {
     "a copy takes a layer from disk before it is read, between resident ones": (
         Copier, "await_source", one_read_early, ONE, SOME),
     "a read takes a slot one copy too early, between resident layers": (
-        Orders, "read_and_copied", one_more(Orders.read_and_copied), ONE, SOME),
+        Feeder, "await_slot", one_slot_early, ONE, SOME),
     "close gives back the page locks of an arena while copies run": (
         Pipeline, "_wait_device", leave_out, ARENA, {}),
     "close gives back the page locks of mapped files while copies run": (

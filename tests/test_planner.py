@@ -31,7 +31,7 @@ TIGHT = replace(GPU, host_available=8 * GIB)
 
 
 def plan(machine: Machine, steps: int = 8, *, cached: float = 0.0, **options: Any) -> Plan:
-    """The plan for equal steps of a GiB; by default slots take 3 of the device, 5 of the host."""
+    """The plan for equal steps of a GiB; by default slots take 3 of the device."""
     return make_plan([STEP] * steps, 0, machine, Settings(**options), lambda: cached)
 
 
@@ -54,8 +54,8 @@ BUDGET, ASKED = "the page cache is not part of host_budget", "as asked"
         (TIGHT, {}, "direct", LESS, {"disk": 8}),
         (TIGHT, {"n_cpu_pinned": 1, "device_budget": "6GiB"}, "buffered", "5.00 GiB",
          {"disk": 5, "device": 3}),
-        (GPU, {"host_budget": "7GiB"}, "direct", BUDGET, {"disk": 6, "host": 2}),
-        (TIGHT, {"host_budget": "auto"}, "direct", BUDGET, {"disk": 6, "host": 2}),
+        (GPU, {"host_budget": "7GiB"}, "direct", BUDGET, {"disk": 2, "host": 6}),
+        (TIGHT, {"host_budget": "auto"}, "direct", BUDGET, {"disk": 1, "host": 7}),
         # Host pools of a certain size were asked for, or the device cannot map.
         (GPU, {"n_cpu_pinned": 4}, "buffered", CAN_HOLD, {"disk": 8}),
         (GPU, {"n_cpu_pinned": None}, "buffered", CAN_HOLD, {"disk": 8}),
@@ -263,7 +263,7 @@ def test_without_rates_there_is_no_prediction_and_it_says_how_to_get_one(machine
 
 def test_the_table_names_every_tier_its_layers_and_bytes() -> None:
     machine = replace(GPU, host_available=20 * GIB)
-    made = plan(machine, 16, device_budget="7GiB", host_budget="7GiB")
+    made = plan(machine, 16, device_budget="7GiB", host_budget="7GiB", n_cpu_pinned=4)
     lines = str(made).splitlines()
     rows = {line.split("  ")[1].strip(): line for line in lines[1:4]}
     assert set(rows) == {"resident on the device", "resident in host memory", "on disk"}
@@ -278,6 +278,40 @@ def test_the_table_names_every_tier_its_layers_and_bytes() -> None:
     assert "  memory on cuda:0: 7.00 GiB" in lines
     assert "  host memory: 7.00 GiB" in lines
     assert f"  reads: direct: {BUDGET}" in lines
+
+
+@pytest.mark.parametrize(
+    ("options", "slots"),
+    [
+        ({}, (16, 1 << 20)),
+        ({"read_threads": 3}, (6, 1 << 20)),
+        ({"read_mode": "buffered"}, (16, 4 << 20)),
+        ({"read_chunk": 10_000}, (16, 8192)),
+        ({"read_chunk": 4096, "n_cpu": None, "n_cpu_pinned": 0}, (16, 4096)),
+        ({"n_cpu_pinned": 1}, (2, GIB)),
+        ({"n_cpu": 1}, (7, GIB)),
+        # No more than holds all there is to stream.
+        ({"read_threads": 256, "read_chunk": GIB}, (8, GIB)),
+    ],
+)
+def test_without_host_pools_the_host_holds_a_ring_of_two_slots_a_reader(
+    options: dict[str, Any], slots: tuple[int, int]
+) -> None:
+    (host,) = plan(TIGHT, **options).placement.host_slots
+    assert (host.count, host.nbytes) == slots
+
+
+def test_a_ring_is_no_larger_than_the_steps() -> None:
+    small = StepSize(8192, 8192, 8192, 8192, 8192)
+    made = make_plan([small] * 5, 0, TIGHT, Settings(read_mode="direct"), lambda: 0.0)
+    (host,) = made.placement.host_slots
+    assert (host.count, host.nbytes) == (5, 8192)
+
+
+def test_the_ring_that_is_planned_for_a_budget_is_the_one_that_is_measured_to_be_fastest() -> None:
+    machine = replace(TIGHT, readers={"direct": (4, 1 << 25)})
+    made = plan(machine, host_budget="3GiB")
+    assert made.placement.host_bytes == 2 * GIB + 8 * (1 << 25)
 
 
 def test_the_document_holds_the_table() -> None:
@@ -306,8 +340,9 @@ def test_a_plan_without_its_mapping_reads_buffered_and_says_why() -> None:
     ("options", "expected"),
     [
         ({}, (4, 1 << 20)),
-        ({"read_mode": "buffered"}, (8, 8 << 20)),
-        ({"read_threads": 3}, (3, 8 << 20)),
+        ({"read_mode": "buffered"}, (8, 4 << 20)),
+        ({"read_threads": 3}, (3, 1 << 20)),
+        ({"read_threads": 3, "n_cpu_pinned": 1}, (3, 8 << 20)),
         ({"read_chunk": 8192}, (8, 8192)),
     ],
 )
