@@ -43,9 +43,9 @@ DEFAULT_N_GPU_OF_SEVERAL = 4
 DEFAULT_N_CPU_PINNED = 4
 DEFAULT_READ_THREADS = 8
 DEFAULT_READ_CHUNK = 8 << 20
-RING_CHUNKS = {"direct": 1 << 20, "buffered": 4 << 20}
+RING_CHUNKS = {"direct": 1 << 20, "buffered": 8 << 20}
 """Default bytes a read where layers pass through a ring, by read mode: all of it should stay in the
-CPU's cache, but what is read from the page cache comes so fast that more reads cost too much."""
+CPU's cache, but what is read from the page cache comes so fast that each read's own cost counts."""
 RING_SLOTS_PER_READER = 2
 """One that is being filled, one that is being copied."""
 MAX_SLOTS = 4096

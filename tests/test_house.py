@@ -12,7 +12,7 @@ import pytest
 from assets import tiny_checkpoint, tiny_model
 
 import layer_streamer
-from layer_streamer.config import Settings
+from layer_streamer.config import RING_CHUNKS, Settings
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "layer_streamer"
@@ -128,10 +128,11 @@ def test_the_readmes_table_has_every_option_and_its_default() -> None:
     assert table["n_gpu"] == str(defaults.num_device)
     for name in ("device_budget", "host_budget", "reserve_bytes", "read_mode"):
         assert table[name] == str(getattr(defaults, name))
-    assert table["n_cpu_pinned"] == str(defaults.num_pinned)
-    assert table["n_cpu"] == str(defaults.num_pageable or None)
+    assert defaults.through_ring
+    assert table["n_cpu_pinned"] == table["n_cpu"] == "None"
     assert table["read_threads"] == str(defaults.num_readers)
-    assert table["read_chunk"] == f"{defaults.chunk_nbytes >> 20} MiB"
+    chunks = sorted({defaults.chunk_nbytes, *RING_CHUNKS.values()})
+    assert table["read_chunk"] == " or ".join(str(chunk >> 20) for chunk in chunks) + " MiB"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -285,7 +285,7 @@ def test_the_table_names_every_tier_its_layers_and_bytes() -> None:
     [
         ({}, (16, 1 << 20)),
         ({"read_threads": 3}, (6, 1 << 20)),
-        ({"read_mode": "buffered"}, (16, 4 << 20)),
+        ({"read_mode": "buffered"}, (16, 8 << 20)),
         ({"read_chunk": 10_000}, (16, 8192)),
         ({"read_chunk": 4096, "n_cpu": None, "n_cpu_pinned": 0}, (16, 4096)),
         ({"n_cpu_pinned": 1}, (2, GIB)),
@@ -340,7 +340,7 @@ def test_a_plan_without_its_mapping_reads_buffered_and_says_why() -> None:
     ("options", "expected"),
     [
         ({}, (4, 1 << 20)),
-        ({"read_mode": "buffered"}, (8, 4 << 20)),
+        ({"read_mode": "buffered"}, (8, 8 << 20)),
         ({"read_threads": 3}, (3, 1 << 20)),
         ({"read_threads": 3, "n_cpu_pinned": 1}, (3, 8 << 20)),
         ({"read_chunk": 8192}, (8, 8192)),
