@@ -115,8 +115,7 @@ class LayerStreamer:
         * ``device``: one or several; layer i goes to device i % their number. None: GPU, else CPU.
         * ``dtype``: cast F32, F16 and BF16 tensors to it on the device; None leaves them as stored.
         * ``n_gpu`` (2), ``n_cpu_pinned``, ``n_cpu``: layers that the device, pinned and pageable
-          pools hold ahead, beside the one in use. None or 0 leaves a host pool out; with none of
-          them layers pass through a small pinned ring.
+          pools hold ahead, beside the one in use; without host pools, a small pinned ring serves.
         * ``batch_gpu``, ``batch_cpu_pinned``, ``batch_cpu``: layers handed on at a time; None: 1.
         * ``device_budget``, ``host_budget``, ``reserve_bytes``, ``read_mode``: docs/concepts.md.
         * ``read_threads`` (None: 8), ``read_chunk`` (None: 1 or 8 MiB): threads, bytes a read.
