@@ -62,6 +62,9 @@ class TrialLimits:
     """The best candidate's seconds a run so far."""
     margin: float = 0.1
     """A run is hopeless once its elapsed time passes best_seconds * (1 + margin)."""
+    warm_up_seconds: float | None = None
+    """The discarded first run of the best candidate so far (its record has it). One that takes far
+    longer is hopeless, too. None: only hang_seconds ends a first run."""
     trial_seconds: float = 600.0
     """For the whole trial, from start to result."""
     hang_seconds: float = 120.0
@@ -77,11 +80,14 @@ class TrialRecord:
     settings: Settings
     ending: Ending
     detail: str = ""
-    """A traceback, a signal's name, the limit that was passed, why it was pruned."""
+    """First a line that says it all: an error, a signal's name, the limit that was passed, why it
+    was pruned. Then a traceback and the end of what the candidate printed, if there is any."""
     run_seconds: tuple[float, ...] = ()
     """Of each measured run; the runs that ended before a trial was ended early are here too."""
+    warm_up_seconds: float = 0.0
+    """Of the first run, which is discarded: what a process does only once is in it."""
     step_bytes: Mapping[str, int] = field(default_factory=dict)
-    """By step, of the last measured run's passes, added up."""
+    """By step, of the last pass of the last measured run (``streamer.last_pass``)."""
     stalled_seconds: Mapping[str, float] = field(default_factory=dict)
     """The same."""
     peak_device_bytes: int = 0
