@@ -48,7 +48,7 @@ class LowerBounds:
         tried = sorted(measured)
         rows = self._matrix[tried]
         precision = np.diag(1 / sizes**2) + rows.T @ rows / NOISE**2
-        self._covariance: Array = np.linalg.inv(precision)
+        self._covariance: Array = np.asarray(np.linalg.inv(precision), dtype=np.float64)
         values = np.array([measured[index] for index in tried], dtype=np.float64)
         self._weights: Array = self._covariance @ (rows.T @ values) / NOISE**2
         self._exceeded = dict(exceeded)

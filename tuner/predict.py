@@ -134,18 +134,24 @@ def learn(costs: Costs, trials: Iterable[tuple[Work, TrialRecord]]) -> Costs:
     compute: float | None = None
     passes = costs.passes
     for work, record in trials:
-        if not record.run_seconds or not record.step_bytes.get("compute"):
+        if not record.run_seconds or record.pass_seconds <= 0:
             continue
         run = record.run_seconds[-1]
-        passes = max(1.0, round(record.step_bytes["compute"] / max(work.compute, 1)))
-        needed = max(run - record.stalled_seconds.get("compute", 0.0), 0.0)
+        # What a run does beside its passes counts as a part of one: it is in every candidate's.
+        passes = max(run / record.pass_seconds, 1.0)
+        needed = _needed(record, "compute")
         compute = needed if compute is None else min(compute, needed)
         for kind, nbytes in ((work.read_class, work.read), (work.copy_class, work.copy)):
             if nbytes and record.step_bytes.get(kind[0]):
-                needed = max(run - record.stalled_seconds.get(kind[0], 0.0), 0.0)
-                each = needed / (passes * nbytes)
+                each = _needed(record, kind[0]) / (passes * nbytes)
                 shown[kind] = min(shown.get(kind, each), each)
     return replace(costs, seconds_per_byte=shown, compute_seconds=compute, passes=passes)
+
+
+def _needed(record: TrialRecord, step: str) -> float:
+    """Seconds of a run in which a step did not stand still, from the run's last pass."""
+    share = 1 - record.stalled_seconds.get(step, 0.0) / record.pass_seconds
+    return record.run_seconds[-1] * min(max(share, 0.0), 1.0)
 
 
 def _host_depth(planned: Planned, *, staged: bool) -> float:

@@ -5,7 +5,6 @@ Thread rules: one thread.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -94,15 +93,16 @@ class Race:
             return None
         if self.strategy == "grid" or not self.records:
             return min(candidates, key=lambda i: (self.entries[i].predict(self.costs), i))
-        predicted, lower = self._bounds()
+        likely, lower = self._bounds()
         best = self.best_seconds
-        if best is not None and len(self.records) >= LEAST_TRIALS:
+        if best is not None and len(self.records) + len(self.exceeded) >= LEAST_TRIALS:
             hopeless = best / (1 + self.tolerance)
             candidates = [index for index in candidates if lower[index] < hopeless]
-        return min(candidates, key=lambda i: (lower[i], predicted[i], i), default=None)
+        # Not the one with the lowest bound: it would be ended as slower, and teach little.
+        return min(candidates, key=lambda i: (likely[i], lower[i], i), default=None)
 
     def _bounds(self) -> tuple[Sequence[float], Sequence[float]]:
-        """By candidate, seconds as predicted now, and seconds that it cannot be below."""
+        """By candidate, the seconds that are most likely, and those that it cannot be below."""
         works = ((self.entries[i].work, record) for i, record in self.records.items())
         costs = learn(self.costs, [(work, record) for work, record in works if work is not None])
         predicted = [entry.predict(costs) for entry in self.entries]
@@ -112,10 +112,12 @@ class Race:
             for i, seconds in self.exceeded.items()
             if i not in measured
         }
-        logs = LowerBounds([e.features for e in self.entries], measured, exceeded).lower()
-        lower = np.array(predicted) * np.exp(np.minimum(logs, 700.0))
-        floors = [entry.floor(costs) for entry in self.entries]
-        return predicted, [max(a, b) for a, b in zip(lower.tolist(), floors, strict=True)]
+        bounds = LowerBounds([entry.features for entry in self.entries], measured, exceeded)
+        guesses = np.array(predicted)
+        likely = guesses * np.exp(np.minimum(bounds.estimates(), 700.0))
+        lower = guesses * np.exp(np.minimum(bounds.lower(), 700.0))
+        floors = np.array([entry.floor(costs) for entry in self.entries])
+        return likely.tolist(), np.maximum(lower, floors).tolist()
 
 
 def enter(planned: Planned) -> Entry:
@@ -146,10 +148,3 @@ def features_of(planned: Planned) -> dict[str, Any]:
     for name in ("device_budget", "host_budget"):
         found[name] = settings.get(name, "none")
     return {name: value for name, value in found.items() if value is not None}
-
-
-def seconds_exceeded(record: TrialRecord, best_seconds: float | None, margin: float) -> float:
-    """What a run that was ended as "slower" took at least."""
-    if best_seconds is None:
-        return 0.0
-    return min(best_seconds * (1 + margin), math.inf)

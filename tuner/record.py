@@ -90,6 +90,8 @@ class TrialRecord:
     """By step, of the last pass of the last measured run (``streamer.last_pass``)."""
     stalled_seconds: Mapping[str, float] = field(default_factory=dict)
     """The same."""
+    pass_seconds: float = 0.0
+    """Of that pass."""
     peak_device_bytes: int = 0
     """Most memory that torch had reserved on one device."""
     peak_host_bytes: int = 0

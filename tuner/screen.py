@@ -1,4 +1,4 @@
-"""Which candidates can work within the bounds, from the plan's arithmetic: the others never start."""
+"""Which candidates can work within the bounds, from the plan: the others are never started."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ class Screener:
                 except ConfigError as error:
                     why = str(error)
                 if why:
-                    screened.pruned.append(TrialRecord(candidate.settings, "pruned", why))
+                    screened.pruned.append(
+                        TrialRecord(settings=candidate.settings, ending="pruned", detail=why)
+                    )
                 elif planned.signature in seen:
                     screened.num_equal += 1
                 else:
@@ -147,7 +149,9 @@ class Screener:
         if not self._machine.unified:
             for used, free in zip(place.device_bytes, self._machine.device_free, strict=True):
                 if used > free:
-                    return f"the plan takes {format_bytes(used)} of a device with {format_bytes(free)}"
+                    return (
+                        f"the plan takes {format_bytes(used)} of a device with {format_bytes(free)}"
+                    )
         return ""
 
 
