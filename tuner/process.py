@@ -61,6 +61,7 @@ class CandidateProcess:
         self._reader = FrameReader(secret)
         self._stack = ExitStack()
         self._said = b""
+        self._ended = False
         self._silent = False
         self._wake: int | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
@@ -80,16 +81,10 @@ class CandidateProcess:
 
         What the child has said, and whether the supervisor has ended.
         """
-        messages, ended = [], False
         if self._wake is None:
             self._selector.register(wake, selectors.EVENT_READ)
             self._wake = wake
-        for key, _ in self._selector.select(max(0.0, seconds)):
-            if key.fd == self._results:
-                messages += self._hear()
-            elif key.fd == self._told:
-                ended = self._listen()
-        return messages, ended
+        return self._listen(seconds)
 
     def end(self) -> tuple[Report, list[dict[str, Any]]]:
         """Have everything ended and wait for that; the report, and what was said until then.
@@ -104,22 +99,8 @@ class CandidateProcess:
                 self._selector.unregister(self._wake)
             # It may have been stopped by what it supervises.
             self._supervisor.send_signal(signal.SIGCONT)
-            deadline = time.monotonic() + REAP_SECONDS
-            messages: list[dict[str, Any]] = []
-            ended = False
-            while not ended and (left := deadline - time.monotonic()) > 0:
-                for key, _ in self._selector.select(left):
-                    if key.fd == self._results:
-                        messages += self._hear()
-                    elif key.fd == self._told:
-                        ended = self._listen()
-            if not ended:
-                raise StreamerError(
-                    f"a trial's processes were killed and are still there after {REAP_SECONDS:g} s "
-                    f"(supervisor: process {self._supervisor.pid}); no trial can be run beside them"
-                )
-            status = self._supervisor.wait()
-            report = self._report(status)
+            messages = self._listen_to_end()
+            report = self._report(self._supervisor.wait())
             if not report.adopts:
                 end_marked(self._marker)
             for _ in range(LAST_CHUNKS):
@@ -127,6 +108,32 @@ class CandidateProcess:
                     break
                 messages += self._hear()
             return report, messages
+
+    def _listen_to_end(self) -> list[dict[str, Any]]:
+        """Wait until the supervisor has ended; what the child said until then."""
+        deadline = time.monotonic() + REAP_SECONDS
+        messages: list[dict[str, Any]] = []
+        while (left := deadline - time.monotonic()) > 0:
+            more, ended = self._listen(left)
+            messages += more
+            if ended:
+                return messages
+        assert self._supervisor is not None
+        raise StreamerError(
+            f"a trial's processes were killed and are still there after {REAP_SECONDS:g} s "
+            f"(supervisor: process {self._supervisor.pid}); no trial can be run beside them"
+        )
+
+    def _listen(self, seconds: float) -> tuple[list[dict[str, Any]], bool]:
+        messages: list[dict[str, Any]] = []
+        for key, _ in self._selector.select(max(0.0, seconds)):
+            if key.fd == self._results:
+                messages += self._hear()
+            elif key.fd == self._told:
+                data = os.read(self._told, CHUNK_NBYTES)
+                self._said += data
+                self._ended = self._ended or not data
+        return messages, self._ended
 
     def _start(self, request: Mapping[str, Any], max_host_bytes: int | None) -> None:
         enter, closing = self._stack.enter_context, self._stack.callback
@@ -177,12 +184,6 @@ class CandidateProcess:
             with suppress(KeyError):
                 self._selector.unregister(self._results)
         return self._reader.feed(data)
-
-    def _listen(self) -> bool:
-        """Read some of the supervisor's report; True at its end."""
-        data = os.read(self._told, CHUNK_NBYTES)
-        self._said += data
-        return not data
 
     def _report(self, status: int) -> Report:
         try:
