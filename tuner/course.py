@@ -15,6 +15,8 @@ PATIENCE = 2.0
 """A run that is not measured may take so many times as long as a measured one ..."""
 GRACE_SECONDS = 1.0
 """... and so much longer."""
+DELIVERY_SECONDS = 0.1
+"""For the word that a run has ended to arrive: until then its own clock decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ class Course:
     """A trial's way through its stages, by the parent's clock (seconds, any origin).
 
     The rule on slow runs: a *measured* run is ended, and the trial with it, once its elapsed time
-    passes ``best_seconds * (1 + margin)``. One such run is enough, although the median of several
+    passes ``best_seconds * (1 + margin)`` (by this clock, when it has passed that by
+    DELIVERY_SECONDS; by the child's own once the run has ended). One such run is enough, although the median of several
     decides between trials that end well: a run that is slower than the margin allows for noise is
     one that the user would meet as well. Runs that are not measured are given more: an untimed one
     twice that and a second (it may follow a pause, with clocks gone down), the first one twice the
@@ -100,7 +103,8 @@ class Course:
         ]
         allowed = self.allowed()
         if allowed is not None:
-            dues.append(Due(self._since + allowed, "slower", self._slower(allowed)))
+            when = self._since + allowed + DELIVERY_SECONDS
+            dues.append(Due(when, "slower", self._slower(allowed)))
         return min(dues, key=lambda due: due.when)
 
     def allowed(self) -> float | None:

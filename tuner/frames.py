@@ -15,6 +15,8 @@ import time
 from typing import Any
 
 SECRET_NBYTES = 32
+CANNOT_TELL = 74
+"""Exit code of a child that has lost the descriptor for results."""
 MAX_PAYLOAD = 1 << 20
 """Bytes of one message. A longer length is not ours."""
 

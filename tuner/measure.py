@@ -17,15 +17,13 @@ from ..tools.footprint import device_peak
 from ..tools.rawspeed import synchronize
 from .course import Timed
 from .failures import describe
-from .frames import DescriptorLostError, FrameWriter
+from .frames import CANNOT_TELL, DescriptorLostError, FrameWriter
 from .model_args import decode_model
 from .pagecache import PageCache
 from .record import FunctionName, TrialSpec
 from .setup_fn import load_function
 from .synthetic import synthetic_setup
 
-CANNOT_TELL = 74
-"""Exit code of a child that cannot write to the descriptor for results any more."""
 MEMORY_STEP = 16 << 20
 """Bytes of device memory by which what is free must rise to count as rising."""
 MEMORY_LOOK_SECONDS = 0.05
@@ -41,7 +39,7 @@ def run_candidate(spec: Mapping[str, Any], results: FrameWriter) -> None:
         except DescriptorLostError:
             raise
         except BaseException as error:
-            ending, detail = describe(error, candidate.stage)
+            ending, detail = describe(error, candidate.stage, __file__)
             with suppress(Exception):
                 sys.stdout.flush()
                 sys.stderr.flush()

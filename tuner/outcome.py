@@ -7,6 +7,7 @@ import signal
 import time
 
 from .course import Course
+from .frames import CANNOT_TELL
 from .process import Report
 from .record import Ending, Settings, TrialRecord
 
@@ -27,7 +28,7 @@ def make_record(
         since = course.elapsed(now) - course.elapsed(ended)
         detail += f"; ended after {course.elapsed(ended):.3f} s, gone {since:.3f} s later"
     elif report.tail.strip():
-        detail += f"\nThe end of what it printed:\n{report.tail.strip()}"
+        detail += f"\nThe end of what it printed:\n{_plain(report.tail)}"
     told = told or {}
     return TrialRecord(
         settings=dict(settings),
@@ -58,6 +59,8 @@ def _ending(course: Course, report: Report, garbage: int) -> tuple[Ending, str]:
         name = _signal_name(-code) if code < 0 else f"exit code {code}"
         return "signal", f"the trial's supervisor was ended ({name}), {where}"
     code = os.waitstatus_to_exitcode(report.status)
+    if code == CANNOT_TELL:
+        where += "; that is how a child ends whose descriptor for results was closed"
     if code >= 0:
         return "exit", f"exit code {code} without a result, {where}"
     ending, detail = _killed(-code, report)
@@ -72,6 +75,12 @@ def _killed(number: int, report: Report) -> tuple[Ending, str]:
     if number == signal.SIGABRT and "bad_alloc" in report.tail:
         return "out of memory", f"{name} after std::bad_alloc"
     return "signal", name
+
+
+def _plain(text: str) -> str:
+    """Text that does a terminal no harm."""
+    lines = text.replace("\r", "\n")
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in lines).strip()
 
 
 def _signal_name(number: int) -> str:

@@ -69,8 +69,8 @@ def load_function(name: FunctionName) -> Callable[..., Any]:
         function = functools.reduce(getattr, name.qualname.split("."), found)
     except AttributeError as error:
         raise ConfigError(
-            f"setup_fn={name.qualname}: {name.file} has not defined it when it comes to tune(); "
-            "define it above"
+            f"setup_fn={name.qualname}: {name.file}, imported by a trial, has not defined it; "
+            "define it at the top, above tune() and outside of any __main__ guard"
         ) from error
     if not callable(function):
         raise ConfigError(f"setup_fn={name.qualname}: {name.file} defines it as {function!r}")
