@@ -136,6 +136,7 @@ class Candidate:
         return {
             "step_bytes": {name: step.bytes for name, step in steps.items()},
             "stalled_seconds": {name: step.stalled_seconds for name, step in steps.items()},
+            "pass_seconds": report.seconds if report is not None else 0.0,
             "device_peak": device_peak(streamer.devices),
             "notes": "; ".join(self._notes),
         }

@@ -38,6 +38,7 @@ def make_record(
         warm_up_seconds=course.warm_up_seconds,
         step_bytes=told.get("step_bytes", {}),
         stalled_seconds=told.get("stalled_seconds", {}),
+        pass_seconds=told.get("pass_seconds", 0.0),
         peak_device_bytes=max(course.device_peak, told.get("device_peak", 0)),
         peak_host_bytes=report.peak,
         trial_seconds=now - course.began,
