@@ -121,7 +121,7 @@ def test_candidates_that_are_at_the_limit_of_the_hardware_end_a_race_at_once() -
 
 
 def test_a_race_learns_which_values_do_not_matter_and_stops_in_a_quarter_of_the_grid() -> None:
-    race = make_race([1.0] * len(GRID))
+    race = make_race([1.2 if row["read_threads"] == 2 else 1.0 for row in GRID])
     order = run_race(race, [0.05 if row["read_threads"] == 2 else 0.04 for row in GRID])
     assert race.best_seconds == 0.04
     assert len(order) <= len(GRID) // 4

@@ -25,9 +25,9 @@ SIZES = {
 """By setting, how far one of its values may well put a prediction wrong (as a logarithm)."""
 COMMON = 2.0
 """The same of what is common to all: predictions may be wrong by a factor all together."""
-REACH = 2.0
+REACH = 2.5
 """Bounds hold if the root of the sum of (effect / size) ** 2 is at most this."""
-NOISE = 0.01
+NOISE = 0.005
 """How well a measurement repeats."""
 
 Features = Sequence[Mapping[str, Any]]

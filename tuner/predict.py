@@ -112,8 +112,11 @@ def floor_seconds(work: Work, costs: Costs) -> float:
     """Seconds below which no run of that candidate can be, as far as is known; 0: nothing is.
 
     Each step has to move its bytes, at no more than the best rate that a trial of its class has
-    shown, or that a probe has measured; and the compute has to be done.
+    shown, or that a probe has measured; and the compute has to be done. On the CPU nothing is
+    known: reads and compute take the cores from each other, so settings change both.
     """
+    if costs.unified:
+        return 0.0
     floor = costs.compute_seconds or 0.0
     for kind, nbytes in ((work.read_class, work.read), (work.copy_class, work.copy)):
         known = costs.seconds_per_byte.get(kind)

@@ -20,6 +20,8 @@ Strategy = Literal["grid", "race"]
 
 LEAST_TRIALS = 3
 """Trials that end well before a race may stop: one may be lucky."""
+ALIKE = 0.05
+"""Candidates whose likely seconds differ by less than this share look equally good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,13 @@ class Race:
         if best is not None and len(self.records) + len(self.exceeded) >= LEAST_TRIALS:
             hopeless = best / (1 + self.tolerance)
             candidates = [index for index in candidates if lower[index] < hopeless]
-        # Not the one with the lowest bound: it would be ended as slower, and teach little.
-        return min(candidates, key=lambda i: (likely[i], lower[i], i), default=None)
+        if not candidates:
+            return None
+        # Of those that look equally good the one that is known least. Not the least known of all:
+        # that would be ended as slower, and teach little.
+        good = min(likely[index] for index in candidates) * (1 + ALIKE)
+        candidates = [index for index in candidates if likely[index] <= good]
+        return min(candidates, key=lambda index: (lower[index], index))
 
     def _bounds(self) -> tuple[Sequence[float], Sequence[float]]:
         """By candidate, the seconds that are most likely, and those that it cannot be below."""

@@ -112,15 +112,14 @@ class ResultsFile:
         if begin != head[: len(begin)]:
             raise ConfigError(f"results_path={self.path}: is there and is no file of results")
         *lines, torn = content.split(b"\n")
-        if torn:
-            if self._take(torn):
-                os.write(self._handle, b"\n")
-            else:
-                logger.info("%s: a torn last line is dropped", self.path)
-                os.ftruncate(self._handle, len(content) - len(torn))
         for number, line in enumerate(lines, 1):
             if not self._take(line):
                 logger.warning("%s:%d: not read, it is no result", self.path, number)
+        if torn and self._take(torn):
+            os.write(self._handle, b"\n")
+        elif torn:
+            logger.info("%s: a torn last line is dropped", self.path)
+            os.ftruncate(self._handle, len(content) - len(torn))
 
     def _take(self, line: bytes) -> bool:
         """Read one line; False if it is none of ours, whatever the tune."""

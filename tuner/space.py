@@ -125,7 +125,7 @@ def plain(settings: Settings, *, unified: bool) -> dict[str, int | str | None]:
     """The same settings without what has no effect: a shortest form, in the order of AXES.
 
     A pool of 0 is None; a batch is at most its pool's slots, and one layer at a time is None;
-    mapped files need no host pools (on the CPU, ``unified``, they are part of the one pool).
+    mapped files need no host pools. On the CPU (``unified``) all three are parts of one pool.
     Options at their default are left out, except that a host pool
     that is named stays named: that rules mapped files out under "auto".
     """
@@ -136,7 +136,8 @@ def plain(settings: Settings, *, unified: bool) -> dict[str, int | str | None]:
     for n, batch in POOLS:
         if n in named:
             named[n] = named[n] or (0 if n == "n_gpu" else None)
-            named[batch] = min(named.get(batch) or 1, (named[n] or 0) + 1)
+            if not unified:
+                named[batch] = min(named.get(batch) or 1, (named[n] or 0) + 1)
         if named.get(batch) in (None, 1):
             named.pop(batch, None)
     if "n_cpu_pinned" in named and named.get("n_cpu") is None:
@@ -161,7 +162,7 @@ def make_key(settings: Settings, *, unified: bool) -> str:
     form: dict[str, Any] = plain(settings, unified=unified)
     if unified:
         whole = StreamerSettings(**form)
-        batches = [settings.get(batch) or 1 for _, batch in POOLS]
+        batches = [form.pop(batch, None) or 1 for _, batch in POOLS]
         for n, _ in POOLS:
             form.pop(n, None)
         form["slots"] = whole.num_device + whole.num_pinned + whole.num_pageable + 1
