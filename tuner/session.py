@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Session:
         self._look: Callable[[Any, Path], Survey] = take_survey
         self._run_trial: RunTrial | None = None
         """Runs a trial in place of a process; None: trial.run_trial."""
+        self._now = time.monotonic
 
     @property
     def title(self) -> str:
@@ -150,8 +152,10 @@ class Session:
             fingerprint,
             description,
         )
-        progress = Progress(shown=options.track_progress, max_seconds=options.max_seconds)
-        self._search = Search(race, task, self._trial_runner(), progress, file)
+        progress = Progress(
+            shown=options.track_progress, max_seconds=options.max_seconds, now=self._now
+        )
+        self._search = Search(race, task, self._trial_runner(), progress, file, self._now)
         try:
             progress.note(
                 f"{len(task.candidates)} candidates; {self._screened.num_equal} more are the same, "
