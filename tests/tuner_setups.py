@@ -10,16 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-MARK = "layer-streamer-test-left-behind"
-"""In the command line of every process that a candidate starts."""
 LONG = 600
-SLEEPER = [sys.executable, "-S", "-c", f"import time; time.sleep({LONG})", MARK]
+SLEEPER = [sys.executable, "-S", "-c", f"import time; time.sleep({LONG})"]
 IGNORER = [
     sys.executable, "-S", "-c",
-    f"import signal, time\nfor n in (1, 2, 15): signal.signal(n, 1)\ntime.sleep({LONG})", MARK,
+    f"import signal, time\nfor n in (1, 2, 15): signal.signal(n, 1)\ntime.sleep({LONG})",
 ]  # fmt: skip
 
 Run = Callable[[], object]
@@ -120,7 +117,7 @@ def allocates(streamer: Any) -> Run:
 
 def allocates_in_a_grandchild(streamer: Any) -> Run:
     script = "held = []\nwhile True: held.append(b'x' * (16 << 20))"
-    child = subprocess.Popen([sys.executable, "-S", "-c", script, MARK], start_new_session=True)
+    child = subprocess.Popen([sys.executable, "-S", "-c", script], start_new_session=True)
     return child.wait
 
 
@@ -202,16 +199,6 @@ def slow(streamer: Any) -> Run:
 
 
 def _scribble() -> None:
-    for name in os.listdir("/proc/self/fd"):
+    for entry in list(os.scandir("/proc/self/fd")):
         with suppress(OSError):
-            os.write(int(name), os.urandom(3000) + b'{"result": {}}\n')
-
-
-def marked() -> list[int]:
-    """Processes that candidates have started and that are still there."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if MARK.encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-    return found
+            os.write(int(entry.name), os.urandom(3000) + b'{"result": {}}\n')

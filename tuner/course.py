@@ -17,6 +17,8 @@ GRACE_SECONDS = 1.0
 """... and so much longer."""
 DELIVERY_SECONDS = 0.1
 """For the word that a run has ended to arrive: until then its own clock decides."""
+START_SECONDS = 60.0
+"""A process may take so long to start and to import torch, even where hang_seconds is less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,12 @@ class Course:
 
     The rule on slow runs: a *measured* run is ended, and the trial with it, once its elapsed time
     passes ``best_seconds * (1 + margin)`` (by this clock, when it has passed that by
-    DELIVERY_SECONDS; by the child's own once the run has ended). One such run is enough, although the median of several
-    decides between trials that end well: a run that is slower than the margin allows for noise is
-    one that the user would meet as well. Runs that are not measured are given more: an untimed one
-    twice that and a second (it may follow a pause, with clocks gone down), the first one twice the
-    first run of the best candidate and a second. They never count for the result.
+    DELIVERY_SECONDS; by the child's own once the run has ended). One such run is enough, although
+    the median of several decides between trials that end well: a run that is slower than the margin
+    allows for noise is one that the user would meet as well. Runs that are not measured are given
+    more: an untimed one twice that and a second (it may follow a pause, with clocks gone down), the
+    first one twice the first run of the best candidate and a second. They never count for the
+    result.
 
     Thread rules: one thread.
     """
@@ -87,7 +90,11 @@ class Course:
     def due(self) -> Due:
         """What comes first of all that may end the trial."""
         limits = self.limits
-        patience = limits.hang_seconds + (self.sleep_seconds if self.stage == "sleep" else 0.0)
+        patience = limits.hang_seconds
+        if self.stage == "sleep":
+            patience += self.sleep_seconds
+        if self.stage == "start":
+            patience = max(patience, START_SECONDS)
         stage = f"in stage {self.stage!r}"
         dues = [
             Due(
@@ -98,7 +105,7 @@ class Course:
             Due(
                 self._last_word + patience,
                 "hung",
-                f"no word within hang_seconds={limits.hang_seconds:g}, {stage}",
+                f"no word for {patience:g} s, hang_seconds={limits.hang_seconds:g}, {stage}",
             ),
         ]
         allowed = self.allowed()

@@ -1,8 +1,9 @@
 """What a trial's child tells its parent, on a descriptor that anybody in the child may write to.
 
-A frame is a mark, a number, a length, a digest and JSON. Mark and digest are made with a secret
-that parent and child share, so whatever else is written to the descriptor cannot pass for a frame:
-the reader steps over it to the next mark. What tears a frame apart loses that frame alone.
+A frame is a mark, a number and a length, a digest of these, JSON and a digest of it. Mark and
+digests are made with a secret that parent and child share, so whatever else is written to the
+descriptor cannot pass for a frame: the reader steps over it to the next mark. What tears a frame
+apart loses that frame alone, and no length is believed that is not the writer's own.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from typing import Any
 SECRET_NBYTES = 32
 CANNOT_TELL = 74
 """Exit code of a child that has lost the descriptor for results."""
-MAX_PAYLOAD = 1 << 20
-"""Bytes of one message. A longer length is not ours."""
-
 _DIGEST_NBYTES = 16
 _NUMBERS = struct.Struct(">II")
+HEAD_NBYTES = 2 * _DIGEST_NBYTES + _NUMBERS.size
 _RETRY_SECONDS = 0.005
 """Between two tries on a descriptor that somebody has made non-blocking."""
 
@@ -65,12 +64,11 @@ class FrameWriter:
 
 
 class FrameReader:
-    """Finds the messages in what comes from a descriptor. Holds MAX_PAYLOAD bytes at the most."""
+    """Finds the messages in what comes from a descriptor. Holds one message at the most."""
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
-        self._mark = _mark(secret)
-        self._head = len(self._mark) + _NUMBERS.size + _DIGEST_NBYTES
+        self._mark = _digest(secret, b"mark")
         self._buffer = bytearray()
         self._last = 0
         self.garbage = 0
@@ -80,15 +78,15 @@ class FrameReader:
         """The messages that ``data`` completes, each once and in the order they were sent."""
         self._buffer += data
         messages = []
-        while self._find_mark() and len(self._buffer) >= self._head:
-            number, length = _NUMBERS.unpack_from(self._buffer, len(self._mark))
-            end = self._head + length
-            if length <= MAX_PAYLOAD and len(self._buffer) < end:
+        while self._find_mark() and len(self._buffer) >= HEAD_NBYTES:
+            number, length = _NUMBERS.unpack_from(self._buffer, _DIGEST_NBYTES)
+            end = HEAD_NBYTES + length
+            torn = _head(self._secret, number, length) != self._buffer[:HEAD_NBYTES]
+            if not torn and len(self._buffer) < end:
                 break
-            payload = bytes(self._buffer[self._head : end])
-            genuine = pack_frame(self._secret, number, payload)
-            if length > MAX_PAYLOAD or genuine != self._buffer[:end]:
-                self._drop(1)  # torn apart: another frame may begin within it
+            payload = bytes(self._buffer[HEAD_NBYTES:end][:-_DIGEST_NBYTES])
+            if torn or pack_frame(self._secret, number, payload) != self._buffer[:end]:
+                self._drop(1)  # another frame may begin within it
             elif number <= self._last:
                 self._drop(end)  # a copy of one that was read
             else:
@@ -112,13 +110,17 @@ class FrameReader:
 
 def pack_frame(secret: bytes, number: int, payload: bytes) -> bytes:
     """A message as it is sent; ``number`` counts messages from 1."""
-    numbers = _NUMBERS.pack(number, len(payload))
-    digest = hashlib.blake2b(numbers + payload, key=secret, digest_size=_DIGEST_NBYTES).digest()
-    return _mark(secret) + numbers + digest + payload
+    head = _head(secret, number, len(payload) + _DIGEST_NBYTES)
+    return head + payload + _digest(secret, head + payload)
 
 
-def _mark(secret: bytes) -> bytes:
-    return hashlib.blake2b(b"mark", key=secret, digest_size=_DIGEST_NBYTES).digest()
+def _head(secret: bytes, number: int, length: int) -> bytes:
+    numbers = _NUMBERS.pack(number, length)
+    return _digest(secret, b"mark") + numbers + _digest(secret, numbers)
+
+
+def _digest(secret: bytes, data: bytes) -> bytes:
+    return hashlib.blake2b(data, key=secret, digest_size=_DIGEST_NBYTES).digest()
 
 
 def _identity(descriptor: int) -> tuple[int, int]:
