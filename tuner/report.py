@@ -13,6 +13,7 @@ from .progress import format_settings
 from .record import TrialRecord
 
 TABLE, PICTURE = "tune.md", "tune.png"
+MOST_DETAIL = 100
 MOST_BARS = 60
 """Candidates that the first part of the picture shows, the fastest ones."""
 
@@ -43,7 +44,8 @@ def write_report(folder: Path, findings: Findings) -> tuple[Path, ...]:
             f"the picture needs matplotlib (pip install 'layer-streamer[report]'); the table is "
             f"in {table}"
         ) from error
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    rows = min(len(_well(findings.records)), MOST_BARS)
+    figure = Figure(figsize=(13, max(5, 0.16 * rows + 1)), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(findings.title)
     _draw_times(left, findings)
@@ -85,7 +87,9 @@ def _well(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def _row(record: TrialRecord, best: TrialRecord | None) -> str:
-    detail = record.detail.strip().splitlines()[0][:100] if record.detail.strip() else ""
+    detail = record.detail.strip().splitlines()[0] if record.detail.strip() else ""
+    if len(detail) > MOST_DETAIL:
+        detail = detail[:MOST_DETAIL].rsplit(" ", 1)[0] + " ..."
     ending = f"{record.ending}: {detail}" if detail else record.ending
     times = ["", "", ""]
     if record.seconds is not None:
@@ -112,7 +116,7 @@ def _draw_times(axes: Any, findings: Findings) -> None:
         seconds = record.seconds or 0.0
         axes.plot([min(record.run_seconds), max(record.run_seconds)], [row, row], color="0.7")
         axes.plot([seconds], [row], "o", color="C3" if record is findings.best else "C0", ms=4)
-    axes.set_yticks(range(len(well)), [_short(record) for record in well], fontsize=6)
+    axes.set_yticks(range(len(well)), _names(well), fontsize=6)
     axes.invert_yaxis()
     axes.set_xlabel("s a run (median, and range)")
     axes.set_title("time by candidate")
@@ -128,9 +132,9 @@ def _draw_memory(axes: Any, findings: Findings) -> None:
     ]
     axes.plot([x for x, _ in points], [y for _, y in points], "o", color="C0", ms=4)
     best = frontier(points)
-    axes.step(
-        [x for x, _ in best], [y for _, y in best], where="post", color="C3", label="frontier"
-    )
+    xs, ys = [x for x, _ in best], [y for _, y in best]
+    axes.step(xs, ys, "o-", where="post", color="C3", ms=4, label="nothing is faster in less")
+    axes.set_xlim(left=0)
     axes.set_xlabel(f"peak {'device' if on_device else 'host'} memory (GiB)")
     axes.set_ylabel("s a run")
     axes.set_title("time against memory")
@@ -138,6 +142,13 @@ def _draw_memory(axes: Any, findings: Findings) -> None:
         axes.legend()
 
 
-def _short(record: TrialRecord) -> str:
-    values = (f"{name}={value}" for name, value in record.settings.items() if value is not None)
-    return " ".join(values) or "defaults"
+def _names(records: Sequence[TrialRecord]) -> list[str]:
+    """By record, the settings in which they differ."""
+    names = dict.fromkeys(name for record in records for name in record.settings)
+    differing = [
+        name for name in names if len({record.settings.get(name) for record in records}) > 1
+    ]
+    return [
+        " ".join(f"{name}={record.settings[name]}" for name in differing if name in record.settings)
+        for record in records
+    ]
