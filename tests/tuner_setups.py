@@ -202,3 +202,22 @@ def _scribble() -> None:
     for entry in list(os.scandir("/proc/self/fd")):
         with suppress(OSError):
             os.write(int(entry.name), os.urandom(3000) + b'{"result": {}}\n')
+
+
+def allocates_on_the_gpu(streamer: Any) -> Run:
+    import torch
+
+    held = []
+
+    def run() -> None:
+        while True:
+            held.append(torch.empty(1 << 30, dtype=torch.uint8, device=streamer.device))
+
+    return run
+
+
+def launches_work(streamer: Any) -> Run:
+    """Work for the device that takes long after the call has returned."""
+    import torch
+
+    return lambda: torch.cuda._sleep(1_000_000_000)
