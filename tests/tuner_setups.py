@@ -98,6 +98,16 @@ def starts_others_and_hangs(streamer: Any) -> Run:
     return hangs(streamer)
 
 
+def runs_away(streamer: Any) -> Run:
+    """Leaves a process that is another one at every moment."""
+    if os.fork() == 0:
+        while True:
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+    os._exit(8)
+
+
 def forks_and_goes_on(streamer: Any) -> Run:
     """Both processes come back here, and both think they are the trial."""
     os.fork()
