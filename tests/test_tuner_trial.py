@@ -31,6 +31,7 @@ ENDINGS: list[Any] = [
     (setups.segfaults, "signal", "SIGSEGV, in stage 'run 1'"),
     (setups.fakes_a_result, "exception", "ValueError: no result (in stage 'setup')\n"),
     (setups.writes_garbage_and_exits, "exit", "exit code 6 without a result, in stage 'setup'; "),
+    (setups.runs_away, "exit", "exit code 8 without a result, in stage 'setup'"),
     (setups.closes_everything, "exit", "exit code 74 without a result, in stage 'run 1'; "),
     (setups.kills_its_parent, "signal", "the trial's supervisor was ended (SIGKILL), in stage "),
     (setups.refused_torch_memory, "out of memory", "RuntimeError: [enforce fail"),

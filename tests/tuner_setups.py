@@ -98,6 +98,16 @@ def starts_others_and_hangs(streamer: Any) -> Run:
     return hangs(streamer)
 
 
+def runs_away(streamer: Any) -> Run:
+    """Leaves a process that is another one at every moment."""
+    if os.fork() == 0:
+        while True:
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+    os._exit(8)
+
+
 def forks_and_goes_on(streamer: Any) -> Run:
     """Both processes come back here, and both think they are the trial."""
     os.fork()
@@ -202,3 +212,22 @@ def _scribble() -> None:
     for entry in list(os.scandir("/proc/self/fd")):
         with suppress(OSError):
             os.write(int(entry.name), os.urandom(3000) + b'{"result": {}}\n')
+
+
+def allocates_on_the_gpu(streamer: Any) -> Run:
+    import torch
+
+    held = []
+
+    def run() -> None:
+        while True:
+            held.append(torch.empty(1 << 30, dtype=torch.uint8, device=streamer.device))
+
+    return run
+
+
+def launches_work(streamer: Any) -> Run:
+    """Work for the device that takes long after the call has returned."""
+    import torch
+
+    return lambda: torch.cuda._sleep(1_000_000_000)
