@@ -26,6 +26,8 @@ COUNTS = ("n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "ba
 WORDS = ("read_mode", "device_budget", "host_budget")
 OPTIONS = ("device", "tokens", "n_runs", "sleep_seconds", "max_seconds", "max_device_bytes",
            "max_host_bytes", "strategy", "tolerance", "results_path")  # fmt: skip
+MARGIN = "a run is ended once it is slower than the best by this share; or none (0.1)"
+TOLERANCE = "a race ends once no candidate can be better by more than this share (0.02)"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,10 +68,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, metavar="N", help="vectors that each matrix is multiplied by (1)")
     add("--n-runs", type=int, metavar="N", help="of each candidate; the first is discarded (4)")
     add("--sleep-seconds", type=float, metavar="S", help="between runs (0)")
-    add("--margin", type=_margin, default="0.1", metavar="X",
-        help="a run is ended once it is slower than the best by this share; or none (0.1)")  # fmt: skip
-    add("--tolerance", type=float, metavar="X",
-        help="a race ends once no candidate can be better by more than this share (0.02)")  # fmt: skip
+    add("--margin", type=_margin, default="0.1", metavar="X", help=MARGIN)
+    add("--tolerance", type=float, metavar="X", help=TOLERANCE)
     add("--results", dest="results_path", metavar="FILE", help="where trials are kept")
     add("--report", type=Path, metavar="DIR", help="write a table and a picture there")
     for name in COUNTS + WORDS:
