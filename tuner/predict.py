@@ -171,9 +171,24 @@ def _overlap(depth: float) -> float:
 
 
 def _seconds_per_byte(kind: Class, costs: Costs) -> float:
+    """What trials of that class have shown, else a guess.
+
+    Guesses are as far off as the best of the trials says, or what was tried would look better than
+    what was not: copies share a link, reads in one mode share a disk or the page cache.
+    """
     shown = costs.seconds_per_byte.get(kind)
     if shown is not None:
         return shown
+    related = (
+        seconds / _guess(other, costs)
+        for other, seconds in costs.seconds_per_byte.items()
+        if other[0] == kind[0] and (kind[0] == "copy" or other[1] == kind[1])
+    )
+    return _guess(kind, costs) * min(related, default=1.0)
+
+
+def _guess(kind: Class, costs: Costs) -> float:
+    """Seconds a byte before any trial."""
     rate = _rate_on_record(kind, costs)
     if rate is not None:
         return 1 / rate
