@@ -29,6 +29,8 @@ REACH = 2.5
 """Bounds hold if the root of the sum of (effect / size) ** 2 is at most this."""
 NOISE = 0.005
 """How well a measurement repeats."""
+ROUNDS = 20
+"""Of coordinate descent."""
 
 Features = Sequence[Mapping[str, Any]]
 """By candidate, the value of each setting; a setting that does not matter to it is not there."""
@@ -62,12 +64,32 @@ class LowerBounds:
         """By candidate, what it cannot be below."""
         estimates = self.estimates()
         bounds: Array = estimates - REACH * self._deviation(self._matrix)
-        for index, seen in self._exceeded.items():
-            # How far two candidates lie apart is known better than where they lie.
-            apart = self._matrix - self._matrix[index]
-            from_it = seen + estimates - estimates[index] - REACH * self._deviation(apart)
-            bounds = np.maximum(bounds, from_it)
+        if not self._exceeded:
+            return bounds
+        indices = list(self._exceeded)
+        above = np.array(list(self._exceeded.values())) - estimates[indices]
+        # What holds with one of them at a time, and with all of them, weighted.
+        for shares in (np.eye(len(indices))[:, None, :], self._shares(indices)[None, :, :]):
+            for of_all in shares:
+                apart = self._matrix - of_all @ self._matrix[indices]
+                from_them = estimates + of_all @ above - REACH * self._deviation(apart)
+                bounds = np.maximum(bounds, from_them)
         return bounds
+
+    def _shares(self, indices: list[int]) -> Array:
+        """By candidate, how much of each of ``indices`` it is: weights >= 0.
+
+        Those with which the rest of it is known best, by coordinate descent; bounds hold with any.
+        """
+        theirs = self._matrix[indices] @ self._covariance
+        among = theirs @ self._matrix[indices].T
+        wanted = self._matrix @ theirs.T
+        shares = np.zeros_like(wanted)
+        for _ in range(ROUNDS):
+            for k in range(len(indices)):
+                step = (wanted[:, k] - shares @ among[:, k]) / max(among[k, k], 1e-12)
+                shares[:, k] = np.maximum(shares[:, k] + step, 0.0)
+        return shares
 
     def _deviation(self, rows: Array) -> Array:
         squares = np.einsum("ij,jk,ik->i", rows, self._covariance, rows)
