@@ -127,6 +127,18 @@ def test_a_race_learns_which_values_do_not_matter_and_stops_in_a_quarter_of_the_
     assert len(order) <= len(GRID) // 4
 
 
+@pytest.mark.parametrize(("tolerance", "is_tried"), [(0.02, True), (0.1, True), (0.3, False)])
+def test_a_candidate_that_may_be_better_by_more_than_the_tolerance_is_tried(
+    tolerance: float, is_tried: bool
+) -> None:
+    alike = [entry({"batch_gpu": 1}, 1.0) for _ in range(LEAST_TRIALS)]
+    # An effect of 0.05 each for two values, and 2.5 times that is possible.
+    other = entry({"batch_gpu": 2}, 1.06)
+    race = Race([*alike, other], NO_COSTS, tolerance=tolerance)
+    order = run_race(race, [1.0] * LEAST_TRIALS + [0.9])
+    assert (len(alike) in order) == is_tried
+
+
 def test_the_first_trial_is_the_one_that_is_predicted_to_be_the_best() -> None:
     predicted = [1.0 + 0.01 * ((7 * i) % len(GRID)) for i in range(len(GRID))]
     race = make_race(predicted)

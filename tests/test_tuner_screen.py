@@ -176,6 +176,25 @@ def test_trials_tell_what_compute_and_copies_need(checkpoint: Path) -> None:
     assert predict_seconds(work, costs) >= 6.0
 
 
+@pytest.mark.parametrize("speed", [0.1, 10.0])
+def test_a_trial_tells_how_far_the_guesses_of_others_like_it_are_off(
+    checkpoint: Path, speed: float
+) -> None:
+    base = {"n_gpu": 2, "n_cpu_pinned": 4, "read_mode": "direct", "read_chunk": 8 << 20}
+    some, more = (work_of(planned(checkpoint, **base, read_threads=n)) for n in (4, 16))
+    costs = Costs("warm", None, unified=False, compute_seconds=0.0)
+    before = predict_seconds(more, costs) / predict_seconds(some, costs)
+    took = predict_seconds(some, costs) / speed
+    record = TrialRecord(
+        settings={}, ending="ok", run_seconds=(took,), pass_seconds=took,
+        step_bytes={"read": int(some.read), "compute": int(some.compute)},
+        stalled_seconds={"compute": took},
+    )  # fmt: skip
+    learned = learn(costs, [(some, record)])
+    after = predict_seconds(more, learned) / predict_seconds(some, learned)
+    assert after == pytest.approx(before, rel=0.05 if speed < 1 else 1.0)
+
+
 def test_the_floor_of_a_trial_is_never_above_what_it_took(checkpoint: Path) -> None:
     work = work_of(planned(checkpoint, n_gpu=2, n_cpu_pinned=4, read_mode="buffered"))
     for stalled in (0.0, 0.3, 5.0):

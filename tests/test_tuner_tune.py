@@ -231,9 +231,9 @@ def test_one_tune_at_a_time(model: Path) -> None:
     refused = []
 
     def tune_within(settings: Mapping[str, Any]) -> float:
-        other = open_tuner(model)
+        other = open_tuner(model, results_path=model.parent / "other")
         simulated(other, cost)
-        with pytest.raises(ConfigError, match="another tune is using it") as caught:
+        with pytest.raises(ConfigError, match=r"tune\(\): another tune is using it") as caught:
             other.tune()
         refused.append(caught.value)
         return cost(settings)
