@@ -151,7 +151,9 @@ def test_a_function_whose_module_is_gone_is_refused() -> None:
         name_function(namespace["setup"])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("way", [["-c", "{}"], ["-"]], ids=["-c", "stdin"])
+@pytest.mark.parametrize(
+    "way", [pytest.param(["-c", "{}"], marks=pytest.mark.slow), ["-"]], ids=["-c", "stdin"]
+)
 def test_a_main_without_a_file_is_refused(way: list[str], marked: Marked) -> None:
     code = (
         "from layer_streamer.tuner.setup_fn import name_function\n"

@@ -26,7 +26,10 @@ def await_stage(parent: subprocess.Popen[str], stage: str) -> None:
     raise AssertionError(f"it ended by itself: {parent.communicate()[1]}")
 
 
-@pytest.mark.parametrize("stage", ["start", "run 1"])
+SLOW_START = pytest.param("start", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("stage", [SLOW_START, "run 1"])
 def test_a_parent_that_is_killed_leaves_no_child_behind(
     checkpoint: Path, marked: Marked, stage: str
 ) -> None:
@@ -45,7 +48,9 @@ def interrupted(parent: subprocess.Popen[str], marked: Marked) -> None:
     assert not marked.processes()
 
 
-@pytest.mark.parametrize("stage", ["start", "import", "run 1"])
+@pytest.mark.parametrize(
+    "stage", ["start", pytest.param("import", marks=pytest.mark.slow), "run 1"]
+)
 def test_ctrl_c_in_a_stage_ends_the_trial_and_leaves_nothing(
     checkpoint: Path, marked: Marked, stage: str
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import tuner_setups as setups
 from checkpoints import write_safetensors
+from support import footprint
 from tuner_support import Marked, checkpoint, marked, try_setup
 
 from layer_streamer import ConfigError, read_manifest
@@ -70,7 +71,7 @@ def test_a_candidate_that_ends_badly_is_told_as_what_it_is(
     "setup_fn",
     [
         setups.hangs_holding_the_lock,
-        setups.starts_others_and_hangs,
+        pytest.param(setups.starts_others_and_hangs, marks=pytest.mark.slow),
         pytest.param(setups.hangs, marks=pytest.mark.slow),
         pytest.param(setups.hangs_ignoring_signals, marks=pytest.mark.slow),
         pytest.param(setups.stops_its_parent, marks=pytest.mark.slow),
@@ -161,11 +162,13 @@ def _static(path: Path) -> int:
 
 def test_a_cold_trial_with_pauses_and_no_setup_runs_the_synthetic_load(checkpoint: Path) -> None:
     stages: list[str] = []
+    before = footprint()
     record = try_setup(
         checkpoint, None, cache="cold", sleep_seconds=0.05, tokens=3,
         on_event=lambda stage, seconds: stages.append(stage),
     )  # fmt: skip
     assert record.ending == "ok"
+    assert footprint() == before
     assert stages[-6:] == ["sleep", "cache", "run 2", "sleep", "cache", "run 3"]
 
 

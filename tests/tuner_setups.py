@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
@@ -99,12 +100,19 @@ def starts_others_and_hangs(streamer: Any) -> Run:
 
 
 def runs_away(streamer: Any) -> Run:
-    """Leaves a process that is another one at every moment."""
+    """Leaves a process that is another one at every moment; a look at /proc may well miss it.
+
+    It holds the test's lock, and ends by itself should nothing else end it.
+    """
+    lock = os.open(os.environ["LAYER_STREAMER_TEST_LOCK"], os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    deadline = time.monotonic() + 30
     if os.fork() == 0:
-        while True:
+        while time.monotonic() < deadline:
             os.setsid()
             if os.fork():
                 os._exit(0)
+        os._exit(0)
     os._exit(8)
 
 

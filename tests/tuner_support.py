@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,12 +52,22 @@ class Marked:
 
 
 @pytest.fixture
-def marked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Marked]:
+def marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Marked]:
     """Fails the test if a process that it started, or one that such a one started, is left."""
     mark = Marked()
+    lock = tmp_path / "lock"
+    lock.touch()
     monkeypatch.setenv(MARK, mark.value)
+    monkeypatch.setenv(f"{MARK}_LOCK", str(lock))
     yield mark
-    assert not mark.processes()
+    left = mark.processes()
+    for line in left:
+        with suppress(ProcessLookupError, ValueError):
+            os.kill(int(line.split(":")[0]), signal.SIGKILL)
+    assert not left
+    with lock.open("rb") as file:
+        # Refused while any process has it that inherited it.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.fixture
