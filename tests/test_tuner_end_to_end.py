@@ -155,6 +155,24 @@ def test_a_device_that_is_not_there_is_refused_before_any_trial(checkpoint: Path
     assert not tuner.results
 
 
+@pytest.mark.gpu
+def test_a_tune_on_a_gpu_leaves_cuda_alone_in_this_process(
+    checkpoint: Path, tmp_path: Path, marked: Marked
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from layer_streamer import LayerStreamerTuner\n"
+        "tuner = LayerStreamerTuner.from_checkpoint(sys.argv[1], n_runs=2,\n"
+        "    n_gpu_values=[1, 2], read_mode_values=['mapped'], max_device_bytes='2GiB')\n"
+        "tuner.tune()\n"
+        "assert tuner.best.peak_device_bytes > 0\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    process = run_script(script, checkpoint, mark=marked)
+    assert process.returncode == 0, process.stderr
+
+
 def example(checkpoint: Path, *options: str) -> list[str]:
     return [
         sys.executable, str(ROOT / "examples" / "tune.py"), str(checkpoint), "--device", "cpu",
