@@ -8,11 +8,13 @@ from .errors import (
     ReadError,
     StreamerError,
     SupersededError,
+    TuneError,
 )
 from .formats import read_manifest
 from .manifest import LayerSpec, Manifest, TensorSpec
 from .stats import PassReport, StepReport
 from .streamer import LayerStreamer
+from .tuner import LayerStreamerTuner
 
 __version__ = "0.1.0"
 
@@ -23,6 +25,7 @@ __all__ = [
     "ConfigError",
     "LayerSpec",
     "LayerStreamer",
+    "LayerStreamerTuner",
     "Manifest",
     "PassReport",
     "ReadError",
@@ -30,5 +33,6 @@ __all__ = [
     "StreamerError",
     "SupersededError",
     "TensorSpec",
+    "TuneError",
     "read_manifest",
 ]

@@ -6,6 +6,7 @@
     |-- CheckpointError (also ValueError)  a checkpoint's files contradict their format
     |   `-- CheckpointChangedError         a file changed or shrank after it was opened
     |-- ReadError                          reading a layer's bytes failed
+    |-- TuneError                          no candidate of a tune gave a result
     |-- SupersededError                    a sweep was overtaken by a newer pass
     `-- ClosedError                        the streamer was closed (or belongs to another process)
     ConfigError (ValueError)               an option that cannot work: field, value, bound
@@ -26,6 +27,10 @@ class CheckpointChangedError(CheckpointError):
 
 class ReadError(StreamerError):
     """Reading a layer's bytes failed; names file, layer and byte range."""
+
+
+class TuneError(StreamerError):
+    """A tune found no settings: says how its candidates ended."""
 
 
 class SupersededError(StreamerError):

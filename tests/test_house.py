@@ -99,6 +99,23 @@ def test_design_md_lists_the_modules_in_the_order_of_their_dependencies() -> Non
     assert [name for line in listed for name in line.split(", ")] == ORDER
 
 
+def test_only_the_packages_own_init_imports_the_tuner() -> None:
+    for path in sorted(LIBRARY.rglob("*.py")):
+        if path.parent.name != "tuner" and path != LIBRARY / "__init__.py":
+            assert "tuner" not in set(imported(path)), path
+
+
+def test_inside_the_tuner_imports_are_relative() -> None:
+    # So that "import tuner" in the repository's root fails at once, and makes no second class.
+    # A child that is started by its path is the exception: it imports when it has a sys.path.
+    for path in sorted((ROOT / "tuner").glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert not (node.module or "").startswith("layer_streamer"), path
+            if isinstance(node, ast.Import):
+                assert not any(name.name.startswith("layer_streamer") for name in node.names), path
+
+
 def test_examples_use_the_public_surface_only() -> None:
     for path in sorted((ROOT / "examples").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -2,3 +2,7 @@
 
 Lives in the repository's ``tuner/`` and is installed as ``layer_streamer.tuner``.
 """
+
+from .tuner import LayerStreamerTuner
+
+__all__ = ["LayerStreamerTuner"]

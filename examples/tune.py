@@ -1,0 +1,149 @@
+"""Find the fastest settings for a checkpoint on this machine, and print them as a call to paste.
+
+    python examples/tune.py MODEL [--max-device-bytes 6GiB] [--max-host-bytes 16GiB]
+
+MODEL is a safetensors directory or file, or a GGUF file. The compute is a stand-in: each matrix of
+a layer times --tokens vectors; to tune your own, call LayerStreamerTuner with a setup_fn. Only the
+call goes to stdout; progress goes to stderr. Exit code 2 is an error; 130 is Ctrl-C, after which
+the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
+    from layer_streamer import LayerStreamerTuner
+
+COUNTS = ("n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu",
+          "read_threads", "read_chunk")  # fmt: skip
+WORDS = ("read_mode", "device_budget", "host_budget")
+OPTIONS = ("device", "tokens", "n_runs", "sleep_seconds", "max_seconds", "max_device_bytes",
+           "max_host_bytes", "strategy", "tolerance", "results_path")  # fmt: skip
+MARGIN = "a run is ended once it is slower than the best by this share; or none (0.1)"
+TOLERANCE = "a race ends once no candidate can be better by more than this share (0.02)"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code of the program: 0, 2 after an error, 130 after Ctrl-C."""
+    tuners: list[LayerStreamerTuner] = []
+    try:
+        args = parse_args(argv)
+        from layer_streamer import LayerStreamerTuner
+
+        tuners.append(LayerStreamerTuner.from_checkpoint(args.model, **options_of(args)))
+        tune(tuners[0], args)
+    except KeyboardInterrupt:
+        say_best_so_far(tuners)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone. Python would flush stdout once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, RuntimeError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return 2
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Values are lists, such as --n-gpu-values 1,2,4 or --n-cpu-values none,2; what is "
+        "not named gets values that suit the machine.",
+    )
+    add = parser.add_argument
+    add("model", help="a safetensors directory or file, or a GGUF file")
+    add("--device", metavar="D", help="such as cuda:0 or cpu")
+    add("--max-device-bytes", metavar="BYTES", help='of each device: "6GiB"')
+    add("--max-host-bytes", metavar="BYTES", help='of host memory: "16GiB"')
+    add("--max-seconds", type=float, metavar="S", help="then the best so far is taken")
+    add("--strategy", choices=("race", "grid"), help="race (the default) or all candidates")
+    add("--cold", action="store_true", help="nothing in the page cache before each run")
+    add("--tokens", type=int, metavar="N", help="vectors that each matrix is multiplied by (1)")
+    add("--n-runs", type=int, metavar="N", help="of each candidate; the first is discarded (4)")
+    add("--sleep-seconds", type=float, metavar="S", help="between runs (0)")
+    add("--margin", type=_margin, default="0.1", metavar="X", help=MARGIN)
+    add("--tolerance", type=float, metavar="X", help=TOLERANCE)
+    add("--results", dest="results_path", metavar="FILE", help="where trials are kept")
+    add("--report", type=Path, metavar="DIR", help="write a table and a picture there")
+    for name in COUNTS + WORDS:
+        kind = _counts if name in COUNTS else _words
+        add(f"--{name.replace('_', '-')}-values", type=kind, metavar="V,V,...")
+    return parser.parse_args(argv)
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of the tuner; those that were not named keep its defaults."""
+    names = (*OPTIONS, *(f"{name}_values" for name in COUNTS + WORDS))
+    given = {name: value for name in names if (value := vars(args)[name]) is not None}
+    return given | {"margin": args.margin, "cache": "cold" if args.cold else "warm"}
+
+
+def tune(tuner: LayerStreamerTuner, args: argparse.Namespace) -> None:
+    """Tune, write the report, print the call."""
+    tuner.tune()
+    best = tuner.best
+    assert best is not None
+    if args.report is not None:
+        try:
+            for path in tuner.report(args.report):
+                say(str(path))
+        except ImportError as error:
+            say(f"warning: {error}")
+    print(format_call(args.model, args.device, best.settings), flush=True)
+
+
+def format_call(model: str, device: str | None, settings: Mapping[str, Any]) -> str:
+    """The call that opens a streamer with these settings, as Python."""
+    given = ({"device": device} if device is not None else {}) | dict(settings)
+    lines = [f"    {name}={_quote(value)}," for name, value in given.items()]
+    return "\n".join(
+        ["streamer = LayerStreamer.from_checkpoint(", f"    {_quote(model)},", *lines, ")"]
+    )
+
+
+def say_best_so_far(tuners: list[LayerStreamerTuner]) -> None:
+    """After Ctrl-C, what is known by now."""
+    best = tuners[0].best if tuners else None
+    if best is None:
+        say("")
+        return
+    settings = ", ".join(f"{name}={_quote(value)}" for name, value in best.settings.items())
+    say(f"\nbest so far: {best.seconds:.4f} s a run: {settings}")
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _quote(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _counts(text: str) -> list[int | None]:
+    try:
+        return [None if word is None else int(word) for word in _words(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be numbers, or none: 1,2,none") from None
+
+
+def _words(text: str) -> list[Any]:
+    words = [word.strip() for word in text.split(",")]
+    return [None if word.lower() == "none" else word for word in words]
+
+
+def _margin(text: str) -> float | None:
+    try:
+        return None if text.lower() == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number, or none") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The page cache, filled and emptied before a run."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from layer_streamer.manifest import stamp_file
+from layer_streamer.tuner import pagecache
+from layer_streamer.tuner.pagecache import PageCache
+
+NBYTES = (20 << 20) + 5
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    """A file of 20 MiB and a bit, on a file system whose pages can be dropped."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(1 << 20) * 20 + b"tail!")
+    cache = PageCache({path: stamp_file(path)})
+    cache.drop()
+    if cache.share() != 0.0:
+        pytest.skip("this file system does not drop or tell its cached pages")
+    yield path
+
+
+def open_cache(path: Path) -> PageCache:
+    return PageCache({path: stamp_file(path)})
+
+
+def test_a_filled_cache_holds_the_files_and_an_emptied_one_nothing(path: Path) -> None:
+    cache = open_cache(path)
+    words: list[None] = []
+    assert cache.fill(lambda: words.append(None)) == ""
+    assert cache.share() == 1.0
+    assert words
+    assert cache.drop() == ""
+    assert cache.share() == 0.0
+
+
+def test_looking_at_what_is_cached_does_not_change_it(path: Path) -> None:
+    cache = open_cache(path)
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        file.read(8 * mmap.PAGESIZE)
+    first = cache.share()
+    assert first is not None
+    assert 0 < first < 0.1
+    assert [cache.share() for _ in range(3)] == [first] * 3
+
+
+def test_files_that_are_cached_are_not_read_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache(path)
+    cache.fill(lambda: None)
+
+    def refuse(*arguments: object) -> int:
+        raise AssertionError("was read")
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert cache.fill(lambda: None) == ""
+
+
+def test_pages_that_are_in_use_are_said_to_have_stayed(path: Path) -> None:
+    cache = open_cache(path)
+    cache.fill(lambda: None)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as m:
+        assert sum(m[:: mmap.PAGESIZE]) > 0
+        assert cache.drop() == (
+            "cold: 100% of the checkpoint's files stayed in the page cache (in use?)"
+        )
+
+
+def test_files_that_memory_cannot_hold_are_not_read_through(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache(path)
+    monkeypatch.setattr(pagecache, "available_host_bytes", lambda: NBYTES)
+    words: list[None] = []
+    note = cache.fill(lambda: words.append(None))
+    assert note == "warm: the page cache has no room for the checkpoint's files"
+    assert not words
+
+
+def test_where_the_system_does_not_tell_files_are_read_and_nothing_is_claimed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pagecache, "_may_look", lambda descriptor: False)
+    cache = open_cache(path)
+    words: list[None] = []
+    assert cache.share() is None
+    assert cache.fill(lambda: words.append(None)) == ""
+    assert words
+    assert cache.drop() == ""
+    monkeypatch.undo()
+    assert cache.share() == 0.0
+
+
+def test_a_long_fill_says_words_all_along(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pagecache, "CHUNK_NBYTES", 1 << 18)
+    words: list[None] = []
+    open_cache(path).fill(lambda: words.append(None))
+    assert len(words) == -(-NBYTES // ((1 << 18) * pagecache.PORTION))

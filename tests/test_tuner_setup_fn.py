@@ -1,0 +1,239 @@
+"""Setup functions by name: which ones have one, and how a script's own reach a trial."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tuner_setups
+from tuner_support import ROOT, Marked, checkpoint, marked, run_script
+
+from layer_streamer import ConfigError
+from layer_streamer.tuner.record import FunctionName
+from layer_streamer.tuner.setup_fn import (
+    TRIAL_VARIABLE,
+    EndOfImport,
+    end_import_in_child,
+    in_child,
+    load_function,
+    name_function,
+)
+
+__all__ = ["checkpoint", "marked"]
+
+TUNE = """
+import sys
+from layer_streamer.tuner.record import TrialLimits, TrialSpec
+from layer_streamer.tuner.setup_fn import end_import_in_child, name_function
+from layer_streamer.tuner.trial import run_trial
+
+def tune(setup_fn):
+    end_import_in_child()
+    spec = TrialSpec(
+        model={"path": sys.argv[1], "device": "cpu"}, settings={}, n_runs=2,
+        setup_fn=name_function(setup_fn),
+    )
+    record = run_trial(spec, TrialLimits())
+    print(record.ending, record.detail)
+"""
+SETUP = """
+STEPS = 0
+
+def setup(streamer):
+    def run():
+        global STEPS
+        STEPS += 1
+        streamer.run_pass(None, lambda x, w, i: x)
+    return run
+"""
+UNGUARDED = f"""{TUNE}
+assert __name__ in ("__main__", "__mp_main__")
+{SETUP}
+tune(setup)
+print("the end")
+"""
+GUARDED = f"""{TUNE}{SETUP}
+if __name__ == "__main__":
+    tune(setup)
+"""
+SET_UP_TOO_LATE = f"""{TUNE}{SETUP}
+def first(streamer):
+    return setup(streamer)
+if __name__ == "__main__":
+    def second(streamer):
+        return first(streamer)
+    tune(second)
+"""
+
+
+class Setups:
+    def method(self, streamer: Any) -> Any: ...
+
+    @classmethod
+    def of_class(cls, streamer: Any) -> Any: ...
+
+    @staticmethod
+    def static(streamer: Any) -> Any: ...
+
+
+def decorated(function: Any) -> Any:
+    @functools.wraps(function)
+    def inner(streamer: Any) -> Any:
+        return function(streamer)
+
+    return inner
+
+
+@decorated
+def wrapped(streamer: Any) -> Any: ...
+
+
+def replaced(streamer: Any) -> Any: ...
+
+
+first_version = replaced
+
+
+def replaced(streamer: Any) -> Any: ...  # type: ignore[no-redef]
+
+
+UNNAMED = lambda streamer: None  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    "function", [wrapped, Setups.static, Setups.of_class, tuner_setups.healthy], ids=repr
+)
+def test_a_function_that_its_module_has_is_named_and_found_again(function: Any) -> None:
+    name = name_function(function)
+    assert name.qualname == function.__qualname__
+    assert Path(name.file).is_absolute()
+    assert load_function(name) == function
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (UNNAMED, "setup_fn=<lambda>: is a lambda"),
+        (decorated(lambda streamer: None), "is a lambda"),
+        (Setups().method, "is a method of an instance"),
+        (first_version, "replaced is something else by now"),
+        (functools.partial(wrapped), "must be a function that its module has by name"),
+        (3, "setup_fn=3: must be a function"),
+        (len, "setup_fn=len: module 'builtins' is no file"),
+    ],
+    ids=str,
+)
+def test_what_a_fresh_process_cannot_import_is_refused_in_one_line(
+    function: Any, reason: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        name_function(function)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_function_inside_another_is_refused() -> None:
+    def inner(streamer: Any) -> Any: ...
+
+    with pytest.raises(ConfigError, match="inner: is defined inside a function"):
+        name_function(inner)
+
+
+def test_a_function_whose_module_is_gone_is_refused() -> None:
+    namespace = {"__name__": "a_module_that_is_not_there"}
+    exec("def setup(streamer): ...", namespace)
+    with pytest.raises(ConfigError, match="'a_module_that_is_not_there' has nothing of that name"):
+        name_function(namespace["setup"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(["-c", "{}"], marks=pytest.mark.slow), ["-"]], ids=["-c", "stdin"]
+)
+def test_a_main_without_a_file_is_refused(way: list[str], marked: Marked) -> None:
+    code = (
+        "from layer_streamer.tuner.setup_fn import name_function\n"
+        "def setup(streamer): ...\n"
+        "try: name_function(setup)\n"
+        "except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, *(part.format(code) for part in way)],
+        input=code, cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("setup_fn=setup: a prompt, -c or stdin is no file")
+
+
+@pytest.mark.parametrize("text", [UNGUARDED, GUARDED], ids=["unguarded", "guarded"])
+def test_a_scripts_own_setup_function_reaches_a_trial(
+    text: str, tmp_path: Path, checkpoint: Path, marked: Marked
+) -> None:
+    script = tmp_path / "a script"
+    script.write_text(text)
+    done = run_script(script, checkpoint, mark=marked)
+    ends = "the end\n" if text is UNGUARDED else ""
+    assert (done.stdout, done.stderr) == (f"ok \n{ends}", "")
+
+
+@pytest.mark.slow
+def test_a_setup_function_below_the_guard_is_told_apart(
+    tmp_path: Path, checkpoint: Path, marked: Marked
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SET_UP_TOO_LATE)
+    done = run_script(script, checkpoint, mark=marked)
+    assert done.stdout.startswith(f"exception ConfigError: setup_fn=second: {script}, imported by")
+    assert "outside of any __main__ guard" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_module_run_with_m_is_imported_under_its_own_name(
+    tmp_path: Path, checkpoint: Path, marked: Marked
+) -> None:
+    package = tmp_path / "a_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "parts.py").write_text(SETUP)
+    (package / "program.py").write_text(f"{TUNE}\nfrom .parts import setup as inner\n"
+        "def setup(streamer): return inner(streamer)\ntune(setup)\n")  # fmt: skip
+    done = run_script(Path("-m"), "a_package.program", checkpoint, mark=marked, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("ok \n", "")
+
+
+def test_only_in_a_trial_does_tune_end_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TRIAL_VARIABLE, raising=False)
+    assert not in_child()
+    end_import_in_child()
+    monkeypatch.setenv(TRIAL_VARIABLE, "x")
+    assert in_child()
+    with pytest.raises(EndOfImport):
+        end_import_in_child()
+
+
+def test_a_module_that_tunes_when_it_is_imported_keeps_what_it_has_defined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tunes_at_import.py").write_text(
+        "from layer_streamer.tuner.setup_fn import end_import_in_child\n"
+        "def setup(streamer): return 7\n"
+        "end_import_in_child()\n"
+        "raise AssertionError('went on')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(TRIAL_VARIABLE, "x")
+    name = FunctionName(module="tunes_at_import", qualname="setup", file="")
+    try:
+        assert load_function(name)(None) == 7
+        assert isinstance(sys.modules["tunes_at_import"], ModuleType)
+    finally:
+        sys.modules.pop("tunes_at_import", None)
+
+
+def test_a_module_that_is_not_found_is_named() -> None:
+    name = FunctionName(module="no_such_module_at_all", qualname="setup", file="")
+    with pytest.raises(ConfigError, match="no module 'no_such_module_at_all'"):
+        load_function(name)

@@ -1,0 +1,111 @@
+"""Searches without processes: machines made up, trials simulated, costs without noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layer_streamer import LayerStreamerTuner
+from layer_streamer.formats import read_manifest
+from layer_streamer.placement import Rates
+from layer_streamer.plan import Machine
+from layer_streamer.tuner.predict import Costs
+from layer_streamer.tuner.race import Entry, Race
+from layer_streamer.tuner.record import TrialLimits, TrialRecord, TrialSpec
+from layer_streamer.tuner.screen import Bounds, Screener
+from layer_streamer.tuner.space import Candidate, candidates
+from layer_streamer.tuner.survey import Survey
+
+GIB = 1 << 30
+MODEL = Path("/nowhere/model")
+
+
+def machine(*, unified: bool = True, host: int = 64 * GIB, device: int = 8 * GIB) -> Machine:
+    return Machine(
+        devices=("cpu",) if unified else ("cuda:0",),
+        unified=unified,
+        maps_files=not unified,
+        device_free=(host if unified else device,),
+        host_available=host,
+        rates=Rates(None, (None,)),
+    )
+
+
+def survey_of(found: Machine) -> Callable[[Any, Path], Survey]:
+    identity = {"cpu": "made up", "num_cores": 8}
+    return lambda device, path: Survey(found, identity, None, 0)
+
+
+class Simulation:
+    """run_trial() for candidates whose runs take ``cost(settings)`` seconds, without noise.
+
+    Runs that pass the limits are ended as the real one ends them.
+    """
+
+    def __init__(self, cost: Callable[[Mapping[str, Any]], float | str]) -> None:
+        self.cost = cost
+        self.started: list[Mapping[str, Any]] = []
+        self.limits: list[TrialLimits] = []
+
+    def __call__(
+        self, spec: TrialSpec, limits: TrialLimits, *, on_event: Any = None
+    ) -> TrialRecord:
+        self.started.append(spec.settings)
+        self.limits.append(limits)
+        seconds = self.cost(spec.settings)
+        if isinstance(seconds, str):
+            return TrialRecord(settings=spec.settings, ending=seconds, detail="as it was told")  # type: ignore[arg-type]
+        best = limits.best_seconds
+        if best is not None and seconds > best * (1 + limits.margin):
+            return TrialRecord(settings=spec.settings, ending="slower")
+        if spec.n_runs * seconds > limits.trial_seconds:
+            return TrialRecord(settings=spec.settings, ending="timed out")
+        return TrialRecord(
+            settings=spec.settings,
+            ending="ok",
+            run_seconds=(seconds,) * (spec.n_runs - 1),
+            trial_seconds=spec.n_runs * seconds,
+        )
+
+
+def simulated(tuner: LayerStreamerTuner, cost: Any, found: Machine | None = None) -> Simulation:
+    """Let ``tuner`` search a simulated machine; the simulation, to see what was started."""
+    simulation = cost if isinstance(cost, Simulation) else Simulation(cost)
+    session = tuner._session
+    session._run_trial = simulation
+    session._look = survey_of(found or machine())
+    return simulation
+
+
+def screener(path: Path, found: Machine, bounds: Bounds | None = None) -> Screener:
+    fixed = {"device": "cpu" if found.unified else "cuda:0"}
+    return Screener(read_manifest(path), found, fixed, bounds or Bounds())
+
+
+def all_candidates(axes: Mapping[str, Sequence[Any]], *, unified: bool) -> list[Candidate]:
+    return list(candidates(axes, unified=unified))
+
+
+def run_race(race: Race, costs: Sequence[float], margin: float | None = 0.1) -> list[int]:
+    """Run a race over candidates that take ``costs`` seconds; the order in which it tried them.
+
+    ``margin``: slower ones are ended, so that nothing but that is known of them.
+    """
+    order = []
+    while (index := race.next()) is not None:
+        order.append(index)
+        assert len(order) <= len(costs), "a candidate was tried twice"
+        best = race.best_seconds
+        if margin is not None and best is not None and costs[index] > best * (1 + margin):
+            race.tell_slower(index, best * (1 + margin))
+        else:
+            race.tell(index, TrialRecord(settings={}, ending="ok", run_seconds=(costs[index],)))
+    return order
+
+
+def entry(features: Mapping[str, Any], predicted: float, floor: float = 0.0) -> Entry:
+    return Entry(features, lambda costs: predicted, lambda costs: floor)
+
+
+NO_COSTS = Costs("warm", None, True)

@@ -1,0 +1,172 @@
+"""What a trial's child does: open the streamer, call setup_fn, measure run()."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from ..accelerator import open_devices
+from ..errors import ConfigError
+from ..streamer import LayerStreamer
+from ..tools.bench import discard_prefetched, settle
+from ..tools.footprint import device_peak
+from ..tools.rawspeed import synchronize
+from .course import Timed
+from .failures import describe
+from .frames import CANNOT_TELL, DescriptorLostError, FrameWriter
+from .model_args import decode_model
+from .pagecache import PageCache
+from .record import FunctionName, TrialSpec
+from .setup_fn import load_function
+from .synthetic import synthetic_setup
+
+MEMORY_STEP = 16 << 20
+"""Bytes of device memory by which what is free must rise to count as rising."""
+MEMORY_LOOK_SECONDS = 0.05
+MEMORY_WAIT_SECONDS = 5.0
+
+
+def run_candidate(spec: Mapping[str, Any], results: FrameWriter) -> None:
+    """Run the trial that ``spec`` (a TrialSpec as JSON) asks for, and end this process."""
+    candidate = Candidate(_decode(spec), results)
+    try:
+        try:
+            results.send({"result": candidate.measure()})
+        except DescriptorLostError:
+            raise
+        except BaseException as error:
+            ending, detail = describe(error, candidate.stage, __file__)
+            with suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            results.send({"failed": ending, "detail": detail})
+    except DescriptorLostError:
+        os._exit(CANNOT_TELL)
+    os._exit(0)
+
+
+class Candidate:
+    """One trial, stage by stage. Thread rules: one thread."""
+
+    def __init__(self, spec: TrialSpec, results: FrameWriter) -> None:
+        self._spec = spec
+        self._results = results
+        self._notes: list[str] = []
+        self.stage = "start"
+
+    def measure(self) -> dict[str, Any]:
+        """The whole trial; what is to be told of it at the end."""
+        spec = self._spec
+        self._begin("import")
+        setup = load_function(spec.setup_fn) if spec.setup_fn else synthetic_setup(spec.tokens)
+        arguments: dict[str, Any] = {"track_progress": False, **decode_model(spec.model)}
+        arguments.update(spec.settings)
+        self._begin("device")
+        await_device_memory(arguments.get("device"))
+        self._begin("open")
+        make: Callable[..., LayerStreamer] = (
+            LayerStreamer.from_checkpoint if "path" in arguments else LayerStreamer
+        )
+        streamer = make(**arguments)
+        self._begin("setup")
+        run = setup(streamer)
+        if not callable(run):
+            raise ConfigError(f"setup_fn returned {run!r}: must be a function run()")
+        cache = PageCache(streamer.manifest.files)
+        for number in range(1, spec.n_runs + 1):
+            self._run(streamer, run, cache, number)
+        return self._told(streamer)
+
+    def _run(
+        self, streamer: LayerStreamer, run: Callable[[], object], cache: PageCache, number: int
+    ) -> None:
+        """Run ``number`` of the trial, from 1, with what goes before it."""
+        cold = self._spec.cache == "cold"
+        if number > 1 and self._spec.sleep_seconds:
+            self._begin("sleep")
+            time.sleep(self._spec.sleep_seconds)
+        if not cold:
+            self._begin("cache")
+            self._note(cache.fill(lambda: self._results.send({"alive": True})))
+        if number == 1:
+            self._timed(streamer, run, "run 1", "warm-up")
+        elif cold:
+            self._begin("cache")
+            # Prefetch reads on by itself, and would bring back what is dropped.
+            settle(streamer)
+            self._note(cache.drop())
+            self._timed(streamer, run, f"run {number}", "measured", discard=True)
+        else:
+            self._timed(streamer, run, f"before run {number}", "untimed")
+            self._timed(streamer, run, f"run {number}", "measured")
+
+    def _timed(
+        self,
+        streamer: LayerStreamer,
+        run: Callable[[], object],
+        stage: str,
+        kind: Timed,
+        *,
+        discard: bool = False,
+    ) -> None:
+        """One run, from when the devices' work before it is done until its own is.
+
+        ``discard``: prefetch starts over together with the clock.
+        """
+        devices = streamer.devices
+        for device in devices:
+            synchronize(device)
+        self._begin(stage, kind)
+        if discard:
+            discard_prefetched(streamer)
+        begin = time.perf_counter()
+        run()
+        for device in devices:
+            synchronize(device)
+        seconds = time.perf_counter() - begin
+        self._results.send({"seconds": seconds, "device_peak": device_peak(devices)})
+
+    def _told(self, streamer: LayerStreamer) -> dict[str, Any]:
+        report = streamer.last_pass
+        steps = report.steps if report is not None else {}
+        return {
+            "step_bytes": {name: step.bytes for name, step in steps.items()},
+            "stalled_seconds": {name: step.stalled_seconds for name, step in steps.items()},
+            "pass_seconds": report.seconds if report is not None else 0.0,
+            "device_peak": device_peak(streamer.devices),
+            "notes": "; ".join(self._notes),
+        }
+
+    def _begin(self, stage: str, kind: Timed = "") -> None:
+        self.stage = stage
+        self._results.send({"stage": stage, "timed": kind})
+
+    def _note(self, note: str) -> None:
+        if note and note not in self._notes:
+            self._notes.append(note)
+
+
+def await_device_memory(names: Any) -> None:
+    """Wait while the free memory of a device rises: the last trial's may still be coming back.
+
+    A driver gives a process's memory back before the process can be reaped, as a rule, and the
+    next one takes seconds to come here; this is for the exceptions.
+    """
+    devices = [device for device in open_devices(names) if not device.unified]
+    deadline = time.monotonic() + MEMORY_WAIT_SECONDS
+    free = [device.free_bytes() for device in devices]
+    rising = bool(devices)
+    while rising and time.monotonic() < deadline:
+        time.sleep(MEMORY_LOOK_SECONDS)
+        now = [device.free_bytes() for device in devices]
+        rising = any(after > before + MEMORY_STEP for before, after in zip(free, now, strict=True))
+        free = now
+
+
+def _decode(spec: Mapping[str, Any]) -> TrialSpec:
+    name = spec["setup_fn"]
+    return TrialSpec(**{**spec, "setup_fn": None if name is None else FunctionName(**name)})

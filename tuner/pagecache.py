@@ -1,0 +1,131 @@
+"""The page cache before a measured run: holding the checkpoint's files, or nothing of them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ..files import OpenFiles
+from ..hostmem import available_host_bytes
+from ..manifest import FileStamp
+from ..tools.sampling import run_jobs
+
+CHUNK_NBYTES = 8 << 20
+WINDOW_NBYTES = 1 << 30
+"""Bytes of a file whose pages are asked about at a time."""
+THREADS = 4
+PORTION = 64
+"""Chunks that are read between two words."""
+MARGIN = 0.1
+"""Part of the free memory that filling the page cache leaves alone."""
+ENOUGH = 0.99
+"""The share of the files from which on the page cache counts as warm."""
+
+_LOWEST_BIT = bytes(number & 1 for number in range(256))
+
+
+class PageCache:
+    """What of a checkpoint's files is in the page cache, and how that is changed.
+
+    Thread rules: one thread.
+    """
+
+    def __init__(self, stamps: Mapping[Path, FileStamp]) -> None:
+        self._files = OpenFiles(stamps)
+        self._sizes = {path: stamp.size for path, stamp in stamps.items()}
+
+    def share(self) -> float | None:
+        """The part of the files that is cached; None where the system does not tell."""
+        cached = pages = 0
+        for path, size in self._sizes.items():
+            for offset in range(0, size, WINDOW_NBYTES):
+                found = _resident(
+                    self._files.descriptor(path), offset, min(WINDOW_NBYTES, size - offset)
+                )
+                if found is None:
+                    return None
+                cached, pages = cached + found[0], pages + found[1]
+        return cached / pages if pages else 1.0
+
+    def drop(self) -> str:
+        """Drop the files' pages. What has stayed, in words; "" if nothing to speak of."""
+        for path in self._sizes:
+            descriptor = self._files.descriptor(path)
+            _flush(descriptor)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        share = self.share()
+        if share is None or share <= 1 - ENOUGH:
+            return ""
+        return f"cold: {share:.0%} of the checkpoint's files stayed in the page cache (in use?)"
+
+    def fill(self, word: Callable[[], object]) -> str:
+        """Read the files unless they are cached; ``word`` is called again and again meanwhile.
+
+        What could not be done, in words; "" if they are cached.
+        """
+        share = self.share()
+        if share is not None and share >= ENOUGH:
+            return ""
+        missing = sum(self._sizes.values()) * (1 - (share or 0))
+        if missing > available_host_bytes() * (1 - MARGIN):
+            return "warm: the page cache has no room for the checkpoint's files"
+        self._read(word)
+        share = self.share()
+        if share is None or share >= ENOUGH:
+            return ""
+        return f"warm: only {share:.0%} of the checkpoint's files are in the page cache"
+
+    def _read(self, word: Callable[[], object]) -> None:
+        chunks = [
+            (self._files.descriptor(path), offset)
+            for path, size in self._sizes.items()
+            for offset in range(0, size, CHUNK_NBYTES)
+        ]
+        # In portions, because it is for this thread to say a word.
+        for begin in range(0, len(chunks), PORTION):
+            word()
+            _read_all(chunks[begin : begin + PORTION])
+
+
+def _read_all(chunks: Sequence[tuple[int, int]]) -> None:
+    """Read (descriptor, offset) chunks and forget them."""
+    buffers = [bytearray(CHUNK_NBYTES) for _ in range(THREADS)]
+
+    def read(worker: int, number: int) -> None:
+        descriptor, offset = chunks[number]
+        os.preadv(descriptor, [buffers[worker]], offset)
+
+    run_jobs(read, len(chunks), THREADS)
+
+
+def _flush(descriptor: int) -> None:
+    """Pages that are not yet written cannot be dropped."""
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        return  # of a read-only file system, say: then nothing is unwritten
+
+
+def _resident(descriptor: int, offset: int, nbytes: int) -> tuple[int, int] | None:
+    """(cached, all) pages of a part of a file; a look through mincore(2) does not change them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "mincore") or not _may_look(descriptor):
+        return None
+    pages = -(-nbytes // mmap.PAGESIZE)
+    vector = (ctypes.c_ubyte * pages)()
+    with mmap.mmap(descriptor, nbytes, mmap.MAP_PRIVATE, offset=offset) as mapping:
+        first = ctypes.c_byte.from_buffer(mapping)
+        failed = libc.mincore(
+            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(nbytes), vector
+        )
+        del first
+    return None if failed else (bytes(vector).translate(_LOWEST_BIT).count(1), pages)
+
+
+def _may_look(descriptor: int) -> bool:
+    """Linux tells only those who own a file or may write it."""
+    return os.fstat(descriptor).st_uid == os.geteuid() or os.geteuid() == 0

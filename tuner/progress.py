@@ -1,0 +1,98 @@
+"""What a tune shows while it goes on, on stderr."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+
+from ..progress import ProgressBar
+from .record import Settings
+
+
+class Progress:
+    """A bar over the candidates, with the best so far and the time left; lines above it.
+
+    ``shown`` False: nothing is shown at all. Thread rules: one thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        shown: bool,
+        max_seconds: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bar = ProgressBar(
+            desc="tune",
+            unit="trial",
+            file=sys.stderr,
+            disable=not shown,
+            bar_format="{desc}: {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}",
+            total=0,
+        )
+        self._shown, self._max_seconds, self._now = shown, max_seconds, now
+        self._begun = now()
+        self._num_trials = 0
+        self._trial_seconds = 0.0
+        self._best = ""
+        self._left = ""
+
+    def begin(self, num_done: int, num_open: int) -> None:
+        """A trial begins; ``num_open`` candidates, its own among them, have none yet."""
+        self._bar.n, self._bar.total = num_done, num_done + num_open
+        left = math.inf
+        if self._num_trials:
+            left = num_open * self._trial_seconds / self._num_trials
+        if self._max_seconds is not None:
+            left = min(left, max(self._begun + self._max_seconds - self._now(), 0.0))
+        self._left = f", at most {format_seconds(left)} left" if left < math.inf else ""
+        self._show("")
+
+    def event(self, name: str, seconds: float) -> None:
+        """Something happened in the trial that runs."""
+        self._show(name)
+
+    def end(self, trial_seconds: float) -> None:
+        """The trial has ended, after so many seconds."""
+        self._num_trials += 1
+        self._trial_seconds += trial_seconds
+        self._bar.n += 1
+
+    def new_best(self, settings: Settings, seconds: float, before: float | None) -> None:
+        """A line for a new best candidate; ``before``: the best one's seconds until now."""
+        gain = f" ({1 - seconds / before:.1%} less)" if before else ""
+        self.note(f"best so far: {seconds:.4f} s a run{gain}: {format_settings(settings)}")
+        self._best = f", best {seconds:.4f} s"
+        self._show("")
+
+    def note(self, line: str) -> None:
+        """A line above the bar."""
+        if self._shown:
+            self._bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Take the bar away. Idempotent."""
+        self._bar.leave = False
+        self._bar.close()
+
+    def _show(self, doing: str) -> None:
+        now = f", {doing}" if doing else ""
+        self._bar.set_postfix_str(f"{self._best}{self._left}{now}".removeprefix(", "))
+
+
+def format_settings(settings: Settings) -> str:
+    """As a call has them: n_gpu=2, read_mode='direct'."""
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "the defaults"
+
+
+def format_seconds(seconds: float) -> str:
+    """For people: "45 s", "3:05 min", "1:02 h"."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 6000:
+        return f"{whole // 60}:{whole % 60:02} min"
+    minutes = whole // 60
+    return f"{minutes // 60}:{minutes % 60:02} h"

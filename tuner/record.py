@@ -1,0 +1,111 @@
+"""What a trial is asked to do, how far it may go, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Settings = Mapping[str, int | str | None]
+"""A candidate: keyword arguments of the streamer. JSON values alone."""
+
+CacheState = Literal["warm", "cold"]
+"""The page cache before every measured run: holding the checkpoint's files, or nothing of them."""
+
+Ending = Literal[
+    "ok",
+    "out of memory",
+    "exception",
+    "signal",
+    "exit",
+    "hung",
+    "timed out",
+    "slower",
+    "pruned",
+]
+"""How a candidate ended. "exit": the process ended by itself without a result. "hung": it made no
+progress at all. "slower": ended in the middle of a run that could not beat the best any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FunctionName:
+    """A function that a fresh process can import."""
+
+    module: str
+    """A module's dotted name; "__main__" for the script that calls tune()."""
+    qualname: str
+    file: str
+    """The module's source file, absolute; what a child runs where module is "__main__"."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialSpec:
+    """One candidate's trial: everything that a fresh process needs to know, as JSON values."""
+
+    model: Mapping[str, object]
+    """Either {"path": checkpoint} or the published constructor's model arguments."""
+    settings: Settings
+    setup_fn: FunctionName | None
+    """None: a synthetic load of ``tokens`` vectors a layer."""
+    tokens: int = 1
+    n_runs: int = 4
+    """Runs of which the first is discarded."""
+    sleep_seconds: float = 0.0
+    cache: CacheState = "warm"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialLimits:
+    """How far a trial may go before it is ended."""
+
+    best_seconds: float | None = None
+    """The best candidate's seconds a run so far."""
+    margin: float = 0.1
+    """A run is hopeless once its elapsed time passes best_seconds * (1 + margin)."""
+    warm_up_seconds: float | None = None
+    """The discarded first run of the best candidate so far (its record has it). One that takes far
+    longer is hopeless, too. None: only hang_seconds ends a first run."""
+    trial_seconds: float = 600.0
+    """For the whole trial, from start to result."""
+    hang_seconds: float = 120.0
+    """For any stage (opening, setup, one run) without a word from the child."""
+    max_host_bytes: int | None = None
+    """Resident memory of the child and its descendants, the page cache that it maps not counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialRecord:
+    """What became of one candidate."""
+
+    settings: Settings
+    ending: Ending
+    detail: str = ""
+    """First a line that says it all: an error, a signal's name, the limit that was passed, why it
+    was pruned. Then a traceback and the end of what the candidate printed, if there is any."""
+    run_seconds: tuple[float, ...] = ()
+    """Of each measured run; the runs that ended before a trial was ended early are here too."""
+    warm_up_seconds: float = 0.0
+    """Of the first run, which is discarded: what a process does only once is in it."""
+    step_bytes: Mapping[str, int] = field(default_factory=dict)
+    """By step, of the last pass of the last measured run (``streamer.last_pass``)."""
+    stalled_seconds: Mapping[str, float] = field(default_factory=dict)
+    """The same."""
+    pass_seconds: float = 0.0
+    """Of that pass."""
+    peak_device_bytes: int = 0
+    """Most memory that torch had reserved on one device."""
+    peak_host_bytes: int = 0
+    """Most resident memory of the trial's processes."""
+    trial_seconds: float = 0.0
+    """From the start of the process until it was reaped."""
+
+    @property
+    def seconds(self) -> float | None:
+        """The trial's result: the median of the measured runs; None unless it ended well."""
+        if self.ending != "ok":
+            return None
+        ordered = sorted(self.run_seconds)
+        middle = len(ordered) // 2
+        if len(ordered) % 2:
+            return ordered[middle]
+        return (ordered[middle - 1] + ordered[middle]) / 2

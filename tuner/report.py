@@ -1,0 +1,154 @@
+"""A tune's results for people: a table, and a picture of time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..budget import format_bytes
+from ..stats import write_atomically
+from .progress import format_settings
+from .record import TrialRecord
+
+TABLE, PICTURE = "tune.md", "tune.png"
+MOST_DETAIL = 100
+MOST_BARS = 60
+"""Candidates that the first part of the picture shows, the fastest ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a report is made of."""
+
+    title: str
+    records: Sequence[TrialRecord]
+    best: TrialRecord | None
+    num_untried: int
+    """Candidates that were left out as hopeless, or for want of time."""
+
+
+def write_report(folder: Path, findings: Findings) -> tuple[Path, ...]:
+    """Write the table and the picture into ``folder``, which is made if need be; their paths.
+
+    Raises OSError, and ImportError without matplotlib: then the table is there all the same.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / TABLE
+    write_atomically(table, make_table(findings))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"the picture needs matplotlib (pip install 'layer-streamer[report]'); the table is "
+            f"in {table}"
+        ) from error
+    rows = min(len(_well(findings.records)), MOST_BARS)
+    figure = Figure(figsize=(13, max(5, 0.16 * rows + 1)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(findings.title)
+    _draw_times(left, findings)
+    _draw_memory(right, findings)
+    picture = folder / PICTURE
+    figure.savefig(picture, dpi=120)
+    return table, picture
+
+
+def make_table(findings: Findings) -> str:
+    """The table as Markdown: those that ended well by their time, then the others."""
+    best = findings.best
+    lines = [f"# {findings.title}", ""]
+    if best is not None:
+        lines += [f"Best: `{format_settings(best.settings)}`, {best.seconds:.4f} s a run.", ""]
+    if findings.num_untried:
+        lines += [f"{findings.num_untried} candidates were not tried.", ""]
+    lines += [
+        "| s a run | slowest, fastest run | to the best | device | host | ending | settings |",
+        "|---:|---:|---:|---:|---:|---|---|",
+    ]
+    well = sorted(_well(findings.records), key=lambda record: record.seconds or 0.0)
+    others = [record for record in findings.records if record.seconds is None]
+    lines += [_row(record, best) for record in (*well, *others)]
+    return "\n".join(lines) + "\n"
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points (bytes, seconds), those that no other one beats in both; by rising bytes."""
+    found: list[tuple[float, float]] = []
+    for nbytes, seconds in sorted(points):
+        if not found or seconds < found[-1][1]:
+            found.append((nbytes, seconds))
+    return found
+
+
+def _well(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    return [record for record in records if record.seconds is not None]
+
+
+def _row(record: TrialRecord, best: TrialRecord | None) -> str:
+    detail = record.detail.strip().splitlines()[0] if record.detail.strip() else ""
+    if len(detail) > MOST_DETAIL:
+        detail = detail[:MOST_DETAIL].rsplit(" ", 1)[0] + " ..."
+    ending = f"{record.ending}: {detail}" if detail else record.ending
+    times = ["", "", ""]
+    if record.seconds is not None:
+        times = [
+            f"{record.seconds:.4f}",
+            f"{max(record.run_seconds):.4f}, {min(record.run_seconds):.4f}",
+            "",
+        ]
+        if best is not None and best.seconds:
+            times[2] = f"{record.seconds / best.seconds - 1:+.1%}"
+    memory = [
+        format_bytes(nbytes) if nbytes else ""
+        for nbytes in (record.peak_device_bytes, record.peak_host_bytes)
+    ]
+    # A bar would end the cell.
+    cells = [*times, *memory, ending, f"`{format_settings(record.settings)}`"]
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
+
+def _draw_times(axes: Any, findings: Findings) -> None:
+    """Seconds by candidate, with the range of its runs, the fastest at the top."""
+    well = sorted(_well(findings.records), key=lambda record: record.seconds or 0.0)[:MOST_BARS]
+    for row, record in enumerate(well):
+        seconds = record.seconds or 0.0
+        axes.plot([min(record.run_seconds), max(record.run_seconds)], [row, row], color="0.7")
+        axes.plot([seconds], [row], "o", color="C3" if record is findings.best else "C0", ms=4)
+    axes.set_yticks(range(len(well)), _names(well), fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel("s a run (median, and range)")
+    axes.set_title("time by candidate")
+
+
+def _draw_memory(axes: Any, findings: Findings) -> None:
+    """Seconds against the most memory taken, and the frontier of the best ones."""
+    well = _well(findings.records)
+    on_device = any(record.peak_device_bytes for record in well)
+    points = [
+        ((r.peak_device_bytes if on_device else r.peak_host_bytes) / 2**30, r.seconds or 0.0)
+        for r in well
+    ]
+    axes.plot([x for x, _ in points], [y for _, y in points], "o", color="C0", ms=4)
+    best = frontier(points)
+    xs, ys = [x for x, _ in best], [y for _, y in best]
+    axes.step(xs, ys, "o-", where="post", color="C3", ms=4, label="nothing is faster in less")
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"peak {'device' if on_device else 'host'} memory (GiB)")
+    axes.set_ylabel("s a run")
+    axes.set_title("time against memory")
+    if points:
+        axes.legend()
+
+
+def _names(records: Sequence[TrialRecord]) -> list[str]:
+    """By record, the settings in which they differ."""
+    names = dict.fromkeys(name for record in records for name in record.settings)
+    differing = [
+        name for name in names if len({record.settings.get(name) for record in records}) > 1
+    ]
+    return [
+        " ".join(f"{name}={record.settings[name]}" for name in differing if name in record.settings)
+        for record in records
+    ]

@@ -1,0 +1,178 @@
+"""The results file: one JSON document a line, appended as trials end.
+
+A line says which tune it belongs to (its fingerprint), so one file can hold several; it is written
+with one call and synchronised, so that an interrupted tune loses no finished trial. A last line
+that was torn is dropped. While a file is open, it is locked against other tunes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+from ..errors import ConfigError
+from .record import Ending, TrialLimits, TrialRecord
+
+logger = logging.getLogger(__name__)
+
+HEAD = '{"layer_streamer_tune": '
+"""How every line begins: with its fingerprint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished trial as it was put on record."""
+
+    record: TrialRecord
+    limits: TrialLimits
+
+    def holds_under(self, limits: TrialLimits) -> bool:
+        """True if the same trial would end the same with ``limits`` ("slower": see the race)."""
+        then, ending = self.limits, self.record.ending
+        if ending == "timed out":
+            return limits.trial_seconds <= then.trial_seconds
+        if ending == "hung":
+            return limits.hang_seconds <= then.hang_seconds
+        if ending == "out of memory" and then.max_host_bytes is not None:
+            bound = limits.max_host_bytes
+            return bound is not None and bound <= then.max_host_bytes
+        return True
+
+    @property
+    def exceeded_seconds(self) -> float:
+        """Of a trial that ended as "slower": what its run took at least."""
+        best = self.limits.best_seconds
+        return best * (1 + self.limits.margin) if best is not None else 0.0
+
+
+class ResultsFile:
+    """Results of one tune, in a file that is locked until :meth:`close`.
+
+    Thread rules: one thread.
+    """
+
+    def __init__(self, path: Path, fingerprint: str, description: Mapping[str, Any]) -> None:
+        """Open or create ``path``, repair its end, read what belongs to ``fingerprint``.
+
+        ConfigError if it cannot be opened, is something else, or another tune has it.
+        """
+        self.path, self._fingerprint, self._description = path, fingerprint, dict(description)
+        self.results: list[Result] = []
+        self._is_new = True
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise ConfigError(f"results_path={path}: {error.strerror}") from error
+        try:
+            lock(self._handle, f"results_path={path}")
+            self._read()
+        except BaseException:
+            os.close(self._handle)
+            raise
+
+    def append(self, record: TrialRecord, limits: TrialLimits) -> None:
+        """Put a finished trial on record, for good. OSError if it cannot be written."""
+        if self._is_new:
+            self._write({"of": self._description})
+            self._is_new = False
+        self._write(
+            {
+                "record": asdict(record),
+                "limits": asdict(limits),
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        )
+        self.results.append(Result(record, limits))
+
+    def close(self) -> None:
+        """Give the lock back. Idempotent."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def _write(self, document: Mapping[str, Any]) -> None:
+        rest = json.dumps(document)[1:]
+        line = f"{HEAD}{json.dumps(self._fingerprint)}, {rest}\n".encode()
+        while line:
+            line = line[os.write(self._handle, line) :]
+        os.fsync(self._handle)
+
+    def _read(self) -> None:
+        with open(self._handle, "rb", closefd=False) as file:
+            content = file.read()
+        head = HEAD.encode()
+        begin = content[: len(head)]
+        if begin != head[: len(begin)]:
+            raise ConfigError(f"results_path={self.path}: is there and is no file of results")
+        *lines, torn = content.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not self._take(line):
+                logger.warning("%s:%d: not read, it is no result", self.path, number)
+        if torn and self._take(torn):
+            os.write(self._handle, b"\n")
+        elif torn:
+            logger.info("%s: a torn last line is dropped", self.path)
+            os.ftruncate(self._handle, len(content) - len(torn))
+
+    def _take(self, line: bytes) -> bool:
+        """Read one line; False if it is none of ours, whatever the tune."""
+        try:
+            document = json.loads(line)
+            fingerprint = document["layer_streamer_tune"]
+            if fingerprint != self._fingerprint:
+                return True
+            self._is_new = False
+            if "record" in document:
+                self.results.append(parse_result(document))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return False
+        return True
+
+
+def parse_result(document: Mapping[str, Any]) -> Result:
+    """A line's result. ValueError, TypeError or KeyError if it is none."""
+    # A line of a newer version may say more.
+    names = {field.name for field in fields(TrialRecord)}
+    given = {key: value for key, value in document["record"].items() if key in names}
+    given["run_seconds"] = tuple(float(seconds) for seconds in given["run_seconds"])
+    record = TrialRecord(**given)
+    names = {field.name for field in fields(TrialLimits)}
+    limits = {key: value for key, value in document["limits"].items() if key in names}
+    if record.ending not in get_args(Ending) or not isinstance(record.settings, dict):
+        raise ValueError(f"ending={record.ending!r}")
+    if record.ending == "ok" and not record.run_seconds:
+        raise ValueError("no run")
+    return Result(record, TrialLimits(**limits))
+
+
+def lock(handle: int, what: str) -> None:
+    """Lock an open file until it is closed; ConfigError if somebody has it."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{what}: another tune is using it") from None
+    except OSError as error:
+        # Some network file systems have no locks; a results file is better than none.
+        logger.warning("%s: cannot be locked: %s", what, error.strerror)
+
+
+def default_path(fingerprint: str) -> Path:
+    """Where results are kept unless the caller says otherwise."""
+    return cache_folder() / f"{fingerprint}.jsonl"
+
+
+def cache_folder() -> Path:
+    """The tuner's folder in the user's cache directory."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        cache = Path.home() / ".cache"
+    return cache / "layer-streamer" / "tuner"

@@ -1,0 +1,177 @@
+"""Which candidates can work within the bounds, from the plan: the others are never started."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import planner
+from ..budget import format_bytes
+from ..config import Settings as StreamerSettings
+from ..errors import ConfigError
+from ..lane import Batches, plan_batches
+from ..layout import plan_steps
+from ..manifest import Manifest
+from ..placement import StepSize
+from ..plan import Machine, Plan
+from ..planner import make_plan, measure_steps
+from ..schedule import lay_out_all
+from .record import TrialRecord
+from .space import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the user grants, bytes; None: no bound."""
+
+    max_device_bytes: int | None = None
+    """Of each device."""
+    max_host_bytes: int | None = None
+
+    def excess(self, record: TrialRecord) -> str:
+        """Why a trial's measured memory is more than was granted; "" if it is not."""
+        for name, used in (
+            ("max_device_bytes", record.peak_device_bytes),
+            ("max_host_bytes", record.peak_host_bytes),
+        ):
+            bound = getattr(self, name)
+            if bound is not None and used > bound:
+                return f"{name}={bound}: it took {format_bytes(used)}"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A candidate that can work, with the plan that it would be opened with."""
+
+    candidate: Candidate
+    plan: Plan
+    batches: Batches
+    slots: Mapping[str, int]
+    """By pool ("device", "pinned", "host"), the slots of the first device."""
+
+    @property
+    def has_reads(self) -> bool:
+        """True if anything is read during a pass."""
+        return "disk" in self.plan.tiers
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for candidates that are opened in the same way on this machine."""
+        place, plan = self.plan.placement, self.plan
+        readers = (plan.read_threads, plan.read_chunk) if self.has_reads else None
+        host = {name: count for name, count in self.slots.items() if name != "device"}
+        mode = plan.read_mode if self.has_reads or plan.read_mode == "mapped" else ""
+        return (
+            place.tiers, place.device_slots, tuple(sorted(host.items())), self.batches, mode,
+            readers,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Screened:
+    """What has become of all candidates."""
+
+    kept: list[Planned] = field(default_factory=list)
+    pruned: list[TrialRecord] = field(default_factory=list)
+    """One record each, with the reason in ``detail``."""
+    num_equal: int = 0
+    """Candidates that would be opened in the same way as one that was kept."""
+
+
+class Screener:
+    """Plans candidates for one checkpoint on one machine; no file and no device is opened.
+
+    ``fixed``: options that are no candidate's own ("device", "dtype").
+    """
+
+    def __init__(
+        self, manifest: Manifest, machine: Machine, fixed: Mapping[str, Any], bounds: Bounds
+    ) -> None:
+        self._machine, self._fixed, self._bounds = machine, dict(fixed), bounds
+        dtype = fixed.get("dtype")
+        steps = plan_steps(manifest, ())
+        layouts = lay_out_all(steps, unified=machine.unified, dtype=dtype)
+        self._sizes: Sequence[StepSize] = measure_steps(steps, layouts, dtype)
+        self._scratch = max(layout.scratch_nbytes for layout in layouts)
+
+    def screen(self, candidates: Sequence[Candidate]) -> Screened:
+        """Sort out what cannot work, exceeds the bounds, or is the same as one before."""
+        screened, seen = Screened(), set[tuple[Any, ...]]()
+        with _quiet():
+            for candidate in candidates:
+                try:
+                    planned = self._plan(candidate)
+                    why = self._excess(planned.plan)
+                except ConfigError as error:
+                    why = str(error)
+                if why:
+                    screened.pruned.append(
+                        TrialRecord(settings=candidate.settings, ending="pruned", detail=why)
+                    )
+                elif planned.signature in seen:
+                    screened.num_equal += 1
+                else:
+                    seen.add(planned.signature)
+                    screened.kept.append(planned)
+        return screened
+
+    def _plan(self, candidate: Candidate) -> Planned:
+        settings = StreamerSettings(**self._fixed, **candidate.settings)  # type: ignore[arg-type]
+        plan = make_plan(self._sizes, self._scratch, self._machine, settings, lambda: 1.0)
+        if settings.read_mode == "mapped" and not (self._machine.unified or _maps(plan)):
+            raise ConfigError("read_mode='mapped': the device cannot copy from mapped files")
+        slots = {"device": plan.placement.device_slots[0].count}
+        if "disk" in plan.tiers and not self._machine.unified:
+            if settings.num_pinned:
+                slots["pinned"] = settings.num_pinned + 1
+            if settings.num_pageable or not settings.num_pinned:
+                slots["host"] = settings.num_pageable + 1
+        counts = slots if slots["device"] else {}
+        batches = plan_batches(settings, counts, unified=self._machine.unified)
+        return Planned(candidate, plan, batches, slots)
+
+    def _excess(self, plan: Plan) -> str:
+        """Why the plan takes more than is granted, or more than there is; "" if it does not.
+
+        Only what is certain counts: a process takes more than its plan, never less.
+        """
+        place, bounds = plan.placement, self._bounds
+        device = max(place.device_bytes)
+        host = sum(place.device_bytes) if self._machine.unified else place.host_bytes
+        for name, used in (("max_device_bytes", device), ("max_host_bytes", host)):
+            bound = getattr(bounds, name)
+            if bound is not None and used > bound:
+                return f"{name}={bound}: the plan takes {format_bytes(used)}"
+        if not self._machine.unified:
+            for used, free in zip(place.device_bytes, self._machine.device_free, strict=True):
+                if used > free:
+                    return (
+                        f"the plan takes {format_bytes(used)} of a device with {format_bytes(free)}"
+                    )
+        return ""
+
+
+def _maps(plan: Plan) -> bool:
+    """True unless something would have to be mapped and cannot be."""
+    return plan.read_mode == "mapped" or set(plan.tiers) == {"device"}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the planner's warnings about hundreds of plans that nobody has asked for."""
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    loggers = (planner.logger, logging.getLogger("layer_streamer.config"))
+    for logger in loggers:
+        logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(drop)

@@ -1,0 +1,221 @@
+"""One tune from its model and options: look at the machine, screen, race, keep the results."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import TuneError
+from ..manifest import Manifest
+from .fingerprint import describe_tune, digest
+from .model_args import encode_model
+from .options import TuneOptions
+from .predict import Costs
+from .progress import Progress, format_seconds
+from .race import Race, enter
+from .record import TrialRecord, TrialSpec
+from .results import ResultsFile, cache_folder, default_path, lock
+from .screen import Bounds, Screened, Screener
+from .search import RunTrial, Search, Task, endings
+from .setup_fn import name_function
+from .space import Grants, Values, candidates, check_axes, default_axes
+from .survey import Survey, take_survey
+
+logger = logging.getLogger(__name__)
+
+HOST_MARGIN = 256 << 20
+"""What of a grant of host memory is left to a process beside the streamer and the libraries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is tuned."""
+
+    arguments: Mapping[str, Any]
+    """Of the streamer, without what is searched; with "path", those of from_checkpoint."""
+    read_manifest: Callable[[], Manifest]
+    setup_fn: Callable[[Any], Callable[[], object]] | None
+    has_defaults: bool = False
+    """True if settings without values have values to try all the same."""
+
+
+class Session:
+    """What LayerStreamerTuner does. Thread rules: one thread."""
+
+    def __init__(self, model: Model, axes: Mapping[str, Values], options: TuneOptions) -> None:
+        self.axes = dict(axes)
+        self._model, self._given, self._options = model, dict(axes), options
+        self._screened = Screened()
+        self._search: Search | None = None
+        self._look: Callable[[Any, Path], Survey] = take_survey
+        self._run_trial: RunTrial | None = None
+        """Runs a trial in place of a process; None: trial.run_trial."""
+        self._now = time.monotonic
+
+    @property
+    def title(self) -> str:
+        """What the report is called."""
+        arguments = self._model.arguments
+        return f"Tune of {Path(arguments.get('path', arguments.get('model_dir', ''))).name}"
+
+    @property
+    def best(self) -> TrialRecord | None:
+        search = self._search
+        return (
+            None if search is None or search.race.best is None else search.records[search.race.best]
+        )
+
+    @property
+    def num_untried(self) -> int:
+        search = self._search
+        return len(search.task.candidates) - len(search.records) if search is not None else 0
+
+    def records(self) -> list[TrialRecord]:
+        """Of all that is known of, in the order in which it was settled, the pruned ones last."""
+        found = list(self._search.records.values()) if self._search is not None else []
+        return [*found, *self._screened.pruned]
+
+    def tune(self) -> TrialRecord:
+        """Search, and return the best candidate's record. TuneError, ConfigError."""
+        self._search, self._screened = None, Screened()
+        setup_fn, options = self._model.setup_fn, self._options
+        name = name_function(setup_fn) if setup_fn is not None else None
+        manifest = self._model.read_manifest()
+        spec = TrialSpec(
+            model=encode_model(self._model.arguments),
+            settings={},
+            setup_fn=name,
+            tokens=options.tokens,
+            n_runs=options.n_runs,
+            sleep_seconds=options.sleep_seconds,
+            cache=options.cache,
+        )
+        with _only_tune():
+            survey = self._look(spec.model.get("device"), next(iter(manifest.files)))
+            race, task = self._prepare(manifest, survey, spec)
+            description = describe_tune(spec, manifest, survey.identity, setup_fn)
+            self._run(race, task, description)
+        return self._conclude()
+
+    def _prepare(self, manifest: Manifest, survey: Survey, spec: TrialSpec) -> tuple[Race, Task]:
+        """The candidates that can work, and the race over them. TuneError if there is none."""
+        options, machine = self._options, survey.machine
+        host = options.granted("max_host_bytes")
+        if host is not None:
+            host = host - survey.baseline_bytes - HOST_MARGIN
+        defaults: dict[str, Values] = {}
+        if self._model.has_defaults:
+            device = options.granted("max_device_bytes")
+            grants = Grants(
+                machine.unified,
+                survey.identity.get("num_cores") or os.cpu_count() or 1,
+                device,
+                host if host is None or host > 0 else None,
+            )
+            defaults = default_axes(grants)
+        self.axes = check_axes({**defaults, **self._given})
+        bounds = Bounds(options.granted("max_device_bytes"), options.granted("max_host_bytes"))
+        arguments = self._model.arguments
+        fixed = {"device": arguments.get("device")}
+        if "path" in arguments:
+            fixed["dtype"] = arguments.get("dtype")
+        screener = Screener(manifest, machine, fixed, bounds)
+        self._screened = screener.screen(list(candidates(self.axes, unified=machine.unified)))
+        kept = self._screened.kept
+        if not kept:
+            raise TuneError(f"no candidate can work: {endings(self._screened.pruned)}")
+        costs = Costs(options.cache, survey.limits, machine.unified)
+        entries = [enter(planned) for planned in kept]
+        race = Race(entries, costs, options.strategy, options.tolerance)
+        task = Task(
+            candidates=[planned.candidate for planned in kept],
+            spec=spec,
+            limits=options.limits,
+            bounds=bounds,
+            unified=machine.unified,
+            ends_slower=options.margin is not None,
+            max_seconds=options.max_seconds,
+        )
+        return race, task
+
+    def _run(self, race: Race, task: Task, description: dict[str, Any]) -> None:
+        options, fingerprint = self._options, digest(description)
+        given = options.results_path
+        file = ResultsFile(
+            Path(given) if given is not None else default_path(fingerprint),
+            fingerprint,
+            description,
+        )
+        progress = Progress(
+            shown=options.track_progress, max_seconds=options.max_seconds, now=self._now
+        )
+        self._search = Search(race, task, self._trial_runner(), progress, file, self._now)
+        try:
+            progress.note(
+                f"{len(task.candidates)} candidates; {self._screened.num_equal} more are the same, "
+                f"{len(self._screened.pruned)} cannot work; results: {file.path}"
+            )
+            self._search.reuse(file.results)
+            reused = self._search.num_reused
+            if reused:
+                progress.note(f"{reused} of them are on record already")
+            self._search.run()
+            if reused and reused == len(self._search.records):
+                logger.info("all %d results were on record in %s", reused, file.path)
+                progress.note("nothing is left to try: all results were on record")
+        finally:
+            progress.close()
+            file.close()
+
+    def _conclude(self) -> TrialRecord:
+        search, best = self._search, self.best
+        assert search is not None
+        if best is None:
+            well = [record for record in search.records.values() if record.ending == "ok"]
+            found = endings([*search.records.values(), *self._screened.pruned])
+            if search.out_of_time:
+                limit = format_seconds(self._options.max_seconds or 0)
+                raise TuneError(
+                    f"max_seconds={self._options.max_seconds}: no candidate had a result within "
+                    f"{limit}" + (f" ({found})" if found else "")
+                )
+            kind = "exceeded the memory granted or failed" if well else "failed"
+            raise TuneError(f"every candidate {kind}: {found}")
+        if search.out_of_time:
+            logger.warning(
+                "max_seconds=%s are over: the best so far is returned, %d of %d candidates were "
+                "not tried", self._options.max_seconds, self.num_untried,
+                len(search.task.candidates),
+            )  # fmt: skip
+        return best
+
+    def _trial_runner(self) -> RunTrial:
+        if self._run_trial is not None:
+            return self._run_trial
+        from .trial import run_trial
+
+        return run_trial
+
+
+@contextmanager
+def _only_tune() -> Iterator[None]:
+    """One tune at a time: two would measure each other. ConfigError if there is another."""
+    path = cache_folder() / "lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        logger.warning("%s: %s; another tune at the same time would not be seen", path, error)
+        yield
+        return
+    try:
+        lock(handle, "tune()")
+        yield
+    finally:
+        os.close(handle)

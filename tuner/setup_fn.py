@@ -1,0 +1,133 @@
+"""The user's setup function by its name: named in the parent, imported in a trial's child."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import MethodType, ModuleType
+from typing import Any
+
+from ..errors import ConfigError
+from .record import FunctionName
+
+TRIAL_VARIABLE = "LAYER_STREAMER_TRIAL"
+"""Environment variable of every process of a trial."""
+SCRIPT = "__mp_main__"
+"""What a script is called in a child: by convention, a __main__ that is run again for its names."""
+
+_kept: list[ModuleType] = []
+"""Modules that another took the name of, so that their globals stay."""
+
+
+class EndOfImport(BaseException):
+    """A script that is imported in a trial's child has come to tune()."""
+
+
+def in_child() -> bool:
+    """True in the processes of a trial, which never tune."""
+    return TRIAL_VARIABLE in os.environ
+
+
+def end_import_in_child() -> None:
+    """What ``tune()`` calls first. In a child it ends the script's import where it stands."""
+    if in_child():
+        raise EndOfImport("tune() was called in a trial: a trial does not tune")
+
+
+def name_function(setup_fn: Callable[..., Any]) -> FunctionName:
+    """The name by which a fresh process can import ``setup_fn``.
+
+    ConfigError for a lambda, a function inside another, a method of an instance, whatever else its
+    module does not have under its name, and for a __main__ that is no file (a prompt, -c, stdin).
+    """
+    module, qualname = _own_names(setup_fn)
+    _check_reachable(setup_fn, module, qualname)
+    found = sys.modules[module]
+    file = getattr(found, "__file__", None)
+    if not isinstance(file, str) or not Path(file).is_file():
+        where = "a prompt, -c or stdin" if module == "__main__" else f"module {module!r}"
+        raise ConfigError(
+            f"setup_fn={qualname}: {where} is no file that a fresh process could import it from; "
+            "put it in a file"
+        )
+    spec = getattr(found, "__spec__", None)
+    if module == "__main__" and isinstance(spec, ModuleSpec) and spec.name != "__main__":
+        module = spec.name  # python -m
+    return FunctionName(module=module, qualname=qualname, file=str(Path(file).absolute()))
+
+
+def load_function(name: FunctionName) -> Callable[..., Any]:
+    """Import the function that ``name`` leads to. What its module raises, or ConfigError."""
+    found: object = _load_module(name)
+    try:
+        function = functools.reduce(getattr, name.qualname.split("."), found)
+    except AttributeError as error:
+        raise ConfigError(
+            f"setup_fn={name.qualname}: {name.file}, imported by a trial, has not defined it; "
+            "define it at the top, above tune() and outside of any __main__ guard"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"setup_fn={name.qualname}: {name.file} defines it as {function!r}")
+    return function
+
+
+def _own_names(setup_fn: object) -> tuple[str, str]:
+    module = getattr(setup_fn, "__module__", None)
+    qualname = getattr(setup_fn, "__qualname__", None)
+    if not callable(setup_fn) or not isinstance(module, str) or not isinstance(qualname, str):
+        raise ConfigError(f"setup_fn={setup_fn!r}: must be a function that its module has by name")
+    for part, kind in (("<lambda>", "a lambda"), ("<locals>", "defined inside a function")):
+        if part in qualname.split("."):
+            raise ConfigError(
+                f"setup_fn={qualname}: is {kind}, which a fresh process cannot import; "
+                "define it with def at the top of a module"
+            )
+    return module, qualname
+
+
+def _check_reachable(setup_fn: object, module: str, qualname: str) -> None:
+    found: object = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    of_class = isinstance(found, MethodType) and found == setup_fn
+    if found is setup_fn or of_class:
+        return
+    if found is None:
+        reason = f"module {module!r} has nothing of that name"
+    elif isinstance(setup_fn, MethodType):
+        reason = "is a method of an instance"
+    else:
+        reason = f"{module}.{qualname} is something else by now (decorated, or defined again)"
+    raise ConfigError(
+        f"setup_fn={qualname}: {reason}, so a fresh process cannot import it; "
+        "define it with def at the top of a module"
+    )
+
+
+def _load_module(name: FunctionName) -> ModuleType:
+    is_script = name.module == "__main__"
+    if not is_script and name.module in sys.modules:
+        return sys.modules[name.module]
+    spec = _script_spec(name.file) if is_script else importlib.util.find_spec(name.module)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"setup_fn={name.qualname}: no module {name.module!r} is found")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    if is_script:
+        _kept.append(sys.modules["__main__"])
+        sys.modules["__main__"] = module
+    # What a script has defined when it comes to tune() is all that a trial may need.
+    with suppress(EndOfImport):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _script_spec(file: str) -> ModuleSpec | None:
+    loader = SourceFileLoader(SCRIPT, file)
+    return importlib.util.spec_from_file_location(SCRIPT, file, loader=loader)

@@ -1,0 +1,187 @@
+"""The candidates: every combination of the values to try, equal ones once. Pure."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..budget import parse_bytes
+from ..config import Settings as StreamerSettings
+from ..errors import ConfigError
+from .record import Settings
+
+MIB = 1 << 20
+POOLS = (
+    ("n_gpu", "batch_gpu"),
+    ("n_cpu_pinned", "batch_cpu_pinned"),
+    ("n_cpu", "batch_cpu"),
+)
+"""Each pool's size, and the number of layers handed on out of it at a time."""
+PUBLISHED = tuple(n for n, _ in POOLS) + tuple(batch for _, batch in POOLS)
+AXES = (*PUBLISHED, "read_mode", "read_threads", "read_chunk", "device_budget", "host_budget")
+"""Settings that can be searched, in the order in which a candidate has them."""
+MAX_COMBINATIONS = 100_000
+
+Values = Sequence[int | str | None]
+Axes = Mapping[str, Values]
+"""By setting, the values to try; a setting that is not there is left to the streamer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One combination of values."""
+
+    settings: Settings
+    """In plain form: see :func:`plain`."""
+    key: str
+    """Equal for candidates that are the same configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grants:
+    """What default values depend on."""
+
+    unified: bool
+    """True if the device is the CPU."""
+    num_cores: int
+    device_bytes: int | None = None
+    """The most that a candidate may take of a device; None: no bound."""
+    host_bytes: int | None = None
+    """The same of host memory, what a process takes by itself already taken off."""
+
+
+def default_axes(grants: Grants) -> dict[str, Values]:
+    """Values that are worth trying on such a machine."""
+    few_cores = grants.num_cores <= 4
+    axes: dict[str, Values] = dict.fromkeys(AXES, (None,))
+    axes["read_mode"] = ("mapped", "buffered", "direct")
+    if grants.unified:
+        axes["n_gpu"] = (1, 2, 4, 8)
+        axes["read_threads"] = (1, 2, 4) if few_cores else (2, 4, 8)
+    else:
+        axes["n_gpu"] = (1, 2, 4)
+        axes["n_cpu_pinned"] = (2, 4, 8)
+        axes["read_threads"] = (2, 4, 8) if few_cores else (4, 8, 16)
+    axes["read_chunk"] = (MIB, 8 * MIB)
+    device_bytes, host_bytes = grants.device_bytes, grants.host_bytes
+    if grants.unified:
+        # Both are budgets of the one memory there is: the smaller one is enough.
+        device_bytes = min((b for b in (device_bytes, host_bytes) if b is not None), default=None)
+        host_bytes = None
+    if device_bytes is not None:
+        # What compute takes beside the streamer is not known before it has run.
+        axes["device_budget"] = (device_bytes * 19 // 20, device_bytes * 3 // 4, None)
+    if host_bytes is not None:
+        axes["host_budget"] = (host_bytes * 19 // 20, None)
+    if device_bytes is not None or host_bytes is not None:
+        axes["read_chunk"] = (8 * MIB,)
+        axes["read_threads"] = axes["read_threads"][1:]
+        if not grants.unified:
+            axes["n_cpu_pinned"] = (2, 4)
+    return axes
+
+
+def check_axes(axes: Mapping[str, Values | None]) -> dict[str, Values]:
+    """The axes that have values, each value once. ConfigError for a value that cannot work."""
+    checked = dict[str, Values]()
+    for name in AXES:
+        values = axes.get(name)
+        if values is None:
+            continue
+        if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+            raise ConfigError(f"{name}_values={values!r}: must be a list of values")
+        if not values:
+            raise ConfigError(f"{name}_values=[]: must have at least one value")
+        for value in values:
+            try:
+                StreamerSettings(**_named({name: value}))
+            except ConfigError as error:
+                raise ConfigError(f"{name}_values: {error}") from None
+        checked[name] = tuple(dict.fromkeys(values))
+    total = math.prod(len(values) for values in checked.values())
+    if total > MAX_COMBINATIONS:
+        raise ConfigError(
+            f"the values make {total} combinations: must be at most {MAX_COMBINATIONS}"
+        )
+    return checked
+
+
+def candidates(axes: Axes, *, unified: bool) -> Iterator[Candidate]:
+    """The product of the axes in their order, equal candidates once (the first of them)."""
+    seen = set[str]()
+    for values in itertools.product(*axes.values()):
+        settings = plain(dict(zip(axes, values, strict=True)), unified=unified)
+        key = make_key(settings, unified=unified)
+        if key not in seen:
+            seen.add(key)
+            yield Candidate(settings, key)
+
+
+def plain(settings: Settings, *, unified: bool) -> dict[str, int | str | None]:
+    """The same settings without what has no effect: a shortest form, in the order of AXES.
+
+    A pool of 0 is None; a batch is at most its pool's slots, and one layer at a time is None;
+    mapped files need no host pools. On the CPU (``unified``) all three are parts of one pool.
+    Options at their default are left out, except that a host pool
+    that is named stays named: that rules mapped files out under "auto".
+    """
+    named = _named(settings)
+    if named.get("read_mode") == "mapped" and not unified:
+        for name in ("n_cpu_pinned", "n_cpu", "batch_cpu_pinned", "batch_cpu"):
+            named.pop(name, None)
+    for n, batch in POOLS:
+        if n in named:
+            named[n] = named[n] or (0 if n == "n_gpu" else None)
+            if not unified:
+                named[batch] = min(named.get(batch) or 1, (named[n] or 0) + 1)
+        if named.get(batch) in (None, 1):
+            named.pop(batch, None)
+    if "n_cpu_pinned" in named and named.get("n_cpu") is None:
+        named.pop("n_cpu", None)
+    for name in ("device_budget", "host_budget"):
+        if named.get(name) not in (None, "auto"):
+            named[name] = parse_bytes(name, named[name])
+    defaults = {"read_mode": "auto"}
+    always = ("n_gpu", "n_cpu_pinned", "n_cpu")
+    return {
+        name: named[name]
+        for name in AXES
+        if name in named and (name in always or named[name] != defaults.get(name))
+    }
+
+
+def make_key(settings: Settings, *, unified: bool) -> str:
+    """What two settings have in common exactly if they are the same configuration.
+
+    ``unified``: on the CPU the three pools are one, and the largest batch is the batch.
+    """
+    form: dict[str, Any] = plain(settings, unified=unified)
+    if unified:
+        whole = StreamerSettings(**form)
+        batches = [form.pop(batch, None) or 1 for _, batch in POOLS]
+        for n, _ in POOLS:
+            form.pop(n, None)
+        form["slots"] = whole.num_device + whole.num_pinned + whole.num_pageable + 1
+        form["batch"] = min(max(batches), form["slots"])
+    elif form.get("read_mode") == "mapped":
+        # Threads read nothing during passes.
+        form = {key: form[key] for key in form if key not in ("read_threads", "read_chunk")}
+    return json.dumps(form, sort_keys=True)
+
+
+def complete(settings: Settings, axes: Axes) -> dict[str, int | str | None]:
+    """``settings`` with every searched option named, for whoever asked for its values."""
+    whole = {name: settings.get(name) for name in AXES if name in axes or name in settings}
+    if whole.get("read_mode", "") is None:
+        whole["read_mode"] = "auto"
+    return whole
+
+
+def _named(settings: Settings) -> dict[str, Any]:
+    """Without the options that None leaves at their default."""
+    keep_none = ("n_gpu", "n_cpu_pinned", "n_cpu")
+    return {k: v for k, v in settings.items() if v is not None or k in keep_none}

@@ -1,0 +1,283 @@
+"""The parent of a candidate's process: keeps it within its memory, leaves nothing of it behind.
+
+A script of its own, started by path with ``python -I -S``, on the standard library alone, so that
+it starts in no time and nothing of the user's runs in it. One argument: :class:`Orders` as JSON.
+Stdin is the pipe whose closing ends the trial; stdout takes one line of JSON when all has ended.
+
+On Linux every descendant of the candidate ends up as this process's child (it is their subreaper),
+whatever sessions and groups they made, so "no child is left" means that none is left anywhere.
+Elsewhere what can be ended is the candidate and its process group; memory is not watched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypedDict
+
+TICK_SECONDS = 0.05
+"""Between two looks at processes and memory."""
+SCAN_SECONDS = 0.25
+"""Between two looks for new processes, at least ..."""
+SCAN_SHARE = 0.01
+"""... and such that they take no more than this part of the time."""
+TAIL_NBYTES = 8192
+"""What is kept of the end of the candidate's output."""
+CHUNK_NBYTES = 1 << 16
+MAX_FREEZES = 50
+"""Looks for processes that are forked while others are being stopped."""
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+OOM_FIRST = "1000"
+"""oom_score_adj of what the kernel is to kill first when memory runs out."""
+CANNOT_START = 127
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that end the trial as the closing of the pipe does."""
+
+
+class Orders(TypedDict):
+    """What the parent wants."""
+
+    command: list[str]
+    parent: int
+    """Its process id: if that is not our parent any more, it has ended."""
+    descriptors: list[int]
+    """That the candidate keeps."""
+    max_host_bytes: int | None
+
+
+class Supervisor:
+    """One candidate from start to end. Thread rules: one thread."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        self._peak = 0
+        self._passed: int | None = None
+        self._status: int | None = None
+        self._tail = b""
+        self._told_to_end = False
+        self._known: set[int] = set()
+        self._next_scan = 0.0
+        self._oom_kills = _oom_kills()
+        for number in ENDING:
+            signal.signal(number, self._on_signal)
+        # An inherited "ignore" would have the kernel reap for us and lose what became of it.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._adopts = _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self._output, write_end = os.pipe()
+        os.set_blocking(self._output, False)
+        self._child = _start(orders, write_end)
+        os.close(write_end)
+        for descriptor in orders["descriptors"]:
+            os.close(descriptor)
+
+    def run(self) -> dict[str, Any]:
+        """Watch until the candidate ends or is to be ended; what became of it."""
+        try:
+            while not self._time_to_end():
+                pass
+        finally:
+            self._end_all()
+        while self._drain():
+            pass
+        return {
+            "status": self._status,
+            "adopts": self._adopts,
+            "passed": self._passed,
+            "peak": self._peak,
+            "oom_kills": _oom_kills() - self._oom_kills,
+            "tail": self._tail.decode(errors="replace"),
+        }
+
+    def _time_to_end(self) -> bool:
+        """Wait for a tick at the most and look around."""
+        open_output = [self._output] if self._output >= 0 else []
+        ready, _, _ = select.select([0, *open_output], [], [], TICK_SECONDS)
+        if self._output in ready:
+            self._drain()
+        if 0 in ready or self._told_to_end or os.getppid() != self._orders["parent"]:
+            return True
+        self._reap()
+        return self._status is not None or self._too_large()
+
+    def _drain(self) -> bool:
+        """Take some of what the candidate has printed; False if there is nothing."""
+        if self._output < 0:
+            return False
+        try:
+            data = os.read(self._output, CHUNK_NBYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            os.close(self._output)
+            self._output = -1
+        self._tail = (self._tail + data)[-TAIL_NBYTES:]
+        return bool(data)
+
+    def _too_large(self) -> bool:
+        """Measure the memory of all processes; True if it is more than is allowed."""
+        if sys.platform != "linux":
+            return False
+        begin = time.monotonic()
+        if begin >= self._next_scan:
+            self._known = _descendants()
+            now = time.monotonic()
+            self._next_scan = now + max(SCAN_SECONDS, (now - begin) / SCAN_SHARE)
+        total = sum(_resident(pid) for pid in self._known)
+        self._peak = max(self._peak, total)
+        most = self._orders["max_host_bytes"]
+        if most is not None and total > most:
+            self._passed = total
+        return self._passed is not None
+
+    def _end_all(self) -> None:
+        """Kill until no descendant is left."""
+        if self._status is None:
+            _refuses(self._child, signal.SIGKILL)  # what it costs the machine ends here
+        if sys.platform != "linux" and hasattr(os, "killpg"):
+            _refuses(-self._child, signal.SIGKILL)
+        pause = 0.001
+        while self._reap():
+            found = _freeze() if sys.platform == "linux" else {self._child}
+            # In a list: every one is to be tried.
+            if found and all([_refuses(pid, signal.SIGKILL) for pid in found]):
+                return  # all are another user's by now
+            self._drain()
+            time.sleep(pause)
+            pause = min(2 * pause, TICK_SECONDS)
+
+    def _reap(self) -> bool:
+        """Collect every child that has ended; True if some are left."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if pid == 0:
+                return True
+            if pid == self._child:
+                self._status = status
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._told_to_end = True
+
+
+def _start(orders: Orders, output: int) -> int:
+    """Start the candidate in a session of its own; its process id."""
+    supervisor = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        for number in ENDING:
+            signal.signal(number, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        for descriptor in orders["descriptors"]:
+            os.set_inheritable(descriptor, True)
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        with suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text(OOM_FIRST)
+        if os.getppid() == supervisor:
+            os.execv(orders["command"][0], orders["command"])
+    except BaseException as error:
+        os.write(2, f"cannot start {orders['command'][0]}: {error}\n".encode())
+    finally:
+        os._exit(CANNOT_START)
+
+
+def _freeze() -> set[int]:
+    """Stop all descendants, so that none can start another; their process ids."""
+    frozen = set[int]()
+    for _ in range(MAX_FREEZES):
+        new = _descendants() - frozen
+        if not new:
+            break
+        for pid in new:
+            _refuses(pid, signal.SIGSTOP)
+        frozen |= new
+    return frozen
+
+
+def _descendants() -> set[int]:
+    """Process ids of all that descend from this process."""
+    children: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            parent = _parent(entry.name)
+            if parent is not None:
+                children.setdefault(parent, []).append(int(entry.name))
+    found, new = set[int](), children.get(os.getpid(), [])
+    while new:
+        found.update(new)
+        new = [pid for parent in new for pid in children.get(parent, []) if pid not in found]
+    return found
+
+
+def _parent(pid: str) -> int | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    # The name, in brackets, may hold anything.
+    return int(text.rpartition(b")")[2].split()[1])
+
+
+def _resident(pid: int) -> int:
+    """Resident bytes of a process but for the pages of files that it maps."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()
+    except OSError:
+        return 0
+    kinds = (b"RssAnon:", b"RssShmem:")
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kinds))
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed for want of memory."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
+def _refuses(pid: int, number: int) -> bool:
+    """Send a signal; True if that is not allowed, because it is another user's."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return False
+
+
+def _prctl(option: int, value: int) -> bool:
+    """False where there is none, or a sandbox refuses it."""
+    if sys.platform != "linux":
+        return False
+    return bool(ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0) == 0)
+
+
+def main() -> int:
+    supervisor = Supervisor(json.loads(sys.argv[1]))
+    report = json.dumps(supervisor.run()).encode() + b"\n"
+    try:
+        os.write(1, report)
+    except OSError:
+        return 1  # the parent has gone
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

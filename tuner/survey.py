@@ -1,0 +1,89 @@
+"""What a tune has to know of the machine, looked up in a child: this process never opens a device.
+
+Even to ask torch for a GPU's name initialises CUDA. So a fresh process opens the devices, looks at
+the machine and the limits on record, and says what it found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..limits import MachineLimits, decode
+from ..placement import Rates
+from ..plan import Machine
+
+SECONDS = 300
+"""A GPU that has been asleep takes a while to open."""
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A machine as a fresh process sees it, with nothing of ours on its devices."""
+
+    machine: Machine
+    identity: dict[str, Any]
+    """What tells this machine from another: machine.MachineIdentity as JSON has it."""
+    limits: MachineLimits | None
+    """What a probe has put on record."""
+    baseline_bytes: int
+    """Host memory of a process that has done nothing but open the devices."""
+
+
+def take_survey(device: str | list[str] | None, path: Path) -> Survey:
+    """Look at the machine. ``path``: a file of the checkpoint, for its file system's limits.
+
+    ConfigError if a device cannot be opened, with its line.
+    """
+    process = subprocess.run(
+        [sys.executable, "-m", "layer_streamer.tuner.surveyor"],
+        input=json.dumps({"device": device, "path": str(path)}),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=child_environment(),
+        check=False,
+        start_new_session=True,
+    )
+    lines = process.stdout.splitlines()
+    if process.returncode or not lines:
+        said = process.stderr.strip().splitlines() or [f"it ended with {process.returncode}"]
+        raise ConfigError(f"device={device!r}: {said[-1]}")
+    return parse(json.loads(lines[-1]))
+
+
+def parse(document: dict[str, Any]) -> Survey:
+    """What the surveyor wrote."""
+    found = dict(document["machine"])
+    rates = Rates(None, (None,) * len(found["devices"]))
+    machine = Machine(
+        devices=tuple(found["devices"]),
+        unified=found["unified"],
+        maps_files=found["maps_files"],
+        device_free=tuple(found["device_free"]),
+        host_available=found["host_available"],
+        rates=rates,
+        readers={mode: (pair[0], pair[1]) for mode, pair in found["readers"].items()},
+    )
+    limits = document["limits"]
+    return Survey(
+        machine,
+        document["identity"],
+        decode(limits, MachineLimits) if limits is not None else None,
+        document["baseline_bytes"],
+    )
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a child that imports the same layer_streamer as this process."""
+    # The package's own folder may be a link (tuner/), but its parent is where it was found.
+    root = Path(sys.modules["layer_streamer"].__file__ or PACKAGE).resolve().parents[1]
+    paths = [str(root), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}

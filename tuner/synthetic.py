@@ -1,0 +1,24 @@
+"""The compute of a trial where the user has none of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..streamer import LayerStreamer
+from ..tools.rawspeed import Load
+
+
+def synthetic_setup(tokens: int) -> Callable[[LayerStreamer], Callable[[], None]]:
+    """A setup_fn whose run() is one pass: each matrix times ``tokens`` vectors, as bench does."""
+
+    def setup(streamer: LayerStreamer) -> Callable[[], None]:
+        load, x = Load(tokens), torch.zeros(1, device=streamer.device)
+
+        def run() -> None:
+            streamer.run_pass(x, load)
+
+        return run
+
+    return setup

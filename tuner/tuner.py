@@ -1,0 +1,181 @@
+"""LayerStreamerTuner: the fastest settings for one machine, one checkpoint and one compute."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+
+from ..config import Bytes, DeviceName
+from ..errors import TuneError
+from ..formats import read_manifest
+from ..manifest import manifest_from_tensor_info
+from .options import MoreOptions, Options, TuneOptions
+from .record import TrialRecord
+from .report import Findings, write_report
+from .session import Model, Session
+from .setup_fn import end_import_in_child
+from .space import AXES, Values, check_axes, complete
+
+logger = logging.getLogger(__name__)
+
+SetupFn = Callable[[Any], Callable[[], object]]
+"""``setup_fn(streamer) -> run``: what ``run()`` does is measured."""
+
+
+class LayerStreamerTuner:
+    """Finds pool sizes, batches and read settings for this machine, by trials.
+
+    Each candidate runs in a process of its own. A tune may be interrupted: finished trials are on
+    record, and the next one goes on from there. Thread rules: one thread; one tune at a time.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the published constructor
+        self,
+        setup_fn: SetupFn | None,
+        model_dir: str | Path,
+        tensor_info: Mapping[str, tuple[str, int, Sequence[int]]],
+        shard_offsets: Mapping[str, int],
+        block_keys: Sequence[str],
+        block_sizes: Mapping[str, int],
+        dtype: torch.dtype,
+        num_layers: int,
+        n_gpu_values: Sequence[int] | None = None,
+        n_cpu_pinned_values: Sequence[int | None] | None = None,
+        n_cpu_values: Sequence[int | None] | None = None,
+        batch_gpu_values: Sequence[int | None] | None = None,
+        batch_cpu_pinned_values: Sequence[int | None] | None = None,
+        batch_cpu_values: Sequence[int | None] | None = None,
+        n_runs: int = 4,
+        sleep_seconds: float = 0.0,
+        *,
+        device: DeviceName | Sequence[DeviceName] | None = None,
+        **options: Unpack[MoreOptions],
+    ) -> None:
+        """Tune ``LayerStreamer(model_dir=..., ...)``; values that are not given are not searched.
+
+        The model's arguments are the streamer's. The other options, ``read_mode_values`` and such
+        among them, are those of :meth:`from_checkpoint`. Raises ConfigError.
+        """
+        tables = {
+            "model_dir": model_dir, "tensor_info": tensor_info, "shard_offsets": shard_offsets,
+            "block_keys": block_keys, "block_sizes": block_sizes, "dtype": dtype,
+            "num_layers": num_layers,
+        }  # fmt: skip
+        more = {} if device is None else {"device": device}
+        values: dict[str, Values | None] = {
+            "n_gpu": n_gpu_values, "n_cpu_pinned": n_cpu_pinned_values, "n_cpu": n_cpu_values,
+            "batch_gpu": batch_gpu_values, "batch_cpu_pinned": batch_cpu_pinned_values,
+            "batch_cpu": batch_cpu_values,
+        }  # fmt: skip
+        rest: dict[str, Any] = dict(options)
+        names = [f"{name}_values" for name in AXES if f"{name}_values" in rest]
+        values |= _by_setting({name: rest.pop(name) for name in names})
+        self._begin(
+            Model({**tables, **more}, lambda: manifest_from_tensor_info(**tables), setup_fn),  # type: ignore[arg-type]
+            values,
+            TuneOptions(n_runs=n_runs, sleep_seconds=sleep_seconds, **rest),
+        )
+
+    @classmethod
+    def from_checkpoint(  # noqa: PLR0913 - every option by name
+        cls,
+        path: str | Path,
+        *,
+        setup_fn: SetupFn | None = None,
+        n_gpu_values: Sequence[int] | None = None,
+        n_cpu_pinned_values: Sequence[int | None] | None = None,
+        n_cpu_values: Sequence[int | None] | None = None,
+        batch_gpu_values: Sequence[int | None] | None = None,
+        batch_cpu_pinned_values: Sequence[int | None] | None = None,
+        batch_cpu_values: Sequence[int | None] | None = None,
+        read_mode_values: Sequence[str] | None = None,
+        read_threads_values: Sequence[int | None] | None = None,
+        read_chunk_values: Sequence[int | None] | None = None,
+        device_budget_values: Sequence[Bytes | None] | None = None,
+        host_budget_values: Sequence[Bytes | None] | None = None,
+        device: DeviceName | Sequence[DeviceName] | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
+    ) -> LayerStreamerTuner:
+        """Tune ``LayerStreamer.from_checkpoint(path, device=device, dtype=dtype, ...)``.
+
+        * ``setup_fn(streamer)`` returns ``run()``, which is measured; a function that a fresh
+          process can import. None: each matrix times ``tokens`` vectors stands in for it.
+        * ``*_values``: what to try of each setting; None: values that suit the machine.
+        * ``n_runs`` (4): runs of a candidate, the first of which is discarded; ``sleep_seconds``
+          (0) between them; ``cache``: the page cache before each, "warm" or "cold".
+        * ``max_device_bytes`` of each device, ``max_host_bytes``: the most a candidate may take.
+        * ``max_seconds``: the best so far is returned when they are over.
+        * ``strategy``: "race" (the default) stops once no candidate that is left can be better by
+          more than ``tolerance`` (0.02; docs/tuning.md says by what rule); "grid" tries all.
+        * ``margin`` (0.1): a run is ended once it is that much slower than the best; None: never.
+        * ``trial_seconds``, ``hang_seconds``: bounds of one trial, and of each of its stages.
+        * ``results_path``: where results are kept; None: in the user's cache directory.
+        * ``track_progress``: a bar and lines, on stderr.
+
+        Raises ConfigError.
+        """
+        values = {name: value for name, value in locals().items() if name.endswith("_values")}
+        given = {"path": path, "device": device, "dtype": dtype}
+        arguments = {name: value for name, value in given.items() if value is not None}
+        model = Model(arguments, lambda: read_manifest(path), setup_fn, has_defaults=True)
+        self = cls.__new__(cls)
+        self._begin(model, _by_setting(values), TuneOptions(**options))
+        return self
+
+    def _begin(
+        self, model: Model, values: Mapping[str, Values | None], options: TuneOptions
+    ) -> None:
+        self._session = Session(model, check_axes(values), options)
+
+    def tune(self) -> dict[str, int | str | None]:
+        """The best settings: keyword arguments for LayerStreamer and its from_checkpoint.
+
+        Raises ConfigError before anything is started, TuneError if no candidate gave a result.
+        KeyboardInterrupt comes through once everything that was started has ended. This process
+        opens no device. In the process of a trial, a script's import ends here.
+        """
+        end_import_in_child()
+        if torch.cuda.is_initialized():
+            logger.warning(
+                "CUDA is initialised in this process already: what it holds of the devices' memory "
+                "and time, trials do not have"
+            )
+        best = self._session.tune()
+        return complete(best.settings, self._session.axes)
+
+    @property
+    def results(self) -> list[TrialRecord]:
+        """What became of each candidate, in the order in which they were settled; the pruned last.
+
+        Candidates that were not tried are not there. After an interrupt: what there was.
+        """
+        return self._session.records()
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The best candidate's record, of the last tune or of the one that was interrupted."""
+        return self._session.best
+
+    def report(self, path: str | Path) -> tuple[Path, ...]:
+        """Write a table (tune.md) and a picture (tune.png) into the directory ``path``.
+
+        Returns the files. Raises TuneError before a tune, OSError, and ImportError without
+        matplotlib (the extra "report"); the table is written even then.
+        """
+        records = self.results
+        if not records:
+            raise TuneError("there is nothing to report: tune() has not been called")
+        session = self._session
+        return write_report(
+            Path(path), Findings(session.title, records, session.best, session.num_untried)
+        )
+
+
+def _by_setting(values: Mapping[str, Values | None]) -> dict[str, Values | None]:
+    """By setting, what to try: "n_gpu_values" is about "n_gpu"."""
+    return {name.removesuffix("_values"): of_one for name, of_one in values.items()}
