@@ -51,12 +51,13 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
 
 def measure(work: Work, speeds: dict[str, float]) -> TrialRecord:
     """What a trial on such a machine would say."""
-    _, mode, threads, chunk = work.read_class
+    _, mode, threads, chunk, ring = work.read_class
     if mode == "direct":
         reads = speeds["disk"] * min(1.0, threads / 6)
     else:
         reads = min(speeds["most_cached"], speeds["cached"] * threads)
     reads *= 1.0 if chunk > 4 << 20 else 0.9
+    reads = min(reads, chunk / 0.8e-4) if ring else reads * 0.75
     copies = {"mapped": 1.0, "pinned": 0.93, "pageable": 0.2}[work.copy_class[1]] * speeds["link"]
     needs = {
         "read": work.read / reads,

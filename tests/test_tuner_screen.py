@@ -134,11 +134,14 @@ def test_predictions_have_the_order_that_the_pipeline_gives(checkpoint: Path) ->
     base = {"n_gpu": 2, "n_cpu_pinned": 4, "read_mode": "buffered", "read_threads": 8}
     expected = seconds(checkpoint, **base)
     assert seconds(checkpoint, n_gpu=2, read_mode="mapped") < expected
+    # A ring: faster, unless its parts are small for what comes out of the page cache.
+    assert seconds(checkpoint, **(base | {"n_cpu_pinned": None})) < expected
+    pools = base | {"read_chunk": 4096}
+    assert seconds(checkpoint, **(pools | {"n_cpu_pinned": None})) > seconds(checkpoint, **pools)
     for worse in (
         {"n_gpu": 0},
         {"n_gpu": 1},
         {"batch_gpu": 3},
-        {"n_cpu_pinned": None},
         {"n_cpu_pinned": None, "n_cpu": 4},
         {"n_cpu": 4},
         {"read_mode": "direct"},
@@ -146,8 +149,6 @@ def test_predictions_have_the_order_that_the_pipeline_gives(checkpoint: Path) ->
         {"read_chunk": 4096},
     ):
         assert seconds(checkpoint, **(base | worse)) > expected, worse
-    inline = seconds(checkpoint, **(base | {"n_cpu_pinned": None}))
-    assert inline > seconds(checkpoint, **(base | {"n_cpu_pinned": None, "n_cpu": 4}))
 
 
 def test_layers_on_the_device_cost_nothing_to_move(checkpoint: Path) -> None:

@@ -17,13 +17,18 @@ from ..placement import Rates, predict
 from .record import CacheState, TrialRecord
 from .screen import Planned
 
-Class = tuple[str, str, int, int]
-"""What the speed of a step depends on: its name, mode, threads, and bytes a read (or zeros)."""
+Class = tuple[str, str, int, int, bool]
+"""What the speed of a step depends on: its name, mode, threads, and bytes a read (or zeros), and
+whether reads go into a ring, which stays in the processor's cache."""
 
 READ_RATES = {"direct": 3e9, "cold": 2e9, "warm": 10e9}
 """Bytes a second of DEFAULT_READ_THREADS threads, where nothing is on record."""
 COPY_RATES = {"pinned": 20e9, "mapped": 20e9, "pageable": 6e9}
 MEMCPY_RATE = 8e9
+INTO_POOLS = 0.8
+"""Reads into slots that hold layers, compared with reads into a ring."""
+PART_SECONDS = 1e-4
+"""What one part's way through a ring costs beside its bytes; parts are handed over one by one."""
 COMPUTE_RATES = {True: 10e9, False: 1e12}
 """Weights that compute takes in, until a trial has told; on the CPU (True), on other devices."""
 JITTER = 0.02
@@ -76,7 +81,8 @@ def work_of(planned: Planned) -> Work:
         _host_depth(planned, staged=staged),
         slots["device"] / (batches.read if unified else batches.copied) or math.inf,
     )
-    read_class = ("read", plan.read_mode, plan.read_threads, plan.read_chunk)
+    ring = "ring" in slots
+    read_class = ("read", plan.read_mode, plan.read_threads, plan.read_chunk, ring)
     source = ("mapped" if plan.read_mode == "mapped" else "pinned") if pinned else "pageable"
     return Work(
         read=known.read_bytes,
@@ -84,7 +90,7 @@ def work_of(planned: Planned) -> Work:
         copy=copied,
         compute=sum(size.copy_nbytes for size in plan.sizes),
         read_class=read_class,
-        copy_class=("copy", source, 0, 0),
+        copy_class=("copy", source, 0, 0, False),
         overlaps=(_overlap(depths[0]), _overlap(depths[1]), _overlap(depths[2])),
         jitter=sum(JITTER / depth for depth in depths),
     )
@@ -190,16 +196,18 @@ def _seconds_per_byte(kind: Class, costs: Costs) -> float:
 def _guess(kind: Class, costs: Costs) -> float:
     """Seconds a byte before any trial."""
     rate = _rate_on_record(kind, costs)
-    if rate is not None:
-        return 1 / rate
-    name, mode, threads, chunk = kind
+    name, mode, threads, chunk, ring = kind
     if name == "copy":
-        return 1 / COPY_RATES[mode]
-    way = "direct" if mode == "direct" else costs.cache
-    # More threads help less and less; small reads cost a call each.
-    threads_help = 1.5 * threads / (threads + 4)
-    chunk_helps = chunk / (chunk + (256 << 10))
-    return 1 / (READ_RATES[way] * threads_help * chunk_helps)
+        return 1 / (rate if rate is not None else COPY_RATES[mode])
+    if rate is None:
+        way = "direct" if mode == "direct" else costs.cache
+        # More threads help less and less; small reads cost a call each.
+        threads_help = 1.5 * threads / (threads + 4)
+        chunk_helps = chunk / (chunk + (256 << 10))
+        rate = READ_RATES[way] * threads_help * chunk_helps
+    if costs.unified:
+        return 1 / rate
+    return max(1 / rate, PART_SECONDS / chunk) if ring else 1 / (rate * INTO_POOLS)
 
 
 def _rate_on_record(kind: Class, costs: Costs, *, fastest: bool = False) -> float | None:
@@ -210,7 +218,7 @@ def _rate_on_record(kind: Class, costs: Costs, *, fastest: bool = False) -> floa
     limits = costs.limits
     if limits is None:
         return None
-    name, mode, threads, chunk = kind
+    name, mode, threads, chunk, _ = kind
     if name == "copy":
         devices = limits.machine.devices
         pinned = [rate.bytes_per_s for device in devices for rate in device.copies]

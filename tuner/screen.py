@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import planner
+from ..batches import Batches, plan_batches
 from ..budget import format_bytes
 from ..config import Settings as StreamerSettings
 from ..errors import ConfigError
-from ..lane import Batches, plan_batches
 from ..layout import plan_steps
 from ..manifest import Manifest
 from ..placement import StepSize
@@ -51,7 +51,7 @@ class Planned:
     plan: Plan
     batches: Batches
     slots: Mapping[str, int]
-    """By pool ("device", "pinned", "host"), the slots of the first device."""
+    """By pool ("device", "pinned", "host", "ring"), the slots of the first device."""
 
     @property
     def has_reads(self) -> bool:
@@ -126,9 +126,11 @@ class Screener:
             raise ConfigError("read_mode='mapped': the device cannot copy from mapped files")
         slots = {"device": plan.placement.device_slots[0].count}
         if "disk" in plan.tiers and not self._machine.unified:
-            if settings.num_pinned:
+            if settings.through_ring:
+                slots["ring"] = plan.placement.host_slots[0].count
+            elif settings.num_pinned:
                 slots["pinned"] = settings.num_pinned + 1
-            if settings.num_pageable or not settings.num_pinned:
+            if settings.num_pageable:
                 slots["host"] = settings.num_pageable + 1
         counts = slots if slots["device"] else {}
         batches = plan_batches(settings, counts, unified=self._machine.unified)

@@ -64,7 +64,7 @@ def default_axes(grants: Grants) -> dict[str, Values]:
         axes["read_threads"] = (1, 2, 4) if few_cores else (2, 4, 8)
     else:
         axes["n_gpu"] = (1, 2, 4)
-        axes["n_cpu_pinned"] = (2, 4, 8)
+        axes["n_cpu_pinned"] = (None, 2, 4)
         axes["read_threads"] = (2, 4, 8) if few_cores else (4, 8, 16)
     axes["read_chunk"] = (MIB, 8 * MIB)
     device_bytes, host_bytes = grants.device_bytes, grants.host_bytes
@@ -81,7 +81,7 @@ def default_axes(grants: Grants) -> dict[str, Values]:
         axes["read_chunk"] = (8 * MIB,)
         axes["read_threads"] = axes["read_threads"][1:]
         if not grants.unified:
-            axes["n_cpu_pinned"] = (2, 4)
+            axes["n_cpu_pinned"] = (None, 4)
     return axes
 
 
