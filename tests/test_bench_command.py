@@ -159,6 +159,15 @@ def test_pairs_whose_limit_drifted_are_left_out() -> None:
     assert (shares, dropped) == ([0.5, 0.5], 1)
 
 
+def test_if_every_pair_drifted_the_share_is_of_all_together(
+    model: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(bench_module, "_pair", lambda seconds, limits: ([], 2))
+    _, document = benched(capsys, model, *FEW, "--tokens", 0)
+    expected = document["limit_seconds"] / document["seconds_per_pass"]
+    assert (document["share_of_limit"], document["dropped"]) == (expected, 2)
+
+
 def test_progress_over_the_measurements_is_on_stderr_by_name(model: Path, capsys: Any) -> None:
     assert main(["bench", str(model), *FEW]) == 0
     printed = capsys.readouterr()

@@ -189,15 +189,17 @@ def timed(work: Callable[[], object]) -> float:
 REGIMES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "mapped": bench(passes=9),
     "arena": bench(passes=9, host_budget="100GiB", read_mode="direct"),
-    "cold": bench(passes=7, cold=True, host_budget="2.3GiB", read_mode="direct"),
-    "half the model in host memory": bench(host_budget="8.3GiB"),
+    "cold": bench(passes=7, cold=True, host_budget="64MiB", read_mode="direct"),
+    "cold, pools": bench(passes=7, cold=True, n_cpu_pinned=4, read_mode="direct"),
+    "half the model in host memory": bench(host_budget="6.1GiB"),
     **{f"device budget {n} GiB": bench(device_budget=n * GIB) for n in (1, 2, 4, 8, 13, 16)},
     "4,096 tokens": bench(tokens=4096, passes=9),
     "beside pure Python": partial(measure_beside_python, tokens=0),
     "beside pure Python, with compute": partial(measure_beside_python, tokens=1),
     "1,000 tiny layers": measure_tiny_layers,
     "300 passes": measure_many_passes,
-    "pools, page cache": bench(n_cpu_pinned=4, read_threads=16),
+    "page cache, ring": bench(n_cpu_pinned=None),
+    "page cache, pools": bench(n_cpu_pinned=4, read_threads=16),
     **{f"{n} GPUs": bench(passes=9, device=devices(n)) for n in (1, 2, 4)},
 }
 
