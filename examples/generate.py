@@ -104,9 +104,9 @@ def run(args: argparse.Namespace) -> None:
     from layer_streamer import LayerStreamer, read_manifest
     from llm.engine import Engine
     from llm.metadata import load_config, load_tokenizer, metadata_directory
+    from llm.names import weight_names
     from llm.sampling import Sampler
     from llm.threads import leave_a_core
-    from llm.weights import weight_names
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     sampler = Sampler(args.temperature, seed=args.seed)

@@ -18,7 +18,7 @@ from layer_streamer import LayerStreamer, read_manifest
 from llm.config import ModelConfig, model_config
 from llm.engine import Engine
 from llm.metadata import metadata_directory
-from llm.weights import weight_names
+from llm.names import weight_names
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((REPOSITORY / "tests/data/smollm2.json").read_text())

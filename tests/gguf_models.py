@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import torch
 
-from llm.weights import GGUF_MODULES
+from llm.names import GGUF_MODULES
 
 MIXED = {
     "self_attn.q_proj": "Q4_1",

@@ -5,12 +5,14 @@ import torch
 from assets import TINY
 from transformers import LlamaConfig
 
+from llm.attention import attend
 from llm.config import ModelConfig, model_config
 from llm.kv_cache import KVCache
-from llm.model import attend
 
 
-def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def naive(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
     """Attention of the last T positions, one query at a time."""
     heads, tokens, width = q.shape
     out = torch.empty_like(q)
@@ -18,19 +20,24 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         group = h // (heads // k.shape[0])
         for t in range(tokens):
             seen = k.shape[1] - tokens + t + 1
-            scores = k[group, :seen] @ q[h, t] / math.sqrt(width)
-            out[h, t] = scores.softmax(0) @ v[group, :seen]
+            first = 0 if window is None else max(0, seen - window)
+            scores = k[group, first:seen] @ q[h, t] / math.sqrt(width)
+            out[h, t] = scores.softmax(0) @ v[group, first:seen]
     return out
 
 
 @pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (1, 7), (7, 7), (3, 7), (2, 3)])
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_new_tokens_see_all_positions_up_to_their_own(tokens, positions, groups):
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 9])
+def test_new_tokens_see_the_positions_of_their_window_up_to_their_own(
+    tokens, positions, groups, window
+):
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(n, p, 8) for n, p in ((6, tokens), (groups, positions), (groups, positions))
     )
-    torch.testing.assert_close(attend(q, k, v), naive(q, k, v))
+    found = attend(q, k, v, scale=8**-0.5, window=window)
+    torch.testing.assert_close(found, naive(q, k, v, window))
 
 
 def config() -> ModelConfig:

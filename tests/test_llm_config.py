@@ -2,18 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 from assets import TINY
+from test_llm_rope import LLAMA3
 from transformers import LlamaConfig, Qwen2Config
 
 from llm.config import UnsupportedModelError, id_set, model_config
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 def plain(**changes: object) -> SimpleNamespace:
@@ -26,15 +18,14 @@ def plain(**changes: object) -> SimpleNamespace:
 def test_todays_rope_parameters_and_the_older_rope_theta_are_both_read():
     rope = {"rope_type": "default", "rope_theta": 20_000.0}
     today = model_config(LlamaConfig(**(TINY | {"rope_parameters": rope})))
-    assert today.rope_theta == model_config(plain()).rope_theta == 20_000.0
+    assert today.rope(0).theta == model_config(plain()).rope(0).theta == 20_000.0
 
 
 def test_llama3_scaling_is_read_in_both_spellings():
     today = model_config(LlamaConfig(**(TINY | {"rope_parameters": LLAMA3})))
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     older = model_config(plain(rope_scaling=scaling, rope_theta=500_000.0))
-    assert today.rope_scaling == older.rope_scaling
-    assert today.rope_scaling is not None and today.rope_theta == older.rope_theta
+    assert today.ropes == older.ropes and today.rope(0).scaling is not None
 
 
 def test_a_head_may_be_wider_than_its_share_of_the_hidden_size():
@@ -52,10 +43,9 @@ def test_qwen2_and_its_tied_head_are_read():
     [
         ({"model_type": "gpt2"}, "'gpt2'"),
         ({"hidden_act": "gelu"}, "'gelu'"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "'linear'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs the field 'factor'"),
         ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "4 heads over 3"),
         ({"head_dim": 15}, "width 15"),

@@ -38,6 +38,7 @@ class Unpacker:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, widest: int) -> None:
         """``widest`` is the longest row in weights: at least one row must fit."""
+        self.device, self.dtype = device, dtype
         self._limit = max(_CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS, widest)
         self._floats = torch.empty(self._limit, device=device)
         self._cast = self._floats

@@ -8,12 +8,14 @@ import torch
 
 from layer_streamer import LayerStreamer
 
+from .attention import attend
 from .config import ModelConfig
 from .dequant import Unpacker
 from .kv_cache import KVCache
 from .model import decoder_layer, rms_norm
-from .rope import rotary_table
-from .weights import StepWeights, WeightNames, embed, project, widest_row
+from .names import WeightNames
+from .rope import Rotary
+from .weights import StepWeights, embed_tokens, norm_weight, project, widest_row
 
 
 class Engine:
@@ -37,9 +39,9 @@ class Engine:
         manifest, device = streamer.manifest, streamer.device
         self._specs = manifest.static
         self._table = streamer.host_tensor(names.embedding)
-        self._norm = streamer.load_static(names.norm).to(dtype)
+        self._norm = norm_weight(streamer.load_static(names.norm).to(dtype), names)
         factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
-        self._angles = rotary_table(config, max_positions, factors=factors).to(device)
+        self._rotary = Rotary(config, device, factors=factors)
         self._unpacker = Unpacker(device, dtype, widest_row(manifest))
         self.cache = KVCache(config, max_positions, dtype=dtype, device=device)
 
@@ -58,7 +60,7 @@ class Engine:
         start, end = self.cache.length, self.cache.length + len(ids)
         if not ids or end > self.max_positions:
             raise ValueError(f"{len(ids)} tokens after {start}: room is for {self.max_positions}")
-        angles = self._angles[:, start:end]
+        positions = torch.arange(start, end)
         logits: list[torch.Tensor] = []
 
         def step(
@@ -69,7 +71,8 @@ class Engine:
                     on_layer(layer_idx)
                 layer = self.streamer.manifest.layers[layer_idx]
                 weights = StepWeights(tensors, layer, self._names, self._unpacker)
-                return decoder_layer(x_TD, weights, self.config, self.cache, angles)
+                table = self._rotary.rows(layer_idx, positions)
+                return decoder_layer(x_TD, weights, self.config, table, self._attention)
             if layer_idx == self.config.num_layers:
                 x_TD = x_TD if every_position else x_TD[-1:]
                 x_TD = rms_norm(x_TD, self._norm, self.config.norm_eps)
@@ -81,9 +84,17 @@ class Engine:
         self.cache.advance(len(ids))
         return torch.cat(logits, -1)
 
+    def _attention(
+        self, layer_idx: int, q_HTE: torch.Tensor, k_GTE: torch.Tensor, v_GTE: torch.Tensor
+    ) -> torch.Tensor:
+        keys, values = self.cache.append(layer_idx, k_GTE, v_GTE)
+        config = self.config
+        scale, window = config.attention_scale, config.window(layer_idx)
+        return attend(q_HTE, keys, values, scale=scale, window=window)
+
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
         spec = self._specs[self._names.embedding]
-        return embed(torch.tensor(ids), self._table, spec, self._unpacker, self._norm)
+        return embed_tokens(torch.tensor(ids), self._table, spec, self.config, self._unpacker)
 
     def _head(self, x_TD: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Logits of the piece of the vocabulary whose rows this step carries."""
