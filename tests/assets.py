@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fetch_smollm2 import fetch
+from fetch_model import fetch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from layer_streamer import LayerStreamer, read_manifest

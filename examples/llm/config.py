@@ -133,7 +133,8 @@ def check_model_type(model_type: str) -> None:
     """UnsupportedModelError for an architecture that the engine does not compute."""
     if model_type not in ACTIVATIONS:
         raise UnsupportedModelError(
-            f"model type {model_type!r} is not supported (only {', '.join(ACTIVATIONS)})"
+            f"model type {model_type!r} is not supported (only {', '.join(ACTIVATIONS)}"
+            f"{'; a gemma3 model with images is not one of them' * (model_type == 'gemma3')})"
         )
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from layer_streamer import LayerSpec, Manifest, TensorSpec
 
 from .config import ModelConfig
-from .dequant import BLOCK_BYTES, FLOAT_TYPES, row_width
+from .dequant import FLOAT_TYPES, row_width
 from .errors import UnsupportedModelError
+from .quants import BLOCK_TYPES
 
 GGUF_MODULES = {
     "input_layernorm": "attn_norm",
@@ -142,12 +143,12 @@ def _check_layer(layer: LayerSpec, config: ModelConfig, names: WeightNames) -> N
 
 def _check_tensor(spec: TensorSpec, shape: tuple[int, ...]) -> None:
     kind, found = spec.ggml_type, spec.shape
-    if kind in BLOCK_BYTES:
+    if kind in BLOCK_TYPES:
         found = (*found[:-1], row_width(found[-1], kind))
     elif kind not in (None, *FLOAT_TYPES):
         raise UnsupportedModelError(
             f"tensor {spec.name!r} is {kind}, this engine unpacks only "
-            f"{', '.join((*BLOCK_BYTES, *FLOAT_TYPES))}"
+            f"{', '.join((*BLOCK_TYPES, *FLOAT_TYPES))}"
         )
     elif not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
         raise UnsupportedModelError(

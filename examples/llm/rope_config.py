@@ -84,12 +84,27 @@ def rope_of(hf_config: Any, layer_type: str | None = None) -> Rope:
     return Rope(float(theta), _scaling(fields, int(hf_config.max_position_embeddings)))
 
 
-def _scaling(fields: Mapping[str, Any], max_positions: int) -> Scaling | None:
+def check_rope_types(config: Mapping[str, Any]) -> None:
+    """UnsupportedModelError for a config.json, of either schema, with a kind not in ROPE_TYPES."""
+    for name in ("rope_parameters", "rope_scaling"):
+        fields = config.get(name) or {}
+        if not isinstance(fields, Mapping):
+            raise UnsupportedModelError(f"{name}={fields!r}: an object is needed")
+        for part in (fields, *(value for value in fields.values() if isinstance(value, Mapping))):
+            _checked_type(part)
+
+
+def _checked_type(fields: Mapping[str, Any]) -> str:
     kind = str(fields.get("rope_type") or fields.get("type") or "default")
     if kind not in ROPE_TYPES:
         raise UnsupportedModelError(
             f"rope type {kind!r} is not supported (only {', '.join(ROPE_TYPES)})"
         )
+    return kind
+
+
+def _scaling(fields: Mapping[str, Any], max_positions: int) -> Scaling | None:
+    kind = _checked_type(fields)
     if kind == "default":
         return None
     original = int(fields.get("original_max_position_embeddings") or max_positions)

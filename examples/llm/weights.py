@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from layer_streamer import LayerSpec, Manifest, TensorSpec
 
 from .config import ModelConfig
-from .dequant import BLOCK_BYTES, Unpacker, row_width
+from .dequant import Unpacker, row_width
 from .names import WeightNames
+from .quants import BLOCK_TYPES
 
 
 class StepWeights:
@@ -56,7 +57,7 @@ def project(
     x_TD: torch.Tensor, weight: torch.Tensor, ggml_type: str | None, unpacker: Unpacker
 ) -> torch.Tensor:
     """x times a transposed weight, packed or not: (T, rows)."""
-    if ggml_type not in BLOCK_BYTES:
+    if ggml_type not in BLOCK_TYPES:
         return F.linear(x_TD, weight)
     y_TN = x_TD.new_empty(x_TD.shape[0], weight.shape[0])
     for start, end, rows_ND in unpacker.blocks(weight, ggml_type):
@@ -77,7 +78,7 @@ def embed_tokens(
     rows of these tokens travel.
     """
     rows = table[ids_T].to(unpacker.device)
-    if spec.ggml_type in BLOCK_BYTES:
+    if spec.ggml_type in BLOCK_TYPES:
         blocks = unpacker.blocks(rows, spec.ggml_type)
         x_TD = torch.cat([block.clone() for _, _, block in blocks])
     else:
@@ -93,7 +94,7 @@ def widest_row(manifest: Manifest) -> int:
 
 
 def _width(spec: TensorSpec) -> int:
-    return row_width(spec.shape[-1], spec.ggml_type) if spec.ggml_type in BLOCK_BYTES else 0
+    return row_width(spec.shape[-1], spec.ggml_type) if spec.ggml_type in BLOCK_TYPES else 0
 
 
 def _all_specs(manifest: Manifest) -> Iterator[TensorSpec]:
