@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
-from llm.config import ModelConfig
 from llm.kv_cache import KVCache
 from llm.runner import Runner
 from llm.sampling import Sampler
@@ -18,7 +17,7 @@ class OneSequence:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.config, self.streamer = runner, runner.config, runner.streamer
-        row = runner.kv.rows.add(runner.kv.tokens)
+        row = runner.kv.rows.add(runner.kv.layout.tokens)
         assert row is not None
         self.row = row
 
@@ -63,6 +62,3 @@ def mean_nll(sequence: OneSequence, ids: Sequence[int]) -> float:
     logits = sequence.forward(ids, every_position=True)[:-1]
     targets = torch.tensor(ids[1:], device=logits.device)
     return float(F.cross_entropy(logits.double(), targets))
-
-
-__all__ = ["ModelConfig", "OneSequence", "generate", "mean_nll"]

@@ -68,9 +68,7 @@ def pack(entries: Sequence[Entry], chunk_tokens: int, device: torch.device) -> B
     chunks = []
     for first in range(0, len(ids), chunk_tokens):
         end = min(first + chunk_tokens, len(ids))
-        chunks.append(
-            Chunk(first, _pieces(rows, first, end), *on_device[:, first:end].unbind())
-        )
+        chunks.append(Chunk(first, _pieces(rows, first, end), *on_device[:, first:end].unbind()))
     last, at = [], 0
     for _, number in rows:
         at += number

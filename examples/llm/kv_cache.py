@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,6 +11,20 @@ from .config import ModelConfig
 from .kv_host import HostTier, TokenShape
 from .kv_rows import Row, Rows, Span, make_spans
 from .kv_transfers import Transfers, open_transfers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVLayout:
+    """How much a cache holds, and where."""
+
+    tokens: int
+    """Of all rows together."""
+    max_rows: int
+    dtype: torch.dtype
+    host_layers: Sequence[int] = ()
+    """Layers whose keys and values are in host memory."""
+    int8: bool = False
+    """Keep those in eight bits."""
 
 
 class KVCache:
@@ -25,34 +40,32 @@ class KVCache:
     def __init__(
         self,
         config: ModelConfig,
-        *,
-        tokens: int,
-        max_rows: int,
-        dtype: torch.dtype,
+        layout: KVLayout,
         device: torch.device,
-        host_layers: Sequence[int] = (),
-        int8: bool = False,
         transfers: Transfers | None = None,
     ) -> None:
-        """Room for ``tokens`` of up to ``max_rows`` rows together; ``host_layers`` are spilled."""
-        self.device, self.tokens = device, tokens
-        self.rows = Rows(make_spans(config.windows, tokens, max_rows), max_rows)
+        """``transfers``: the device's, unless a test brings its own."""
+        self.device, self.layout = device, layout
+        spans = make_spans(config.windows, layout.tokens, layout.max_rows)
+        self.rows = Rows(spans, layout.max_rows)
         by_window = {span.window: span for span in self.rows.spans}
         self._spans = [by_window[window] for window in config.windows]
-        token = TokenShape(config.num_kv_heads, config.head_dim, dtype)
-        here = [i for i in range(config.num_layers) if i not in host_layers]
+        token = TokenShape(config.num_kv_heads, config.head_dim, layout.dtype)
+        here = [i for i in range(config.num_layers) if i not in layout.host_layers]
         with torch.inference_mode(False):
             self._memory = {
                 i: token.view(
-                    torch.empty(self._spans[i].places * token.nbytes, dtype=torch.uint8, device=device)
+                    torch.empty(
+                        self._spans[i].places * token.nbytes, dtype=torch.uint8, device=device
+                    )
                 )
                 for i in here
             }
         self.host: HostTier | None = None
         if len(here) < config.num_layers:
-            spans = {i: self._spans[i] for i in sorted(set(host_layers))}
+            away = {i: self._spans[i] for i in sorted(set(layout.host_layers))}
             transfers = open_transfers(device) if transfers is None else transfers
-            self.host = HostTier(spans, token, device, transfers, int8=int8)
+            self.host = HostTier(away, token, device, transfers, int8=layout.int8)
         self._batch: tuple[tuple[Row, int], ...] = ()
 
     def span(self, layer_idx: int) -> Span:
@@ -63,9 +76,7 @@ class KVCache:
         """Before a pass that appends so many tokens to each of these rows."""
         for row, number in batch:
             if not number or row.length + number > row.capacity:
-                raise ValueError(
-                    f"{number} tokens after {row.length}: the row has room for {row.capacity}"
-                )
+                raise ValueError(f"{number} tokens after {row.length}: room is for {row.capacity}")
             if not row.intact(row.length):
                 raise ValueError("a pass that failed overwrote the row's window: truncate it first")
             row.reach = max(row.reach, row.length + number)

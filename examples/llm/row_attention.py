@@ -120,9 +120,7 @@ def _store(
         at += count
 
 
-def make_groups(
-    pieces: Sequence[Piece], span: Span, memory: torch.Tensor
-) -> Iterator[Group]:
+def make_groups(pieces: Sequence[Piece], span: Span, memory: torch.Tensor) -> Iterator[Group]:
     """The decoding rows in groups of similar length, of GATHER_NBYTES each at most."""
     limit = GATHER_NBYTES // memory[:1].nbytes
 

@@ -69,7 +69,9 @@ class Runner:
         together = GATHER_NBYTES // (2 * token_nbytes) if self._chunking.group_rows else 0
         self._most_together = together
         with torch.inference_mode(False):
-            self._stream_ND = torch.empty(kv.tokens, config.hidden_size, dtype=dtype, device=device)
+            self._stream_ND = torch.empty(
+                kv.layout.tokens, config.hidden_size, dtype=dtype, device=device
+            )
 
     def forward(
         self,
