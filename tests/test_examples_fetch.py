@@ -11,7 +11,6 @@ import pytest
 from assets import REPOSITORY, smollm2
 from fetch_model import MODELS, Model
 
-
 DIGEST = "9372c470eeadd5ecd9c3c74c2b3cb633f8e2f2fad799250a0f70d652b6b825e4"
 
 

@@ -7,6 +7,7 @@ derived from anything else, and prompts are longer than windows and original con
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -86,11 +87,15 @@ PROMPT, STEPS = 50, 32
 IDS = torch.randint(3, TINY["vocab_size"], (PROMPT + STEPS,), generator=GENERATOR).tolist()
 
 
+def zoo_config(name: str, **changes: Any) -> Any:
+    """The transformers config of a case."""
+    return CLASSES[name.partition("-")[0]][0](**copy.deepcopy(TINY | CASES[name] | changes))
+
+
 def zoo_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
     """The model of a case."""
-    config_class, model_class = CLASSES[name.partition("-")[0]]
     torch.manual_seed(seed)
-    model = model_class(config_class(**(TINY | CASES[name] | changes))).eval()
+    model = CLASSES[name.partition("-")[0]][1](zoo_config(name, **changes)).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             randomise(key, parameter, zero_centered=name.startswith("gemma"))

@@ -22,7 +22,6 @@ from .errors import UnsupportedModelError
 from .gguf_config import gguf_config, window_note
 from .rope_config import check_rope_types
 
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Any of them is a tokenizer."""
 
@@ -56,6 +55,7 @@ def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Pat
 
 def load_config(directory: Path) -> ModelConfig:
     """The engine's config of a model; its eos_ids are those of both configs of the directory."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = directory / "config.json"
@@ -67,7 +67,7 @@ def load_config(directory: Path) -> ModelConfig:
     check_rope_types(fields)
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise UnsupportedModelError(f"{path}: {' '.join(str(error).split())}") from error
     generation = directory / "generation_config.json"
     if generation.is_file():
