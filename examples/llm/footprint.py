@@ -58,7 +58,7 @@ class Footprint:
         if not host_layers:
             return 0
         places = max(self._places[i] for i in host_layers)
-        slots = min(num_slots, len(host_layers)) * places * self._host_token_nbytes
+        slots = max(1, min(num_slots, len(host_layers))) * places * self._host_token_nbytes
         if not self.needs.int8:
             return slots
         coding = CODED * self._token.nbytes // self.needs.dtype.itemsize * FLOAT * 4

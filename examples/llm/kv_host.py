@@ -6,9 +6,12 @@ back to the host, on a stream of their own.
 
 The order of events rests on what the streamer promises of ``on_copy``: with as many slots as it has
 itself, it calls for the layer that is to overwrite a slot only after the caller has given back the
-layer that was in it. What an abort breaks of this is covered twice: a slot whose use did not end is
-not written before the next pass has begun, and then only after all that was enqueued before.
-Whatever was not prefetched, for whatever reason, the caller's own stream fetches.
+layer that was in it; and the pass waits for all that is on the copy stream by then. What an abort
+breaks of this is covered twice: a slot whose use did not end is not written before the next pass has
+begun, and then only after all that was computed before. Whatever was not prefetched, for whatever
+reason, the caller's own stream fetches. A pass that fails may leave copies home under way from a
+slot that is then overwritten: they bring nothing that counts, and what replaces it follows on the
+same stream.
 """
 
 from __future__ import annotations
@@ -54,12 +57,10 @@ class Slot:
 
     raw: torch.Tensor
     """(bytes,), as in host memory."""
-    filled: Any
-    """Prefetched."""
     used: Any
     """Computed with."""
     drained: Any
-    """New tokens have gone to the host."""
+    """And new tokens have gone to the host."""
     in_use: bool = False
 
 
@@ -68,8 +69,8 @@ class Fetch:
     """What the copier's thread has brought for a layer."""
 
     slot: Slot
-    lengths: Mapping[int, int]
-    """By row, up to which token; rows are told apart by their uid."""
+    lengths: Mapping[int, int] | None
+    """By row's uid, up to which token; None: the slot could not be touched."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,8 +79,6 @@ class HostLayer:
 
     span: Span
     memory: GrowingMemory
-    written: Any
-    """Event of the last new tokens on their way here."""
     rows: tuple[tuple[Row, int], ...] = field(default=())
     """The rows to prefetch, and up to which token they are here."""
 
@@ -109,7 +108,6 @@ class HostTier:
             layer_idx: HostLayer(
                 span,
                 GrowingMemory(span.places * self.token_nbytes, block, device),
-                transfers.event(),
             )
             for layer_idx, span in spans.items()
         }
@@ -118,7 +116,7 @@ class HostTier:
         self._work: torch.Tensor | None = None
         self._calls = 0
         self._fetched: dict[int, Fetch] = {}
-        self._barriers = (transfers.event(), transfers.event())
+        self._barrier = transfers.event()
         self.late_nbytes = 0
         """Bytes that had not been prefetched, of all passes."""
 
@@ -131,9 +129,9 @@ class HostTier:
         """Make the slots: as many as the streamer has on the device, or more."""
         new, nbytes = self._transfers.event, self._places * self.token_nbytes
         with torch.inference_mode(False):
-            for _ in range(min(num_slots, len(self._layers))):
+            for _ in range(max(1, min(num_slots, len(self._layers)))):
                 raw = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-                self._slots.append(Slot(raw, new(), new(), new()))
+                self._slots.append(Slot(raw, new(), new()))
             if self._codec is not None:
                 shape = (self._places * self._token.nbytes,)
                 work = torch.empty(shape, dtype=torch.uint8, device=self._device)
@@ -146,27 +144,23 @@ class HostTier:
             return
         slot = self._slots[self._calls % len(self._slots)]
         self._calls += 1
-        lengths: dict[int, int] = {}
+        lengths = None
         if not slot.in_use:
-            wait = self._transfers.wait
-            for event in (*self._barriers, slot.used, slot.drained):
-                wait(event, stream)
-            # Read before the wait: what it lists has been recorded by then.
-            rows = tuple((row, length) for row, length in layer.rows if not row.dropped)
-            wait(layer.written, stream)
+            # The second is also behind what the pass before sent home of this layer: the slot was
+            # given back no earlier, and the way home is one stream.
+            self._transfers.wait(self._barrier, stream)
+            self._transfers.wait(slot.drained, stream)
+            rows = [(row, length) for row, length in layer.rows if not row.dropped]
             pairs = (pair for row, n in rows for pair in self._inward(layer, slot, row, 0, n))
+            # The streamer lets the pass wait for all that is on this stream by now.
             self._transfers.copy(pairs, stream)
-            self._transfers.record(slot.filled, stream)
             lengths = {row.uid: length for row, length in rows}
         self._fetched[layer_idx] = Fetch(slot, lengths)
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Before a pass over these rows begins, of which each layer gets its present length."""
-        for event, stream in zip(
-            self._barriers, (self._transfers.current(), self._transfers.back), strict=True
-        ):
-            self._transfers.record(event, stream)
-        # In this order: whoever sees a slot free has the barriers to wait for.
+        self._transfers.record(self._barrier, self._transfers.current())
+        # In this order: whoever sees a slot free has the barrier to wait for.
         for slot in self._slots:
             slot.in_use = False
         present = tuple((row, row.length) for row in rows)
@@ -178,18 +172,15 @@ class HostTier:
         layer, fetch = self._layers[layer_idx], self._fetched[layer_idx]
         slot, current = fetch.slot, self._transfers.current()
         slot.in_use = True
-        if fetch.lengths:
-            self._transfers.wait(slot.filled, current)
+        there = fetch.lengths or {}
         missing = [
             pair
             for row in rows
-            if fetch.lengths.get(row.uid, 0) < row.length
-            for pair in self._inward(layer, slot, row, fetch.lengths.get(row.uid, 0), row.length)
+            if there.get(row.uid, 0) < row.length
+            for pair in self._inward(layer, slot, row, there.get(row.uid, 0), row.length)
         ]
-        # A slot that was not prefetched into may still be on its way to the host.
-        self._transfers.wait(slot.drained, current)
         if missing:
-            self._transfers.wait(layer.written, current)
+            # It has come home: the copier's stream, which this one follows, has waited for it.
             self._transfers.copy(missing, current)
             self.late_nbytes += sum(source.nbytes for _, source in missing)
         if self._codec is None:
@@ -220,7 +211,6 @@ class HostTier:
         ]
         transfers.copy(pairs, transfers.back)
         transfers.record(slot.drained, transfers.back)
-        transfers.record(layer.written, transfers.back)
         layer.rows = tuple((row, end) for row, _, end in new)
         slot.in_use = False
 
