@@ -5,13 +5,13 @@ one of as many slots as the weights have; the pass appends its new tokens there;
 back to the host, on a stream of their own.
 
 The order of events rests on what the streamer promises of ``on_copy``: with as many slots as it has
-itself, it calls for the layer that is to overwrite a slot only after the caller has given back the
-layer that was in it; and the pass waits for all that is on the copy stream by then. What an abort
-breaks of this is covered twice: a slot whose use did not end is not written before the next pass has
-begun, and then only after all that was computed before. Whatever was not prefetched, for whatever
-reason, the caller's own stream fetches. A pass that fails may leave copies home under way from a
-slot that is then overwritten: they bring nothing that counts, and what replaces it follows on the
-same stream.
+itself, it calls for the layer that is to overwrite a slot only after the caller has given back
+the layer that was in it; and the pass waits for all that is on the copy stream by then. What an
+abort breaks of this is covered twice: a slot whose use did not end is not written before the next
+pass has begun, and then only after all that was computed before. Whatever was not prefetched, for
+whatever reason, the caller's own stream fetches. A pass that fails may leave copies home under way
+from a slot that is then overwritten: they bring nothing that counts, and what replaces it follows
+on the same stream.
 """
 
 from __future__ import annotations

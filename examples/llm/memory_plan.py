@@ -100,13 +100,14 @@ class Planner:
     def make(self) -> MemoryPlan:
         """The first way that fits; ValueError, with the least budget that would do, for none."""
         budget = self._device_budget()
-        ways = list(self._ways())
+        ways, count = list(self._ways()), self._footprint.config.num_layers
         for chunk, n_gpu in ways:
             plan = self._fit(chunk, n_gpu, budget)
             if plan is not None:
                 return self._with_host(plan)
+        spilled = self._spilled(count if self._machine.unified else 0)
         least = min(
-            (self._lay_out(chunk, n_gpu, self._spilled(0)) for chunk, n_gpu in ways),
+            (self._lay_out(chunk, n_gpu, spilled) for chunk, n_gpu in ways),
             key=lambda plan: plan.device_nbytes,
         )
         named = "device_budget" if self._wishes.device_budget is not None else "free memory"
@@ -128,7 +129,11 @@ class Planner:
     def _fit(self, chunk: int, n_gpu: int | None, budget: int | None) -> MemoryPlan | None:
         """With as many layers' keys and values on the device as fit; None if nothing does."""
         count = self._footprint.config.num_layers
-        tries = {"device": [count], "host": [0]}.get(self._wishes.kv, range(count, -1, -1))
+        tries: Sequence[int] = range(count, -1, -1)
+        if self._wishes.kv == "device" or (self._wishes.kv == "auto" and self._machine.unified):
+            tries = [count]  # a CPU gains nothing by a second place in the same memory
+        elif self._wishes.kv == "host":
+            tries = [0]
         for on_device in tries:
             plan = self._lay_out(chunk, n_gpu, self._spilled(on_device))
             if budget is None or plan.device_nbytes <= budget:
@@ -143,6 +148,8 @@ class Planner:
         config = self._footprint.config
         if self._wishes.kv == "device":
             return ()
+        if self._wishes.kv == "host":
+            return tuple(range(config.num_layers))
         layers = range(config.num_layers)
         spilled = config.num_layers - on_device
         long = [i for i in layers if config.window(i) is None]
@@ -194,8 +201,9 @@ class Planner:
             direct = self._preview(**(dict(plan.options) | {"read_mode": "direct"}))
             slots = direct.placement.host_bytes
             if free < kv_nbytes + slots:
+                name = "free host memory" if budget is None else "host_budget"
                 raise ValueError(
-                    f"host_budget {format_bytes(free)}: at least {kv_nbytes + slots} bytes "
+                    f"{name} {format_bytes(free)}: at least {kv_nbytes + slots} bytes "
                     f"({format_bytes(kv_nbytes + slots)}) are needed (layers "
                     f"{format_bytes(slots)}, keys and values {format_bytes(kv_nbytes)}); grant "
                     "more, or lower max_length or kv_tokens"
