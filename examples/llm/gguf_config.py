@@ -54,6 +54,7 @@ def gguf_config(manifest: Manifest) -> dict[str, Any]:
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": keys.integer("context_length"),
         "tie_word_embeddings": "output.weight" not in manifest.static,
+        "bos_token_id": manifest.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _eos_ids(manifest.metadata),
         "rope_parameters": _rope(keys),
     }
