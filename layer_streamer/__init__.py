@@ -1,5 +1,6 @@
 """Stream a model's layers from disk through host memory to the GPU while it computes."""
 
+from .budget import format_bytes, parse_bytes
 from .errors import (
     CheckpointChangedError,
     CheckpointError,
@@ -11,6 +12,8 @@ from .errors import (
 )
 from .formats import read_manifest
 from .manifest import LayerSpec, Manifest, TensorSpec
+from .plan import Plan
+from .preview import plan_checkpoint
 from .stats import PassReport, StepReport
 from .streamer import LayerStreamer
 
@@ -25,10 +28,14 @@ __all__ = [
     "LayerStreamer",
     "Manifest",
     "PassReport",
+    "Plan",
     "ReadError",
     "StepReport",
     "StreamerError",
     "SupersededError",
     "TensorSpec",
+    "format_bytes",
+    "parse_bytes",
+    "plan_checkpoint",
     "read_manifest",
 ]

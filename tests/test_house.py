@@ -57,6 +57,7 @@ ORDER = [
     "turn",
     "statics",
     "assembly",
+    "preview",
     "tree",
     "sweep",
     "streamer",

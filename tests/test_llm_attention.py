@@ -2,12 +2,8 @@ import math
 
 import pytest
 import torch
-from assets import TINY
-from transformers import LlamaConfig
 
-from llm.attention import attend
-from llm.config import ModelConfig, model_config
-from llm.kv_cache import KVCache
+from llm.attention import attend, attend_rows
 
 
 def naive(
@@ -40,40 +36,45 @@ def test_new_tokens_see_the_positions_of_their_window_up_to_their_own(
     torch.testing.assert_close(found, naive(q, k, v, window))
 
 
-def config() -> ModelConfig:
-    return model_config(LlamaConfig(**TINY))
+@pytest.mark.parametrize("seen", [[5, 5, 5], [1, 9, 4]])
+def test_rows_that_decode_together_see_what_each_would_alone(seen):
+    torch.manual_seed(1)
+    places = max(seen)
+    q, kv = torch.randn(3, 6, 8), torch.randn(3, places, 2, 2, 8)
+    mask = torch.arange(places) < torch.tensor(seen)[:, None]
+    found = attend_rows(q, kv, mask, scale=0.3)
+    for row, count in enumerate(seen):
+        keys, values = (kv[row, :count, i].transpose(0, 1) for i in (0, 1))
+        alone = attend(q[row][:, None], keys, values, scale=0.3)[:, 0]
+        torch.testing.assert_close(found[row], alone)
 
 
-def new_cache() -> KVCache:
-    return KVCache(config(), 8, dtype=torch.float32, device=torch.device("cpu"))
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "positions"), [(1, 700), (512, 512), (300, 900)])
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_a_gpu_sees_the_same_positions(dtype, tokens, positions, window, width):
+    torch.manual_seed(2)
+    memory = torch.randn(positions, 2, 2, width)
+    q = torch.randn(8, tokens, width)
+    k, v = memory[:, 0].transpose(0, 1), memory[:, 1].transpose(0, 1)
+    expected = attend(q, k, v, scale=width**-0.5, window=window)
+    there = memory.to("cuda", dtype)
+    k, v = there[:, 0].transpose(0, 1), there[:, 1].transpose(0, 1)
+    found = attend(q.to("cuda", dtype), k, v, scale=width**-0.5, window=window).cpu().float()
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
-def test_appended_tokens_are_seen_after_those_before_them():
-    cache = new_cache()
-    first, second = torch.randn(2, 3, 16), torch.randn(2, 2, 16)
-    for layer_idx in range(3):
-        cache.append(layer_idx, first, -first)
-    cache.advance(3)
-    keys, values = cache.append(1, second, -second)
-    assert torch.equal(keys, torch.cat((first, second), 1))
-    assert torch.equal(values, -keys)
-
-
-def test_tokens_that_were_not_made_permanent_are_overwritten():
-    cache = new_cache()
-    cache.append(0, torch.ones(2, 3, 16), torch.ones(2, 3, 16))
-    keys, _ = cache.append(0, torch.zeros(2, 2, 16), torch.zeros(2, 2, 16))
-    assert torch.equal(keys, torch.zeros(2, 2, 16))
-
-
-def test_truncating_moves_the_length_only_and_never_forward():
-    cache = new_cache()
-    cache.advance(5)
-    cache.truncate(2)
-    assert cache.length == 2
-    with pytest.raises(ValueError, match="length=3: the cache holds 2 tokens"):
-        cache.truncate(3)
-
-
-def test_the_cache_takes_the_bytes_of_its_keys_and_values():
-    assert new_cache().nbytes == 3 * 2 * 2 * 8 * 16 * 4
+@pytest.mark.gpu
+def test_a_prefill_chunk_on_a_gpu_makes_no_matrix_of_scores():
+    tokens, positions = 2048, 16384
+    memory = torch.randn(positions, 2, 4, 128, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(28, tokens, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = memory[:, 0].transpose(0, 1), memory[:, 1].transpose(0, 1)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend(q, k, v, scale=0.1)
+    # Scores would take 28 * 2048 * 16384 * 2 bytes, expanded keys 28 / 4 times the cache.
+    assert torch.cuda.max_memory_allocated() - before < 4 * q.nbytes

@@ -11,11 +11,11 @@ from assets import (
     tiny_model,
 )
 from gguf_models import MIXED, write_gguf
+from one_sequence import generate, mean_nll
 from safetensors.torch import load_file, save_file
 from test_llm_rope import LLAMA3
 
 from llm.config import UnsupportedModelError, model_config
-from llm.generate import generate, mean_nll
 from llm.rope import rope_frequencies
 from llm.rope_config import Rope
 

@@ -2,8 +2,8 @@
 
 import pytest
 from assets import GOLDEN, one_torch_thread, open_engine, smollm2, smollm2_metadata
+from one_sequence import generate, mean_nll
 
-from llm.generate import generate, mean_nll
 from llm.metadata import load_config, load_tokenizer
 from llm.tokenizer import chat_ids, raw_ids
 
@@ -24,7 +24,7 @@ def engine():
 @pytest.fixture
 def fresh(engine):
     """The engine with an empty sequence."""
-    engine.cache.truncate(0)
+    engine.truncate(0)
     return engine
 
 

@@ -1,9 +1,15 @@
-"""Attention of new tokens over the keys and values of all positions up to each of them."""
+"""Attention of new tokens over the keys and values of all positions up to each of them.
+
+Shapes, beside those of model.py:
+  P positions of a row       R rows that decode together
+  S query heads that share a key-value head (H = G * S)
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 
 def attend(
@@ -22,19 +28,27 @@ def attend(
     if tokens == 1:
         first = 0 if window is None else max(0, positions - window)
         return _attend_one(q_HTE, k_GPE[:, first:], v_GPE[:, first:], scale)
-    group = q_HTE.shape[0] // k_GPE.shape[0]
-    keys, values = (x.repeat_interleave(group, 0)[None] for x in (k_GPE, v_GPE))
-    mask = None
-    if tokens < positions or (window is not None and window < positions):
-        # is_causal would align the queries with the first positions
-        mask = torch.ones(tokens, positions, dtype=torch.bool, device=q_HTE.device)
-        mask = mask.tril(positions - tokens)
-        if window is not None:
-            mask = mask.triu(positions - tokens - window + 1)
-    mixed = F.scaled_dot_product_attention(
-        q_HTE[None], keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-    return mixed[0]
+    groups = k_GPE.shape[0]
+    # Groups as the batch, the heads of a group over one expanded key: no kernel needs a copy.
+    q_GSTE = q_HTE.unflatten(0, (groups, -1))
+    keys, values = (x[:, None].expand(-1, q_GSTE.shape[1], -1, -1) for x in (k_GPE, v_GPE))
+    if window is not None and window < positions:
+        mask = window_mask(tokens, positions, window, q_HTE.device)
+        mixed = F.scaled_dot_product_attention(q_GSTE, keys, values, attn_mask=mask, scale=scale)
+    elif tokens == positions:
+        mixed = F.scaled_dot_product_attention(q_GSTE, keys, values, is_causal=True, scale=scale)
+    else:
+        # is_causal would align the queries with the first positions; this keeps the fast kernels.
+        bias = causal_lower_right(tokens, positions)
+        mixed = F.scaled_dot_product_attention(q_GSTE, keys, values, attn_mask=bias, scale=scale)
+    return mixed.flatten(0, 1)
+
+
+def window_mask(tokens: int, positions: int, window: int, device: torch.device) -> torch.Tensor:
+    """Which of P positions each of the last T sees: (T, P), True where it does."""
+    mask = torch.ones(tokens, positions, dtype=torch.bool, device=device)
+    last = positions - tokens
+    return mask.tril_(last).triu_(last - window + 1)
 
 
 def _attend_one(
@@ -43,7 +57,21 @@ def _attend_one(
     """One query token. A batched product per group reads each key once; SDPA's own grouping
     is about ten times slower on a CPU."""
     heads, _, width = q_H1E.shape
-    q_GRE = q_H1E.reshape(k_GPE.shape[0], -1, width)
-    scores_GRP = torch.bmm(q_GRE, k_GPE.transpose(1, 2)).float() * scale
-    mixed_GRE = torch.bmm(scores_GRP.softmax(-1).to(v_GPE.dtype), v_GPE)
-    return mixed_GRE.reshape(heads, 1, width)
+    q_GSE = q_H1E.reshape(k_GPE.shape[0], -1, width)
+    scores_GSP = torch.bmm(q_GSE, k_GPE.transpose(1, 2)).float() * scale
+    mixed_GSE = torch.bmm(scores_GSP.softmax(-1).to(v_GPE.dtype), v_GPE)
+    return mixed_GSE.reshape(heads, 1, width)
+
+
+def attend_rows(
+    q_RHE: torch.Tensor, kv_RP2GE: torch.Tensor, mask_RP: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """One query of each of R rows, over those of its P positions that the mask has: (R, H, E).
+
+    A group's query heads stand where queries do, so that each key is read once.
+    """
+    k_RGPE, v_RGPE = kv_RP2GE.permute(2, 0, 3, 1, 4)
+    q_RGSE = q_RHE.unflatten(1, (k_RGPE.shape[1], -1))
+    mask = mask_RP[:, None, None, :]
+    mixed = F.scaled_dot_product_attention(q_RGSE, k_RGPE, v_RGPE, attn_mask=mask, scale=scale)
+    return mixed.flatten(1, 2)
