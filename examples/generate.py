@@ -4,7 +4,8 @@
     python examples/generate.py MODEL --chat
     python examples/generate.py MODEL --prompts questions.jsonl --output answers.jsonl
 
-MODEL is a GGUF file or a directory with safetensors. Only the generated text goes to stdout;
+MODEL is a GGUF file, a directory with safetensors, or the name of a Hugging Face repository (for
+GGUF owner/name:file-or-quantization), which is downloaded. Only the generated text goes to stdout;
 progress and the closing summary go to stderr. Exit code 2 is an error, 130 is Ctrl-C.
 """
 
@@ -76,7 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line; ValueError for one that makes no sense."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a GGUF file, or a directory with safetensors")
+    add("model", metavar="MODEL", help="a path, or the name of a Hugging Face repository")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="what to answer; - reads it from stdin")
     what.add_argument("--chat", action="store_true", help="answer line after line of stdin")
@@ -136,7 +137,8 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def run(args: argparse.Namespace) -> None:
     """Read what describes the model, open the engine, do what was asked."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model's own files
+    if Path(args.model).expanduser().exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model's own files
     import torch
 
     from llm.engine import StreamingEngine

@@ -28,7 +28,10 @@ class StreamingEngine:
     """A language model whose layers stream, with its tokenizer, its cache and its memory plan.
 
     Construction plans the memory, refuses what cannot fit, and opens the streamer; leaving the
-    ``with`` block returns everything. Thread rules: one thread at a time. Options:
+    ``with`` block returns everything. Thread rules: one thread at a time.
+
+    ``model_path`` is a safetensors directory, a GGUF file, or a repository on the Hugging Face hub,
+    which is downloaded (:mod:`llm.hub`). Options:
 
     * ``max_length``: the most tokens of one row, prompt and text (4096, or the model's context
       if that is shorter).
@@ -61,7 +64,7 @@ class StreamingEngine:
         notify: Callable[[str], None] = logger.info,
         **streamer_options: Any,
     ) -> None:
-        """Open a safetensors directory or a GGUF file; the options are above."""
+        """Plan, and open; the options are above."""
         limits = Limits(
             max_length=max_length, kv_tokens=kv_tokens, max_batch=max_batch, kv_int8=kv_int8
         )

@@ -16,6 +16,7 @@ from layer_streamer import LayerStreamer, Manifest, read_manifest
 from .config import ModelConfig
 from .dequant import Unpacker
 from .footprint import Footprint, Needs
+from .hub import find_model
 from .kv_cache import KVCache, KVLayout
 from .memory_plan import MemoryPlan, Planner, Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory
@@ -78,11 +79,15 @@ class Model:
 
     @classmethod
     def read(cls, path: str | Path, notify: Callable[[str], None]) -> Model:
-        """Read what describes a model. Errors are ValueErrors or those of the streamer."""
+        """Read what describes a model, which is downloaded if it is not here.
+
+        Errors are ValueErrors, OSErrors, or those of the streamer.
+        """
+        path = find_model(path)
         manifest = read_manifest(path)
         directory = metadata_directory(manifest, notify)
         config = load_config(directory)
-        return cls(Path(path), manifest, directory, config, weight_names(manifest, config))
+        return cls(path, manifest, directory, config, weight_names(manifest, config))
 
     @cached_property
     def tokenizer(self) -> Any:
