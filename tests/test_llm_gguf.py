@@ -5,6 +5,7 @@ from types import MappingProxyType, SimpleNamespace
 
 import gguf
 import pytest
+import torch
 from assets import relative_error
 from forward import open_forward
 from gguf_models import write_gguf
@@ -39,6 +40,20 @@ def test_a_file_gives_the_logits_of_the_model_that_it_holds(tmp_path, name):
     with open_forward(path, file_config(path)) as forward:
         found = stepwise(forward)
     assert relative_error(found, reference(model)) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_of_a_file_is_as_near_to_float32_as_that_of_transformers(tmp_path, name):
+    model, path = zoo_model(name, **CASES[name]), tmp_path / "tiny.gguf"
+    write_gguf(path, model)
+    exact, config = reference(model), file_config(path)
+    model.save_pretrained(tmp_path / "twin")
+    theirs = reference(type(model).from_pretrained(tmp_path / "twin", dtype=torch.bfloat16))
+    with open_forward(path, config, dtype=torch.bfloat16) as forward:
+        ours = stepwise(forward)
+    ours, theirs = ((logits - exact).square().mean().sqrt() for logits in (ours, theirs))
+    assert ours <= 1.25 * theirs
 
 
 @pytest.mark.parametrize("name", CASES)
