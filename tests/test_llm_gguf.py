@@ -5,6 +5,7 @@ from types import MappingProxyType, SimpleNamespace
 
 import gguf
 import pytest
+import torch
 from assets import relative_error
 from forward import open_forward
 from gguf_models import write_gguf
@@ -39,6 +40,20 @@ def test_a_file_gives_the_logits_of_the_model_that_it_holds(tmp_path, name):
     with open_forward(path, file_config(path)) as forward:
         found = stepwise(forward)
     assert relative_error(found, reference(model)) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_of_a_file_is_as_near_to_float32_as_that_of_transformers(tmp_path, name):
+    model, path = zoo_model(name, **CASES[name]), tmp_path / "tiny.gguf"
+    write_gguf(path, model)
+    exact, config = reference(model), file_config(path)
+    model.save_pretrained(tmp_path / "twin")
+    theirs = reference(type(model).from_pretrained(tmp_path / "twin", dtype=torch.bfloat16))
+    with open_forward(path, config, dtype=torch.bfloat16) as forward:
+        ours = stepwise(forward)
+    ours, theirs = ((logits - exact).square().mean().sqrt() for logits in (ours, theirs))
+    assert ours <= 1.25 * theirs
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -146,11 +161,39 @@ def test_linear_scaling_is_read_in_its_older_spelling(tmp_path):
 
 
 def test_the_largest_gemma_3_scales_attention_by_its_share_of_the_hidden_size(tmp_path):
+    for layers, scalar in ((26, 32), (62, 16)):
+        manifest = gemma3_file(tmp_path, gemma3__block_count=layers)
+        assert gguf_config(manifest)["query_pre_attn_scalar"] == scalar
+
+
+def gemma3_file(tmp_path, **changes) -> SimpleNamespace:
     gemma = {key.replace("llama", "gemma3").replace(".", "__"): v for key, v in REQUIRED.items()}
     gemma |= {"general__architecture": "gemma3", "gemma3__attention__key_length": 32}
-    for layers, scalar in ((26, 32), (62, 16)):
-        manifest = described(tmp_path, **gemma | {"gemma3__block_count": layers})
-        assert gguf_config(manifest)["query_pre_attn_scalar"] == scalar
+    return described(tmp_path, **gemma | changes)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "windows"),
+    [
+        (None, [9, 9, 9, 9, 9, None, 9]),
+        (2, [9, None, 9, None, 9, None, 9]),
+        (SimpleNamespace(load=lambda: [True, True, False] + [True] * 4), [9, 9, None] + [9] * 4),
+    ],
+)
+def test_which_layers_of_gemma_3_have_a_window_is_as_published_or_as_the_file_says(
+    tmp_path, pattern, windows
+):
+    keys = {"gemma3__block_count": 7, "gemma3__attention__sliding_window": 9}
+    keys["gemma3__attention__sliding_window_pattern"] = pattern
+    config = model_config(AutoConfig.for_model(**gguf_config(gemma3_file(tmp_path, **keys))))
+    assert list(config.windows) == windows
+
+
+def test_gemma_3_without_a_window_keeps_the_base_of_the_layers_that_had_one(tmp_path):
+    manifest = gemma3_file(tmp_path, gemma3__block_count=7, gemma3__rope__freq_base=1e6)
+    config = model_config(AutoConfig.for_model(**gguf_config(manifest)))
+    assert config.windows == (None,) * 7
+    assert [rope.theta for rope in config.ropes] == [1e4] * 5 + [1e6, 1e4]
 
 
 def test_a_file_that_may_leave_out_a_window_says_that_none_is_applied(tmp_path):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from assets import REPOSITORY
+from gguf_models import write_gguf
 from hub_server import COMMIT, REPO, serve
+from zoo import zoo_model
 
 from llm.hub import BESIDES, INDEX, HubError, choose, choose_gguf, find_model
 
@@ -214,3 +216,26 @@ def test_an_index_that_lists_what_is_not_there_is_an_error(tmp_path):
     cache_entry(tmp_path, {INDEX: index})
     (found,) = find(tmp_path, "http://127.0.0.1:9", REPO, HF_HUB_OFFLINE="1")
     assert "lists '../../secret', which is not there" in found
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from llm.hub import find_model
+from llm.metadata import load_config, load_tokenizer, metadata_directory
+from layer_streamer import read_manifest
+directory = metadata_directory(read_manifest(find_model(sys.argv[1])), print)
+load_config(directory)
+load_tokenizer(directory)
+"""
+
+
+def test_a_model_that_is_here_is_described_without_any_network(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, zoo_model("llama"), tokenizer=True)
+    with serve({}) as (endpoint, asked):
+        settings = {"HF_ENDPOINT": endpoint, "PYTHONPATH": f"examples{os.pathsep}."}
+        settings |= {"XDG_CACHE_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", LOAD, str(path)]
+        subprocess.run(command, env=os.environ | settings, cwd=REPOSITORY, check=True)
+        assert asked == []

@@ -2,6 +2,7 @@ import json
 import shutil
 from types import MappingProxyType, SimpleNamespace
 
+import gguf_models
 import pytest
 from assets import TINY, smollm2, smollm2_metadata, tiny_checkpoint, tiny_model
 from gguf_models import write_gguf
@@ -106,6 +107,16 @@ def test_a_gguf_without_a_tokenizer_is_refused_by_name(tmp_path, monkeypatch):
     write_gguf(path, tiny_model())
     with pytest.raises(UnsupportedModelError, match=r"tiny.gguf: no tokenizer .*take a file that"):
         metadata_directory(read_manifest(path), quiet)
+
+
+def test_a_tokenizer_that_cannot_be_made_is_an_error_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gguf_models, "MERGE", "a c")  # makes a token that the vocabulary lacks
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_model(), tokenizer=True)
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer cannot be made: .*out of voc") as e:
+        metadata_directory(read_manifest(path), quiet)
+    assert "\n" not in str(e.value)
 
 
 def test_a_directory_without_a_tokenizer_is_told_what_to_put_there(tmp_path):

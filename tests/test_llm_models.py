@@ -32,7 +32,12 @@ def test_prompt_and_teacher_forced_steps_give_the_logits_of_transformers(tmp_pat
     assert relative_error(found, reference(model)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("llama-llama3", "llama-biases", "qwen2-yarn", "qwen3", "mistral", "gemma3_text")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES]
+)
 def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(tmp_path, name):
     path = tiny_checkpoint(tmp_path, zoo_model(name).to(torch.bfloat16))
     load = CLASSES[name.partition("-")[0]][1].from_pretrained  # keeps frequencies in float32

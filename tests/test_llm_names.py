@@ -1,5 +1,7 @@
 """Checkpoints whose tensors are not those of their config."""
 
+import json
+
 import pytest
 import torch
 from assets import tiny_checkpoint
@@ -9,7 +11,9 @@ from zoo import zoo_config, zoo_model
 
 from layer_streamer import read_manifest
 from llm.config import UnsupportedModelError, model_config
-from llm.names import weight_names
+from llm.metadata import load_config
+from llm.names import weight_names, weight_shapes
+from llm.shapes import SHAPES, tensor_shapes
 
 
 def refuse(path, hf_config, message: str) -> None:
@@ -90,3 +94,20 @@ def test_rope_factors_of_another_width_are_named(tmp_path):
     model, path = zoo_model("llama"), tmp_path / "tiny.gguf"
     write_gguf(path, model, rope_factors=torch.ones(9))
     refuse(path, model.config, r"'rope_freqs.weight' has shape \[9\], the config says \[12\]")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_tensors_of_known_models_are_those_that_the_config_asks_for(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(dict(SHAPES[name])))
+    config = load_config(tmp_path)
+    first = "model.layers.0."
+    found = {
+        key.removeprefix(first): shape
+        for key, shape in tensor_shapes(SHAPES[name])
+        if key.startswith(first)
+    }
+    shapes = weight_shapes(config)
+    expected = {f"{module}.weight": shape for module, shape in shapes.items()}
+    expected |= {f"{module}.bias": shapes[module][:1] for module in config.biased}
+    assert found == expected
+    assert set(config.windows) == {None}

@@ -8,7 +8,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from llm.config import model_config
-from llm.rope import Rotary, rotate
+from llm.rope import Rotary, rope_frequencies, rotate
+from llm.rope_config import Rope
 
 CPU = torch.device("cpu")
 LLAMA3 = {
@@ -117,3 +118,11 @@ def test_factors_divide_the_frequencies():
     config = LlamaConfig(**TINY)
     halved = rotary(config, factors=torch.full((8,), 2.0)).rows(0, torch.arange(0, 18, 2))
     torch.testing.assert_close(halved, rotary(config).rows(0, torch.arange(9)))
+
+
+def test_llama3_scaling_that_a_file_carries_as_factors_is_not_applied_twice():
+    config = llama("llama3")
+    theta, rope = LLAMA3["rope_theta"], model_config(config).rope(0)
+    factors = rope_frequencies(Rope(theta), 16) / rope_frequencies(rope, 16)
+    found = rotary(config, factors=factors).rows(0, torch.arange(50))
+    torch.testing.assert_close(found, rotary(config).rows(0, torch.arange(50)))

@@ -54,6 +54,7 @@ def gguf_config(manifest: Manifest) -> dict[str, Any]:
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": keys.integer("context_length"),
         "tie_word_embeddings": "output.weight" not in manifest.static,
+        "bos_token_id": manifest.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _eos_ids(manifest.metadata),
         "rope_parameters": _rope(keys),
     }
@@ -156,13 +157,15 @@ def _gemma3(keys: _Keys, config: Mapping[str, Any], window: int) -> dict[str, An
     if layers == GEMMA3_27B_LAYERS:
         scalar = hidden // config["num_attention_heads"]
     local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 1e4)}
+    period = keys.get("attention.sliding_window_pattern", GEMMA3_PATTERN)
+    if isinstance(period, int):
+        slides = [(i + 1) % max(1, period) != 0 for i in range(layers)]
+    else:  # an array, one truth for each layer
+        slides = [bool(value) for value in period.load()]
     return {
         "query_pre_attn_scalar": scalar,
         "sliding_window": window or None,
-        "layer_types": [
-            "full_attention" if (i + 1) % GEMMA3_PATTERN == 0 else "sliding_attention"
-            for i in range(layers)
-        ],
+        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
         "rope_parameters": {
             "full_attention": config["rope_parameters"],
             "sliding_attention": local,

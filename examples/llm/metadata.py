@@ -125,7 +125,11 @@ def _write_tokenizer(manifest: Manifest, directory: Path) -> None:
         raise UnsupportedModelError(
             f"{path}: no tokenizer (metadata tokenizer.ggml.model); take a file that has one"
         )
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(path.parent), gguf_file=path.name, trust_remote_code=False
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path.parent), gguf_file=path.name, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises nothing narrower
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(f"{path}: its tokenizer cannot be made: {reason}") from error
     tokenizer.save_pretrained(str(directory))

@@ -27,14 +27,16 @@ class Rotary:
         self, config: ModelConfig, device: torch.device, *, factors: torch.Tensor | None = None
     ) -> None:
         """``factors`` (head_dim / 2) divide the frequencies; GGUF files carry llama3 scaling this
-        way, in a tensor ``rope_freqs.weight``."""
+        way, in a tensor ``rope_freqs.weight``, and it is not applied twice."""
         self._config, self._device = config, device
-        self._factors = None if factors is None else factors.to("cpu", torch.float32)
         self._frequencies: dict[Rope, torch.Tensor] = {}
         for rope in set(config.ropes):
-            frequencies = rope_frequencies(rope, config.head_dim)
-            if self._factors is not None:
-                frequencies = frequencies / self._factors
+            if factors is not None and isinstance(rope.scaling, Llama3Scaling):
+                frequencies = rope_frequencies(Rope(rope.theta), config.head_dim)
+            else:
+                frequencies = rope_frequencies(rope, config.head_dim)
+            if factors is not None:
+                frequencies = frequencies / factors.to("cpu", torch.float32)
             self._frequencies[rope] = frequencies.to(device)
 
     def rows(
