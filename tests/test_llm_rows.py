@@ -7,27 +7,34 @@ from hypothesis import strategies as st
 
 from llm.batch import pack
 from llm.kv_rows import SLACK, Row, Rows, Span, make_spans, ring_size
-from llm.regions import BLOCK, Regions
+from llm.regions import BLOCK
 
 
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 5 * BLOCK)), max_size=40))
-def test_regions_never_overlap_and_a_gap_that_is_large_enough_is_taken(steps):
-    regions, taken = Regions(8 * BLOCK), {}
+def test_rows_never_overlap_and_a_gap_that_is_large_enough_is_taken(steps):
+    (span,) = make_spans([None], tokens=8 * BLOCK, max_rows=99)
+    rows, held = Rows([span], 99), []
     for add, size in steps:
-        if not add and taken:
-            regions.give_back(taken.popitem()[0])
+        if not add and held:
+            rows.drop(held.pop(size % len(held)))
             continue
-        start = regions.take(size)
-        places = {p for s, n in taken.items() for p in range(s, s + n)}
-        blocks = -(-size // BLOCK)
-        free = [all(b * BLOCK + i not in places for i in (0, BLOCK - 1)) for b in range(8)]
-        if start is None:
-            assert not any(all(free[b : b + blocks]) for b in range(8 - blocks + 1))
+        used = {b for row in held for b in blocks_of(row.starts[span])}
+        row, wanted = rows.add(size), -(-size // BLOCK)
+        if row is None:
+            gaps = (set(range(b, b + wanted)) for b in range(8 - wanted + 1))
+            assert not any(not gap & used for gap in gaps)
             continue
-        assert start % BLOCK == 0 and start + blocks * BLOCK <= 8 * BLOCK
-        assert not places & set(range(start, start + blocks * BLOCK))
-        taken[start] = blocks * BLOCK
+        taken = blocks_of(row.starts[span])
+        assert len(taken) == wanted and not taken & used and max(taken) < 8
+        held.append(row)
+    assert list(rows) == held
+
+
+def blocks_of(region) -> set[int]:
+    start, size = region
+    assert start % BLOCK == size % BLOCK == 0
+    return set(range(start // BLOCK, (start + size) // BLOCK))
 
 
 def test_layers_of_a_window_share_a_span_that_is_as_large_as_its_rings():

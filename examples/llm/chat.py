@@ -30,22 +30,23 @@ class Chat:
         self.messages = []
 
     def answer(self, text: str) -> bool:
-        """Answer one question; False if Ctrl-C ended the answer, of which what came is kept.
+        """Answer one question, with a newline at the end; False if Ctrl-C ended the answer. What
+        came of it is kept.
 
         ValueError if the conversation does not fit any more: the question is then forgotten.
         """
         question = {"role": "user", "content": text}
-        pieces = self._engine.generate(
-            [*self.messages, question], stream=True, reuse_prefix=True, **self._options
-        )
         said: list[str] = []
         whole = True
         try:
-            for piece in pieces:
+            for piece in self._engine.generate(
+                [*self.messages, question], stream=True, reuse_prefix=True, **self._options
+            ):
                 said.append(piece)
                 self._write(piece)
         except KeyboardInterrupt:
             whole = False
+        self._write("\n")
         self.messages += [question, {"role": "assistant", "content": "".join(said)}]
         return whole
 
@@ -62,10 +63,13 @@ def run_chat(chat: Chat, lines: Iterator[str | None], say: Callable[[str], None]
         else:
             try:
                 whole = chat.answer(line)
+            except KeyboardInterrupt:  # a second one, while the first was being dealt with
+                whole = False
             except ValueError as error:
                 say(f"error: {error} ({NEW} starts over)")
                 continue
-            say("" if whole else " (ended)")
+            if not whole:
+                say("(ended)")
 
 
 def read_lines(ask: Callable[[], str]) -> Iterator[str | None]:

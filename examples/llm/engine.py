@@ -279,6 +279,11 @@ class StreamingEngine:
             self._kept = None
 
     def _end_current(self) -> None:
+        """No generation is under way any more, and no row is held but the one that is kept."""
         current, self._current = self._current, None
         if current is not None:
             current.close()
+        kept = self._kept[0] if self._kept is not None else None
+        for row in self._runner.kv.rows:
+            if row is not kept:
+                self._runner.kv.rows.drop(row)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from .regions import BLOCK, Regions, round_up
+from .regions import BLOCK, first_fit, round_up
 
 SLACK = BLOCK
 """Tokens that a ring holds beyond its window, at least: a rollback by so many keeps the rest."""
@@ -95,41 +95,38 @@ class Row:
 
 
 class Rows:
-    """Gives rows their regions. Thread rules: one thread."""
+    """Gives rows their regions.
+
+    Thread rules: one thread. What is taken follows from the rows that are there, so an interrupt
+    loses no place.
+    """
 
     def __init__(self, spans: Sequence[Span], max_rows: int) -> None:
         self.spans, self.max_rows = tuple(spans), max_rows
-        self._regions = {span: Regions(span.places) for span in spans}
         self._rows: list[Row] = []
 
     def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows)
+        return iter([row for row in self._rows if not row.dropped])
 
     def add(self, capacity: int) -> Row | None:
         """A row with room for so many tokens; None if there is none at present."""
-        if len(self._rows) >= self.max_rows:
+        rows = list(self)
+        if len(rows) >= self.max_rows:
             return None
         starts: dict[Span, tuple[int, int]] = {}
-        for span, regions in self._regions.items():
+        for span in self.spans:
             size = span.row_places(capacity)
-            start = regions.take(size)
+            start = first_fit([row.starts[span] for row in rows], span.places, size)
             if start is None:
-                for taken, (place, _) in starts.items():
-                    self._regions[taken].give_back(place)
                 return None
             starts[span] = (start, size)
         row = Row(capacity, starts)
-        self._rows.append(row)
+        self._rows = [*rows, row]
         return row
 
     def drop(self, row: Row) -> None:
         """Free a row's regions. Idempotent."""
-        if row.dropped:
-            return
         row.dropped = True
-        self._rows.remove(row)
-        for span, (start, _) in row.starts.items():
-            self._regions[span].give_back(start)
 
     def truncate(self, row: Row, length: int) -> int:
         """Forget the tokens from ``length`` on; how many are left.
@@ -139,7 +136,9 @@ class Rows:
         """
         if not 0 <= length <= row.length:
             raise ValueError(f"length={length}: the row holds {row.length} tokens")
-        if not row.intact(length):
-            length = row.reach = 0
-        row.length = length
-        return length
+        if row.intact(length):
+            row.length = length
+        else:
+            row.length = 0
+            row.reach = 0
+        return row.length

@@ -89,13 +89,16 @@ class GrowingMemory:
 
     def _take(self, first: int, after: int) -> None:
         offset, nbytes = first * self._block, (after - first) * self._block
-        self.memory[offset : offset + nbytes].zero_()  # by several threads; locking uses one
-        if self._pins:
-            self._pins = self._register(offset, nbytes)
-        if self._pins:
-            self._locked.append(offset)
+        # Noted first: an interrupt in between leaves memory that is not locked, which only costs
+        # time, and never a lock that is not given back.
         insort(self._borders, offset)
         self._reached[first:after] = [True] * (after - first)
+        self.memory[offset : offset + nbytes].zero_()  # by several threads; locking uses one
+        if self._pins:
+            self._locked.append(offset)
+            if not self._register(offset, nbytes):
+                self._pins = False
+                self._locked.remove(offset)
 
     def _register(self, offset: int, nbytes: int) -> bool:
         with torch.cuda.device(self._device):
