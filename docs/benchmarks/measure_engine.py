@@ -27,12 +27,12 @@ import torch
 
 # Instead of this folder, whose tabulate.py torch would take for another.
 sys.path[0] = str(Path(__file__).resolve().parents[2] / "examples")
-from layer_streamer import parse_bytes
-from llm.batch import pack
-from llm.engine import StreamingEngine
-from llm.kv_rows import Row
-from llm.model import decoder_layer
-from llm.weights import StepWeights
+from layer_streamer import parse_bytes  # noqa: E402
+from llm.batch import pack  # noqa: E402
+from llm.engine import StreamingEngine  # noqa: E402
+from llm.kv_rows import Row  # noqa: E402
+from llm.model import decoder_layer  # noqa: E402
+from llm.weights import StepWeights  # noqa: E402
 
 MIB = 1 << 20
 COPY_NBYTES = 256 * MIB
@@ -248,7 +248,7 @@ def measure_context(args: argparse.Namespace) -> dict[str, Any]:
     link.measure()
     prompt = [1 + i % 1000 for i in range(args.context - args.passes - 1)]
     with open_engine(args, capped, max_length=args.context, max_batch=1) as engine:
-        run(engine, [prompt[:300]], 3)  # libraries, page locks
+        run(engine, [prompt[: args.chunk + 300]], 3)  # libraries
         found = run(engine, [prompt], args.passes + 1)
         host = engine._runner.kv.host
         assert host is not None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 
 def attend(
@@ -38,6 +37,9 @@ def attend(
     elif tokens == positions:
         mixed = F.scaled_dot_product_attention(q_GSTE, keys, values, is_causal=True, scale=scale)
     else:
+        # Imported here: it takes a second, and only prompts of several chunks need it.
+        from torch.nn.attention.bias import causal_lower_right
+
         # is_causal would align the queries with the first positions; this keeps the fast kernels.
         bias = causal_lower_right(tokens, positions)
         mixed = F.scaled_dot_product_attention(q_GSTE, keys, values, attn_mask=bias, scale=scale)
