@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import interrupter
 import pytest
-from assets import REPOSITORY, smollm2_metadata, tiny_checkpoint, tiny_model
+from assets import REPOSITORY
+from byte_model import byte_model
 
 from llm.chat import Chat, read_lines, run_chat
 from llm.engine import StreamingEngine
@@ -22,13 +21,7 @@ OPTIONS = {"max_new_tokens": 12, "temperature": 1.3, "seed": 4}
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp("chat")
-    model = tiny_model(
-        "qwen2", vocab_size=49152, hidden_size=32, intermediate_size=32, eos_token_id=None
-    )
-    tiny_checkpoint(directory, model)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(Path(smollm2_metadata()) / name, directory)
+    directory = byte_model(tmp_path_factory.mktemp("chat"))
     with StreamingEngine(directory, device="cpu") as engine:
         yield engine
 
@@ -72,15 +65,15 @@ def test_only_what_is_new_is_prefilled(
 
     monkeypatch.setattr(engine._runner, "forward", spy)
     chat = Chat(engine, lambda _: None, OPTIONS)
-    chat.answer("Hello " * 50)
+    chat.answer("Hello " * 20)
     chat.answer("More?")
     prompt, again = counts[0], counts[12]
-    assert prompt > 80
-    # The new question, the marks around it, and the answer where its tokens read otherwise.
-    assert again < 40
+    assert prompt > 120
+    # The new question, the marks around it, and the answer where its text is other tokens.
+    assert again < 75
 
 
-@pytest.mark.parametrize("at", [1, 3, 7])
+@pytest.mark.parametrize("at", [1, 2, 4])
 def test_ctrl_c_ends_the_answer_and_the_next_turn_is_right(
     engine: StreamingEngine, at: int
 ) -> None:

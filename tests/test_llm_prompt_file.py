@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,8 @@ from typing import Any
 
 import generate
 import pytest
-from assets import REPOSITORY, smollm2_metadata, tiny_checkpoint, tiny_model
+from assets import REPOSITORY
+from byte_model import byte_model
 
 OPTIONS = ["--max-new-tokens", "5", "--device", "cpu", "--raw"]
 
@@ -28,14 +28,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("prompts")
-    network = tiny_model(
-        "qwen2", vocab_size=49152, hidden_size=32, intermediate_size=32, eos_token_id=None
-    )
-    tiny_checkpoint(directory, network)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(Path(smollm2_metadata()) / name, directory)
-    return directory
+    return byte_model(tmp_path_factory.mktemp("prompts"))
 
 
 def write_prompts(path: Path, lines: list[Any]) -> Path:
@@ -144,6 +137,7 @@ def test_the_plan_is_said_before_the_text(model: Path, capfd: Any) -> None:
     assert "keys and values" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_an_answer_and_the_end_of_the_input_the_chat(model: Path) -> None:
     command = [
         sys.executable, "-u", str(REPOSITORY / "examples" / "generate.py"), str(model), "--chat",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from assets import smollm2_metadata, tiny_checkpoint, tiny_model
+from byte_model import START, TOKENIZER_FILES, VOCABULARY, byte_model
 from safetensors.torch import load_file, save_file
 
 from llm.completion import Completion
@@ -19,20 +19,11 @@ from llm.metadata import load_tokenizer
 from llm.opening import Model
 
 TEXTS = ["The sky is", "One, two,", "Hello", "To be or not to be, that is the"]
-EXTRA = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2 with the real model's tokenizer, which never ends a text by itself."""
-    directory = tmp_path_factory.mktemp("tiny")
-    model = tiny_model(
-        "qwen2", vocab_size=49152, hidden_size=32, intermediate_size=32, eos_token_id=None
-    )
-    tiny_checkpoint(directory, model)
-    for name in EXTRA:
-        shutil.copy(smollm2_metadata() / name, directory)
-    return directory
+    return byte_model(tmp_path_factory.mktemp("tiny"))
 
 
 def make_engine(path: Path, **options: Any) -> StreamingEngine:
@@ -63,14 +54,14 @@ def test_a_batch_gives_each_row_what_it_gets_alone(engine: StreamingEngine) -> N
 
 
 def test_many_prompts_run_in_the_memory_of_a_few(path: Path) -> None:
-    prompts = [[7 + i % 90] * (1 + i % 23) for i in range(60)]
+    prompts = [[7 + i % 90] * (1 + i % 23) for i in range(40)]
     with make_engine(path, max_length=64, kv_tokens=512, max_batch=3) as small:
         found = small.generate(prompts, max_new_tokens=5, return_details=True)
         assert len(list(small._runner.kv.rows)) == 0
     with make_engine(path, max_length=64) as single:
         expected = [single.generate(p, max_new_tokens=5, return_details=True) for p in prompts]
     assert [done.ids for done in found] == [done.ids for done in expected]
-    assert [done.index for done in found] == list(range(60))
+    assert [done.index for done in found] == list(range(40))
 
 
 def test_details_say_what_was_done(engine: StreamingEngine) -> None:
@@ -122,13 +113,13 @@ def test_an_end_of_sequence_of_any_source_ends_the_text(path: Path, tmp_path: Pa
 def test_messages_go_through_the_template_and_its_options(engine: StreamingEngine) -> None:
     messages = [{"role": "user", "content": "Hello"}]
     ids = engine.encode(messages)
-    assert ids.count(1) == 3, "each special token once"
-    rendered = engine.tokenizer.decode(ids)
-    assert rendered.endswith("Hello<|im_end|>\n<|im_start|>assistant\n")
+    assert ids.count(START) == 2, "each special token once"
+    rendered = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert engine.tokenizer.decode(ids) == rendered
+    quick = engine.encode(messages, {"enable_thinking": False})
+    assert engine.tokenizer.decode(quick) == rendered + "<quick>"
     template = engine.tokenizer.chat_template
     try:
-        engine.tokenizer.chat_template = "{% if thinks %}deep{% endif %}{{ messages[0].content }}"
-        assert engine.tokenizer.decode(engine.encode(messages, {"thinks": True})) == "deepHello"
         engine.tokenizer.chat_template = "{{ raise_exception('no system here') }}"
         with pytest.raises(ValueError, match="no system here"):
             engine.generate(messages)
@@ -217,7 +208,7 @@ def test_an_interrupted_answer_leaves_an_engine_that_goes_on(path: Path) -> None
     [
         ({"prompt": [1] * 128}, "the prompt has 128 tokens, max_length=128"),
         ({"prompt": ""}, "the prompt is empty"),
-        ({"prompt": [49152]}, "token id 49152: must be from 0 to 49151"),
+        ({"prompt": [VOCABULARY]}, "token id 258: must be from 0 to 257"),
         ({"prompt": 5}, "prompt of type int"),
         ({"prompt": [{"content": "x"}]}, "must have a role and a content"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
@@ -261,7 +252,7 @@ def test_an_engine_that_cannot_be_is_one_line(
 
 def test_a_model_without_a_tokenizer_takes_and_gives_ids_only(path: Path, tmp_path: Path) -> None:
     shutil.copytree(path, tmp_path / "model")
-    for name in EXTRA:
+    for name in TOKENIZER_FILES:
         (tmp_path / "model" / name).unlink()
     with make_engine(path) as whole, make_engine(tmp_path / "model") as bare:
         expected = whole.generate([1, 2, 3], max_new_tokens=4, return_details=True)

@@ -46,8 +46,8 @@ class Chat:
                 self._write(piece)
         except KeyboardInterrupt:
             whole = False
-        self._write("\n")
         self.messages += [question, {"role": "assistant", "content": "".join(said)}]
+        self._write("\n")
         return whole
 
 
