@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from byte_model import START, TOKENIZER_FILES, VOCABULARY, byte_model
+from fetch_model import fetch
 from safetensors.torch import load_file, save_file
+from test_llm_gemma3 import NEW_IDS
 
 from llm.completion import Completion
 from llm.engine import StreamingEngine
@@ -281,3 +283,15 @@ def test_the_model_may_be_read_before_the_engine_is_opened(path: Path) -> None:
     assert model.tokenizer("Hi") == load_tokenizer(path)("Hi")
     with make_engine(path) as one, StreamingEngine(model, device="cpu", max_length=128) as other:
         assert one.generate("Hi", max_new_tokens=4) == other.generate("Hi", max_new_tokens=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["device", "host"])
+def test_gemma_3_270m_gives_the_ids_of_transformers_through_its_windows(kv: str) -> None:
+    with StreamingEngine(
+        fetch("gemma3-270m"), device="cpu", max_length=256, kv=kv, prefill_chunk=4
+    ) as engine:
+        done = engine.generate(
+            "The capital of France is", max_new_tokens=len(NEW_IDS), return_details=True
+        )
+    assert list(done.ids) == NEW_IDS
