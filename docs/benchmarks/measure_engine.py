@@ -28,6 +28,7 @@ import torch
 # Instead of this folder, whose tabulate.py torch would take for another.
 sys.path[0] = str(Path(__file__).resolve().parents[2] / "examples")
 from layer_streamer import parse_bytes  # noqa: E402
+from llm.attention import fast_kernels  # noqa: E402
 from llm.batch import pack  # noqa: E402
 from llm.engine import StreamingEngine  # noqa: E402
 from llm.kv_rows import Row  # noqa: E402
@@ -227,7 +228,7 @@ class ComputeAlone:
                 look = attends(attention, span, memory)
                 x.copy_(decoder_layer(x, weights, config, table, look))
 
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_kernels(device):
             one_layer()
             wait(device)
             began = time.perf_counter()

@@ -71,8 +71,9 @@ class RowAttention:
                 new = torch.stack((k_GTE, v_GTE), 0)[:, :, group.offsets_R]
                 memory[group.new_R] = new.permute(2, 0, 1, 3)
                 q_RHE = q_HTE[:, group.offsets_R].transpose(0, 1)
-                kv = memory[group.places_RP]
-                mixed_THE[group.offsets_R] = attend_rows(q_RHE, kv, group.mask_RP, scale=scale)
+                k_RGPE, v_RGPE = memory[group.places_RP].permute(2, 0, 3, 1, 4)
+                mixed = attend_rows(q_RHE, k_RGPE, v_RGPE, group.mask_RP, scale=scale)
+                mixed_THE[group.offsets_R] = mixed
         return mixed_THE.transpose(0, 1)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from layer_streamer import LayerStreamer
 
+from .attention import fast_kernels
 from .batch import Batch, Chunk, Entry, pack
 from .config import ModelConfig
 from .dequant import Unpacker
@@ -87,7 +88,7 @@ class Runner:
         each layer as it starts. A pass that fails leaves the rows as they were.
         """
         self.kv.begin([(row, len(ids)) for row, ids in entries])
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_kernels(self.kv.device):
             batch = pack(entries, self._chunking.tokens, self.kv.device)
             step = _Pass(self, batch, every_position=every_position, on_layer=on_layer)
             self.streamer.run_pass(self._embed(batch), step)
