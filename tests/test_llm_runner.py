@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint
+from torch.nn.attention.bias import causal_upper_left
 from zoo import CASES, CLASSES, IDS, reference, zoo_model
 
 from llm import row_attention
+from llm.attention import window_mask
+from llm.batch import pack
 from llm.metadata import load_config
 from llm.runner import Chunking, Runner
 
@@ -96,6 +100,53 @@ def test_rows_that_decode_together_are_gathered_a_few_at_a_time(tmp_path, monkey
     monkeypatch.setattr(row_attention, "GATHER_NBYTES", limit)
     model = zoo_model("gemma3_text")
     assert max(errors(tiny_checkpoint(tmp_path, model), model, "some on the host")) <= TOLERANCE
+
+
+def shifted(change: int) -> Any:
+    """``pack``, with positions that are off."""
+
+    def wrong(*arguments: Any) -> Any:
+        batch = pack(*arguments)
+        chunks = tuple(replace(c, positions=c.positions + change * c.first) for c in batch.chunks)
+        return replace(batch, chunks=chunks)
+
+    return wrong
+
+
+MUTATIONS = {
+    "a mask that starts at the first position": (
+        "llama", "torch.nn.attention.bias.causal_lower_right", causal_upper_left
+    ),
+    "positions that go on from chunk to chunk": ("llama", "llm.runner.pack", shifted(1)),
+    "new tokens that stay away from home": (
+        "llama", "llm.kv_host.HostTier.close_layer", lambda *_: None
+    ),
+    "a mask of a window that is one off": (
+        "mistral", "llm.attention.window_mask", lambda t, p, w, d: window_mask(t, p, w + 1, d)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_what_is_wrong_shows(tmp_path, monkeypatch, what):
+    name, target, wrong = MUTATIONS[what]
+    model = zoo_model(name)
+    path = tiny_checkpoint(tmp_path, model)
+    monkeypatch.setattr(target, wrong)
+    assert max(errors(path, model, "host")) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+@pytest.mark.parametrize("name", ["mistral", "qwen2-window", "gemma3_text"])
+def test_a_window_that_is_one_off_shows(tmp_path, name, off):
+    model = zoo_model(name)
+    path = tiny_checkpoint(tmp_path, model)
+    config = load_config(path)
+    windows = tuple(w if w is None else w + off for w in config.windows)
+    ids = texts(1)
+    with open_runner(path, replace(config, windows=windows), tokens=256) as runner:
+        (found,) = teacher_forced(runner, ids)
+    assert relative_error(found, reference(model, ids[0], LENGTHS[0])) > 100 * TOLERANCE
 
 
 @pytest.mark.gpu
