@@ -1,8 +1,11 @@
-"""Generate text with a LLaMA or Qwen2 model whose layers stream through bounded memory.
+"""Generate text with a language model whose layers stream through bounded memory.
 
     python examples/generate.py MODEL --prompt "What is the capital of France?"
+    python examples/generate.py MODEL --chat
+    python examples/generate.py MODEL --prompts questions.jsonl --output answers.jsonl
 
-MODEL is a GGUF file or a directory with safetensors. Only the generated text goes to stdout;
+MODEL is a GGUF file, a directory with safetensors, or the name of a Hugging Face repository (for
+GGUF owner/name:file-or-quantization), which is downloaded. Only the generated text goes to stdout;
 progress and the closing summary go to stderr. Exit code 2 is an error, 130 is Ctrl-C.
 """
 
@@ -14,20 +17,25 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
-    import torch
-
-    from llm.config import ModelConfig
-    from llm.engine import Engine
-    from llm.sampling import Sampler
-    from llm.totals import Totals
+    from llm.engine import StreamingEngine
+    from llm.opening import Model
 
 DTYPES = ("float32", "bfloat16", "float16")
 POOLS = ("n_gpu", "n_cpu_pinned", "n_cpu")
-MEMORY = ("device_budget", "host_budget", "read_mode")
+ENGINE = (
+    *POOLS, "device_budget", "host_budget", "read_mode", "max_length", "kv", "kv_int8", "kv_tokens",
+    "max_batch", "prefill_chunk",
+)  # fmt: skip
+"""Options that go to the engine as they are, if they are given."""
+GENERATION = (
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop"
+)  # fmt: skip
+"""Options that go to the generation."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,12 +77,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line; ValueError for one that makes no sense."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a GGUF file, or a directory with safetensors")
-    add("--prompt", required=True, metavar="TEXT", help="what to answer; - reads it from stdin")
+    add("model", metavar="MODEL", help="a path, or the name of a Hugging Face repository")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="what to answer; - reads it from stdin")
+    what.add_argument("--chat", action="store_true", help="answer line after line of stdin")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="answer each line (JSON)")
+    add("--output", type=Path, metavar="FILE", help="where the answers to --prompts go; resumed")
     add("--raw", action="store_true", help="continue the prompt as it is, without chat template")
+    add("--no-think", action="store_true", help="for a chat template that knows enable_thinking")
     add("--max-new-tokens", type=_at_least(1), default=128, metavar="N", help="default: 128")
-    add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
-    add("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    _add_sampling(add)
     dtype_help = "default: float32 on a CPU, bfloat16 on a GPU (float16 or float32 on an older one)"
     add("--dtype", choices=DTYPES, help=dtype_help)
     add("--device", metavar="D", help="a torch device; default: the GPU if there is one")
@@ -84,8 +96,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device-budget", metavar="BYTES", help='memory of the device to use: "6GiB", "auto"')
     add("--host-budget", metavar="BYTES", help="the same of host memory")
     add("--read-mode", metavar="MODE", help="auto (default), buffered, direct or mapped")
+    _add_memory(add)
+    add("--plan", action="store_true", help="say first where everything will be")
     add("--timeline", type=Path, metavar="FILE", help="save the last pass for ui.perfetto.dev")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.output is not None and args.prompts is None:
+        parser.error("--output: belongs to --prompts")
+    return args
+
+
+def _add_sampling(add: Callable[..., Any]) -> None:
+    add("--temperature", type=float, metavar="T", help="0: greedy; default: the model's own, or 0")
+    add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="among the likeliest that together have P")
+    add("--min-p", type=float, metavar="P", help="among those with P of the likeliest one's share")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
+    add("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+
+
+def _add_memory(add: Callable[..., Any]) -> None:
+    one = _at_least(1)
+    add("--max-length", type=one, metavar="N", help="most tokens of a prompt and its answer")
+    add("--kv", metavar="TIER", help="keys and values: auto (default), device or host")
+    add("--kv-int8", action="store_true", default=None, help="those in host memory in eight bits")
+    add("--kv-tokens", type=one, metavar="N", help="tokens of all rows together (--max-length)")
+    add("--max-batch", type=one, metavar="N", help="rows of --prompts at a time (8)")
+    add("--prefill-chunk", type=one, metavar="N", help="tokens through a layer at a time (2048)")
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -99,55 +136,44 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read what describes the model, open the streamer, write the text, say what it took."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model's own files
-    from layer_streamer import LayerStreamer, read_manifest
-    from llm.engine import Engine
-    from llm.metadata import load_config, load_tokenizer, metadata_directory
-    from llm.sampling import Sampler
-    from llm.threads import leave_a_core
-    from llm.weights import weight_names
-
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    sampler = Sampler(args.temperature, seed=args.seed)
-    device, dtype = choose_device(args.device, args.dtype)
-    manifest = read_manifest(args.model)
-    directory = metadata_directory(manifest, say)
-    config = load_config(directory)
-    names = weight_names(manifest, config)
-    tokenizer = load_tokenizer(directory)
-    ids = encode(tokenizer, read_prompt(args.prompt), raw=args.raw)
-    new_tokens = fit(len(ids), args.max_new_tokens, config)
-    given = {name: getattr(args, name) for name in (*POOLS, *MEMORY)}
-    options = {name: value for name, value in given.items() if value is not None}
-    leave_a_core()
-    with LayerStreamer.from_checkpoint(
-        args.model, device=device, dtype=dtype, tail=[names.head], **options
-    ) as streamer:
-        room = len(ids) + new_tokens
-        engine = Engine(streamer, config, names, max_positions=room, dtype=dtype)
-        totals = write_text(engine, tokenizer, ids, max_new_tokens=new_tokens, sampler=sampler)
-        if args.timeline is not None and streamer.last_pass is not None:
-            streamer.last_pass.save_timeline(args.timeline)
-        say("\n" + totals.summary(streamer))
-
-
-def choose_device(device: str | None, dtype: str | None) -> tuple[str | None, torch.dtype]:
-    """Device for the streamer (None: its own choice, which is the CPU here) and dtype."""
+    """Read what describes the model, open the engine, do what was asked."""
+    if Path(args.model).expanduser().exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model's own files
     import torch
 
-    if device is None and torch.cuda.is_available():
-        device = "cuda"
+    from llm.engine import StreamingEngine
+    from llm.opening import Model
+    from llm.threads import leave_a_core
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        chosen = torch.device(device or "cpu")
+        torch.device(args.device or "cpu")
     except RuntimeError as error:
-        raise ValueError(f"--device {device}: not a torch device") from error
-    if dtype is None:
-        dtype = "float32"
-        if chosen.type == "cuda" and (chosen.index or 0) < torch.cuda.device_count():
-            major, _ = torch.cuda.get_device_capability(chosen)
-            dtype = "bfloat16" if major >= 8 else "float16" if major == 7 else "float32"
-    return device, getattr(torch, dtype)
+        raise ValueError(f"--device {args.device}: not a torch device") from error
+    model = Model.read(args.model, say)
+    options = given(args, ENGINE)
+    prompt = None
+    if args.prompt is not None:
+        prompt = read_prompt(args.prompt)
+        options.setdefault("max_length", room_for(model, prompt, args))
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    leave_a_core()
+    with StreamingEngine(model, device=args.device, dtype=dtype, notify=say, **options) as engine:
+        if args.plan:
+            say(str(engine.plan))
+        if prompt is not None:
+            answer(engine, prompt, args)
+        elif args.chat:
+            chat(engine, args)
+        else:
+            answer_file(engine, args)
+        if args.timeline is not None and engine.streamer.last_pass is not None:
+            engine.streamer.last_pass.save_timeline(args.timeline)
+
+
+def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """The options that were named on the command line."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def read_prompt(prompt: str) -> str:
@@ -157,62 +183,65 @@ def read_prompt(prompt: str) -> str:
     return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
 
 
-def encode(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
-    """Token ids of the prompt, in the chat template unless ``raw`` or the model has none."""
-    from llm.tokenizer import chat_ids, has_chat_template, raw_ids
-
-    if not raw and not has_chat_template(tokenizer):
-        say("the model has no chat template: continuing the prompt as it is")
-        raw = True
-    ids = raw_ids(tokenizer, text) if raw else chat_ids(tokenizer, text)
-    if not ids:
-        raise ValueError("the prompt is empty")
-    return ids
+def as_prompt(text: str, args: argparse.Namespace) -> Any:
+    """A text to be continued, or a user's message."""
+    return text if args.raw else [{"role": "user", "content": text}]
 
 
-def fit(num_prompt: int, max_new_tokens: int, config: ModelConfig) -> int:
-    """New tokens that the context has room for; ValueError if the prompt leaves none."""
-    room = config.max_positions - num_prompt
-    if room < 1:
-        raise ValueError(
-            f"the prompt has {num_prompt} tokens, the model's context is {config.max_positions}"
-        )
-    if room < max_new_tokens:
-        say(f"the context has room for {room} new tokens")
-    return min(room, max_new_tokens)
+def template_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"enable_thinking": False} if args.no_think else {}
 
 
-def write_text(
-    engine: Engine, tokenizer: Any, ids: list[int], *, max_new_tokens: int, sampler: Sampler
-) -> Totals:
+def room_for(model: Model, text: str, args: argparse.Namespace) -> int:
+    """Tokens of the prompt and its answer, as far as the model's context goes."""
+    from llm.prompts import PromptEncoder
+
+    encoder = PromptEncoder(lambda: model.tokenizer, model.config.vocab_size, lambda _: None)
+    ids = encoder.encode(as_prompt(text, args), template_options(args))
+    room: int = len(ids) + args.max_new_tokens
+    return min(room, model.config.max_positions)
+
+
+def answer(engine: StreamingEngine, text: str, args: argparse.Namespace) -> None:
     """Generate, each token's text on stdout as soon as it is known."""
     from tqdm import tqdm
 
-    from llm.config import id_set
-    from llm.generate import generate
-    from llm.tokenizer import StreamingDetokenizer
     from llm.totals import Totals
 
-    totals, text = Totals(prompt_tokens=len(ids)), StreamingDetokenizer(tokenizer, ids)
-    stop_ids = engine.config.eos_ids | id_set(tokenizer.eos_token_id)
-    layers = engine.config.num_layers
+    ids = engine.encode(as_prompt(text, args), template_options(args))
+    totals, layers = Totals(prompt_tokens=len(ids)), engine.config.num_layers
     with tqdm(total=layers, desc="prompt", unit="layer", leave=False, disable=None) as bar:
-        tokens = generate(
-            engine,
-            ids,
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            sampler=sampler,
-            on_prompt_layer=lambda _: bar.update(),
-        )
+        options = given(args, GENERATION)
+        events = engine.events([ids], on_layer=lambda _: bar.update(), **options)
         began = time.perf_counter()
-        for token in tokens:
+        for _, piece in events:
             bar.close()
             totals.add_pass(engine.streamer, time.perf_counter() - began)
-            write(text.push(token) if token not in stop_ids else "")
+            write(piece)
             began = time.perf_counter()
-    write(text.finish())
-    return totals
+    say("\n" + totals.summary(engine.streamer))
+
+
+def chat(engine: StreamingEngine, args: argparse.Namespace) -> None:
+    """Answer what is typed, until the end of the input."""
+    from llm.chat import Chat, read_lines, run_chat
+
+    options = given(args, GENERATION) | {"chat_template_kwargs": template_options(args)}
+    mark = "> " if sys.stdin.isatty() else ""
+    run_chat(Chat(engine, write, options), read_lines(lambda: input(mark)), say)
+
+
+def answer_file(engine: StreamingEngine, args: argparse.Namespace) -> None:
+    """A line of JSON for each line of prompts, to stdout or appended to a file."""
+    from llm.prompt_file import PromptFile, open_results, write_record
+
+    prompts = PromptFile(
+        engine, raw=args.raw, template_options=template_options(args), complain=say
+    )
+    file, done = (sys.stdout.buffer, 0) if args.output is None else open_results(args.output)
+    with nullcontext(file) if args.output is None else closing(file):
+        for found in prompts.run(args.prompts, done, given(args, GENERATION)):
+            write_record(file, found)
 
 
 def write(text: str) -> None:

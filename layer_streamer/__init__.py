@@ -1,5 +1,6 @@
 """Stream a model's layers from disk through host memory to the GPU while it computes."""
 
+from .budget import format_bytes, parse_bytes
 from .errors import (
     CheckpointChangedError,
     CheckpointError,
@@ -12,6 +13,8 @@ from .errors import (
 )
 from .formats import read_manifest
 from .manifest import LayerSpec, Manifest, TensorSpec
+from .plan import Plan
+from .preview import plan_checkpoint
 from .stats import PassReport, StepReport
 from .streamer import LayerStreamer
 from .tuner import LayerStreamerTuner
@@ -28,11 +31,15 @@ __all__ = [
     "LayerStreamerTuner",
     "Manifest",
     "PassReport",
+    "Plan",
     "ReadError",
     "StepReport",
     "StreamerError",
     "SupersededError",
     "TensorSpec",
     "TuneError",
+    "format_bytes",
+    "parse_bytes",
+    "plan_checkpoint",
     "read_manifest",
 ]

@@ -5,20 +5,22 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from fetch_smollm2 import fetch
+from fetch_model import fetch
+from one_sequence import OneSequence
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from layer_streamer import LayerStreamer, read_manifest
 from llm.config import ModelConfig, model_config
-from llm.engine import Engine
+from llm.kv_cache import KVCache, KVLayout
 from llm.metadata import metadata_directory
-from llm.weights import weight_names
+from llm.names import weight_names
+from llm.runner import Chunking, Runner
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((REPOSITORY / "tests/data/smollm2.json").read_text())
@@ -86,17 +88,47 @@ def tiny_checkpoint(directory: Path, model: Any) -> Path:
 
 
 @contextmanager
-def open_engine(
-    path: Path, config: ModelConfig | Any, *, max_positions: int = 64, **options: Any
-) -> Iterator[Engine]:
-    """An engine over a checkpoint; ``config`` is the engine's or a transformers one."""
+def open_runner(
+    path: Path,
+    config: ModelConfig | Any,
+    *,
+    tokens: int = 64,
+    max_rows: int = 1,
+    dtype: torch.dtype = torch.float32,
+    host_layers: Sequence[int] = (),
+    int8: bool = False,
+    chunking: Chunking | None = None,
+    **options: Any,
+) -> Iterator[Runner]:
+    """A runner over a checkpoint; ``config`` is the engine's or a transformers one."""
     if not isinstance(config, ModelConfig):
         config = model_config(config)
     names = weight_names(read_manifest(path), config)
-    dtype = options.pop("dtype", torch.float32)
     options = {"device": "cpu"} | options
-    with LayerStreamer.from_checkpoint(path, dtype=dtype, tail=[names.head], **options) as streamer:
-        yield Engine(streamer, config, names, max_positions=max_positions, dtype=dtype)
+    device = torch.device(options["device"])
+    layout = KVLayout(
+        tokens=tokens, max_rows=max_rows, dtype=dtype, host_layers=host_layers, int8=int8
+    )
+    kv = KVCache(config, layout, device)
+    on_copy = kv.host.prefetch if kv.host is not None else None
+    try:
+        with LayerStreamer.from_checkpoint(
+            path, dtype=dtype, tail=[names.head], on_copy=on_copy, **options
+        ) as streamer:
+            if kv.host is not None:
+                kv.host.allocate(streamer.plan.placement.device_slots[0].count)
+            yield Runner(streamer, config, names, kv, dtype=dtype, chunking=chunking)
+    finally:
+        kv.close()
+
+
+@contextmanager
+def open_engine(
+    path: Path, config: ModelConfig | Any, *, max_positions: int = 64, **options: Any
+) -> Iterator[OneSequence]:
+    """One sequence on a runner over a checkpoint."""
+    with open_runner(path, config, tokens=max_positions, **options) as runner:
+        yield OneSequence(runner)
 
 
 def reference_logits(model: Any, ids: list[int]) -> torch.Tensor:

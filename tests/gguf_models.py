@@ -9,7 +9,9 @@ import gguf
 import numpy as np
 import torch
 
-from llm.weights import GGUF_MODULES
+from llm.names import GGUF_MODULES, GGUF_OUTPUT_NORMS
+from llm.rope import rope_frequencies
+from llm.rope_config import Rope, rope_of
 
 MIXED = {
     "self_attn.q_proj": "Q4_1",
@@ -17,7 +19,7 @@ MIXED = {
     "self_attn.v_proj": "F16",
     "self_attn.o_proj": "BF16",
     "mlp.gate_proj": "Q4_1",
-    "mlp.up_proj": "Q8_0",
+    "mlp.up_proj": "Q5_0",
     "mlp.down_proj": "F32",
     "model.embed_tokens": "Q8_0",
     "lm_head": "Q4_1",
@@ -27,40 +29,113 @@ MIXED = {
 STATIC = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_gguf(path: Path, model: Any, *, rope_factors: torch.Tensor | None = None) -> None:
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+"""Where GGUF's name of an architecture is not that of transformers."""
+
+
+def write_gguf(
+    path: Path, model: Any, *, rope_factors: torch.Tensor | None = None, tokenizer: bool = False
+) -> None:
     """Write the model with MIXED types, and put what the file then holds back into the model.
 
-    Rows of q and k are permuted for llama, as llama.cpp's converter does.
+    As llama.cpp's converter does, rows of q and k are permuted for llama and mistral, norms of
+    Gemma are stored with 1 added, and llama3 scaling becomes a tensor.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, config.model_type)
-    writer.add_block_count(config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, ARCHITECTURES.get(config.model_type, config.model_type))
+    add_metadata(writer, config)
+    if tokenizer:
+        add_tokenizer(writer, config)
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")
         values = parameter.detach().numpy()
-        parts = module.split(".")
-        if module in STATIC:
-            key, target = module, STATIC[module]
-        else:
-            key = ".".join(parts[3:])
-            target = f"blk.{parts[2]}.{GGUF_MODULES[key]}"
+        target = _target(module, config)
+        key = module if module in STATIC else ".".join(module.split(".")[3:])
         heads = _permuted_heads(config, key)
+        shift = float(config.model_type == "gemma3_text" and "norm" in key)
         if heads:
             values = permute(values, heads)
         quant = MIXED[key] if values.ndim == 2 else "F32"
         ggml_type = gguf.GGMLQuantizationType[quant]
-        packed = gguf.quants.quantize(np.ascontiguousarray(values), ggml_type)
+        packed = gguf.quants.quantize(np.ascontiguousarray(values + shift), ggml_type)
         writer.add_tensor(f"{target}.{kind}", packed, raw_dtype=ggml_type)
-        stored = gguf.quants.dequantize(packed, ggml_type).reshape(values.shape)
+        stored = gguf.quants.dequantize(packed, ggml_type).reshape(values.shape) - shift
         if heads:
             stored = unpermute(stored, heads)
         parameter.data.copy_(torch.from_numpy(np.ascontiguousarray(stored)))
+    if rope_factors is None and config.rope_parameters.get("rope_type") == "llama3":
+        rope, width = rope_of(config), _head_dim(config)
+        rope_factors = rope_frequencies(Rope(rope.theta), width) / rope_frequencies(rope, width)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
+    """What a converter says of the model, but for its tokenizer."""
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_eos_token_id(config.eos_token_id)
+    rope = config.rope_parameters
+    if config.model_type == "gemma3_text":
+        local, rope = rope["sliding_attention"], rope["full_attention"]
+        writer.add_float32("gemma3.rope.freq_base_swa", local["rope_theta"])
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+MERGE = "a b"
+"""The only one of the tokenizer."""
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, config: Any) -> None:
+    """One token a byte, which any text can be made of."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    tokens = ["<unk>", "<s>", "</s>", *(letters[byte] for byte in range(256))]
+    tokens.append("ab")  # which MERGE makes
+    tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+        [control if token[0] + token[-1] == "<>" else normal for token in tokens]
+    )
+    writer.add_token_merges([MERGE])
+    writer.add_bos_token_id(1)
+    writer.add_add_bos_token(False)
+
+
+def _head_dim(config: Any) -> int:
+    width = getattr(config, "head_dim", None)
+    return int(width or config.hidden_size // config.num_attention_heads)
+
+
+def _target(module: str, config: Any) -> str:
+    if module in STATIC:
+        return STATIC[module]
+    names = GGUF_MODULES | (GGUF_OUTPUT_NORMS if config.model_type == "gemma3_text" else {})
+    parts = module.split(".")
+    return f"blk.{parts[2]}.{names['.'.join(parts[3:])]}"
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -73,7 +148,7 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _permuted_heads(config: Any, key: str) -> int:
-    if config.model_type != "llama":
+    if config.model_type not in ("llama", "mistral"):
         return 0
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(key.rpartition(".")[2], 0)

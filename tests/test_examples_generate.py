@@ -53,6 +53,11 @@ def run(*arguments: object, **options) -> subprocess.CompletedProcess:
     )
 
 
+def without_notes(err: bytes) -> list[str]:
+    """Lines on stderr, but for what is said of every GGUF file of this architecture."""
+    return [line for line in err.decode().splitlines() if line and "no sliding window" not in line]
+
+
 def test_the_text_alone_is_on_stdout_and_the_summary_on_stderr(tmp_path):
     tokenizer = load_tokenizer(smollm2_metadata())
     golden = GOLDEN[NUMBERS]["new_ids"]
@@ -75,7 +80,7 @@ def test_ctrl_c_in_the_middle_of_a_text_ends_cleanly_with_130():
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
     assert process.returncode == 130
-    assert err.strip() == b""
+    assert without_notes(err) == []
 
 
 def test_a_reader_that_goes_away_ends_the_script_quietly():
@@ -84,7 +89,7 @@ def test_a_reader_that_goes_away_ends_the_script_quietly():
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.read(3)
         process.stdout.close()
-        assert process.stderr.read() == b""
+        assert without_notes(process.stderr.read()) == []
     assert process.returncode == 0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import gguf_bytes, gguf_kv, gguf_string, gguf_tensor, write_gguf
-from fetch_smollm2 import fetch
+from fetch_model import fetch
 from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st

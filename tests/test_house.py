@@ -60,6 +60,7 @@ ORDER = [
     "turn",
     "statics",
     "assembly",
+    "preview",
     "tree",
     "sweep",
     "streamer",
@@ -126,13 +127,23 @@ def test_examples_use_the_public_surface_only() -> None:
                 assert {name.name for name in node.names} <= set(layer_streamer.__all__), path
 
 
+def readme_code() -> list[str]:
+    """The Python of the README."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readme_shows_the_shortest_program_for_a_language_model() -> None:
+    program = (ROOT / "examples" / "qwen.py").read_text()
+    assert readme_code()[1] in program
+
+
 def test_the_readmes_example_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_checkpoint(tmp_path / "path" / "to" / "model", tiny_model("llama"))
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code, _ = readme_code()
     exec(compile(code, "README.md", "exec"), {})
     assert "bound by" in capsys.readouterr().out
 

@@ -2,15 +2,13 @@ import math
 
 import pytest
 import torch
-from assets import TINY
-from transformers import LlamaConfig
 
-from llm.config import ModelConfig, model_config
-from llm.kv_cache import KVCache
-from llm.model import attend
+from llm.attention import attend, attend_rows, fast_kernels
 
 
-def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def naive(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
     """Attention of the last T positions, one query at a time."""
     heads, tokens, width = q.shape
     out = torch.empty_like(q)
@@ -18,55 +16,68 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         group = h // (heads // k.shape[0])
         for t in range(tokens):
             seen = k.shape[1] - tokens + t + 1
-            scores = k[group, :seen] @ q[h, t] / math.sqrt(width)
-            out[h, t] = scores.softmax(0) @ v[group, :seen]
+            first = 0 if window is None else max(0, seen - window)
+            scores = k[group, first:seen] @ q[h, t] / math.sqrt(width)
+            out[h, t] = scores.softmax(0) @ v[group, first:seen]
     return out
 
 
 @pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (1, 7), (7, 7), (3, 7), (2, 3)])
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_new_tokens_see_all_positions_up_to_their_own(tokens, positions, groups):
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 9])
+def test_new_tokens_see_the_positions_of_their_window_up_to_their_own(
+    tokens, positions, groups, window
+):
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(n, p, 8) for n, p in ((6, tokens), (groups, positions), (groups, positions))
     )
-    torch.testing.assert_close(attend(q, k, v), naive(q, k, v))
+    found = attend(q, k, v, scale=8**-0.5, window=window)
+    torch.testing.assert_close(found, naive(q, k, v, window))
 
 
-def config() -> ModelConfig:
-    return model_config(LlamaConfig(**TINY))
+@pytest.mark.parametrize("seen", [[5, 5, 5], [1, 9, 4]])
+def test_rows_that_decode_together_see_what_each_would_alone(seen):
+    torch.manual_seed(1)
+    places = max(seen)
+    q, k, v = torch.randn(3, 6, 8), torch.randn(3, 2, places, 8), torch.randn(3, 2, places, 8)
+    mask = torch.arange(places) < torch.tensor(seen)[:, None]
+    found = attend_rows(q, k, v, mask, scale=0.3)
+    for row, count in enumerate(seen):
+        keys, values = k[row, :, :count], v[row, :, :count]
+        alone = attend(q[row][:, None], keys, values, scale=0.3)[:, 0]
+        torch.testing.assert_close(found[row], alone)
 
 
-def new_cache() -> KVCache:
-    return KVCache(config(), 8, dtype=torch.float32, device=torch.device("cpu"))
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "positions"), [(1, 700), (512, 512), (300, 900)])
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_a_gpu_sees_the_same_positions(dtype, tokens, positions, window, width):
+    torch.manual_seed(2)
+    memory = torch.randn(positions, 2, 2, width)
+    q = torch.randn(8, tokens, width)
+    k, v = memory[:, 0].transpose(0, 1), memory[:, 1].transpose(0, 1)
+    expected = attend(q, k, v, scale=width**-0.5, window=window)
+    there = memory.to("cuda", dtype)
+    k, v = there[:, 0].transpose(0, 1), there[:, 1].transpose(0, 1)
+    with fast_kernels(there.device):
+        found = attend(q.to("cuda", dtype), k, v, scale=width**-0.5, window=window)
+    found = found.cpu().float()
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
-def test_appended_tokens_are_seen_after_those_before_them():
-    cache = new_cache()
-    first, second = torch.randn(2, 3, 16), torch.randn(2, 2, 16)
-    for layer_idx in range(3):
-        cache.append(layer_idx, first, -first)
-    cache.advance(3)
-    keys, values = cache.append(1, second, -second)
-    assert torch.equal(keys, torch.cat((first, second), 1))
-    assert torch.equal(values, -keys)
-
-
-def test_tokens_that_were_not_made_permanent_are_overwritten():
-    cache = new_cache()
-    cache.append(0, torch.ones(2, 3, 16), torch.ones(2, 3, 16))
-    keys, _ = cache.append(0, torch.zeros(2, 2, 16), torch.zeros(2, 2, 16))
-    assert torch.equal(keys, torch.zeros(2, 2, 16))
-
-
-def test_truncating_moves_the_length_only_and_never_forward():
-    cache = new_cache()
-    cache.advance(5)
-    cache.truncate(2)
-    assert cache.length == 2
-    with pytest.raises(ValueError, match="length=3: the cache holds 2 tokens"):
-        cache.truncate(3)
-
-
-def test_the_cache_takes_the_bytes_of_its_keys_and_values():
-    assert new_cache().nbytes == 3 * 2 * 2 * 8 * 16 * 4
+@pytest.mark.gpu
+def test_a_prefill_chunk_on_a_gpu_makes_no_matrix_of_scores():
+    tokens, positions = 2048, 16384
+    memory = torch.randn(positions, 2, 4, 128, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(28, tokens, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = memory[:, 0].transpose(0, 1), memory[:, 1].transpose(0, 1)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with fast_kernels(q.device):
+        attend(q, k, v, scale=0.1)
+    # Scores would take 28 * 2048 * 16384 * 2 bytes, expanded keys 28 / 4 times the cache.
+    assert torch.cuda.max_memory_allocated() - before < 4 * q.nbytes

@@ -11,13 +11,15 @@ from assets import (
     tiny_model,
 )
 from gguf_models import MIXED, write_gguf
+from one_sequence import generate, mean_nll
 from safetensors.torch import load_file, save_file
-from test_llm_config import LLAMA3
+from test_llm_rope import LLAMA3
 
 from llm.config import UnsupportedModelError, model_config
-from llm.generate import generate, mean_nll
-from llm.rope import rotary_table
+from llm.rope import rope_frequencies
+from llm.rope_config import Rope
 
+DEFAULT = {"rope_type": "default"}
 IDS = [1, 17, 300, 44, 511, 9, 9, 120, 63, 2, 250, 31]
 MODELS = {
     "llama": {},
@@ -57,14 +59,13 @@ def test_a_gguf_file_gives_the_logits_of_its_dequantized_twin(tmp_path, name):
 def test_rope_factors_of_a_gguf_file_are_the_scaling_of_its_safetensors_twin(tmp_path):
     model, path = tiny("llama-llama3-rope"), tmp_path / "tiny.gguf"
     scaled = model_config(model.config)
-    plain = model_config(tiny("llama").config)
-    # The table's first two positions hold the cosine and sine of the frequencies themselves.
-    cos, sin = rotary_table(scaled, 2)[:, 1]
-    frequencies = scaled.rope_theta ** (-torch.arange(0, 16, 2) / 16)
-    write_gguf(path, model, rope_factors=frequencies / torch.atan2(sin, cos))
-    unscaled = {key: getattr(plain, key) for key in plain.__slots__}
-    unscaled["rope_theta"] = scaled.rope_theta
-    with open_engine(path, type(plain)(**unscaled)) as engine:
+    theta = scaled.rope(0).theta
+    factors = rope_frequencies(Rope(theta), 16) / rope_frequencies(scaled.rope(0), 16)
+    write_gguf(path, model, rope_factors=factors)
+    plain = model_config(
+        tiny_model("llama", rope_parameters=DEFAULT | {"rope_theta": theta}).config
+    )
+    with open_engine(path, plain) as engine:
         found = engine.forward(IDS, every_position=True)
     assert relative_error(found, reference_logits(model, IDS)) <= 1e-5
 
@@ -191,9 +192,9 @@ def test_a_layer_count_that_contradicts_the_config_is_named(tmp_path):
 
 def test_a_packed_type_that_the_engine_cannot_unpack_is_named(tmp_path, monkeypatch):
     model, path = tiny("llama"), tmp_path / "tiny.gguf"
-    monkeypatch.setitem(MIXED, "mlp.up_proj", "Q5_0")
+    monkeypatch.setitem(MIXED, "mlp.up_proj", "Q5_1")
     write_gguf(path, model)
-    refuse(path, model.config, r"ffn_up.weight' is Q5_0, .* Q4_1, Q8_0")
+    refuse(path, model.config, r"ffn_up.weight' is Q5_1, .* Q4_1, Q5_0, Q8_0")
 
 
 @pytest.mark.gpu

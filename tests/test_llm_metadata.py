@@ -2,13 +2,16 @@ import json
 import shutil
 from types import MappingProxyType, SimpleNamespace
 
+import gguf_models
 import pytest
 from assets import TINY, smollm2, smollm2_metadata, tiny_checkpoint, tiny_model
+from gguf_models import write_gguf
 
 from layer_streamer.formats import read_manifest
 from llm import metadata
 from llm.config import UnsupportedModelError
-from llm.metadata import load_config, metadata_directory
+from llm.gguf_config import gguf_config
+from llm.metadata import load_config, load_tokenizer, metadata_directory
 
 
 def quiet(_: str) -> None:
@@ -24,9 +27,8 @@ def stub_build(monkeypatch, tmp_path):
     def build(manifest, directory):
         builds.append(directory)
         directory.mkdir()
-        (directory / "config.json").write_text("{}")
 
-    monkeypatch.setattr(metadata, "_write_metadata", build)
+    monkeypatch.setattr(metadata, "_write_tokenizer", build)
     return builds
 
 
@@ -34,7 +36,7 @@ def test_the_real_models_config_comes_from_its_gguf_metadata():
     config = load_config(smollm2_metadata())
     assert (config.model_type, config.num_layers, config.vocab_size) == ("llama", 30, 49152)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
-    assert config.tied_head and config.eos_ids == {2} and config.rope_theta == 100_000.0
+    assert config.tied_head and config.eos_ids == {2} and config.rope(0).theta == 100_000.0
 
 
 def test_what_is_built_from_a_gguf_is_kept_and_announced_once(stub_build):
@@ -42,7 +44,9 @@ def test_what_is_built_from_a_gguf_is_kept_and_announced_once(stub_build):
     first = metadata_directory(manifest, said.append)
     second = metadata_directory(manifest, said.append)
     assert first == second and len(stub_build) == 1
-    assert len(said) == 1 and "seconds" in said[0]
+    window = f"{smollm2().name} names no sliding window: every layer sees the whole context"
+    assert said == [window, said[1], window] and "seconds" in said[1]
+    assert load_config(first).num_layers == 30
 
 
 def test_a_gguf_with_other_metadata_has_its_own_place_in_the_cache(stub_build, tmp_path):
@@ -64,7 +68,7 @@ def test_a_build_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
         directory.mkdir()
         raise ValueError("no tokenizer in it")
 
-    monkeypatch.setattr(metadata, "_write_metadata", build)
+    monkeypatch.setattr(metadata, "_write_tokenizer", build)
     with pytest.raises(ValueError, match="no tokenizer in it"):
         metadata_directory(read_manifest(smollm2()), quiet)
     assert [path for path in tmp_path.rglob("*") if path.name != "tokenizers"] == [
@@ -78,34 +82,47 @@ def test_a_build_that_another_process_finished_first_is_used(monkeypatch, tmp_pa
     def build(manifest, directory):
         directory.mkdir()
         (directory / "ours").touch()
-        target = directory.parent.parent / metadata._metadata_hash(manifest)
+        config = json.dumps(gguf_config(manifest), indent=2)
+        target = directory.parent.parent / metadata._metadata_hash(manifest, config)
         target.mkdir()
         (target / "theirs").touch()
 
-    monkeypatch.setattr(metadata, "_write_metadata", build)
+    monkeypatch.setattr(metadata, "_write_tokenizer", build)
     directory = metadata_directory(read_manifest(smollm2()), quiet)
     assert [path.name for path in directory.iterdir()] == ["theirs"]
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"general.architecture": "gemma3"}, "'gemma3' is not supported"),
-        ({}, "'None' is not supported"),
-        (
-            {"general.architecture": "llama", "llama.rope.scaling.type": "yarn"},
-            "rope scaling 'yarn' is not supported",
-        ),
-    ],
-)
-def test_a_gguf_of_a_foreign_model_is_refused_before_anything_is_built(
-    stub_build, tmp_path, fields, message
-):
-    manifest = SimpleNamespace(format="gguf", path=tmp_path, metadata=MappingProxyType(fields))
-    with pytest.raises(UnsupportedModelError, match=message):
+def test_a_gguf_of_a_foreign_model_is_refused_before_anything_is_built(stub_build, tmp_path):
+    fields = MappingProxyType({"general.architecture": "gemma2"})
+    manifest = SimpleNamespace(format="gguf", path=tmp_path, metadata=fields)
+    with pytest.raises(UnsupportedModelError, match="'gemma2' is not supported"):
         metadata_directory(manifest, quiet)
     assert stub_build == []
+
+
+def test_a_gguf_without_a_tokenizer_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_model())
+    with pytest.raises(UnsupportedModelError, match=r"tiny.gguf: no tokenizer .*take a file that"):
+        metadata_directory(read_manifest(path), quiet)
+
+
+def test_a_tokenizer_that_cannot_be_made_is_an_error_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gguf_models, "MERGE", "a c")  # makes a token that the vocabulary lacks
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_model(), tokenizer=True)
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer cannot be made: .*out of voc") as e:
+        metadata_directory(read_manifest(path), quiet)
+    assert "\n" not in str(e.value)
+
+
+def test_a_directory_without_a_tokenizer_is_told_what_to_put_there(tmp_path):
+    path = tiny_checkpoint(tmp_path, tiny_model())
+    with pytest.raises(UnsupportedModelError, match=r"no tokenizer \(tokenizer.json or"):
+        load_tokenizer(path)
 
 
 def test_a_safetensors_directory_is_its_own_metadata_directory(tmp_path):
@@ -127,6 +144,17 @@ def test_the_ids_that_end_a_text_are_those_of_both_configs(tmp_path):
         ("{", "config.json: not JSON"),
         ("[]", "config.json: not a JSON object"),
         ('{"model_type": "mamba"}', "'mamba' is not supported"),
+        ('{"model_type": "gemma3"}', "'gemma3' is not supported .* with images is not one"),
+        ('{"model_type": "llama", "rope_scaling": {"type": "su"}}', "rope type 'su' is not"),
+        ('{"model_type": "llama", "rope_scaling": 4}', "rope_scaling=4: an object is needed"),
+        (
+            '{"model_type": "llama", "hidden_size": "64"}',
+            "config.json: .*'hidden_size' expected int",
+        ),
+        (
+            '{"model_type": "llama", "rope_scaling": {"rope_type": "llama3"}}',
+            "config.json: .*Missing required keys",
+        ),
     ],
 )
 def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, text, message):

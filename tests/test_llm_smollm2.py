@@ -1,10 +1,12 @@
 """The real model, in float32, against ids and a likelihood that other engines agree on."""
 
+import gguf_to_safetensors
 import pytest
-from assets import GOLDEN, one_torch_thread, open_engine, smollm2, smollm2_metadata
+import torch
+from assets import GOLDEN, one_torch_thread, smollm2
+from one_sequence import OneSequence, mean_nll
 
-from llm.generate import generate, mean_nll
-from llm.metadata import load_config, load_tokenizer
+from llm.engine import StreamingEngine
 from llm.tokenizer import chat_ids, raw_ids
 
 AGREED = [
@@ -16,21 +18,17 @@ AGREED = [
 
 @pytest.fixture(scope="module")
 def engine():
-    config = load_config(smollm2_metadata())
-    with one_torch_thread(), open_engine(smollm2(), config, max_positions=128) as engine:
+    with (
+        one_torch_thread(),
+        StreamingEngine(smollm2(), device="cpu", max_length=128, kv_tokens=1024) as engine,
+    ):
         yield engine
 
 
-@pytest.fixture
-def fresh(engine):
-    """The engine with an empty sequence."""
-    engine.cache.truncate(0)
-    return engine
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(smollm2_metadata())
+def as_prompt(key: str):
+    """A text, or messages."""
+    kind, _, text = key.partition(":")
+    return text if kind == "raw" else [{"role": "user", "content": text}]
 
 
 def prompt_ids(tokenizer, key: str) -> list[int]:
@@ -38,26 +36,63 @@ def prompt_ids(tokenizer, key: str) -> list[int]:
     return (raw_ids if kind == "raw" else chat_ids)(tokenizer, text)
 
 
+def golden_ids(engine: StreamingEngine) -> list[list[int]]:
+    """The new ids of all prompts that engines agree on, in one batch, each as long as it should."""
+    count = max(len(GOLDEN[key]["new_ids"]) for key in AGREED)
+    prompts = [as_prompt(key) for key in AGREED]
+    found = engine.generate(prompts, max_new_tokens=count, temperature=0, return_details=True)
+    lengths = [len(GOLDEN[key]["new_ids"]) for key in AGREED]
+    return [list(done.ids[:length]) for done, length in zip(found, lengths, strict=True)]
+
+
 def test_the_golden_file_has_four_prompts_that_llama_cpp_agrees_on():
     assert len(AGREED) == 4
 
 
-@pytest.mark.parametrize("key", AGREED)
-def test_greedy_ids_are_the_golden_ones(fresh, tokenizer, key):
-    expected = GOLDEN[key]["new_ids"]
-    ids = prompt_ids(tokenizer, key)
-    stop_ids = fresh.config.eos_ids
-    found = generate(fresh, ids, max_new_tokens=len(expected), stop_ids=stop_ids)
-    assert list(found) == expected
+def test_greedy_ids_are_the_golden_ones(engine):
+    assert golden_ids(engine) == [GOLDEN[key]["new_ids"] for key in AGREED]
 
 
 @pytest.mark.parametrize("key", [key for key in GOLDEN if "prompt_ids" in GOLDEN[key]])
-def test_prompts_are_encoded_as_the_golden_ids(tokenizer, key):
-    assert prompt_ids(tokenizer, key) == GOLDEN[key]["prompt_ids"]
+def test_prompts_are_encoded_as_the_golden_ids(engine, key):
+    assert engine.encode(as_prompt(key)) == GOLDEN[key]["prompt_ids"]
+    assert prompt_ids(engine.tokenizer, key) == GOLDEN[key]["prompt_ids"]
 
 
-def test_the_mean_likelihood_of_a_text_is_the_golden_one(fresh, tokenizer):
+def test_the_mean_likelihood_of_a_text_is_the_golden_one(engine):
     golden = GOLDEN["nll"]
-    ids = raw_ids(tokenizer, golden["text"])
+    ids = raw_ids(engine.tokenizer, golden["text"])
     assert len(ids) == golden["tokens"]
-    assert mean_nll(fresh, ids) == pytest.approx(golden["mean_nll_fp32"], abs=1e-3)
+    found = mean_nll(OneSequence(engine._runner), ids)
+    assert found == pytest.approx(golden["mean_nll_fp32"], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"kv": "host"}, {"kv": "host", "prefill_chunk": 5}])
+def test_greedy_ids_are_the_golden_ones_with_keys_and_values_on_the_host(options):
+    with (
+        one_torch_thread(),
+        StreamingEngine(
+            smollm2(), device="cpu", max_length=128, kv_tokens=1024, **options
+        ) as engine,
+    ):
+        assert golden_ids(engine) == [GOLDEN[key]["new_ids"] for key in AGREED]
+
+
+@pytest.mark.slow
+def test_greedy_ids_of_its_safetensors_twin_are_the_golden_ones(tmp_path):
+    assert gguf_to_safetensors.main([str(smollm2()), str(tmp_path / "twin")]) == 0
+    with (
+        one_torch_thread(),
+        StreamingEngine(tmp_path / "twin", device="cpu", max_length=128, kv_tokens=1024) as engine,
+    ):
+        assert golden_ids(engine) == [GOLDEN[key]["new_ids"] for key in AGREED]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv", ["device", "host"])
+def test_greedy_ids_on_a_gpu_are_the_golden_ones(kv):
+    with StreamingEngine(
+        smollm2(), device="cuda", dtype=torch.float32, max_length=128, kv_tokens=1024, kv=kv
+    ) as engine:
+        assert golden_ids(engine) == [GOLDEN[key]["new_ids"] for key in AGREED]

@@ -9,29 +9,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-MODEL_TYPES = ("llama", "qwen2")
+from .errors import UnsupportedModelError
+from .rope_config import Rope, rope_of
 
+__all__ = ["ModelConfig", "UnsupportedModelError", "check_model_type", "id_set", "model_config"]
 
-class UnsupportedModelError(ValueError):
-    """The model, or a part of it, is not one that this engine can compute."""
+ACTIVATIONS = {
+    "llama": "silu",
+    "mistral": "silu",
+    "qwen2": "silu",
+    "qwen3": "silu",
+    "gemma3_text": "gelu_pytorch_tanh",
+}
+"""The models that the engine computes, each with the one activation that it has."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Llama3Scaling:
-    """Rotary frequencies stretched for contexts longer than the model was first trained on."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+FEED_FORWARD = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The numbers of one LLaMA-family model."""
+    """The numbers of one model, and where it differs from a plain LLaMA."""
 
     model_type: str
-    """"llama" or "qwen2"."""
+    """One of ACTIVATIONS."""
     num_layers: int
     hidden_size: int
     ffn_size: int
@@ -47,17 +49,53 @@ class ModelConfig:
     """Context length in tokens."""
     tied_head: bool
     """True: the output head is the token embedding."""
-    rope_theta: float
-    rope_scaling: Llama3Scaling | None
+    windows: tuple[int | None, ...]
+    """Each layer's :meth:`window`."""
+    ropes: tuple[Rope, ...]
+    """Each layer's :meth:`rope`."""
+    attention_scale: float
+    """What the products of queries and keys are multiplied by."""
+    embed_scale: float
+    """What rows of the embedding are multiplied by."""
+    biased: frozenset[str]
+    """A layer's modules that have a bias."""
     eos_ids: frozenset[int]
     """Ids that end a text; more may come from the tokenizer and the generation config."""
+
+    def window(self, layer_idx: int) -> int | None:
+        """Tokens that a query of this layer sees, itself and those before it; None: all."""
+        return self.windows[layer_idx]
+
+    def rope(self, layer_idx: int) -> Rope:
+        """The rotation of this layer; layers with equal ones share their angles."""
+        return self.ropes[layer_idx]
+
+    @property
+    def activation(self) -> str:
+        """ "silu" or "gelu_pytorch_tanh"."""
+        return ACTIVATIONS[self.model_type]
+
+    @property
+    def head_norms(self) -> bool:
+        """True: each head of queries and keys is normed before it is rotated."""
+        return self.model_type in ("qwen3", "gemma3_text")
+
+    @property
+    def output_norms(self) -> bool:
+        """True: what attention and feed-forward give is normed before it is added."""
+        return self.model_type == "gemma3_text"
+
+    @property
+    def zero_centered_norms(self) -> bool:
+        """True: a norm multiplies by 1 + its weight, in float32."""
+        return self.model_type == "gemma3_text"
 
 
 def model_config(hf_config: Any) -> ModelConfig:
     """The engine's view of a transformers config; UnsupportedModelError if it cannot compute it."""
     model_type = str(hf_config.model_type)
     check_model_type(model_type)
-    _refuse_variants(hf_config)
+    _refuse_variants(hf_config, model_type)
     heads = int(hf_config.num_attention_heads)
     kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads)
@@ -66,7 +104,10 @@ def model_config(hf_config: Any) -> ModelConfig:
             f"{heads} heads over {kv_heads} key-value heads of width {head_dim}: "
             "heads must divide evenly and have an even width"
         )
-    theta, scaling = _rope(hf_config)
+    types = _layer_types(hf_config, model_type)
+    gemma = model_type == "gemma3_text"
+    ropes = {kind: rope_of(hf_config, kind if gemma else None) for kind in set(types)}
+    window = getattr(hf_config, "sliding_window", None)
     return ModelConfig(
         model_type=model_type,
         num_layers=int(hf_config.num_hidden_layers),
@@ -79,17 +120,21 @@ def model_config(hf_config: Any) -> ModelConfig:
         norm_eps=float(hf_config.rms_norm_eps),
         max_positions=int(hf_config.max_position_embeddings),
         tied_head=bool(hf_config.tie_word_embeddings),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        windows=tuple(int(window) if t == LAYER_TYPES[1] and window else None for t in types),
+        ropes=tuple(ropes[t] for t in types),
+        attention_scale=float(hf_config.query_pre_attn_scalar if gemma else head_dim) ** -0.5,
+        embed_scale=float(hf_config.hidden_size) ** 0.5 if gemma else 1.0,
+        biased=_biased(hf_config, model_type),
         eos_ids=id_set(getattr(hf_config, "eos_token_id", None)),
     )
 
 
 def check_model_type(model_type: str) -> None:
     """UnsupportedModelError for an architecture that the engine does not compute."""
-    if model_type not in MODEL_TYPES:
+    if model_type not in ACTIVATIONS:
         raise UnsupportedModelError(
-            f"model type {model_type!r} is not supported (only {', '.join(MODEL_TYPES)})"
+            f"model type {model_type!r} is not supported (only {', '.join(ACTIVATIONS)}"
+            f"{'; a gemma3 model with images is not one of them' * (model_type == 'gemma3')})"
         )
 
 
@@ -100,34 +145,50 @@ def id_set(ids: int | list[int] | None) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def _refuse_variants(hf_config: Any) -> None:
-    activation = hf_config.hidden_act
-    if activation != "silu":
-        raise UnsupportedModelError(f"hidden_act={activation!r} is not supported (only 'silu')")
-    if getattr(hf_config, "use_sliding_window", False):
-        raise UnsupportedModelError("use_sliding_window=true is not supported")
+def _refuse_variants(hf_config: Any, model_type: str) -> None:
+    field = "hidden_activation" if model_type == "gemma3_text" else "hidden_act"
+    activation, expected = getattr(hf_config, field), ACTIVATIONS[model_type]
+    if activation != expected:
+        raise UnsupportedModelError(f"{field}={activation!r} is not supported (only {expected!r})")
+    for field in (
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "use_bidirectional_attention",
+    ):
+        if getattr(hf_config, field, None):
+            raise UnsupportedModelError(f"{field}={getattr(hf_config, field)} is not supported")
     quantization = getattr(hf_config, "quantization_config", None)
     if quantization:
         method = dict(quantization).get("quant_method") if isinstance(quantization, dict) else None
         raise UnsupportedModelError(f"quantization {method or quantization!r} is not supported")
 
 
-def _rope(hf_config: Any) -> tuple[float, Llama3Scaling | None]:
-    """Base and scaling, from rope_parameters or from the older rope_theta and rope_scaling."""
-    rope = dict(getattr(hf_config, "rope_parameters", None) or {})
-    if not rope:
-        rope = dict(getattr(hf_config, "rope_scaling", None) or {})
-    theta = float(rope.get("rope_theta") or getattr(hf_config, "rope_theta", None) or 10_000.0)
-    if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UnsupportedModelError("partial_rotary_factor other than 1 is not supported")
-    kind = str(rope.get("rope_type") or rope.get("type") or "default")
-    if kind == "default":
-        return theta, None
-    if kind == "llama3":
-        return theta, Llama3Scaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_positions=int(rope["original_max_position_embeddings"]),
+def _layer_types(hf_config: Any, model_type: str) -> list[str]:
+    """One of LAYER_TYPES for each layer."""
+    num_layers = int(hf_config.num_hidden_layers)
+    if model_type == "llama":
+        return [LAYER_TYPES[0]] * num_layers
+    if model_type == "mistral":  # transformers gives every layer the window, or none
+        return [LAYER_TYPES[1]] * num_layers
+    types = list(hf_config.layer_types)
+    for kind in types:
+        if kind not in LAYER_TYPES:
+            raise UnsupportedModelError(
+                f"layer type {kind!r} is not supported (only {', '.join(LAYER_TYPES)})"
+            )
+    if len(types) != num_layers:
+        raise UnsupportedModelError(
+            f"layer_types names {len(types)} layers, num_hidden_layers is {num_layers}"
         )
-    raise UnsupportedModelError(f"rope type {kind!r} is not supported (only default and llama3)")
+    return types
+
+
+def _biased(hf_config: Any, model_type: str) -> frozenset[str]:
+    if model_type == "qwen2":
+        return frozenset(ATTENTION[:3])
+    modules: tuple[str, ...] = ()
+    if getattr(hf_config, "attention_bias", False):
+        modules += ATTENTION
+    if getattr(hf_config, "mlp_bias", False):
+        modules += FEED_FORWARD
+    return frozenset(modules)

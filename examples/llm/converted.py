@@ -1,0 +1,112 @@
+"""The tensors of a GGUF file as a safetensors checkpoint has them: names, order of rows, floats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from layer_streamer import Manifest, TensorSpec
+
+from .config import ModelConfig
+from .dequant import Unpacker, row_width
+from .errors import UnsupportedModelError
+from .names import WeightNames, weight_names
+from .quants import BLOCK_TYPES
+from .rope import rope_frequencies
+from .rope_config import Llama3Scaling, Rope
+from .weights import widest_row
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one tensor comes from, and what was done to it there."""
+
+    spec: TensorSpec
+    heads: int = 0
+    """Heads whose rows are permuted; 0: none are."""
+    shift: float = 0.0
+    """What is to be added."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the floats."""
+        *rows, width = self.spec.shape
+        if self.spec.ggml_type in BLOCK_TYPES:
+            width = row_width(width, self.spec.ggml_type)
+        return *rows, width
+
+
+def sources(manifest: Manifest, config: ModelConfig) -> dict[str, Source]:
+    """Every tensor of the model by its name in transformers, in the order of its passes."""
+    names = weight_names(manifest, config)
+    shift = 0.0 if names.norm_offset is None else names.norm_offset - 1.0
+    found = {"model.embed_tokens.weight": Source(manifest.static[names.embedding])}
+    for layer in manifest.layers:
+        for module, own in names.modules.items():
+            for kind in ("weight", "bias"):
+                spec = layer.tensors.get(f"{own}.{kind}")
+                if spec is not None:
+                    name = f"model.layers.{layer.layer_idx}.{module}.{kind}"
+                    added = shift if module.endswith("norm") else 0.0
+                    found[name] = Source(spec, _permuted_heads(module, names, config), added)
+    found["model.norm.weight"] = Source(manifest.static[names.norm], shift=shift)
+    if names.head != names.embedding:
+        found["lm_head.weight"] = Source(manifest.static[names.head])
+    return found
+
+
+def _permuted_heads(module: str, names: WeightNames, config: ModelConfig) -> int:
+    heads = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}
+    return heads.get(module, 0) if names.interleaved_rope else 0
+
+
+class Reader:
+    """Reads tensors as floats of one dtype, some rows at a time."""
+
+    def __init__(self, manifest: Manifest, dtype: torch.dtype) -> None:
+        self._unpacker = Unpacker(CPU, dtype, widest_row(manifest))
+
+    def blocks(self, source: Source) -> Iterator[torch.Tensor]:
+        """All values in order, flat; each block is good until the next is asked for."""
+        rows = _stored_rows(source.spec)
+        if source.heads:
+            permuted = rows.unflatten(0, (source.heads, -1, 2))
+            rows = permuted.transpose(1, 2).flatten(0, 2)
+        if source.spec.ggml_type in BLOCK_TYPES:
+            for _, _, floats in self._unpacker.blocks(rows, source.spec.ggml_type):
+                yield floats.reshape(-1)
+        else:
+            yield (rows.float() + source.shift).to(self._unpacker.dtype).reshape(-1)
+
+
+def _stored_rows(spec: TensorSpec) -> torch.Tensor:
+    raw = np.memmap(spec.path, np.uint8, "c", spec.offset, (spec.nbytes,))  # never written to
+    return torch.from_numpy(raw).view(spec.dtype).view(spec.shape)
+
+
+def scaling_of_factors(factors: torch.Tensor, config: ModelConfig) -> dict[str, Any]:
+    """The llama3 scaling that gives these divisors of the frequencies; an error if none does."""
+    theta, width = config.rope(0).theta, config.head_dim
+    fields = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling = Llama3Scaling(**fields, original_max_positions=8192)
+    expected = rope_frequencies(Rope(theta), width) / rope_frequencies(Rope(theta, scaling), width)
+    if not torch.allclose(factors.float(), expected, rtol=1e-3):
+        raise UnsupportedModelError("rope_freqs.weight is not the scaling of a LLaMA 3 model")
+    return {"rope_type": "llama3", "original_max_position_embeddings": 8192, **fields}
+
+
+def converted_config(
+    fields: Mapping[str, Any], manifest: Manifest, config: ModelConfig
+) -> dict[str, Any]:
+    """config.json of the converted model, from that of the file."""
+    factors = manifest.static.get("rope_freqs.weight")
+    if factors is None:
+        return dict(fields)
+    scaling = scaling_of_factors(_stored_rows(factors), config)
+    return {**fields, "rope_parameters": {**fields["rope_parameters"], **scaling}}

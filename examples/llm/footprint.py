@@ -1,0 +1,101 @@
+"""How much memory the engine itself needs, beside the streamer's layers. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .config import ModelConfig
+from .kv_host import CODED, TokenShape
+from .kv_int8 import Int8Rows
+from .kv_rows import Span, make_spans
+from .row_attention import GATHER_NBYTES
+
+FLOAT = 4
+"""Bytes of a float32, in which norms, rotations and logits are computed."""
+FRAGMENTS = 64 << 20
+"""What the device's allocator rounds up and cannot reuse."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What an engine is to hold at a time."""
+
+    kv_tokens: int
+    """Tokens of all rows together."""
+    max_batch: int
+    """Rows."""
+    dtype: torch.dtype
+    device_type: str
+    int8: bool
+    """Keys and values in host memory are kept in eight bits."""
+    packed_nbytes: int
+    """Buffers that packed weights are unpacked into."""
+
+
+class Footprint:
+    """The bytes of one model's needs."""
+
+    def __init__(self, config: ModelConfig, needs: Needs) -> None:
+        self.config, self.needs = config, needs
+        self._token = TokenShape(config.num_kv_heads, config.head_dim, needs.dtype)
+        spans = make_spans(config.windows, needs.kv_tokens, needs.max_batch)
+        by_window: Mapping[int | None, Span] = {span.window: span for span in spans}
+        self._places = [by_window[window].places for window in config.windows]
+
+    def layer_on_device(self, layer_idx: int) -> int:
+        """A layer's keys and values on the device."""
+        return self._places[layer_idx] * self._token.nbytes
+
+    def layer_on_host(self, layer_idx: int) -> int:
+        """The same in host memory, at most."""
+        return self._places[layer_idx] * self._host_token_nbytes
+
+    def staging(self, host_layers: Sequence[int], num_slots: int) -> int:
+        """Device memory through which layers in host memory pass."""
+        if not host_layers:
+            return 0
+        places = max(self._places[i] for i in host_layers)
+        slots = max(1, min(num_slots, len(host_layers))) * places * self._host_token_nbytes
+        if not self.needs.int8:
+            return slots
+        coding = CODED * self._token.nbytes // self.needs.dtype.itemsize * FLOAT * 4
+        return slots + places * self._token.nbytes + coding
+
+    def residual(self) -> int:
+        """The residual stream of all tokens."""
+        return self.needs.kv_tokens * self.config.hidden_size * self.needs.dtype.itemsize
+
+    def temporaries(self, chunk: int) -> int:
+        """The largest that live at one time, of a chunk of so many tokens."""
+        config, needs = self.config, self.needs
+        chunk = min(chunk, needs.kv_tokens)
+        size, hidden = needs.dtype.itemsize, config.hidden_size
+        heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        token = size * (4 * hidden + 4 * heads + 6 * kv + 3 * config.ffn_size)
+        token += FLOAT * max(4 * hidden, 5 * heads)
+        nbytes = chunk * token + self._tables() + needs.packed_nbytes
+        window = max((w for w in config.windows if w is not None), default=0)
+        if window:
+            seen = min(window, needs.kv_tokens) + chunk
+            nbytes += chunk * seen * (1 + 2 * size) + seen * 2 * self._token.nbytes
+        if needs.device_type != "cpu":
+            nbytes += 2 * GATHER_NBYTES + FRAGMENTS + nbytes // 16
+        return nbytes
+
+    def logits(self) -> int:
+        """Of one token a row, and what it takes to draw from one."""
+        vocab = self.config.vocab_size * FLOAT
+        return 2 * self.needs.max_batch * vocab + 8 * vocab
+
+    def _tables(self) -> int:
+        """Cosines and sines of a pass."""
+        return len(set(self.config.ropes)) * self.needs.kv_tokens * self.config.head_dim * FLOAT
+
+    @property
+    def _host_token_nbytes(self) -> int:
+        if not self.needs.int8:
+            return self._token.nbytes
+        return Int8Rows(self.config.num_kv_heads, self.config.head_dim).token_nbytes

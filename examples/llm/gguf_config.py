@@ -1,0 +1,174 @@
+"""The config that a GGUF file's metadata and tensors amount to, in the schema of transformers.
+
+transformers derives configs from GGUF files, too, but leaves out what those files say of scaled
+rotations, windows, biases and the ids that end a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layer_streamer import Manifest
+
+from .errors import UnsupportedModelError
+from .rope_config import check_rope_types, yarn_magnitude
+
+MODEL_TYPES = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3_text",
+}
+"""GGUF's names of architectures, and those of transformers."""
+
+GEMMA3_PATTERN = 6
+"""In Gemma 3, every sixth layer sees the whole context; files seldom say so."""
+
+GEMMA3_27B_LAYERS = 62
+"""Of the Gemma 3 models, this one scales attention by hidden_size / num_heads. Files do not say."""
+
+
+def gguf_config(manifest: Manifest) -> dict[str, Any]:
+    """What config.json would say; UnsupportedModelError for a model the engine cannot compute."""
+    keys = _Keys(manifest)
+    model_type = MODEL_TYPES[keys.architecture]
+    heads = keys.integer("attention.head_count")
+    hidden = keys.integer("embedding_length")
+    head_dim = keys.integer("attention.key_length", hidden // max(1, heads))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.integer(key, head_dim) != head_dim:
+            raise keys.refusal(key, f"only the width of a head, {head_dim}, is supported")
+    if keys.integer("expert_count", 0):
+        raise keys.refusal("expert_count", "mixtures of experts are not supported")
+    config: dict[str, Any] = {
+        "model_type": model_type,
+        "num_hidden_layers": keys.integer("block_count"),
+        "hidden_size": hidden,
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": _vocab_size(manifest),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": keys.integer("context_length"),
+        "tie_word_embeddings": "output.weight" not in manifest.static,
+        "bos_token_id": manifest.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _eos_ids(manifest.metadata),
+        "rope_parameters": _rope(keys),
+    }
+    check_rope_types(config)
+    layer = manifest.layers[0].tensors if manifest.layers else {}
+    config["attention_bias"] = any(name.startswith("attn_") and "bias" in name for name in layer)
+    config["mlp_bias"] = any(name.startswith("ffn_") and "bias" in name for name in layer)
+    window = keys.integer("attention.sliding_window", 0)
+    if model_type == "gemma3_text":
+        return config | _gemma3(keys, config, window)
+    if model_type in ("qwen2", "qwen3"):
+        return config | {"use_sliding_window": False}
+    if window or model_type == "mistral":
+        return config | {"model_type": "mistral", "sliding_window": window or None}
+    return config
+
+
+def window_note(manifest: Manifest) -> str | None:
+    """What to tell people about a file whose model may have a window that the file leaves out."""
+    architecture = manifest.metadata.get("general.architecture")
+    if architecture not in ("llama", "mistral", "gemma3"):
+        return None
+    if manifest.metadata.get(f"{architecture}.attention.sliding_window"):
+        return None
+    return f"{manifest.path.name} names no sliding window: every layer sees the whole context"
+
+
+class _Keys:
+    """The metadata below the name of the architecture."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._metadata, self._path = manifest.metadata, manifest.path
+        self.architecture = str(manifest.metadata.get("general.architecture"))
+        if self.architecture not in MODEL_TYPES:
+            raise UnsupportedModelError(
+                f"{manifest.path}: architecture {self.architecture!r} is not supported "
+                f"(only {', '.join(MODEL_TYPES)})"
+            )
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._metadata.get(f"{self.architecture}.{key}", default)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.refusal(key, "a single whole number is needed")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.refusal(key, "a number is needed")
+        return float(value)
+
+    def refusal(self, key: str, reason: str) -> UnsupportedModelError:
+        name = f"{self.architecture}.{key}"
+        found = "is missing" if self.get(key) is None else f"is {self.get(key)!r}"
+        return UnsupportedModelError(f"{self._path}: metadata {name} {found}: {reason}")
+
+
+def _vocab_size(manifest: Manifest) -> int:
+    if "token_embd.weight" not in manifest.static:
+        raise UnsupportedModelError(f"{manifest.path}: tensor 'token_embd.weight' is missing")
+    return manifest.static["token_embd.weight"].shape[0]
+
+
+def _eos_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """Ends of a text, of a turn and of a message."""
+    names = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    return sorted({int(metadata[name]) for name in names if name in metadata})
+
+
+def _rope(keys: _Keys) -> dict[str, Any]:
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": keys.number("rope.freq_base", 1e4),
+    }
+    kind = str(keys.get("rope.scaling.type") or "none")
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return rope
+    rope |= {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        original = keys.integer("rope.scaling.original_context_length", 0)
+        magnitude = yarn_magnitude(factor)
+        for name in ("attn_factor", "yarn_attn_factor"):
+            magnitude *= keys.number(f"rope.scaling.{name}", 1.0)
+        rope |= {
+            "original_max_position_embeddings": original or keys.integer("context_length"),
+            "attention_factor": magnitude,
+            "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
+        }
+    return rope
+
+
+def _gemma3(keys: _Keys, config: Mapping[str, Any], window: int) -> dict[str, Any]:
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    scalar = config["head_dim"]
+    if layers == GEMMA3_27B_LAYERS:
+        scalar = hidden // config["num_attention_heads"]
+    local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 1e4)}
+    period = keys.get("attention.sliding_window_pattern", GEMMA3_PATTERN)
+    if isinstance(period, int):
+        slides = [(i + 1) % max(1, period) != 0 for i in range(layers)]
+    else:  # an array, one truth for each layer
+        slides = [bool(value) for value in period.load()]
+    return {
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": window or None,
+        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": local,
+        },
+        "final_logit_softcapping": keys.get("final_logit_softcapping"),
+    }

@@ -1,0 +1,245 @@
+"""Keys and values that live in host memory and travel to the device for each layer of a pass.
+
+A layer's keys and values are copied right after its weights, on the streamer's copy stream, into
+one of as many slots as the weights have; the pass appends its new tokens there; and only those go
+back to the host, on a stream of their own.
+
+The order of events rests on what the streamer promises of ``on_copy``: with as many slots as it has
+itself, it calls for the layer that is to overwrite a slot only after the caller has given back
+the layer that was in it; and the pass waits for all that is on the copy stream by then. What an
+abort breaks of this is covered twice: a slot whose use did not end is not written before the next
+pass has begun, and then only after all that was computed before. Whatever was not prefetched, for
+whatever reason, the caller's own stream fetches. A pass that fails may leave copies home under way
+from a slot that is then overwritten: they bring nothing that counts, and what replaces it follows
+on the same stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+from typing import Any
+
+import torch
+
+from .kv_int8 import Int8Rows
+from .kv_rows import Row, Span
+from .kv_transfers import Pair, Transfers
+from .pinned import GrowingMemory
+from .regions import BLOCK
+
+PAGE = 4096
+CODED = 4096
+"""Tokens that are coded at a time, which bounds the temporaries."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenShape:
+    """One token's keys and values in one layer: (2, num_kv_heads, head_dim)."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        """Bytes as (places, 2, G, E)."""
+        return memory.view(self.dtype).view(-1, 2, self.num_kv_heads, self.head_dim)
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """Device memory for one layer. ``in_use`` belongs to the caller's thread."""
+
+    raw: torch.Tensor
+    """(bytes,), as in host memory."""
+    used: Any
+    """Computed with."""
+    drained: Any
+    """And new tokens have gone to the host."""
+    in_use: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """What the copier's thread has brought for a layer."""
+
+    slot: Slot
+    lengths: Mapping[int, int] | None
+    """By row's uid, up to which token; None: the slot could not be touched."""
+
+
+@dataclass(slots=True, eq=False)
+class HostLayer:
+    """One layer's home. ``rows`` is replaced by the caller's thread and read by the copier's."""
+
+    span: Span
+    memory: GrowingMemory
+    rows: tuple[tuple[Row, int], ...] = field(default=())
+    """The rows to prefetch, and up to which token they are here."""
+
+
+class HostTier:
+    """The layers whose keys and values are in host memory.
+
+    Thread rules: :meth:`prefetch` on the copier's thread; all else on the thread that runs passes.
+    """
+
+    def __init__(
+        self,
+        spans: Mapping[int, Span],
+        token: TokenShape,
+        device: torch.device,
+        transfers: Transfers,
+        *,
+        int8: bool = False,
+    ) -> None:
+        """``spans``: the layers that live here. :meth:`allocate` comes before the first pass."""
+        self._token, self._device, self._transfers = token, device, transfers
+        self._codec = Int8Rows(token.num_kv_heads, token.head_dim) if int8 else None
+        self.token_nbytes = self._codec.token_nbytes if self._codec else token.nbytes
+        block = BLOCK * self.token_nbytes
+        block *= PAGE // gcd(PAGE, block)
+        self._layers = {
+            layer_idx: HostLayer(
+                span,
+                GrowingMemory(span.places * self.token_nbytes, block, device),
+            )
+            for layer_idx, span in spans.items()
+        }
+        self._places = max(span.places for span in spans.values())
+        self._slots: list[Slot] = []
+        self._work: torch.Tensor | None = None
+        self._calls = 0
+        self._fetched: dict[int, Fetch] = {}
+        self._barrier = transfers.event()
+        self.late_nbytes = 0
+        """Bytes that had not been prefetched, of all passes."""
+
+    @property
+    def host_nbytes(self) -> int:
+        """Host memory that has been taken."""
+        return sum(layer.memory.nbytes for layer in self._layers.values())
+
+    def allocate(self, num_slots: int) -> None:
+        """Make the slots: as many as the streamer has on the device, or more."""
+        new, nbytes = self._transfers.event, self._places * self.token_nbytes
+        with torch.inference_mode(False):
+            for _ in range(max(1, min(num_slots, len(self._layers)))):
+                raw = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+                self._slots.append(Slot(raw, new(), new()))
+            if self._codec is not None:
+                shape = (self._places * self._token.nbytes,)
+                work = torch.empty(shape, dtype=torch.uint8, device=self._device)
+                self._work = self._token.view(work)
+
+    def prefetch(self, layer_idx: int, stream: Any) -> None:
+        """The streamer's ``on_copy``: bring a layer's keys and values on ``stream``."""
+        layer = self._layers.get(layer_idx)
+        if layer is None:
+            return
+        slot = self._slots[self._calls % len(self._slots)]
+        self._calls += 1
+        lengths = None
+        if not slot.in_use:
+            # The second is also behind what the pass before sent home of this layer: the slot was
+            # given back no earlier, and the way home is one stream.
+            self._transfers.wait(self._barrier, stream)
+            self._transfers.wait(slot.drained, stream)
+            rows = [(row, length) for row, length in layer.rows if not row.dropped]
+            pairs = (pair for row, n in rows for pair in self._inward(layer, slot, row, 0, n))
+            # The streamer lets the pass wait for all that is on this stream by now.
+            self._transfers.copy(pairs, stream)
+            lengths = {row.uid: length for row, length in rows}
+        self._fetched[layer_idx] = Fetch(slot, lengths)
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Before a pass over these rows begins, of which each layer gets its present length."""
+        self._transfers.record(self._barrier, self._transfers.current())
+        # In this order: whoever sees a slot free has the barrier to wait for.
+        for slot in self._slots:
+            slot.in_use = False
+        present = tuple((row, row.length) for row in rows)
+        for layer in self._layers.values():
+            layer.rows = present
+
+    def open(self, layer_idx: int, rows: Sequence[Row]) -> torch.Tensor:
+        """The layer's keys and values on the device: (places, 2, G, E), all rows' in place."""
+        layer, fetch = self._layers[layer_idx], self._fetched[layer_idx]
+        slot, current = fetch.slot, self._transfers.current()
+        slot.in_use = True
+        there = fetch.lengths or {}
+        missing = [
+            pair
+            for row in rows
+            if there.get(row.uid, 0) < row.length
+            for pair in self._inward(layer, slot, row, there.get(row.uid, 0), row.length)
+        ]
+        if missing:
+            # It has come home: the copier's stream, which this one follows, has waited for it.
+            self._transfers.copy(missing, current)
+            self.late_nbytes += sum(source.nbytes for _, source in missing)
+        if self._codec is None:
+            return self._token.view(slot.raw)
+        assert self._work is not None
+        for first, end in self._coded(layer, [(row, 0, row.length) for row in rows]):
+            self._codec.decode(self._tokens(slot)[first:end], self._work[first:end])
+        return self._work
+
+    def close_layer(self, layer_idx: int, batch: Sequence[tuple[Row, int]]) -> None:
+        """The pass has appended so many tokens to each row: send them home."""
+        layer, slot = self._layers[layer_idx], self._fetched[layer_idx].slot
+        new = [(row, row.length, row.length + number) for row, number in batch]
+        if self._codec is not None:
+            assert self._work is not None
+            for first, end in self._coded(layer, new):
+                self._codec.encode(self._work[first:end], self._tokens(slot)[first:end])
+        transfers = self._transfers
+        transfers.record(slot.used, transfers.current())
+        transfers.wait(slot.used, transfers.back)
+        for row, first, end in new:
+            for place, number in row.places(layer.span, first, end):
+                layer.memory.reach(place * self.token_nbytes, (place + number) * self.token_nbytes)
+        pairs = [
+            (home, here)
+            for row, first, end in new
+            for here, home in self._inward(layer, slot, row, first, end)
+        ]
+        transfers.copy(pairs, transfers.back)
+        transfers.record(slot.drained, transfers.back)
+        layer.rows = tuple((row, end) for row, _, end in new)
+        slot.in_use = False
+
+    def close(self) -> None:
+        """Give page locks and slots back, once no transfer is under way."""
+        self._transfers.finish()
+        self._fetched.clear()
+        self._slots.clear()
+        self._work = None
+        for layer in self._layers.values():
+            layer.memory.close()
+
+    def _inward(
+        self, layer: HostLayer, slot: Slot, row: Row, first: int, end: int
+    ) -> Iterator[Pair]:
+        """Copies of a row's tokens from first to end: (in the slot, at home)."""
+        for place, number in row.places(layer.span, first, end):
+            start = place * self.token_nbytes
+            for i, j in layer.memory.pieces(start, start + number * self.token_nbytes):
+                yield slot.raw[i:j], layer.memory.memory[i:j]
+
+    def _tokens(self, slot: Slot) -> torch.Tensor:
+        return slot.raw.view(self._places, self.token_nbytes)
+
+    def _coded(
+        self, layer: HostLayer, parts: Sequence[tuple[Row, int, int]]
+    ) -> Iterator[tuple[int, int]]:
+        """Places of rows' tokens, a few at a time."""
+        for row, first, end in parts:
+            for place, number in row.places(layer.span, first, end):
+                for offset in range(place, place + number, CODED):
+                    yield offset, min(offset + CODED, place + number)

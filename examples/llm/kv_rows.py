@@ -1,0 +1,144 @@
+"""Rows of a key-value cache: how many tokens each has, and which places they take. Pure.
+
+A *row* is one sequence. In every *span*, which is all layers of one window, it has a region of
+token places. Layers that see everything hold all its tokens there, one after the other. Layers
+with a window hold the last ones in a ring: position p lies at p modulo the ring's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from .regions import BLOCK, first_fit, round_up
+
+SLACK = BLOCK
+"""Tokens that a ring holds beyond its window, at least: a rollback by so many keeps the rest."""
+
+_uids = count()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The layers of one window."""
+
+    window: int | None
+    """Tokens that a query sees, itself and those before it; None: all."""
+    places: int
+    """Tokens for which there is room, of all rows together."""
+
+    @property
+    def ring(self) -> int | None:
+        """The most places that a row takes; None: as many as it has tokens."""
+        return None if self.window is None else ring_size(self.window)
+
+    def row_places(self, capacity: int) -> int:
+        """Places of a row of so many tokens."""
+        size = round_up(capacity)
+        return size if self.ring is None else min(size, self.ring)
+
+
+def ring_size(window: int) -> int:
+    """Places of a ring: its window and the slack, in whole blocks."""
+    return round_up(window + SLACK)
+
+
+def make_spans(windows: Sequence[int | None], tokens: int, max_rows: int) -> tuple[Span, ...]:
+    """The spans of a model's layers, with room for ``tokens`` of all rows together."""
+    spans = []
+    for window in sorted(set(windows), key=lambda w: (w is not None, w or 0)):
+        places = round_up(tokens)
+        if window is not None:
+            places = min(places, max_rows * ring_size(window))
+        spans.append(Span(window, places))
+    return tuple(spans)
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One sequence. ``starts``: by span, the first place of its region and the region's size."""
+
+    capacity: int
+    """The most tokens that it may have."""
+    starts: Mapping[Span, tuple[int, int]]
+    length: int = 0
+    """Tokens whose keys and values are in place in every layer."""
+    reach: int = 0
+    """Tokens up to which places may have been written: a pass that failed wrote beyond length."""
+    dropped: bool = False
+    uid: int = field(default_factory=lambda: next(_uids))
+
+    def places(self, span: Span, first: int, end: int) -> list[tuple[int, int]]:
+        """(place, count) of the positions from first to end, as far as the span holds them."""
+        start, size = self.starts[span]
+        if span.ring is None:
+            return [(start + first, end - first)] if end > first else []
+        first = max(first, end - size)
+        offset, number = first % size, end - first
+        if number <= 0:
+            return []
+        if offset + number <= size:
+            return [(start + offset, number)]
+        return [(start + offset, size - offset), (start, number - (size - offset))]
+
+    def holds(self, span: Span, first: int, end: int) -> bool:
+        """True if the positions from first to end can lie in the span at the same time."""
+        return span.ring is None or end - first <= self.starts[span][1]
+
+    def intact(self, length: int) -> bool:
+        """True if what a query at position ``length`` sees has not been overwritten."""
+        for span, (_, size) in self.starts.items():
+            if span.window is not None and max(0, length - span.window + 1) < self.reach - size:
+                return False
+        return True
+
+
+class Rows:
+    """Gives rows their regions.
+
+    Thread rules: one thread. What is taken follows from the rows that are there, so an interrupt
+    loses no place.
+    """
+
+    def __init__(self, spans: Sequence[Span], max_rows: int) -> None:
+        self.spans, self.max_rows = tuple(spans), max_rows
+        self._rows: list[Row] = []
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter([row for row in self._rows if not row.dropped])
+
+    def add(self, capacity: int) -> Row | None:
+        """A row with room for so many tokens; None if there is none at present."""
+        rows = list(self)
+        if len(rows) >= self.max_rows:
+            return None
+        starts: dict[Span, tuple[int, int]] = {}
+        for span in self.spans:
+            size = span.row_places(capacity)
+            start = first_fit([row.starts[span] for row in rows], span.places, size)
+            if start is None:
+                return None
+            starts[span] = (start, size)
+        row = Row(capacity, starts)
+        self._rows = [*rows, row]
+        return row
+
+    def drop(self, row: Row) -> None:
+        """Free a row's regions. Idempotent."""
+        row.dropped = True
+
+    def truncate(self, row: Row, length: int) -> int:
+        """Forget the tokens from ``length`` on; how many are left.
+
+        That is ``length``, or 0 if a window reaches back to tokens that have been overwritten:
+        then the row has to be prefilled again.
+        """
+        if not 0 <= length <= row.length:
+            raise ValueError(f"length={length}: the row holds {row.length} tokens")
+        if row.intact(length):
+            row.length = length
+        else:
+            row.length = 0
+            row.reach = 0
+        return row.length

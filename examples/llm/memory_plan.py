@@ -1,0 +1,267 @@
+"""Shares a budget out between the streamer and the engine before either allocates anything.
+
+What must be there comes first: the streamer's slots, the residual stream, the temporaries of one
+chunk, the slots for keys and values. Then keys and values get places on the device, layer by layer,
+while the budget lasts; what is left is the streamer's, for layers that stay there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from layer_streamer import Plan, format_bytes, parse_bytes, plan_checkpoint
+
+from .footprint import Footprint
+
+CHUNKS = (2048, 1024, 512, 256)
+"""Tokens a chunk that are tried, if none were asked for; fewer take less memory."""
+NUM_DEVICE_SLOTS = (2, 1)
+"""n_gpu, likewise."""
+KV_TIERS = ("auto", "device", "host")
+MARGIN, LEAST_MARGIN = 10, 512 << 20
+"""What is left of free memory where nobody named a budget: a tenth, and at least so much."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wishes:
+    """What the user asked for; None: what suits."""
+
+    kv: str = "auto"
+    """Where keys and values live: "auto", "device" or "host"."""
+    prefill_chunk: int | None = None
+    device_budget: int | str | None = None
+    host_budget: int | str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The streamer's."""
+
+    def __post_init__(self) -> None:
+        if self.kv not in KV_TIERS:
+            raise ValueError(f"kv={self.kv!r}: must be one of {', '.join(KV_TIERS)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Where everything is, and the bytes that it takes. ``str()`` of it is a table."""
+
+    kv_tokens: int
+    chunk: int
+    """Tokens that go through a layer at a time."""
+    host_layers: tuple[int, ...]
+    """Layers whose keys and values are in host memory."""
+    num_layers: int
+    device: Mapping[str, int]
+    """By part, bytes; "layers" is the least that the streamer needs."""
+    host: Mapping[str, int]
+    device_budget: int | None
+    """For all of ``device``; None: as needed."""
+    host_budget: int | None
+    num_slots: int
+    """Device slots of the streamer, and of the keys and values that travel."""
+    options: Mapping[str, Any]
+    """What the streamer is to be opened with."""
+
+    @property
+    def device_nbytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def reserve_nbytes(self) -> int:
+        """The engine's part of the device's memory."""
+        return self.device_nbytes - self.device["layers"]
+
+    def __str__(self) -> str:
+        spilled = len(self.host_layers)
+        lines = [
+            f"keys and values of {self.kv_tokens:,} tokens: {self.num_layers - spilled} layers on "
+            f"the device, {spilled} in host memory; prefill in chunks of {self.chunk:,} tokens"
+        ]
+        for place, parts, budget in (
+            ("device", self.device, self.device_budget),
+            ("host", self.host, self.host_budget),
+        ):
+            total = format_bytes(sum(parts.values()))
+            limit = "" if budget is None else f" of a budget of {format_bytes(budget)}"
+            named = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts.items() if n)
+            lines.append(f"{place}: {total}{limit} ({named or 'nothing'})")
+        return "\n".join(lines)
+
+
+class Planner:
+    """Makes the plan for one checkpoint on this machine."""
+
+    def __init__(self, path: Path, footprint: Footprint, wishes: Wishes) -> None:
+        self._path, self._footprint, self._wishes = path, footprint, wishes
+        self._previews: dict[tuple[tuple[str, Any], ...], Plan] = {}
+        self._machine = self._preview().machine
+
+    def make(self) -> MemoryPlan:
+        """The first way that fits; ValueError, with the least budget that would do, for none."""
+        budget = self._device_budget()
+        ways, count = list(self._ways()), self._footprint.config.num_layers
+        for chunk, n_gpu in ways:
+            plan = self._fit(chunk, n_gpu, budget)
+            if plan is not None:
+                return self._with_host(plan)
+        spilled = self._spilled(count if self._machine.unified else 0)
+        least = min(
+            (self._lay_out(chunk, n_gpu, spilled) for chunk, n_gpu in ways),
+            key=lambda plan: plan.device_nbytes,
+        )
+        named = "device_budget" if self._wishes.device_budget is not None else "free memory"
+        parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in least.device.items() if n)
+        raise ValueError(
+            f"{named} {format_bytes(budget or 0)}: at least {least.device_nbytes} bytes "
+            f"({format_bytes(least.device_nbytes)}) are needed on the device ({parts}); "
+            "grant more, or lower max_length, kv_tokens or prefill_chunk"
+        )
+
+    def _ways(self) -> Iterator[tuple[int, int | None]]:
+        """(chunk, n_gpu), the best first."""
+        chunks = CHUNKS if self._wishes.prefill_chunk is None else (self._wishes.prefill_chunk,)
+        fixed = self._machine.unified or "n_gpu" in self._wishes.options
+        for n_gpu in (None,) if fixed else NUM_DEVICE_SLOTS:
+            for chunk in chunks:
+                yield chunk, n_gpu
+
+    def _fit(self, chunk: int, n_gpu: int | None, budget: int | None) -> MemoryPlan | None:
+        """With as many layers' keys and values on the device as fit; None if nothing does."""
+        count = self._footprint.config.num_layers
+        tries: Sequence[int] = range(count, -1, -1)
+        if self._wishes.kv == "device" or (self._wishes.kv == "auto" and self._machine.unified):
+            tries = [count]  # a CPU gains nothing by a second place in the same memory
+        elif self._wishes.kv == "host":
+            tries = [0]
+        for on_device in tries:
+            plan = self._lay_out(chunk, n_gpu, self._spilled(on_device))
+            if budget is None or plan.device_nbytes <= budget:
+                return replace(plan, device_budget=budget)
+        return None
+
+    def _spilled(self, on_device: int) -> tuple[int, ...]:
+        """Which layers are spilled if so many are not: evenly spread; those with windows last.
+
+        A window's keys and values are few: what they spare the link, they spare it cheaply.
+        """
+        config = self._footprint.config
+        if self._wishes.kv == "device":
+            return ()
+        if self._wishes.kv == "host":
+            return tuple(range(config.num_layers))
+        layers = range(config.num_layers)
+        spilled = config.num_layers - on_device
+        long = [i for i in layers if config.window(i) is None]
+        short = [i for i in layers if config.window(i) is not None]
+        chosen = _spread(long, spilled) + _spread(short, spilled - len(long))
+        return tuple(sorted(chosen))
+
+    def _lay_out(self, chunk: int, n_gpu: int | None, spilled: tuple[int, ...]) -> MemoryPlan:
+        footprint, options = self._footprint, dict(self._wishes.options)
+        if n_gpu is not None:
+            options["n_gpu"] = n_gpu
+        placement = self._preview(**options).placement
+        num_slots = placement.device_slots[0].count
+        layers = range(footprint.config.num_layers)
+        kept = sum(footprint.layer_on_device(i) for i in layers if i not in spilled)
+        return MemoryPlan(
+            kv_tokens=footprint.needs.kv_tokens,
+            chunk=chunk,
+            host_layers=spilled,
+            num_layers=len(layers),
+            device={
+                "layers": placement.device_bytes[0],
+                "keys and values": kept,
+                "their slots": footprint.staging(spilled, num_slots),
+                "residual stream": footprint.residual(),
+                "temporaries": footprint.temporaries(chunk),
+                "logits": footprint.logits(),
+            },
+            host={
+                "layers": placement.host_bytes,
+                "keys and values": sum(footprint.layer_on_host(i) for i in spilled),
+            },
+            device_budget=None,
+            host_budget=None,
+            num_slots=num_slots,
+            options=options,
+        )
+
+    def _with_host(self, plan: MemoryPlan) -> MemoryPlan:
+        """The plan with the streamer's budgets, if host memory has room for its part."""
+        options, kv_nbytes = dict(plan.options), plan.host["keys and values"]
+        budget, named = self._host_budget(), self._wishes.device_budget is not None
+        if plan.device_budget is not None and (named or self._machine.unified):
+            self._grant(options, plan)
+        if self._machine.unified:
+            return replace(plan, options=options)
+        if budget is not None or (kv_nbytes and not self._mapping_fits(plan)):
+            free = _usable(self._machine.host_available) if budget is None else budget
+            direct = self._preview(**(dict(plan.options) | {"read_mode": "direct"}))
+            slots = direct.placement.host_bytes
+            if free < kv_nbytes + slots:
+                name = "free host memory" if budget is None else "host_budget"
+                raise ValueError(
+                    f"{name} {format_bytes(free)}: at least {kv_nbytes + slots} bytes "
+                    f"({format_bytes(kv_nbytes + slots)}) are needed (layers "
+                    f"{format_bytes(slots)}, keys and values {format_bytes(kv_nbytes)}); grant "
+                    "more, or lower max_length or kv_tokens"
+                )
+            options["host_budget"] = free - kv_nbytes
+        return replace(plan, options=options, host_budget=budget)
+
+    def _grant(self, options: dict[str, Any], plan: MemoryPlan) -> None:
+        """Give the streamer its part of the device's budget."""
+        assert plan.device_budget is not None
+        if self._machine.unified:  # there the streamer takes no reserve off
+            options["device_budget"] = plan.device_budget - plan.reserve_nbytes
+        else:
+            options["device_budget"] = plan.device_budget
+            options["reserve_bytes"] = plan.reserve_nbytes
+
+    def _mapping_fits(self, plan: MemoryPlan) -> bool:
+        return sum(plan.host.values()) <= _usable(self._machine.host_available)
+
+    def _device_budget(self) -> int | None:
+        """Bytes that streamer and engine may use together; None: no limit (on a CPU)."""
+        if not self._machine.unified:
+            free = self._machine.device_free[0]
+            wish = self._wishes.device_budget
+            return _usable(free) if wish in (None, "auto") else parse_bytes("device_budget", wish)
+        free = self._machine.host_available
+        given = [
+            _usable(free) if wish == "auto" else parse_bytes(name, wish)
+            for name, wish in (
+                ("device_budget", self._wishes.device_budget),
+                ("host_budget", self._wishes.host_budget),
+            )
+            if wish is not None
+        ]
+        return min(given, default=None)
+
+    def _host_budget(self) -> int | None:
+        wish = self._wishes.host_budget
+        if wish is None:
+            return None
+        if wish == "auto":
+            return _usable(self._machine.host_available)
+        return parse_bytes("host_budget", wish)
+
+    def _preview(self, **options: Any) -> Plan:
+        """What the streamer takes with these options and no budgets."""
+        options = dict(self._wishes.options) | options
+        key = tuple(sorted((name, repr(value)) for name, value in options.items()))
+        if key not in self._previews:
+            self._previews[key] = plan_checkpoint(self._path, **options)
+        return self._previews[key]
+
+
+def _usable(nbytes: int) -> int:
+    return max(nbytes - max(nbytes // MARGIN, LEAST_MARGIN), 0)
+
+
+def _spread(layers: Sequence[int], count: int) -> list[int]:
+    """So many of the layers, at even distances."""
+    count = max(0, min(count, len(layers)))
+    return [layers[(2 * i + 1) * len(layers) // (2 * count)] for i in range(count)]

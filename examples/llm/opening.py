@@ -1,0 +1,163 @@
+"""What a StreamingEngine is opened from: the checkpoint's description and the memory plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layer_streamer import LayerStreamer, Manifest, read_manifest
+
+from .config import ModelConfig
+from .dequant import Unpacker
+from .footprint import Footprint, Needs
+from .hub import find_model
+from .kv_cache import KVCache, KVLayout
+from .memory_plan import MemoryPlan, Planner, Wishes
+from .metadata import load_config, load_tokenizer, metadata_directory
+from .names import WeightNames, weight_names
+from .placing import choose_device, choose_dtype
+from .regions import round_up
+from .runner import Chunking, Runner
+from .weights import widest_row
+
+DEFAULT_LENGTH = 4096
+"""Tokens of a row, if nobody says how many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How much an engine is to hold. ValueError for a number that makes no sense."""
+
+    max_length: int | None = None
+    kv_tokens: int | None = None
+    max_batch: int = 8
+    kv_int8: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "kv_tokens", "max_batch"):
+            at_least_one(name, getattr(self, name))
+
+    def length(self, config: ModelConfig) -> int:
+        """The most tokens of one row."""
+        context = config.max_positions
+        if self.max_length is None:
+            return min(DEFAULT_LENGTH, context)
+        if self.max_length > context:
+            raise ValueError(f"max_length={self.max_length}: the model's context is {context}")
+        return self.max_length
+
+    def tokens(self, config: ModelConfig) -> int:
+        """Tokens of all rows together."""
+        length = self.length(config)
+        if self.kv_tokens is not None and self.kv_tokens < length:
+            raise ValueError(f"kv_tokens={self.kv_tokens}: must be at least max_length={length}")
+        return round_up(self.kv_tokens or length)
+
+
+def at_least_one(name: str, value: object) -> None:
+    """ValueError unless an option is None or a count."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name}={value!r}: must be an int of at least 1")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint that the engine can compute, as its headers describe it."""
+
+    path: Path
+    manifest: Manifest
+    directory: Path
+    """Of its config and tokenizer."""
+    config: ModelConfig
+    names: WeightNames
+
+    @classmethod
+    def read(cls, path: str | Path, notify: Callable[[str], None]) -> Model:
+        """Read what describes a model, which is downloaded if it is not here.
+
+        Errors are ValueErrors, OSErrors, or those of the streamer.
+        """
+        path = find_model(path)
+        manifest = read_manifest(path)
+        directory = metadata_directory(manifest, notify)
+        config = load_config(directory)
+        return cls(path, manifest, directory, config, weight_names(manifest, config))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded when it is first needed; ValueError if it has none."""
+        return load_tokenizer(self.directory)
+
+    def generation_config(self) -> Mapping[str, Any]:
+        """What the model's makers say of sampling; empty if nothing."""
+        path = self.directory / "generation_config.json"
+        if not path.is_file():
+            return {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+
+
+def plan_memory(model: Model, limits: Limits, wishes: Wishes) -> tuple[MemoryPlan, Needs]:
+    """Where everything will be; ValueError with the least budget that would do."""
+    at_least_one("prefill_chunk", wishes.prefill_chunk)
+    device, dtype = wishes.options["device"], wishes.options["dtype"]
+    # On "meta", the buffers of a GPU have their sizes but take no memory.
+    scratch = Unpacker(
+        device if device.type == "cpu" else torch.device("meta"), dtype, widest_row(model.manifest)
+    )
+    needs = Needs(
+        kv_tokens=limits.tokens(model.config),
+        max_batch=limits.max_batch,
+        dtype=dtype,
+        device_type=device.type,
+        int8=limits.kv_int8,
+        packed_nbytes=scratch.nbytes,
+    )
+    return Planner(model.path, Footprint(model.config, needs), wishes).make(), needs
+
+
+def place(
+    model: Model,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The streamer's options with the device, the dtype and the tail that the engine needs."""
+    chosen = choose_device(device)
+    own = {"device": chosen, "dtype": choose_dtype(chosen, dtype), "tail": [model.names.head]}
+    for name in options:
+        if name in (*own, "on_copy", "reserve_bytes", "layer_pattern"):
+            raise ValueError(f"{name}: is the engine's own")
+    return dict(options) | own
+
+
+def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
+    """Allocate the cache, open the streamer; after an error nothing is left."""
+    device = plan.options["device"]
+    layout = KVLayout(
+        tokens=plan.kv_tokens,
+        max_rows=needs.max_batch,
+        dtype=needs.dtype,
+        host_layers=plan.host_layers,
+        int8=needs.int8,
+    )
+    kv = KVCache(model.config, layout, device)
+    streamer = None
+    try:
+        on_copy = kv.host.prefetch if kv.host is not None else None
+        streamer = LayerStreamer.from_checkpoint(model.path, on_copy=on_copy, **plan.options)
+        if kv.host is not None:
+            kv.host.allocate(streamer.plan.placement.device_slots[0].count)
+        chunking = Chunking(plan.chunk, group_rows=device.type != "cpu")
+        return Runner(streamer, model.config, model.names, kv, dtype=needs.dtype, chunking=chunking)
+    except BaseException:
+        if streamer is not None:
+            streamer.close()
+        kv.close()
+        raise

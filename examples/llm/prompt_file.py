@@ -1,0 +1,132 @@
+"""A file of prompts to a file of results: JSON lines, in order, and resumable.
+
+A line of prompts is a JSON string (a text to be continued, or a question if the model chats), or an
+object with "prompt" or "messages". A line of results names the line it answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from .completion import Completion, in_order
+from .engine import StreamingEngine
+from .prompts import Prompt
+
+
+class PromptFile:
+    """Reads prompts line by line; a bad one is reported in its place, and the rest goes on."""
+
+    def __init__(
+        self,
+        engine: StreamingEngine,
+        *,
+        raw: bool,
+        template_options: Mapping[str, Any],
+        complain: Callable[[str], None],
+    ) -> None:
+        """``raw``: texts are continued as they are, else they are questions."""
+        self._engine, self._raw, self._complain = engine, raw, complain
+        self._template_options = template_options
+
+    def run(self, path: Path, done: int, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """One record for each line after the first ``done`` that is not blank, in order."""
+        waiting: dict[int, dict[str, Any] | None] = {}
+        numbers: list[int] = []
+
+        def prompts() -> Iterator[list[int]]:
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if number <= done or not line.strip():
+                        continue
+                    try:
+                        ids = self._encode(line)
+                    except ValueError as error:
+                        message = " ".join(str(error).split())
+                        self._complain(f"{path}, line {number}: {message}")
+                        waiting[number] = {"line": number, "error": message}
+                        continue
+                    waiting[number] = None
+                    numbers.append(number)
+                    yield ids
+
+        for result in in_order(self._engine.events(prompts(), **options)):
+            waiting[numbers[result.index]] = record(numbers[result.index], result)
+            yield from _ready(waiting)
+        yield from _ready(waiting)
+
+    def _encode(self, line: bytes) -> list[int]:
+        try:
+            found = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"not JSON ({error})") from error
+        return self._engine.encode(self._prompt(found), self._template_options)
+
+    def _prompt(self, found: Any) -> Prompt:
+        if isinstance(found, Mapping):
+            keys = set(found) & {"prompt", "messages"}
+            if len(keys) != 1:
+                raise ValueError('must have one of "prompt" and "messages"')
+            found = found[keys.pop()]
+        if isinstance(found, str):
+            return found if self._raw else [{"role": "user", "content": found}]
+        if not isinstance(found, list):
+            raise ValueError("must be a string, or an object with a prompt or messages")
+        return found
+
+
+def _ready(waiting: dict[int, dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
+    """Take the records at the front that are there."""
+    while waiting:
+        first = next(iter(waiting))
+        found = waiting[first]
+        if found is None:
+            return
+        del waiting[first]
+        yield found
+
+
+def record(line: int, result: Completion) -> dict[str, Any]:
+    """What is written of a result."""
+    return {
+        "line": line,
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": len(result.ids),
+    }
+
+
+def open_results(path: Path) -> tuple[IO[bytes], int]:
+    """A file of results to append to, and the line of prompts that it has come to.
+
+    A last line that was cut off is taken away; ValueError for a file of something else.
+    """
+    last = whole = 0
+    if path.exists():
+        with open(path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                last = _line_of(line, path)
+                whole += len(line)
+        os.truncate(path, whole)
+    return open(path, "ab"), last
+
+
+def _line_of(line: bytes, path: Path) -> int:
+    try:
+        return int(json.loads(line)["line"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is no file of results, nothing is appended to it") from error
+
+
+def write_record(file: IO[bytes], found: Mapping[str, Any]) -> None:
+    """One line, on disk before the next."""
+    file.write(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    file.flush()
+    if file.seekable():
+        os.fsync(file.fileno())

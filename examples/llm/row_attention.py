@@ -1,0 +1,149 @@
+"""Attention of one chunk of a pass: stores new keys and values, and looks back row by row.
+
+Rows that decode one token each are taken together on a device where a call costs more than its
+work: their keys are gathered, padded to the longest of a few, and masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .attention import attend, attend_rows
+from .batch import Chunk, Piece
+from .config import ModelConfig
+from .kv_rows import Row, Span
+
+GATHER_NBYTES = 64 << 20
+"""Keys and values that are gathered at a time."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Decoding rows that are attended to together, in one span."""
+
+    offsets_R: torch.Tensor
+    """Where in the chunk their tokens are."""
+    new_R: torch.Tensor
+    """The places of their tokens."""
+    places_RP: torch.Tensor
+    mask_RP: torch.Tensor
+
+
+class RowAttention:
+    """The attention of one chunk in any layer. Lives as long as its pass."""
+
+    def __init__(self, chunk: Chunk, config: ModelConfig, *, most_together: int) -> None:
+        """Rows that decode are taken together if they have up to ``most_together`` tokens."""
+        self._config = config
+        short = [p for p in chunk.pieces if p.count == 1 and p.position < most_together]
+        self._together = short if len(short) > 1 else []
+        taken = set(map(id, self._together))
+        self._single = [piece for piece in chunk.pieces if id(piece) not in taken]
+        self._groups: dict[Span, list[Group]] = {}
+
+    def __call__(
+        self,
+        layer_idx: int,
+        span: Span,
+        memory: torch.Tensor,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Mixed values (H, T, E) of queries (H, T, E) and new keys and values (G, T, E).
+
+        ``memory`` (places, 2, G, E) are the layer's keys and values, which get the new ones.
+        """
+        q_HTE, k_GTE, v_GTE = qkv
+        heads, tokens, width = q_HTE.shape
+        mixed_THE = q_HTE.new_empty(tokens, heads, width)
+        scale = self._config.attention_scale
+        for piece in self._single:
+            part = slice(piece.offset, piece.offset + piece.count)
+            k, v = store_and_look_back(span, memory, piece, k_GTE[:, part], v_GTE[:, part])
+            mixed = attend(q_HTE[:, part], k, v, scale=scale, window=span.window)
+            mixed_THE[part] = mixed.transpose(0, 1)
+        if self._together:
+            if span not in self._groups:
+                self._groups[span] = list(make_groups(self._together, span, memory))
+            for group in self._groups[span]:
+                new = torch.stack((k_GTE, v_GTE), 0)[:, :, group.offsets_R]
+                memory[group.new_R] = new.permute(2, 0, 1, 3)
+                q_RHE = q_HTE[:, group.offsets_R].transpose(0, 1)
+                k_RGPE, v_RGPE = memory[group.places_RP].permute(2, 0, 3, 1, 4)
+                mixed = attend_rows(q_RHE, k_RGPE, v_RGPE, group.mask_RP, scale=scale)
+                mixed_THE[group.offsets_R] = mixed
+        return mixed_THE.transpose(0, 1)
+
+
+def store_and_look_back(
+    span: Span, memory: torch.Tensor, piece: Piece, k_GTE: torch.Tensor, v_GTE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store a row's new tokens; keys and values (G, P, E) of all that its queries see."""
+    first, end = piece.position, piece.position + piece.count
+    seen = 0 if span.window is None else max(0, first - span.window + 1)
+    if piece.row.holds(span, seen, end):
+        _store(span, memory, piece.row, (first, end), k_GTE, v_GTE)
+        both = _read(span, memory, piece.row, seen, end)
+        return both[:, 0].transpose(0, 1), both[:, 1].transpose(0, 1)
+    # The new tokens overwrite some that their own queries see: look back first.
+    before = _read(span, memory, piece.row, seen, first)
+    keys = torch.cat((before[:, 0].transpose(0, 1), k_GTE), 1)
+    values = torch.cat((before[:, 1].transpose(0, 1), v_GTE), 1)
+    _store(span, memory, piece.row, (first, end), k_GTE, v_GTE)
+    return keys, values
+
+
+def _read(span: Span, memory: torch.Tensor, row: Row, first: int, end: int) -> torch.Tensor:
+    """Positions from first to end, (P, 2, G, E): a view if they lie together."""
+    parts = [memory[place : place + count] for place, count in row.places(span, first, end)]
+    if not parts:
+        return memory[:0]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _store(
+    span: Span,
+    memory: torch.Tensor,
+    row: Row,
+    positions: tuple[int, int],
+    k_GTE: torch.Tensor,
+    v_GTE: torch.Tensor,
+) -> None:
+    """Keep as many of the new tokens as the row has places for: the last ones."""
+    places = row.places(span, *positions)
+    at = k_GTE.shape[1] - sum(count for _, count in places)
+    for place, count in places:
+        part = slice(at, at + count)
+        memory[place : place + count, 0] = k_GTE[:, part].transpose(0, 1)
+        memory[place : place + count, 1] = v_GTE[:, part].transpose(0, 1)
+        at += count
+
+
+def make_groups(pieces: Sequence[Piece], span: Span, memory: torch.Tensor) -> Iterator[Group]:
+    """The decoding rows in groups of similar length, of GATHER_NBYTES each at most."""
+    limit = GATHER_NBYTES // memory[:1].nbytes
+
+    def seen(piece: Piece) -> int:
+        return min(piece.position + 1, span.window or piece.position + 1)
+
+    waiting = sorted(pieces, key=seen, reverse=True)
+    while waiting:
+        count = max(1, min(len(waiting), limit // seen(waiting[0])))
+        yield _make_group(waiting[:count], [seen(piece) for piece in waiting[:count]], span, memory)
+        del waiting[:count]
+
+
+def _make_group(
+    pieces: Sequence[Piece], seen: Sequence[int], span: Span, memory: torch.Tensor
+) -> Group:
+    numbers = [
+        (p.offset, p.position, *p.row.starts[span], n) for p, n in zip(pieces, seen, strict=True)
+    ]
+    offsets, positions, starts, sizes, counts = torch.tensor(numbers).to(memory.device).unbind(1)
+    back = torch.arange(max(seen), device=memory.device)  # 0 is the token itself
+    mask = back < counts[:, None]
+    places = (positions[:, None] - torch.where(mask, back, 0)).remainder(sizes[:, None])
+    places += starts[:, None]
+    return Group(offsets, places[:, 0], places, mask)

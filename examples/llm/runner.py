@@ -1,0 +1,188 @@
+"""One forward pass after another over a streamed model, for any rows of its key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from layer_streamer import LayerStreamer
+
+from .attention import fast_kernels
+from .batch import Batch, Chunk, Entry, pack
+from .config import ModelConfig
+from .dequant import Unpacker
+from .kv_cache import KVCache
+from .model import decoder_layer, rms_norm
+from .names import WeightNames
+from .rope import Rotary
+from .rope_config import Rope
+from .row_attention import GATHER_NBYTES, RowAttention
+from .weights import StepWeights, embed_tokens, norm_weight, project, widest_row
+
+DEFAULT_CHUNK = 2048
+"""Tokens that go through a layer at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunking:
+    """How the tokens of a pass are taken."""
+
+    tokens: int = DEFAULT_CHUNK
+    """At a time through a layer, which bounds its temporaries."""
+    group_rows: bool = False
+    """Attend to rows that decode together: for devices where a call costs more than its work."""
+
+
+class Runner:
+    """A model whose layers are streamed in every pass.
+
+    The streamer must have been opened with ``dtype=dtype`` and ``tail=[names.head]``: the output
+    head, often the largest matrix of all, is streamed in pieces after the last layer. If ``kv`` has
+    layers in host memory, with ``on_copy=kv.host.prefetch``, too.
+
+    Memory on the device: one residual stream for as many tokens as ``kv`` holds, which each layer
+    updates in place, and the temporaries of one chunk.
+    """
+
+    def __init__(
+        self,
+        streamer: LayerStreamer,
+        config: ModelConfig,
+        names: WeightNames,
+        kv: KVCache,
+        *,
+        dtype: torch.dtype,
+        chunking: Chunking | None = None,
+    ) -> None:
+        self.streamer, self.config, self.kv = streamer, config, kv
+        self._names, self._dtype = names, dtype
+        self._chunking = chunking if chunking is not None else Chunking()
+        manifest, device = streamer.manifest, streamer.device
+        self._specs = manifest.static
+        self._table = streamer.host_tensor(names.embedding)
+        self._norm = norm_weight(streamer.load_static(names.norm).to(dtype), names)
+        factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
+        self._rotary = Rotary(config, device, factors=factors)
+        self._unpacker = Unpacker(device, dtype, widest_row(manifest))
+        token_nbytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+        together = GATHER_NBYTES // (2 * token_nbytes) if self._chunking.group_rows else 0
+        self._most_together = together
+        with torch.inference_mode(False):
+            self._stream_ND = torch.empty(
+                kv.layout.tokens, config.hidden_size, dtype=dtype, device=device
+            )
+
+    def forward(
+        self,
+        entries: Sequence[Entry],
+        *,
+        every_position: bool = False,
+        on_layer: Callable[[int], object] | None = None,
+    ) -> torch.Tensor:
+        """Append tokens to rows, in one pass over the model.
+
+        Returns the float32 logits of what follows each row's last token (rows, vocab_size), or of
+        what follows each token (tokens, vocab_size), packed as the rows are. ``on_layer`` hears of
+        each layer as it starts. A pass that fails leaves the rows as they were.
+        """
+        self.kv.begin([(row, len(ids)) for row, ids in entries])
+        with torch.inference_mode(), fast_kernels(self.kv.device):
+            batch = pack(entries, self._chunking.tokens, self.kv.device)
+            step = _Pass(self, batch, every_position=every_position, on_layer=on_layer)
+            self.streamer.run_pass(self._embed(batch), step)
+        self.kv.end()
+        return step.logits
+
+    def _embed(self, batch: Batch) -> torch.Tensor:
+        """The residual stream as the first layer gets it."""
+        spec, size = self._specs[self._names.embedding], self._chunking.tokens
+        x_ND = self._stream_ND[: len(batch.ids)]
+        for first in range(0, len(x_ND), size):
+            ids = batch.ids[first : first + size]
+            rows = embed_tokens(ids, self._table, spec, self.config, self._unpacker)
+            x_ND[first : first + size] = rows
+        return x_ND
+
+    def layer(
+        self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int, run: _Pass
+    ) -> None:
+        """All tokens through one layer, chunk by chunk, in place."""
+        layer = self.streamer.manifest.layers[layer_idx]
+        weights = StepWeights(tensors, layer, self._names, self._unpacker)
+        span, memory = self.kv.span(layer_idx), self.kv.open(layer_idx)
+        for chunk, attention in zip(run.batch.chunks, run.attentions, strict=True):
+            x_TD = x_ND[chunk.first : chunk.first + chunk.count]
+            table = run.table(chunk, layer_idx)
+            mixed = decoder_layer(
+                x_TD,
+                weights,
+                self.config,
+                table,
+                lambda i, *qkv, attention=attention: attention(i, span, memory, qkv),
+            )
+            x_TD.copy_(mixed)
+        self.kv.close_layer(layer_idx)
+
+    def attention(self, chunk: Chunk) -> RowAttention:
+        """How the rows of a chunk look back."""
+        return RowAttention(chunk, self.config, most_together=self._most_together)
+
+    def rotation(self, chunk: Chunk, layer_idx: int) -> torch.Tensor:
+        """Cosines and sines of a chunk's tokens."""
+        return self._rotary.rows(layer_idx, chunk.positions, chunk.lengths)
+
+    def final_norm(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """What the head gets."""
+        return rms_norm(x_ND, self._norm, self.config.norm_eps)
+
+    def head(self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Logits of the piece of the vocabulary whose rows this step carries."""
+        head = self._names.head
+        return project(x_ND, tensors[head], self._specs[head].ggml_type, self._unpacker)
+
+
+class _Pass:
+    """The ``layer_fn`` of one pass."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        batch: Batch,
+        *,
+        every_position: bool,
+        on_layer: Callable[[int], object] | None,
+    ) -> None:
+        self.batch = batch
+        self.attentions = [runner.attention(chunk) for chunk in batch.chunks]
+        self._runner, self._every_position, self._on_layer = runner, every_position, on_layer
+        self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
+        count = len(batch.ids) if every_position else len(batch.last)
+        shape = (count, runner.config.vocab_size)
+        self.logits = torch.empty(shape, device=runner.kv.device)
+        self._filled = 0
+
+    def __call__(
+        self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int
+    ) -> torch.Tensor:
+        runner = self._runner
+        if layer_idx < runner.config.num_layers:
+            if self._on_layer is not None:
+                self._on_layer(layer_idx)
+            runner.layer(x_ND, tensors, layer_idx, self)
+            return x_ND
+        if layer_idx == runner.config.num_layers:
+            wanted = x_ND if self._every_position else x_ND[self.batch.last.to(x_ND.device)]
+            x_ND = runner.final_norm(wanted)
+        piece = runner.head(x_ND, tensors)
+        self.logits[:, self._filled : self._filled + piece.shape[1]] = piece
+        self._filled += piece.shape[1]
+        return x_ND
+
+    def table(self, chunk: Chunk, layer_idx: int) -> torch.Tensor:
+        """The rotation of a chunk, computed once for all layers that share it."""
+        key = (self._runner.config.rope(layer_idx), chunk.first)
+        if key not in self._tables:
+            self._tables[key] = self._runner.rotation(chunk, layer_idx)
+        return self._tables[key]

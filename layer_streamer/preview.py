@@ -1,0 +1,25 @@
+"""The plan of a checkpoint that is not opened, for engines that share out a budget themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .accelerator import open_devices
+from .assembly import draw_plan
+from .config import Settings
+from .formats import read_manifest
+from .plan import Plan
+
+
+def plan_checkpoint(path: str | Path, *, layer_pattern: str | None = None, **options: Any) -> Plan:
+    """The plan that ``LayerStreamer.from_checkpoint(path, **options)`` would go by now.
+
+    Only headers are read, and nothing is allocated. Without budgets, its ``placement`` holds what
+    the slots take; ``machine`` says what is free. What is free may change until the streamer is
+    opened. Errors: those of ``from_checkpoint``; TypeError for an option that it does not have.
+    """
+    settings = Settings(**options)
+    return draw_plan(
+        read_manifest(path, layer_pattern), open_devices(settings.device), settings, {}
+    )

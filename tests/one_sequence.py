@@ -1,0 +1,64 @@
+"""One sequence on a runner: the simplest use of the engine's passes, for tests of the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from llm.kv_cache import KVCache
+from llm.runner import Runner
+from llm.sampling import Sampler
+
+
+class OneSequence:
+    """A runner whose cache has one row."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.config, self.streamer = runner, runner.config, runner.streamer
+        row = runner.kv.rows.add(runner.kv.layout.tokens)
+        assert row is not None
+        self.row = row
+
+    @property
+    def kv(self) -> KVCache:
+        return self.runner.kv
+
+    def forward(
+        self,
+        ids: Sequence[int],
+        *,
+        every_position: bool = False,
+        on_layer: Callable[[int], object] | None = None,
+    ) -> torch.Tensor:
+        """Logits of what follows the last token (1, V), or each (len(ids), V)."""
+        entries = [(self.row, ids)]
+        return self.runner.forward(entries, every_position=every_position, on_layer=on_layer)
+
+    def truncate(self, length: int) -> int:
+        return self.kv.rows.truncate(self.row, length)
+
+
+def generate(
+    sequence: OneSequence,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """Greedy ids after the prompt; the first of ``stop_ids`` is the last."""
+    ids, sampler = list(prompt_ids), Sampler()
+    for _ in range(max_new_tokens):
+        token = int(sampler.choose(sequence.forward(ids)[-1]))
+        yield token
+        if token in stop_ids:
+            return
+        ids = [token]
+
+
+def mean_nll(sequence: OneSequence, ids: Sequence[int]) -> float:
+    """Mean negative log-likelihood of each token of a text given those before it, in nats."""
+    logits = sequence.forward(ids, every_position=True)[:-1]
+    targets = torch.tensor(ids[1:], device=logits.device)
+    return float(F.cross_entropy(logits.double(), targets))

@@ -1,0 +1,194 @@
+"""The order of the key-value cache's transfers, over a streamer on a device that works late."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_safetensors
+from fake_device import FakeDevice
+from ordering import HANG_SECONDS, NUM_LAYERS, TENSORS, open_on
+
+from llm.kv_host import HostTier, Slot, TokenShape
+from llm.kv_rows import Row, Rows, make_spans
+from llm.kv_transfers import Pair
+
+TOKENS = 1024
+WAITS = [
+    ("copier", "barrier"),
+    ("copier", "drained"),
+    ("back", "used"),
+]
+"""Who waits for what: taking out any of them must be seen."""
+
+
+class Interrupted(Exception):
+    """What a KeyboardInterrupt is to a pass: it comes anywhere on the calling thread."""
+
+
+class LateTransfers:
+    """Transfers of a fake device. Leaves out the waits of ``missing``, interrupts now and then."""
+
+    def __init__(self, device: FakeDevice, seed: int, missing: tuple[str, str] | None) -> None:
+        self.device, self.missing = device, missing
+        self.back: Any = device.new_stream()
+        self.names: dict[int, str] = {}
+        self.interrupts = 0.0
+        self._random, self._thread = random.Random(seed), threading.current_thread()
+
+    def event(self) -> Any:
+        return self.device.new_event()
+
+    def current(self) -> Any:
+        return self.device.current_stream()
+
+    def record(self, event: Any, stream: Any) -> None:
+        self._interrupt()
+        event.record(stream)
+
+    def wait(self, event: Any, stream: Any) -> None:
+        caller = threading.current_thread() is self._thread
+        who = "back" if stream is self.back else "caller" if caller else "copier"
+        if (who, self.names.get(id(event), "")) != self.missing:
+            event.wait(stream)
+        self._interrupt()
+
+    def copy(self, pairs: Iterable[Pair], stream: Any) -> None:
+        with self.device.on(stream):
+            for to, source in pairs:
+                self.device.copy(to, source)
+                self._interrupt()
+
+    def finish(self) -> None:
+        self.device.drain()
+
+    def _interrupt(self) -> None:
+        mine = threading.current_thread() is self._thread
+        if mine and self._random.random() < self.interrupts:
+            raise Interrupted
+
+
+class LateEngine:
+    """Passes whose work, when it runs, checks the tokens of each row and appends new ones."""
+
+    def __init__(self, seed: int, missing: tuple[str, str] | None) -> None:
+        self._random = random.Random(seed)
+        self.device = FakeDevice(seed)
+        self.transfers = LateTransfers(self.device, seed, missing)
+        spans = make_spans([None], TOKENS, 4)
+        self.rows = Rows(spans, 4)
+        self.texts: dict[Row, list[int]] = {}
+        layers = self._random.choice([range(NUM_LAYERS), [1], [0, 2, 3]])
+        self.host = HostTier(
+            {i: spans[0] for i in layers}, TokenShape(1, 8, torch.float32),
+            self.device.torch_device, self.transfers,
+        )  # fmt: skip
+        self._layers, self._span = list(layers), spans[0]
+        self._fails_at: int | None = None
+
+    def allocate(self, num_slots: int) -> None:
+        self.host.allocate(num_slots)
+        for slot in self.host._slots:
+            assert isinstance(slot, Slot)
+            for name in ("used", "drained"):
+                self.transfers.names[id(getattr(slot, name))] = name
+        self.transfers.names[id(self.host._barrier)] = "barrier"
+
+    def run(self, streamer: Any, passes: int) -> None:
+        for _ in range(passes):
+            self._change_rows()
+            rows = [row for row in self.texts if self._random.random() < 0.7]
+            batch = [(row, self._random.choice([1, 1, 5])) for row in rows or self.texts]
+            new = {row: [self._random.randrange(1 << 20) for _ in range(n)] for row, n in batch}
+            self.host.begin([row for row, _ in batch])
+            self.transfers.interrupts = self._random.choice([0.0, 0.0, 0.02])
+            self._fails_at = self._random.choice([None, None, 0, 1, 3])
+            try:
+                streamer.run_pass(0, lambda x, w, i, b=batch, n=new: self._layer(i, b, n))
+            except Interrupted:
+                continue
+            finally:
+                self.transfers.interrupts = 0.0
+            for row, count in batch:
+                row.length += count
+                self.texts[row] += new[row]
+
+    def _change_rows(self) -> None:
+        dice = self._random
+        if self.texts and dice.random() < 0.3:
+            gone = dice.choice(list(self.texts))
+            self.rows.drop(gone)
+            del self.texts[gone]
+        if self.texts and dice.random() < 0.3:
+            row = dice.choice(list(self.texts))
+            del self.texts[row][self.rows.truncate(row, dice.randint(0, row.length)) :]
+        while not self.texts or (len(self.texts) < 3 and dice.random() < 0.4):
+            row = self.rows.add(256)
+            assert row is not None
+            self.texts[row] = []
+
+    def _layer(self, layer_idx: int, batch: Any, new: dict[Row, list[int]]) -> int:
+        if layer_idx == self._fails_at:
+            raise Interrupted
+        if layer_idx not in self._layers:
+            return 0
+        memory = self.host.open(layer_idx, [row for row, _ in batch])
+        for row, _ in batch:
+            start, _ = row.starts[self._span]
+            self._launch(memory[start:], layer_idx, list(self.texts[row]), new[row])
+        self.host.close_layer(layer_idx, batch)
+        return 0
+
+    def _launch(self, memory: Any, layer_idx: int, known: list[int], added: list[int]) -> None:
+        def expected(tokens: list[int]) -> torch.Tensor:
+            return (torch.tensor(tokens) * 8.0 + layer_idx)[:, None, None, None].expand(-1, 2, 1, 8)
+
+        def look() -> None:
+            if known and not torch.equal(memory[: len(known)], expected(known)):
+                self.device.errors.append(f"layer {layer_idx}: not the row's tokens")
+
+        def append() -> None:
+            memory[len(known) : len(known) + len(added)] = expected(added)
+
+        self.device.launch(look)
+        self.device.launch(append)
+        self.device.launch(look)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ordering") / "model.safetensors"
+    return write_safetensors(path, TENSORS).parent
+
+
+def find_errors(checkpoint: Path, seed: int, missing: tuple[str, str] | None = None) -> list[str]:
+    engine = LateEngine(seed, missing)
+    options = {"n_gpu": seed % 4, "n_cpu_pinned": 2, "on_copy": engine.host.prefetch}
+    streamer = open_on(engine.device, checkpoint, options)
+    guard = threading.Timer(HANG_SECONDS, streamer.close)
+    guard.start()
+    try:
+        with streamer:
+            engine.allocate(streamer.plan.placement.device_slots[0].count)
+            engine.run(streamer, passes=10)
+    finally:
+        guard.cancel()
+    engine.device.drain()
+    return engine.device.errors
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_row_only_ever_sees_its_own_tokens(checkpoint: Path, seed: int) -> None:
+    assert find_errors(checkpoint, seed) == []
+
+
+@pytest.mark.parametrize("missing", WAITS, ids=" ".join)
+def test_without_any_one_wait_a_row_sees_something_else(
+    checkpoint: Path, missing: tuple[str, str]
+) -> None:
+    assert any(find_errors(checkpoint, seed, missing) for seed in range(400))

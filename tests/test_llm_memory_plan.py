@@ -1,0 +1,175 @@
+"""The memory plan: what fits where, the least budget, and whether the engine keeps to it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from assets import tiny_checkpoint, tiny_model
+from fake_device import FakeDevice
+
+from layer_streamer import preview
+from llm.engine import StreamingEngine
+from llm.memory_plan import MemoryPlan, Wishes
+from llm.opening import Limits, Model, place, plan_memory
+
+MIB = 1 << 20
+WINDOWS = {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 5}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model("qwen2", num_hidden_layers=6, max_position_embeddings=1 << 16)
+    return tiny_checkpoint(tmp_path_factory.mktemp("plan"), model)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    """Plans are made for a device with memory of its own: 1 TiB of it."""
+    device = FakeDevice(0)
+    monkeypatch.setattr(preview, "open_devices", lambda wanted: (device,))
+    return device
+
+
+def plan(path: Path, limits: dict[str, Any] | None = None, **wishes: Any) -> MemoryPlan:
+    model = Model.read(path, print)
+    options = place(model, "cpu", None, wishes.pop("options", {}))
+    limits = {"max_length": 4096} | (limits or {})
+    return plan_memory(model, Limits(**limits), Wishes(options=options, **wishes))[0]
+
+
+def least(message: str) -> int:
+    found = re.search(r"at least (\d+) bytes", message)
+    assert found is not None, message
+    return int(found[1])
+
+
+def test_everything_is_on_the_device_where_it_fits(path: Path, gpu: FakeDevice) -> None:
+    found = plan(path)
+    assert found.host_layers == () and found.host["keys and values"] == 0
+    assert found.device["keys and values"] == 6 * 4096 * 2 * 2 * 16 * 4
+    assert found.device["residual stream"] == 4096 * 64 * 4
+    assert found.chunk == 2048 and "device_budget" not in found.options
+
+
+@pytest.mark.parametrize("kv", ["auto", "host", "device"])
+def test_the_least_budget_that_is_named_is_the_least_that_works(
+    path: Path, gpu: FakeDevice, kv: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        plan(path, device_budget=MIB, kv=kv)
+    message = str(caught.value)
+    assert "device_budget 1.00 MiB" in message and "\n" not in message
+    enough = plan(path, device_budget=least(message), kv=kv)
+    assert enough.device_nbytes == least(message)
+    assert (enough.chunk, enough.options["n_gpu"]) == (256, 1)
+    with pytest.raises(ValueError, match=f"at least {least(message)} bytes"):
+        plan(path, device_budget=least(message) - 1, kv=kv)
+
+
+def test_more_budget_puts_more_layers_on_the_device_and_never_exceeds_it(
+    path: Path, gpu: FakeDevice
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        plan(path, device_budget=1)
+    first, before = least(str(caught.value)), 0
+    seen = set()
+    for budget in range(first, first + 30 * MIB, MIB // 2):
+        found = plan(path, device_budget=budget, prefill_chunk=256, options={"n_gpu": 1})
+        on_device = 6 - len(found.host_layers)
+        assert found.device_nbytes <= budget and on_device >= before
+        assert found.options["device_budget"] == budget
+        assert found.options["reserve_bytes"] == found.reserve_nbytes
+        seen.add(on_device)
+        before = on_device
+    assert {0, 6} <= seen and len(seen) > 3
+
+
+def test_layers_that_are_spilled_are_spread_and_windows_come_last(
+    tmp_path: Path, gpu: FakeDevice
+) -> None:
+    model = tiny_model("qwen2", num_hidden_layers=6, max_position_embeddings=1 << 16, **WINDOWS)
+    path = tiny_checkpoint(tmp_path, model)
+    one = {"n_gpu": 0}
+    whole = plan(path, {"max_batch": 1}, options=one)
+    assert whole.device["keys and values"] == (5 * 4096 + 512) * 256, "the last has a ring of 512"
+    tight = whole.device_nbytes - 1
+    found = plan(path, {"max_batch": 1}, device_budget=tight, prefill_chunk=2048, options=one)
+    # One slot costs what one layer spares.
+    assert found.host_layers == (1, 3)
+
+
+def test_host_memory_is_shared_out_as_well(path: Path, gpu: FakeDevice) -> None:
+    options = {"n_cpu_pinned": 1}
+    with pytest.raises(ValueError, match=r"host_budget 1\.00 MiB") as caught:
+        plan(path, kv="host", host_budget=MIB, options=options)
+    found = plan(path, kv="host", host_budget=least(str(caught.value)), options=options)
+    kv = found.host["keys and values"]
+    assert kv == 6 * 4096 * 256
+    assert found.options["host_budget"] == least(str(caught.value)) - kv
+    with pytest.raises(ValueError, match="host_budget"):
+        plan(path, kv="host", host_budget=least(str(caught.value)) - 1, options=options)
+
+
+def test_keys_and_values_that_exceed_free_host_memory_are_refused(
+    path: Path, gpu: FakeDevice
+) -> None:
+    gpu.free_bytes = lambda: 1 << 60  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"free host memory .* keys and values .*grant"):
+        plan(path, {"max_length": 1 << 16, "kv_tokens": 1 << 34}, kv="host", prefill_chunk=1)
+
+
+def test_int8_takes_less_of_the_host(path: Path, gpu: FakeDevice) -> None:
+    whole, eighth = (plan(path, {"kv_int8": b}, kv="host") for b in (False, True))
+    assert eighth.host["keys and values"] < 0.3 * whole.host["keys and values"]
+
+
+def test_the_plan_says_where_everything_is(path: Path, gpu: FakeDevice) -> None:
+    text = str(plan(path, device_budget="100MiB"))
+    for part in ("6 layers on the device, 0 in host memory", "residual stream", "of a budget of"):
+        assert part in text
+
+
+def test_a_budget_on_a_cpu_holds_for_engine_and_streamer_together(path: Path) -> None:
+    for name in ("device_budget", "host_budget"):
+        with pytest.raises(ValueError, match="at least") as caught:
+            StreamingEngine(path, device="cpu", max_length=64, **{name: MIB})
+        budget = least(str(caught.value))
+        with StreamingEngine(path, device="cpu", max_length=64, **{name: budget}) as engine:
+            assert engine.plan.device_nbytes == budget
+            assert engine.streamer.memory.host_bytes <= engine.plan.device["layers"] + 10 * 4096
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv", ["auto", "host", "device"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_peak_on_a_gpu_stays_inside_the_plan(tmp_path: Path, kv: str, dtype: Any) -> None:
+    model = tiny_model(
+        "qwen2", hidden_size=512, intermediate_size=1536, num_hidden_layers=8, vocab_size=32000,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1 << 15,
+    )  # fmt: skip
+    path = tiny_checkpoint(tmp_path, model)
+    options = {"device": "cuda", "dtype": dtype, "max_length": 8192, "kv_tokens": 16384, "kv": kv}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    budget = "900MiB"
+    with StreamingEngine(path, device_budget=budget, max_batch=16, **options) as engine:
+        engine.generate([[i] * 4000 for i in range(4)], max_new_tokens=20, return_details=True)
+        engine.generate([[i] * 700 for i in range(16)], max_new_tokens=20, return_details=True)
+        engine.generate([3] * 8000, max_new_tokens=20, return_details=True, temperature=1.0)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_reserved() - before
+        assert peak <= 900 * MIB, f"{peak / MIB:.0f} MiB reserved\n{engine.plan}"
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_too_small_names_the_least_budget(path: Path) -> None:
+    with pytest.raises(ValueError, match="at least") as caught:
+        StreamingEngine(path, device="cuda", max_length=1024, device_budget="1MiB")
+    budget = least(str(caught.value))
+    with StreamingEngine(path, device="cuda", max_length=1024, device_budget=budget) as engine:
+        assert engine.plan.device_nbytes <= budget

@@ -1,0 +1,130 @@
+"""Tiny random models of every architecture that the engine computes, and what transformers says.
+
+Everything is random that training would move: weights of norms, biases and gains that start as
+ones and zeros would hide that an engine leaves them out. Widths are such that nothing can be
+derived from anything else, and prompts are longer than windows and original contexts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from assets import TINY
+from test_llm_rope import LLAMA3, YARN
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
+}
+SHORT = {"max_position_embeddings": 32}
+THETA = {"rope_theta": 10_000.0}
+GEMMA_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1_000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 50_000.0, "factor": 4.0},
+}
+GEMMA = {
+    "head_dim": 24,
+    "num_hidden_layers": 4,
+    "sliding_window": 11,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 20,
+    "rope_parameters": GEMMA_ROPES,
+    "tie_word_embeddings": True,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 24},
+    "llama-tied": {"head_dim": 24, "tie_word_embeddings": True},
+    "llama-biases": {"head_dim": 24, "attention_bias": True, "mlp_bias": True},
+    "llama-one-kv-head": {"head_dim": 24, "num_key_value_heads": 1},
+    "llama-llama3": {
+        "head_dim": 24, "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16}
+    },
+    "llama-linear": {
+        "head_dim": 24, "rope_parameters": THETA | {"rope_type": "linear", "factor": 4.0}
+    },
+    "llama-dynamic": SHORT | {
+        "head_dim": 24, "rope_parameters": THETA | {"rope_type": "dynamic", "factor": 4.0}
+    },
+    "qwen2": {},
+    "qwen2-tied": {"tie_word_embeddings": True},
+    "qwen2-window": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "qwen2-window-not-used": {"use_sliding_window": False, "sliding_window": 9},
+    "qwen2-yarn": {"rope_parameters": YARN | {"original_max_position_embeddings": 16}},
+    "qwen3": {"head_dim": 24},
+    "qwen3-tied": {"head_dim": 24, "tie_word_embeddings": True},
+    "qwen3-biases": {"head_dim": 24, "attention_bias": True},
+    "qwen3-yarn": {
+        "head_dim": 24, "rope_parameters": YARN | {"original_max_position_embeddings": 16}
+    },
+    "mistral": {"head_dim": 24, "sliding_window": 10},
+    "mistral-full": {"head_dim": 24, "sliding_window": None},
+    "gemma3_text": GEMMA,
+    "gemma3_text-untied": GEMMA | {"tie_word_embeddings": False, "attention_bias": True},
+}  # fmt: skip
+"""What each case changes in TINY; its name begins with its model type."""
+
+GENERATOR = torch.Generator().manual_seed(7)
+PROMPT, STEPS = 50, 32
+IDS = torch.randint(3, TINY["vocab_size"], (PROMPT + STEPS,), generator=GENERATOR).tolist()
+
+
+def zoo_config(name: str, **changes: Any) -> Any:
+    """The transformers config of a case."""
+    return CLASSES[name.partition("-")[0]][0](**copy.deepcopy(TINY | CASES[name] | changes))
+
+
+def zoo_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
+    """The model of a case."""
+    torch.manual_seed(seed)
+    model = CLASSES[name.partition("-")[0]][1](zoo_config(name, **changes)).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            randomise(key, parameter, zero_centered=name.startswith("gemma"))
+    return model
+
+
+def randomise(name: str, parameter: torch.Tensor, *, zero_centered: bool) -> None:
+    """Norms multiply by up to 2, biases are as large as what they are added to."""
+    if parameter.ndim == 1:
+        parameter.uniform_(-1.0, 1.0)
+        parameter += 1.0 if name.endswith("norm.weight") and not zero_centered else 0.0
+    else:
+        parameter.normal_(0.0, 0.2)
+
+
+def reference(model: Any, ids: list[int] = IDS, prompt: int = PROMPT) -> torch.Tensor:
+    """transformers' float32 logits: of the prompt in one go, then of one token at a time."""
+    cache, found = DynamicCache(config=model.config), []
+    pieces = [ids[:prompt], *([token] for token in ids[prompt:])]
+    with torch.no_grad():
+        for piece in pieces:
+            output = model(torch.tensor([piece]), past_key_values=cache, use_cache=True)
+            found.append(output.logits[0].float())
+    return torch.cat(found)
+
+
+Step = Callable[[list[int]], torch.Tensor]
+
+
+def stepwise(forward: Step, ids: list[int] = IDS, prompt: int = PROMPT) -> torch.Tensor:
+    """The same of ``forward``, which appends tokens and gives the logits of each."""
+    return torch.cat([forward(ids[:prompt]), *(forward([token]) for token in ids[prompt:])])
