@@ -20,6 +20,17 @@ ROW_STEP = 8
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 20, 1 << 24
 
 
+def ggml_matrix(rows_NB: torch.Tensor, ggml_type: str) -> Packed:
+    """A matrix of packed rows (rows, bytes of a row)."""
+    return Packed(
+        format=ggml_type,
+        rows=rows_NB.shape[0],
+        width=row_width(rows_NB.shape[1], ggml_type),
+        parts={"raw": rows_NB},
+        group=BLOCK_TYPES[ggml_type].weights,
+    )
+
+
 def row_width(row_bytes: int, ggml_type: str) -> int:
     """Weights in a packed row of this many bytes."""
     kind = BLOCK_TYPES[ggml_type]

@@ -82,11 +82,9 @@ class Packed:
         """True: no zero points are stored; half of the codes stand for what is below zero."""
         return "zero" not in self.parts
 
-    @property
-    def device(self) -> torch.device:
-        """Where all parts are."""
-        return next(iter(self.parts.values())).device
-
+    def to(self, device: torch.device) -> Packed:
+        """The same with all parts on this device."""
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
 
 
 def unpack_rows(
@@ -162,9 +160,7 @@ _CODE_NBYTES = {"ct4": 2, "awq4": 1, "gptq4": 1, "gptq8": 1}
 """What taking codes apart needs, for each weight."""
 
 
-def _put_codes(
-    packed: Packed, rows: tuple[int, int], out: torch.Tensor, scratch: Scratch
-) -> None:
+def _put_codes(packed: Packed, rows: tuple[int, int], out: torch.Tensor, scratch: Scratch) -> None:
     start, end = rows
     kind, parts = packed.format, packed.parts
     if kind in CT_BITS:
