@@ -55,7 +55,7 @@ class Packed:
       [i, r] holds columns i * pack to i * pack + pack - 1 of row r; ``zero`` int32
       (groups, rows / pack), codes along the rows; ``scale`` (groups, rows); ``g_idx`` as above, if
       columns are not in order. So rows [start, end) are columns [start, end) of the words, and of
-      the zeros' words those from start // pack. W = (code - (zero + zero_offset)) * scale.
+      the zeros' words those from start // pack. W = (code - (zero + zero_offset) % 2 ** bits) * scale.
 
     Scales are float32, float16 or bfloat16, as stored. Where all scales are of one channel or
     tensor, ``scale`` may be an expanded view: go by its strides. The same holds for every part: no
@@ -188,7 +188,8 @@ def _zeros(packed: Packed, rows: tuple[int, int]) -> torch.Tensor | int:
     if kind == "int8":
         return zero[start:end]
     order = AWQ_ORDER if kind == "awq4" else range(32 // bits)
-    return zeros_of_columns(zero, bits, rows, order) + packed.zero_offset
+    zeros = zeros_of_columns(zero, bits, rows, order)
+    return (zeros + packed.zero_offset) & ((1 << bits) - 1)
 
 
 def _block_rows(packed: Packed, rows: torch.Tensor) -> torch.Tensor:
