@@ -52,16 +52,23 @@ def sources(manifest: Manifest, config: ModelConfig, names: WeightNames) -> dict
                 if spec is not None:
                     name = f"model.layers.{layer.layer_idx}.{module}.{kind}"
                     added = shift if module.endswith("norm") else 0.0
-                    found[name] = Source(spec, _permuted_heads(module, names, config), added)
+                    found[name] = Source(spec, permuted_heads(module, names, config), added)
     found["model.norm.weight"] = Source(manifest.static[names.norm], shift=shift)
     if names.head != names.embedding:
         found["lm_head.weight"] = Source(manifest.static[names.head])
     return found
 
 
-def _permuted_heads(module: str, names: WeightNames, config: ModelConfig) -> int:
+def permuted_heads(module: str, names: WeightNames, config: ModelConfig) -> int:
+    """Heads of a module whose rows the checkpoint has permuted; 0: they are in their order."""
     heads = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}
     return heads.get(module, 0) if names.interleaved_rope else 0
+
+
+def in_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of queries or keys, or a bias of them, as transformers has them."""
+    permuted: torch.Tensor = rows.unflatten(0, (heads, -1, 2))
+    return permuted.transpose(1, 2).flatten(0, 2)
 
 
 class Reader:
@@ -74,8 +81,7 @@ class Reader:
         """All values in order, flat; each block is good until the next is asked for."""
         rows = _stored_rows(source.spec)
         if source.heads:
-            permuted = rows.unflatten(0, (source.heads, -1, 2))
-            rows = permuted.transpose(1, 2).flatten(0, 2)
+            rows = in_order(rows, source.heads)
         if source.spec.ggml_type in BLOCK_TYPES:
             for _, _, floats in self._unpacker.blocks(ggml_matrix(rows, source.spec.ggml_type)):
                 yield floats.reshape(-1)

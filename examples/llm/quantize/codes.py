@@ -40,5 +40,5 @@ def unpack_codes(words_NW: torch.Tensor, bits: int, width: int) -> torch.Tensor:
 
 def decode(codes_NK: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:
     """The weights that codes stand for: code times the scale of its group, in float32 (N, K)."""
-    groups = codes_NK.unflatten(1, (scales_NG.shape[1], -1)).float()
+    groups: torch.Tensor = codes_NK.unflatten(1, (scales_NG.shape[1], -1)).float()
     return (groups * scales_NG.float()[:, :, None]).flatten(1)

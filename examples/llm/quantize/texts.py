@@ -6,76 +6,96 @@ so that memory is bounded by one window's temporaries and the residual stream of
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from layer_streamer import LayerStreamer
 
-from ..attention import attend, fast_kernels
-from ..dequant import Unpacker
+from ..attention import attend
+from ..dequant import Unpacker, Widest
 from ..model import decoder_layer, rms_norm
 from ..opening import Model
 from ..rope import Rotary
-from ..weights import StepWeights, embed_tokens, norm_weight, project, widest_row
+from ..weights import StepWeights, embed_tokens, norm_weight
 
 WINDOW = 1024
 """Tokens that see each other."""
-LOGIT_TOKENS = 256
-"""Tokens whose logits are made at a time."""
+
+
+def open_streamer(model: Model, device: torch.device, *, head: bool = False) -> LayerStreamer:
+    """The model's layers as they are stored, with the output head after them if asked for.
+
+    In the least memory: two slots on the device, and none of the files kept in host memory.
+    """
+    return LayerStreamer.from_checkpoint(
+        model.path,
+        device=device,
+        n_gpu=1,
+        read_mode="buffered",
+        tail=[model.names.head] if head else [],
+    )
+
+
+def float_unpacker(model: Model, device: torch.device) -> Unpacker:
+    """Unpacks any matrix of the model to float32, those that are floats of another dtype, too."""
+    names = model.names
+    matrices = [names.embedding_matrix, names.head_matrix]
+    matrices += [matrix for layer in names.layers for matrix in layer.values()]
+    widest = Widest.of((matrix.format, matrix.width, matrix.ordered) for matrix in matrices)
+    return Unpacker(device, torch.float32, widest)
 
 
 class TextPass:
     """The tokens of a text on their way through the layers of a model, in float32.
 
-    The streamer must have been opened with ``dtype=torch.float32``. Thread rules: one thread.
+    ``streamer`` is :func:`open_streamer`'s. Thread rules: one thread.
     """
 
-    def __init__(self, model: Model, streamer: LayerStreamer, ids: Sequence[int]) -> None:
-        self._model, self._streamer = model, streamer
-        config, names, device = model.config, model.names, streamer.device
-        factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
-        self._rotary = Rotary(config, device, factors=factors)
-        self.unpacker = Unpacker(device, torch.float32, widest_row(model.manifest))
-        window = min(WINDOW, config.max_positions)
-        self.slices = [
-            slice(at, min(at + window, len(ids))) for at in range(0, len(ids), window)
-        ]
-        self.ids = torch.tensor(ids)
+    def __init__(
+        self, model: Model, streamer: LayerStreamer, unpacker: Unpacker, ids: Sequence[int]
+    ) -> None:
+        self._model, self._streamer, self._unpacker = model, streamer, unpacker
+        factors = model.names.rope_factors
+        self._rotary = Rotary(
+            model.config,
+            streamer.device,
+            factors=streamer.load_static(factors) if factors else None,
+        )
+        self._ids = torch.tensor(ids)
+        self.windows = windows(len(ids), model.config.max_positions)
 
     def embed(self) -> torch.Tensor:
         """The residual stream (tokens, hidden size) as the first layer gets it."""
         names, config = self._model.names, self._model.config
-        spec, table = self._model.manifest.static[names.embedding], None
-        table = self._streamer.host_tensor(names.embedding)
-        rows = (embed_tokens(self.ids[s], table, spec, config, self.unpacker) for s in self.slices)
-        return torch.cat(list(rows))
+        matrix = names.embedding_matrix
+        table = matrix.packed({k: self._streamer.host_tensor(k) for k in matrix.keys.values()})
+        parts = (embed_tokens(self._ids[w], table, config, self._unpacker) for w in self.windows)
+        return torch.cat(list(parts))
 
     def layer(self, x_ND: torch.Tensor, weights: StepWeights) -> None:
         """All windows through one layer, in place."""
         config = self._model.config
-        longest = max(s.stop - s.start for s in self.slices)
-        for part in self.slices:
-            positions = torch.arange(part.stop - part.start)
+        for window in self.windows:
+            positions = torch.arange(window.stop - window.start)
             table = self._rotary.rows(weights.layer_idx, positions)
-            x_ND[part] = decoder_layer(x_ND[part], weights, config, table, self._attend)
-        assert longest
-
-    def weights(self, tensors: Mapping[str, torch.Tensor], layer_idx: int) -> StepWeights:
-        """The weights of a layer as the streamer hands them out."""
-        layer = self._model.manifest.layers[layer_idx]
-        return StepWeights(tensors, layer, self._model.names, self.unpacker)
+            x_ND[window] = decoder_layer(x_ND[window], weights, config, table, self._attend)
 
     def final_norm(self, x_ND: torch.Tensor) -> torch.Tensor:
         """What the output head gets."""
         names = self._model.names
-        weight = norm_weight(self._streamer.load_static(names.norm).float(), names)
-        return rms_norm(x_ND, weight, self._model.config.norm_eps)
+        weight_D = norm_weight(self._streamer.load_static(names.norm).float(), names)
+        return rms_norm(x_ND, weight_D, self._model.config.norm_eps)
 
     def _attend(
-        self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, layer_idx: int, q_HTE: torch.Tensor, k_GTE: torch.Tensor, v_GTE: torch.Tensor
     ) -> torch.Tensor:
         config = self._model.config
-        return attend(q, k, v, scale=config.attention_scale, window=config.window(layer_idx))
+        window = config.window(layer_idx)
+        return attend(q_HTE, k_GTE, v_GTE, scale=config.attention_scale, window=window)
+
+
+def windows(tokens: int, most: int) -> list[slice]:
+    """Which tokens see each other: up to WINDOW, and no more than the model's context."""
+    size = min(WINDOW, most)
+    return [slice(at, min(at + size, tokens)) for at in range(0, tokens, size)]

@@ -1,0 +1,59 @@
+"""What stands beside the weights: config, tokenizer, chat template, and what is known of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..converted import converted_config
+from ..hub import BESIDES
+from ..opening import Model
+from .grouping import quantization_config
+from .layers import Recipe
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+"""What other engines look for in a config; a GGUF file does not say it."""
+
+
+def description(model: Model, recipe: Recipe) -> dict[str, bytes]:
+    """The files beside the weights, config.json last."""
+    names = sorted(BESIDES - {"config.json"})
+    found = {name: _read(model.directory / name) for name in names}
+    files = {name: content for name, content in found.items() if content is not None}
+    config = _config(model, recipe)
+    if "generation_config.json" not in files:
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+        files["generation_config.json"] = _as_json(ids)
+    return files | {"config.json": _as_json(config)}
+
+
+def source_stamp(model: Model) -> dict[str, list[int]]:
+    """By file of the source, its size and when it was changed."""
+    files = model.manifest.files
+    return {path.name: [stamp.size, stamp.mtime_ns] for path, stamp in sorted(files.items())}
+
+
+def _config(model: Model, recipe: Recipe) -> dict[str, Any]:
+    fields = json.loads((model.directory / "config.json").read_text(encoding="utf-8"))
+    fields = converted_config(fields, model.manifest, model.config)
+    fields.setdefault("architectures", [ARCHITECTURES[model.config.model_type]])
+    dtype = str(recipe.dtype).removeprefix("torch.")
+    if "torch_dtype" in fields:  # the older name of the same
+        fields["torch_dtype"] = dtype
+    quantization = quantization_config(recipe.groups, recipe.rounding.bits)
+    return fields | {"dtype": dtype, "quantization_config": quantization}
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _as_json(content: object) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,207 @@
+"""Quantize a model to 4 or 8 bits, in the format that transformers and vLLM load.
+
+    python examples/quantize.py MODEL OUT --bits 4 --calibrate TEXT
+
+MODEL is a directory with safetensors, a GGUF file, or the name of a Hugging Face repository. OUT
+becomes a directory with compressed-tensors weights (pack-quantized, symmetric), config and
+tokenizer. A run that was ended goes on when it is started again. The path of OUT is all of stdout;
+progress and what quantizing did go to stderr. Exit code 2 is an error, 130 is Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
+    import torch
+
+    from llm.opening import Model
+    from llm.quantize.errors import Errors
+    from llm.quantize.job import Job
+
+DTYPES = ("bfloat16", "float16", "float32")
+CALIBRATION_TOKENS = 8192
+TEXT_TOKENS = 16384
+"""Of --text at most: what they take is kept for all of them at once."""
+LEAST_TOKENS = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; ValueError for one that makes no sense."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a path, or the name of a Hugging Face repository")
+    add("out", metavar="OUT", type=Path, help="the directory to make; its parent must be there")
+    add("--bits", type=int, choices=(4, 8), required=True)
+    group_help = "weights that share a scale; auto (default): the most that divides each width"
+    add("--group", choices=("auto", "128", "64", "32"), default="auto", help=group_help)
+    add("--calibrate", type=Path, metavar="FILE", help="a text: errors count by what it uses")
+    tokens_help = f"of the calibration text at most; default: {CALIBRATION_TOKENS}"
+    add("--tokens", type=int, default=CALIBRATION_TOKENS, metavar="N", help=tokens_help)
+    add("--text", type=Path, metavar="FILE", help="compare the perplexities of both models on it")
+    dtype_help = "of scales and what is not quantized; default: as MODEL if that has 16 bits"
+    add("--dtype", choices=DTYPES, help=dtype_help)
+    add("--device", metavar="D", help="a torch device; default: the GPU if there is one")
+    args = parser.parse_args(argv)
+    if args.tokens < LEAST_TOKENS:
+        raise ValueError(f"--tokens {args.tokens}: must be at least {LEAST_TOKENS}")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read what describes the model, quantize it, and say what that did."""
+    if Path(args.model).expanduser().exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model's own files
+    from llm.opening import Model
+    from llm.placing import choose_device
+    from llm.quantize.errors import error_table
+    from llm.quantize.grouping import choose_groups
+    from llm.quantize.job import Job
+    from llm.quantize.layers import Recipe
+    from llm.quantize.scales import Rounding
+    from llm.threads import leave_a_core
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    model = Model.read(args.model, say)
+    groups = choose_groups(model.config, None if args.group == "auto" else int(args.group))
+    calibration = text = None
+    if args.calibrate is not None:
+        calibration = read_tokens(model, args.calibrate, args.tokens)
+        say(f"{args.calibrate}: {len(calibration):,} tokens to calibrate with")
+    if args.text is not None:
+        text = read_tokens(model, args.text, TEXT_TOKENS)
+    leave_a_core()
+    job = Job(
+        model=model,
+        recipe=Recipe(Rounding(args.bits, choose_dtype(model, args.dtype)), groups),
+        out=Path(os.path.realpath(args.out)),
+        device=choose_device(args.device),
+        calibration=calibration or (),
+    )
+    say("groups: " + ", ".join(f"{name.partition('.')[2]} {n}" for name, n in groups.items()))
+    errors = run_job(job)
+    say(error_table(errors, groups))
+    before, after = model.manifest.nbytes, sum(p.stat().st_size for p in job.out.iterdir())
+    say(f"{before / 1e9:.3f} GB before, {after / 1e9:.3f} GB after ({after / before:.1%})")
+    if text is not None:
+        compare(model, job, args.text, text)
+
+
+def read_tokens(model: Model, path: Path, most: int) -> list[int]:
+    """The first tokens of a text; ValueError if there are too few to say anything."""
+    from llm.tokenizer import raw_ids
+
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    ids = raw_ids(model.tokenizer, content)
+    if len(ids) < LEAST_TOKENS:
+        raise ValueError(f"{path}: {len(ids)} tokens, at least {LEAST_TOKENS} are needed")
+    return ids[:most]
+
+
+def choose_dtype(model: Model, asked: str | None) -> torch.dtype:
+    """What was asked for, else float16 for a model in it, else bfloat16."""
+    import torch
+
+    if asked is not None:
+        dtype: torch.dtype = getattr(torch, asked)
+        return dtype
+    spec = model.manifest.static[model.names.norm]
+    return torch.float16 if spec.dtype == torch.float16 else torch.bfloat16
+
+
+def run_job(job: Job) -> dict[str, Errors]:
+    """Quantize with a progress bar; of layers that are done already, it says how many."""
+    from tqdm import tqdm
+
+    from llm.quantize.job import quantize
+
+    check_room(job)
+    each, layers = job.layer_weights(), job.model.config.num_layers
+    form = "{l_bar}{bar}| {elapsed} so far, {remaining} left"
+    with tqdm(total=layers * each, leave=False, disable=None, bar_format=form) as bar:
+
+        def start(count: int) -> None:
+            if count < layers:
+                say(f"going on: {layers - count} of {layers} layers are done")
+            bar.reset(total=count * each)
+
+        return quantize(job, bar.update, start)
+
+
+def check_room(job: Job) -> None:
+    """ValueError if the file system has not the bytes that the model will take."""
+    partial = job.out.with_name(job.out.name + ".partial")
+    there = sum(p.stat().st_size for p in partial.iterdir()) if partial.is_dir() else 0
+    needed, free = job.nbytes() - there, shutil.disk_usage(job.out.parent).free
+    if free < needed:
+        raise ValueError(f"{job.out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+
+
+def compare(model: Model, job: Job, path: Path, ids: list[int]) -> None:
+    """The perplexities of both models on a text."""
+    from llm.opening import Model
+    from llm.quantize.perplexity import perplexity
+    from llm.quantize.texts import WINDOW
+
+    before = perplexity(model, ids, job.device)
+    after = perplexity(Model.read(job.out, say), ids, job.device)
+    say(
+        f"{path}: perplexity {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%}) on "
+        f"{len(ids):,} tokens in windows of {min(WINDOW, model.config.max_positions)}"
+    )
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code of the program: 0, 2 after an error, 130 after Ctrl-C or SIGTERM."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        args = parse_args(argv)
+        _run_reporting_errors(args)
+        print(args.out)
+    except KeyboardInterrupt:
+        say("\ninterrupted: the same command goes on with what is done")
+        return 130
+    except (OSError, ValueError, ImportError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return 0
+
+
+def _run_reporting_errors(args: argparse.Namespace) -> None:
+    try:
+        import torch
+        import transformers  # noqa: F401
+
+        from layer_streamer import StreamerError
+    except ImportError as error:
+        raise ImportError(f"{error} (pip install 'layer-streamer[examples]')") from error
+    try:
+        run(args)
+    except (StreamerError, torch.OutOfMemoryError) as error:
+        raise ValueError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
