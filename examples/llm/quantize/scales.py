@@ -14,7 +14,7 @@ import torch
 
 from .codes import code_range
 
-GRIDS = {4: (0.40, 1.08, 35), 8: (0.90, 1.01, 12)}
+GRIDS = {4: (0.38, 1.0, 32), 8: (0.90, 1.0, 11)}
 """By bits: the smallest and the largest ratio of the scale that is tried to the one that clips
 nothing, and how many are tried."""
 REFINEMENTS = 2
@@ -29,10 +29,12 @@ class Rounding:
     dtype: torch.dtype
     """Of the scales as they are stored: what is chosen here is what is written."""
 
-    def codes(self, groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def codes(
+        self, groups: torch.Tensor, scales: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The nearest codes, as floats: weights (..., weights of a group), scales (...)."""
         low, high = code_range(self.bits)
-        return torch.round(groups / scales[..., None]).clamp_(low, high)
+        return torch.div(groups, scales[..., None], out=out).round_().clamp_(low, high)
 
     def stored(self, scales: torch.Tensor) -> torch.Tensor:
         """What is left of scales when they are stored; 0 and what overflows become 1."""
@@ -50,40 +52,48 @@ def search_scales(
     mean square of each weight's input; None: all weights count alike.
     """
     low, high = code_range(rounding.bits)
-    largest = groups.abs().amax(-1) / ((high - low) / 2)
-    best = rounding.stored(largest)
-    least = torch.full_like(best, torch.inf)
+    reach = groups.abs().amax(-1)
+    largest = reach / high
+    # As large as this if the largest weight is the one negative number that has no positive.
+    best = _Best(groups, importance, rounding, rounding.stored(reach / -low))
     first, last, count = GRIDS[rounding.bits]
     for ratio in torch.linspace(first, last, count).tolist():
-        _keep_better(groups, importance, rounding, rounding.stored(largest * ratio), (best, least))
+        best.see(rounding.stored(largest * ratio))
     for _ in range(REFINEMENTS):
-        moved = _least_squares(groups, rounding.codes(groups, best), importance)
-        _keep_better(groups, importance, rounding, rounding.stored(moved), (best, least))
-    return best
+        best.see(rounding.stored(best.least_squares()))
+    return best.scales
 
 
-def _keep_better(
-    groups: torch.Tensor,
-    importance: torch.Tensor | None,
-    rounding: Rounding,
-    scales: torch.Tensor,
-    found: tuple[torch.Tensor, torch.Tensor],
-) -> None:
-    """Put scales in place of the best found, and their errors, where these are smaller."""
-    best, least = found
-    error = rounding.codes(groups, scales).mul_(scales[..., None]).sub_(groups).square_()
-    if importance is not None:
-        error.mul_(importance)
-    total = error.sum(-1)
-    better = total < least
-    torch.where(better, scales, best, out=best)
-    torch.where(better, total, least, out=least)
+class _Best:
+    """The best scale of each group so far."""
 
+    def __init__(
+        self,
+        groups: torch.Tensor,
+        importance: torch.Tensor | None,
+        rounding: Rounding,
+        scales: torch.Tensor,
+    ) -> None:
+        self._groups, self._importance, self._rounding = groups, importance, rounding
+        self._space = torch.empty_like(groups)
+        self.scales = scales
+        self._least = self._error(scales)
 
-def _least_squares(
-    groups: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor | None
-) -> torch.Tensor:
-    """The scale with which these codes come closest to the weights; 0 if all codes are 0."""
-    weighted = codes if importance is None else codes * importance
-    above, below = (weighted * groups).sum(-1), (weighted * codes).sum(-1)
-    return torch.where(below > 0, above / below, torch.zeros_like(above))
+    def see(self, scales: torch.Tensor) -> None:
+        """Take those of these scales whose errors are smaller."""
+        error = self._error(scales)
+        better = error < self._least
+        self.scales = torch.where(better, scales, self.scales)
+        self._least = torch.where(better, error, self._least)
+
+    def least_squares(self) -> torch.Tensor:
+        """The scale with which the best codes come closest to the weights; 0 if all are 0."""
+        codes = self._rounding.codes(self._groups, self.scales, self._space)
+        weighted = codes if self._importance is None else codes * self._importance
+        above, below = (weighted * self._groups).sum(-1), (weighted * codes).sum(-1)
+        return torch.where(below > 0, above / below, torch.zeros_like(above))
+
+    def _error(self, scales: torch.Tensor) -> torch.Tensor:
+        error = self._rounding.codes(self._groups, scales, self._space)
+        error.mul_(scales[..., None]).sub_(self._groups).square_()
+        return (error if self._importance is None else error.mul_(self._importance)).sum(-1)

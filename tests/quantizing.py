@@ -1,0 +1,53 @@
+"""Quantized tiny models for the tests of quantize.py, and what they hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import quantize
+import torch
+from safetensors.torch import load_file
+
+from llm.quantize.codes import decode, unpack_codes
+from llm.quantize.unfinished import INDEX
+
+
+def run(*arguments: object) -> int:
+    """The script's exit code, on the CPU."""
+    return quantize.main([*(str(argument) for argument in arguments), "--device", "cpu"])
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Name and bytes of every file."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model, as its index says."""
+    index = json.loads((directory / INDEX).read_text())["weight_map"]
+    files = {name: load_file(directory / name) for name in set(index.values())}
+    found = {key: files[name][key] for key, name in index.items()}
+    assert sum(map(len, files.values())) == len(found)
+    return found
+
+
+def weights(directory: Path, bits: int) -> dict[str, torch.Tensor]:
+    """The floats that a model stands for, in float32, by the names that transformers has."""
+    stored = tensors(directory)
+    found = {name: tensor.float() for name, tensor in stored.items() if "weight_" not in name}
+    for name, words in stored.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight_packed":
+            rows, width = stored[f"{module}.weight_shape"].tolist()
+            codes = unpack_codes(words, bits, width)
+            assert codes.shape == (rows, width)
+            found[f"{module}.weight"] = decode(codes, stored[f"{module}.weight_scale"])
+    return found
+
+
+def save(directory: Path, model: Any, dtype: torch.dtype = torch.float32) -> Path:
+    """The model as a safetensors directory."""
+    model.to(dtype).save_pretrained(directory)
+    return directory
