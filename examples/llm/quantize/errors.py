@@ -24,8 +24,8 @@ class Errors:
         """Take in weights and what they should be, both float32."""
         error = found - expected
         self.weights += error.numel()
-        self.squares += float(error.square().sum(dtype=torch.float64))
-        self.signal += float(expected.square().sum(dtype=torch.float64))
+        self.squares += _sum_of_squares(error)
+        self.signal += _sum_of_squares(expected)
         self.largest = max(self.largest, float(error.abs().max()))
 
     def add(self, other: Errors) -> None:
@@ -46,6 +46,11 @@ class Errors:
     def of_list(cls, values: Sequence[float]) -> Errors:
         weights, squares, signal, largest = values
         return cls(int(weights), float(squares), float(signal), float(largest))
+
+
+def _sum_of_squares(values: torch.Tensor) -> float:
+    """In float64: squares of what float32 holds may be beyond it."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def error_table(by_module: Mapping[str, Errors], groups: Mapping[str, int]) -> str:

@@ -37,10 +37,10 @@ class Rounding:
         return torch.div(groups, scales[..., None], out=out).round_().clamp_(low, high)
 
     def stored(self, scales: torch.Tensor) -> torch.Tensor:
-        """What is left of scales when they are stored; 0 and what overflows become 1."""
-        kept = scales.to(self.dtype).float()
-        usable = kept.isfinite() & (kept.abs() >= torch.finfo(self.dtype).tiny)
-        return torch.where(usable, kept, torch.ones_like(kept))
+        """What is left of scales when they are stored; what is too small to be stored becomes 1."""
+        limits = torch.finfo(self.dtype)
+        kept = scales.clamp(max=limits.max).to(self.dtype).float()
+        return torch.where(kept >= limits.tiny, kept, torch.ones_like(kept))
 
 
 def search_scales(
