@@ -105,7 +105,9 @@ def test_no_scale_of_the_grid_is_better_than_the_one_found(bits, dtype, seed, si
     torch.manual_seed(seed)
     groups = torch.randn(7, 2, 32) ** 3 * 10**size
     importance, rounding = torch.rand(2, 32) ** 4, Rounding(bits, dtype)
-    found = weighted_error(groups, importance, search_scales(groups, importance, rounding), rounding)
+    found = weighted_error(
+        groups, importance, search_scales(groups, importance, rounding), rounding
+    )
     largest = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
     first, last, count = GRIDS[bits]
     for i in range(count):

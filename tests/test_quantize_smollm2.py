@@ -1,0 +1,125 @@
+"""A real model, quantized: what it loses. And what a large one takes."""
+
+import pydoc_data.topics
+import subprocess
+import sys
+
+import make_checkpoint
+import pytest
+import torch
+from assets import REPOSITORY, one_torch_thread, smollm2
+from quantizing import run, weights
+from transformers import AutoModelForCausalLM
+
+from llm.engine import StreamingEngine
+from llm.opening import Model
+from llm.quantize.perplexity import perplexity
+from llm.tokenizer import raw_ids
+
+CPU = torch.device("cpu")
+EVALUATION = REPOSITORY / "tests/data/evaluation.txt"
+
+
+def read(path) -> Model:
+    return Model.read(path, lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    """The beginning of every topic of Python's own help: nothing that the evaluation is about."""
+    path = tmp_path_factory.mktemp("texts") / "help.txt"
+    topics = pydoc_data.topics.topics
+    path.write_text("\n".join(topics[name][:1200] for name in sorted(topics)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def ids():
+    found = raw_ids(read(smollm2()).tokenizer, EVALUATION.read_text(encoding="utf-8"))
+    assert len(found) >= 2000
+    return found
+
+
+@pytest.fixture(scope="module")
+def original(ids) -> float:
+    with one_torch_thread():
+        return perplexity(read(smollm2()), ids, CPU)
+
+
+def loss(out, ids, original: float, *options: object) -> float:
+    """By how much of it the perplexity grows."""
+    with one_torch_thread():
+        assert run(smollm2(), out, *options) == 0
+        return perplexity(read(out), ids, CPU) / original - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["auto", "32"])
+def test_eight_bits_lose_nothing_to_speak_of(tmp_path, ids, original, group):
+    assert abs(loss(tmp_path / "out", ids, original, "--bits", 8, "--group", group)) < 0.005
+
+
+@pytest.mark.slow
+def test_four_bits_with_calibration_lose_little_and_less_than_without(
+    tmp_path, ids, original, calibration
+):
+    options = ("--bits", 4, "--group", 32)
+    blind = loss(tmp_path / "blind", ids, original, *options)
+    aware = loss(tmp_path / "aware", ids, original, *options, "--calibrate", calibration)
+    assert aware < 0.12 and aware < 0.75 * blind
+    question = [{"role": "user", "content": "What is 2+2?"}]
+    with StreamingEngine(tmp_path / "aware", device="cpu", max_length=64) as engine:
+        assert "4" in engine.generate(question, max_new_tokens=20, temperature=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transformers_loads_it_with_weights_equal_to_ours(tmp_path, bits):
+    out = tmp_path / "out"
+    assert run(smollm2(), out, "--bits", bits) == 0
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        logits = theirs(torch.tensor([[504, 3575, 282, 4649, 314]])).logits[0, -1].float()
+    found = theirs.state_dict()
+    for name, expected in weights(out, bits).items():
+        assert torch.equal(found[name], expected.to(torch.bfloat16)), name
+    with StreamingEngine(out, device="cpu", max_length=64) as engine:
+        row = engine._runner.kv.rows.add(64)
+        ours = engine._runner.forward([(row, [504, 3575, 282, 4649, 314])])[0]
+    assert (ours - logits).square().mean().sqrt() < 0.05 * logits.square().mean().sqrt()
+
+
+MEASURED = """
+import resource, sys
+sys.path[:0] = sys.argv[3:]
+import torch
+from pathlib import Path
+from llm.opening import Model
+from llm.quantize.grouping import choose_groups
+from llm.quantize.job import Job, quantize
+from llm.quantize.layers import Recipe
+from llm.quantize.scales import Rounding
+
+model = Model.read(sys.argv[1], print)
+recipe = Recipe(Rounding(4, torch.bfloat16), choose_groups(model.config, None))
+job = Job(model=model, recipe=recipe, out=Path(sys.argv[2]), device=torch.device("cpu"),
+          calibration=range(8192))
+quantize(job, lambda _: None, lambda _: None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_quantizing_the_shape_of_a_7b_model_takes_less_than_4_gib(tmp_path):
+    """One layer of it, its embedding and its head, with the calibration text that is the default.
+
+    Layers go through the same slots, so that more of them take no more.
+    """
+    made = tmp_path / "in"
+    assert make_checkpoint.main([str(made), "--shape", "qwen2.5-7b", "--layers", "1"]) == 0
+    arguments = [str(made), str(tmp_path / "out"), str(REPOSITORY / "examples"), str(REPOSITORY)]
+    command = [sys.executable, "-c", MEASURED, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = int(result.stdout.splitlines()[-1]) * 1024
+    assert peak < 4 << 30, peak
+    assert peak > 500 << 20  # what was measured is not nothing
