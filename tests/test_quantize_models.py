@@ -1,4 +1,4 @@
-"""What quantize.py writes of tiny models, for transformers, for the engine, and from both formats."""
+"""What quantize.py writes of tiny models, for transformers and for the engine."""
 
 import json
 from pathlib import Path
