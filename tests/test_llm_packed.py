@@ -210,7 +210,7 @@ def test_unpacking_makes_nothing_that_is_nearly_as_large_as_the_weights(
         assert len(list(unpacker.blocks(packed))) == 4
     assert sizes.largest <= 8 * 768 * 4 // 8
     with Sizes() as sizes:
-        unpack_rows(packed, 0, 8, expected[:8].clone())  # without scratch, it is made
+        unpack_rows(packed, 0, 8, expected[:8].clone())  # what it makes must be seen
     assert sizes.largest >= 8 * 768 * 4
 
 

@@ -55,7 +55,8 @@ class Packed:
       [i, r] holds columns i * pack to i * pack + pack - 1 of row r; ``zero`` int32
       (groups, rows / pack), codes along the rows; ``scale`` (groups, rows); ``g_idx`` as above, if
       columns are not in order. So rows [start, end) are columns [start, end) of the words, and of
-      the zeros' words those from start // pack. W = (code - (zero + zero_offset) % 2 ** bits) * scale.
+      the zeros' words those from start // pack. The stored zero point is short of
+      ``zero_offset``: W = (code - (zero + zero_offset) % 2 ** bits) * scale.
 
     Scales are float32, float16 or bfloat16, as stored. Where all scales are of one channel or
     tensor, ``scale`` may be an expanded view: go by its strides. The same holds for every part: no
