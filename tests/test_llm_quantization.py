@@ -158,7 +158,10 @@ def ct(kind: str = "pack-quantized", **weights: Any) -> dict[str, Any]:
         (ct(strategy="tensor", symmetric=False), "group_0: asymmetric strategy 'tensor'"),
         (ct(type="float"), "group_0: pack-quantized float of bits 4"),
         (ct() | {"transform_config": {"config_groups": {"a": {}}}}, "transform_config is not"),
-        (ct() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config: format 'sp"),
+        (
+            ct() | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config: format 'sp",
+        ),
         (ct() | {"config_groups": [1]}, "quantization_config of compressed-tensors"),
     ],
 )
