@@ -176,6 +176,15 @@ def test_a_narrower_dtype_is_the_float32_value_rounded_once(tmp_path, name, dtyp
     assert torch.equal(unpacked(packed, dtype), expected.to(dtype))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PACKINGS)
+def test_a_gpu_unpacks_the_same_bits(tmp_path, name):
+    packed, expected = make(tmp_path, name)
+    out = torch.empty(80, 96, device="cuda")
+    unpack_rows(packed.to(torch.device("cuda")), 0, 80, out)
+    assert equal_bits(out.cpu(), expected.numpy())
+
+
 class Sizes(TorchDispatchMode):
     """The largest tensor that is allocated while this is entered, in bytes."""
 

@@ -40,6 +40,15 @@ def test_a_packed_model_gives_the_logits_of_the_floats_in_it(tmp_path, name):
     assert relative_error(engine_logits(tmp_path), expected) <= TOLERANCE
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PACKINGS)
+def test_a_gpu_gives_the_logits_of_the_floats_in_it(tmp_path, name):
+    model = zoo_model("llama-biases")
+    write_packed(tmp_path, model, name)
+    expected = reference(model, IDS, len(IDS))
+    assert relative_error(engine_logits(tmp_path, device="cuda").cpu(), expected) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "gemma3_text"])
 def test_every_architecture_may_be_packed(tmp_path, name):
     model = zoo_model(name)

@@ -19,6 +19,7 @@ from llm.errors import UnsupportedModelError
 from llm.metadata import load_config
 from llm.names import weight_names
 from llm.quantization import read_quantization
+from llm.scale_check import not_finite
 
 LAYER = "model.layers.1.self_attn.q_proj."
 Edit = Callable[[dict[str, torch.Tensor]], Any]
@@ -201,3 +202,17 @@ def test_scales_that_are_finite_are_looked_at_once(tmp_path, monkeypatch):
         runner.forward([(row, torch.tensor([3, 4]))])
         monkeypatch.setattr("llm.scale_check.scales", None)  # to be called no more
         runner.forward([(row, torch.tensor([5]))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scale_is_taken_for_finite_if_and_only_if_it_is(dtype):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    found = torch.stack([not_finite(value[None]) for value in every])
+    assert torch.equal(found, ~every.isfinite())
+
+
+@pytest.mark.parametrize("bits", [0x7F7FFFFF, 0x7F800000, 0x7F800001, -1, 0, 1, -0x800000])
+def test_a_float32_scale_is_taken_for_finite_if_and_only_if_it_is(bits):
+    scale = torch.tensor([1.0, 0.0])
+    scale.view(torch.int32)[1] = bits
+    assert bool(not_finite(scale)) == (not bool(scale.isfinite().all()))
