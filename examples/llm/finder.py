@@ -38,19 +38,17 @@ class Finder:
         A plain matrix is taken as it is, whatever the config says; a packed one must have a scheme.
         """
         spec = self._tensors.get(f"{module}.weight")
-        packed_key = next((k for k in PACKED_KEYS if f"{module}.{k}" in self._tensors), None)
-        if spec is not None and packed_key is None:
+        is_packed = any(f"{module}.{kind}" in self._tensors for kind in PACKED_KEYS)
+        if spec is not None and not is_packed:
             if spec.ggml_type in BLOCK_TYPES or spec.dtype in FLOATS or spec.ggml_type:
                 return self._plain(spec, f"{module}.weight", shape)
             if spec.dtype.itemsize > 1:
                 raise self._error(spec, f"has dtype {spec.dtype}, not a plain float")
-        if spec is None and packed_key is None:
+        if spec is None and not is_packed:
             raise UnsupportedModelError(f"{self._place}: tensor {f'{module}.weight'!r} is missing")
-        spec = spec if packed_key is None else self._tensors[f"{module}.{packed_key}"]
-        assert spec is not None
         if scheme is None:
             raise self._error(
-                spec,
+                self._own(module),
                 "is not a plain float, but config.json's quantization_config does not say how "
                 "this module is packed",
             )
@@ -159,7 +157,7 @@ class Finder:
         """The key of a part, whose shape (or one of several) and dtype are checked."""
         key = f"{module}.{kind}"
         if key not in self._tensors:
-            own = next(s for k, s in self._tensors.items() if k.startswith(f"{module}."))
+            own = self._own(module)
             raise UnsupportedModelError(
                 f"{self._place}: tensor {key!r} is missing; {own.name!r} in {own.path} is packed "
                 "and needs it"
@@ -190,9 +188,9 @@ class Finder:
         if not scheme.group:
             return 1
         if width % scheme.group:
-            spec = next(s for k, s in self._tensors.items() if k.startswith(f"{module}."))
             raise self._error(
-                spec, f"has a group_size of {scheme.group}, which does not divide {width} columns"
+                self._own(module),
+                f"has a group_size of {scheme.group}, which does not divide {width} columns",
             )
         return width // scheme.group
 
@@ -221,6 +219,11 @@ class Finder:
         if shape[0] % rows or shape[1] % columns:
             spec = self._tensors[f"{module}.qweight"]
             raise self._error(spec, f"cannot hold {list(shape)} numbers in whole words")
+
+    def _own(self, module: str) -> TensorSpec:
+        """The tensor with a module's weights."""
+        keys = (f"{module}.{kind}" for kind in (*PACKED_KEYS, "weight"))
+        return next(self._tensors[key] for key in keys if key in self._tensors)
 
     def _others(self, module: str, *kinds: str) -> tuple[str, ...]:
         keys = (f"{module}.{kind}" for kind in (*kinds, *IGNORED_KINDS))

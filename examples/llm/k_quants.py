@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from .scratch import Scratch
@@ -109,7 +111,7 @@ def unpack_iq4_xs(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> Non
 
 def put_levels(nibbles: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
     """Write the LEVELS of low and high nibbles: of bytes (..., 16) into floats (..., 2, 16)."""
-    levels = torch.tensor(LEVELS, dtype=torch.int8, device=nibbles.device)
+    levels = _levels(nibbles.device)
     numbers = scratch.take(torch.int32, *nibbles.shape)
     found = scratch.take(torch.int8, nibbles.numel())
     for half in range(2):
@@ -117,6 +119,13 @@ def put_levels(nibbles: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> No
         numbers.bitwise_right_shift_(4) if half else numbers.bitwise_and_(15)
         torch.index_select(levels, 0, numbers.view(-1), out=found)
         out[..., half, :] = found.view(nibbles.shape)
+
+
+@cache
+def _levels(device: torch.device) -> torch.Tensor:
+    """LEVELS on a device, where they are put once: a copy would wait for the device's work."""
+    with torch.inference_mode(False):
+        return torch.tensor(LEVELS, dtype=torch.int8, device=device)
 
 
 def _six_bit_scales(

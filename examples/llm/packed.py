@@ -55,7 +55,8 @@ class Packed:
       [i, r] holds columns i * pack to i * pack + pack - 1 of row r; ``zero`` int32
       (groups, rows / pack), codes along the rows; ``scale`` (groups, rows); ``g_idx`` as above, if
       columns are not in order. So rows [start, end) are columns [start, end) of the words, and of
-      the zeros' words those from start // pack. W = (code - (zero + zero_offset) % 2 ** bits) * scale.
+      the zeros' words those from start // pack. The stored zero point is short of
+      ``zero_offset``: W = (code - (zero + zero_offset) % 2 ** bits) * scale.
 
     Scales are float32, float16 or bfloat16, as stored. Where all scales are of one channel or
     tensor, ``scale`` may be an expanded view: go by its strides. The same holds for every part: no
@@ -136,8 +137,8 @@ def scales(packed: Packed) -> list[torch.Tensor]:
 
 def take_rows(packed: Packed, ids: torch.Tensor) -> Packed:
     """The rows with these numbers, copied: of an embedding. Not of "awq4" and "gptq*"."""
-    parts = {name: part[ids] for name, part in packed.parts.items() if name in _BY_ROW}
-    parts |= {name: part for name, part in packed.parts.items() if name not in _BY_ROW}
+    whole = ("zero", "scale") if packed.format == "fp8" else ("zero",)
+    parts = {name: part[ids] for name, part in packed.parts.items() if name not in whole}
     if packed.format == "fp8":
         parts["scale"] = packed.parts["scale"][_block_rows(packed, ids)]
     elif packed.format in CT_BITS and not packed.symmetric:
@@ -154,7 +155,6 @@ FLOATS = ("F32", "F16", "BF16")
 CT_BITS = {"ct4": 4, "ct8": 8}
 GPTQ_BITS = {"gptq4": 4, "gptq8": 8}
 FORMATS = (*BLOCK_TYPES, *FLOATS, *CT_BITS, "int8", "fp8", "awq4", *GPTQ_BITS)
-_BY_ROW = ("raw", "weight", "packed", "scale")
 _AWQ_BITS = 4
 _CODE_NBYTES = {"ct4": 2, "awq4": 1, "gptq4": 1, "gptq8": 1}
 """What taking codes apart needs, for each weight."""

@@ -16,7 +16,6 @@ from .errors import UnsupportedModelError
 
 METHODS = ("compressed-tensors", "awq", "gptq", "fp8", "fbgemm_fp8")
 CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
-CT_DENSE = ("dense", None)
 SPEC_CLASSES = {"embed_tokens": "Embedding"}
 """Classes by which compressed-tensors may mean modules; all others here are "Linear"."""
 
@@ -87,6 +86,8 @@ def read_quantization(config: object) -> Quantization | None:
     rules = {"compressed-tensors": _ct_rules, "awq": _awq_rules, "gptq": _gptq_rules}
     try:
         found = tuple(rules.get(method, _fp8_rules)(config))
+        for rule in found:
+            re.compile(rule.pattern.removeprefix("re:") if rule.rank == 1 else "")
     except (AttributeError, TypeError, re.error) as error:
         raise UnsupportedModelError(f"quantization_config of {method}: {error}") from error
     return Quantization(method, found)
@@ -188,10 +189,11 @@ def _block(block: object) -> tuple[int, int]:
 
 
 def _ct_rules(config: Mapping[str, Any]) -> Iterator[_Rule]:
-    for field in ("transform_config", "sparsity_config"):
-        found = config.get(field)
-        if found and (not isinstance(found, Mapping) or found.get("format") not in CT_DENSE):
-            raise UnsupportedModelError(f"quantization: {field} is not supported")
+    if (config.get("transform_config") or {}).get("config_groups"):
+        raise UnsupportedModelError("quantization: transform_config is not supported")
+    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        raise _refusal("sparsity_config: format", sparsity, ("dense",))
     rules = []
     for name, group in (config.get("config_groups") or {}).items():
         scheme = _ct_scheme(name, group, group.get("format") or config.get("format"))

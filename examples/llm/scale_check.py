@@ -9,6 +9,13 @@ from layer_streamer import TensorSpec
 from .errors import UnsupportedModelError
 from .packed import Packed, scales
 
+EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+}
+"""Of each dtype, its bits as a whole number, and those that are all set in no finite number."""
+
 
 class ScaleCheck:
     """Remembers which scales it has seen, and which of them were not finite.
@@ -29,8 +36,7 @@ class ScaleCheck:
             return
         self._seen.add(key)
         for scale in scales(packed):
-            flag = (scale == 255).any() if scale.dtype == torch.uint8 else ~scale.isfinite().all()
-            self._found.append((spec, flag))
+            self._found.append((spec, not_finite(scale)))
 
     def end(self) -> None:
         """UnsupportedModelError, with tensor and file, if a scale was infinite or not a number."""
@@ -44,3 +50,11 @@ class ScaleCheck:
                 raise UnsupportedModelError(
                     f"tensor {spec.name!r} has scales that are not finite ({spec.path})"
                 )
+
+
+def not_finite(scale: torch.Tensor) -> torch.Tensor:
+    """One truth, on the scale's device; by its bits, for ``isfinite`` takes five times as long."""
+    if scale.dtype == torch.uint8:  # a power of two: see ``Packed``
+        return scale.amax() == 255
+    whole, exponent = EXPONENTS[scale.dtype]
+    return scale.view(whole).bitwise_and(exponent).amax() == exponent
