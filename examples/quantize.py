@@ -31,6 +31,7 @@ CALIBRATION_TOKENS = 8192
 TEXT_TOKENS = 16384
 """Of --text at most: what they take is kept for all of them at once."""
 LEAST_TOKENS = 2
+BAR = "{l_bar}{bar}| {elapsed} so far, {remaining} left"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,36 +131,45 @@ def run_job(job: Job) -> dict[str, Errors]:
 
     from llm.quantize.job import quantize
 
-    check_room(job)
+    partial = check_room(job)
     each, layers = job.layer_weights(), job.model.config.num_layers
-    form = "{l_bar}{bar}| {elapsed} so far, {remaining} left"
-    with tqdm(total=layers * each, leave=False, disable=None, bar_format=form) as bar:
+    with tqdm(total=layers * each, leave=False, disable=None, bar_format=BAR) as bar:
 
         def start(count: int) -> None:
             if count < layers:
                 say(f"going on: {layers - count} of {layers} layers are done")
             bar.reset(total=count * each)
 
-        return quantize(job, bar.update, start)
+        try:
+            return quantize(job, bar.update, start)
+        except KeyboardInterrupt:
+            bar.close()
+            if partial.is_dir():
+                say(f"{partial} is kept: the same command goes on with it")
+            raise
 
 
-def check_room(job: Job) -> None:
-    """ValueError if the file system has not the bytes that the model will take."""
+def check_room(job: Job) -> Path:
+    """Where the model grows; ValueError if the file system has not the bytes that it will take."""
     partial = job.out.with_name(job.out.name + ".partial")
     there = sum(p.stat().st_size for p in partial.iterdir()) if partial.is_dir() else 0
     needed, free = job.nbytes() - there, shutil.disk_usage(job.out.parent).free
     if free < needed:
         raise ValueError(f"{job.out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+    return partial
 
 
 def compare(model: Model, job: Job, path: Path, ids: list[int]) -> None:
     """The perplexities of both models on a text."""
+    from tqdm import tqdm
+
     from llm.opening import Model
     from llm.quantize.perplexity import perplexity
     from llm.quantize.texts import WINDOW
 
-    before = perplexity(model, ids, job.device)
-    after = perplexity(Model.read(job.out, say), ids, job.device)
+    with tqdm(total=2 * model.config.num_layers, leave=False, disable=None, bar_format=BAR) as bar:
+        before = perplexity(model, ids, job.device, lambda _: bar.update())
+        after = perplexity(Model.read(job.out, say), ids, job.device, lambda _: bar.update())
     say(
         f"{path}: perplexity {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%}) on "
         f"{len(ids):,} tokens in windows of {min(WINDOW, model.config.max_positions)}"
@@ -179,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         _run_reporting_errors(args)
         print(args.out)
     except KeyboardInterrupt:
-        say("\ninterrupted: the same command goes on with what is done")
+        say("")
         return 130
     except (OSError, ValueError, ImportError) as error:
         say(f"error: {' '.join(str(error).split())}")

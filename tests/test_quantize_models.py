@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import quantize
 import torch
 from assets import relative_error
 from forward import open_forward
 from gguf_models import write_gguf
+from packed_models import write_packed
 from quantizing import contents, run, save, tensors, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import reference, stepwise, zoo_model
@@ -116,6 +118,31 @@ def test_a_quantized_model_can_be_quantized_again(tmp_path, bits):
     for name in expected:
         error = relative_error(found[name], expected[name])
         assert error <= (1e-6 if bits == 4 or "_proj" not in name else 0.01), name
+
+
+@pytest.mark.parametrize("packing", ["awq-g32", "gptq4-v2-act-order", "fp8-blocks"])
+def test_a_model_in_another_packed_format_can_be_quantized(tmp_path, packing):
+    model = zoo_model("llama")
+    write_packed(tmp_path / "in", model, packing)  # puts what the file holds into the model
+    assert run(tmp_path / "in", tmp_path / "out", "--bits", 8, "--dtype", "float32") == 0
+    found = weights(tmp_path / "out", 8)
+    for name, expected in model.state_dict().items():
+        assert relative_error(found[name], expected) <= 0.02, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gpu_makes_what_the_cpu_makes(tmp_path, bits):
+    write_gguf(tmp_path / "a.gguf", zoo_model("llama-biases"), tokenizer=True)
+    (tmp_path / "text").write_text("a boat on the sea " * 20)
+    options = ("--bits", bits, "--dtype", "float32", "--calibrate", tmp_path / "text")
+    options = (*options, "--text", tmp_path / "text")
+    assert run(tmp_path / "a.gguf", tmp_path / "cpu", *options) == 0
+    arguments = [tmp_path / "a.gguf", tmp_path / "gpu", *options, "--device", "cuda"]
+    assert quantize.main([str(argument) for argument in arguments]) == 0
+    found, expected = weights(tmp_path / "gpu", bits), weights(tmp_path / "cpu", bits)
+    for name in expected:  # sums in another order may tip a scale to its neighbour
+        assert (found[name] - expected[name]).abs().mean() <= 0.005 * expected[name].abs().mean()
 
 
 def test_tokenizer_and_template_stand_beside_the_weights(tmp_path):

@@ -95,7 +95,7 @@ def test_an_interrupted_run_is_gone_on_with_at_every_file(
 def test_an_interrupt_at_any_line_leaves_all_or_nothing_that_looks_finished(case, tmp_path):
     source, arguments, expected = case
     folder, outcomes = str(REPOSITORY / "examples" / "llm" / "quantize"), set()
-    for number in (1, 30, 200, 333, 700, 1500, 2222, 2600, 3000, 100_000):
+    for number in (1, 30, 200, 700, 1500, 2600, 100_000):
         out, left = tmp_path / str(number), number
 
         def trace(frame, event, arg):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,15 @@ def quantize(
         model, dtype = job.model, job.recipe.dtype
         names = model.names
         first, *layer_files, last = job.files
-        on_start(sum(name in unfinished.missing for name in layer_files))
-        if not unfinished.has(first):
+        missing = set(unfinished.missing)
+        layers_missing = {i for i, name in enumerate(layer_files) if name in missing}
+        on_start(len(layers_missing))
+        if first in missing:
             embedding = matrix_entry(model, names.embedding_matrix, dtype)
             unfinished.write(first, {"model.embed_tokens.weight": embedding}, {})
-        if any(name in unfinished.missing for name in layer_files):
-            _quantize_layers(job, unfinished, layer_files, on_weights)
-        if not unfinished.has(last):
+        if layers_missing:
+            _quantize_layers(job, unfinished, layers_missing, on_weights)
+        if last in missing:
             entries = {"model.norm.weight": norm_entry(model, dtype)}
             if names.head != names.embedding:
                 entries["lm_head.weight"] = matrix_entry(model, names.head_matrix, dtype)
@@ -109,11 +111,10 @@ def quantize(
 
 
 def _quantize_layers(
-    job: Job, unfinished: Unfinished, files: Sequence[str], on_weights: Callable[[int], object]
+    job: Job, unfinished: Unfinished, missing: Collection[int], on_weights: Callable[[int], object]
 ) -> None:
     """One pass over the layers; those that are done only carry the calibration text on."""
-    model, missing = job.model, set(unfinished.missing)
-    last = max(i for i, name in enumerate(files) if name in missing)
+    model, files = job.model, job.files[1:-1]
     with open_streamer(model, job.device) as streamer:
         unpacker = float_unpacker(model, job.device)
         quantizer = LayerQuantizer(model, job.recipe, unpacker, on_weights)
@@ -129,12 +130,12 @@ def _quantize_layers(
                     weights = Watched(tensors, layer, model.names, unpacker)
                     text.layer(x_ND, weights)
                     importance = weights.importance()
-                if files[layer_idx] in missing:
+                if layer_idx in missing:
                     found, errors = quantizer.tensors(tensors, layer, importance)
                     entries = {name: Entry.of(tensor) for name, tensor in found.items()}
                     record = {module: error.as_list() for module, error in errors.items()}
                     unfinished.write(files[layer_idx], entries, record)
-                if layer_idx == last:
+                if layer_idx == max(missing):
                     break
 
 

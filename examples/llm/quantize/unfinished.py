@@ -56,14 +56,10 @@ class Unfinished:
     ) -> None:
         os.close(self._descriptor)  # and with it the lock
 
-    def has(self, name: str) -> bool:
-        """True if this file has been written, now or by an earlier run."""
-        return is_whole(self.path / name)
-
     @property
     def missing(self) -> list[str]:
-        """Files that have not been written."""
-        return [name for name in self._names if not self.has(name)]
+        """Files that have not been written, neither now nor by an earlier run."""
+        return [name for name in self._names if not is_whole(self.path / name)]
 
     def write(self, name: str, entries: Mapping[str, Entry], record: Mapping[str, Any]) -> None:
         """Write a file; ``record`` is kept with it."""
