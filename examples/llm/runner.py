@@ -15,6 +15,7 @@ from .dequant import Unpacker
 from .kv_cache import KVCache
 from .model import decoder_layer, rms_norm
 from .names import WeightNames
+from .placing import require_finite
 from .rope import Rotary
 from .rope_config import Rope
 from .row_attention import GATHER_NBYTES, RowAttention
@@ -99,6 +100,7 @@ class Runner:
             step = _Pass(self, batch, every_position=every_position, on_layer=on_layer)
             self.streamer.run_pass(self._embed(batch), step)
             self._check.end()
+            require_finite(step.logits, self._dtype)
         self.kv.end()
         return step.logits
 
