@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized.helpers import (
+    pack_to_int32,
+    unpack_from_int32,
+)
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -98,13 +101,46 @@ def decompress(tensors: Tensors, config: dict[str, Any]) -> torch.Tensor:
     return compressor.decompress(dict(tensors), ct_scheme(config))["weight"]
 
 
-def int_bytes(group: int, *, symmetric: bool) -> Packing:
-    """compressed-tensors ``int-quantized``."""
+def words_in_any_order(bits: int, group: int) -> Packing:
+    """``pack-quantized`` whose columns belong to groups in any order. The package has given that up
+    and reads it no more: the oracle is the package on columns that are put in order."""
+    plain = packed_words(bits, group, symmetric=False)
+    weights = plain.config["config_groups"]["group_0"]["weights"] | {"actorder": "group"}
+    config = plain.config | {"config_groups": {"g": {"targets": ["Linear"], "weights": weights}}}
+
+    def pack(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
+        width = weight.shape[1]
+        order = torch.randperm(width, generator=generator)
+        tensors = plain.pack(weight[:, order], generator)
+        inverse, shape = order.argsort(), tuple(weight.shape)
+        codes = unpack_from_int32(tensors["weight_packed"], bits, shape)
+        tensors["weight_packed"] = pack_to_int32(codes[:, inverse].contiguous(), bits)
+        return tensors | {"weight_g_idx": (torch.arange(width) // group)[inverse].int()}
+
+    def unpack(tensors: Tensors) -> torch.Tensor:
+        order = tensors["weight_g_idx"].argsort(stable=True)
+        shape = tuple(tensors["weight_shape"].tolist())
+        codes = unpack_from_int32(tensors["weight_packed"], bits, shape)
+        sorted_words = pack_to_int32(codes[:, order].contiguous(), bits)
+        found = plain.unpack(tensors | {"weight_packed": sorted_words})
+        return found[:, order.argsort()].contiguous()
+
+    return Packing(config, pack, unpack)
+
+
+def int_bytes(group: int | None, *, symmetric: bool) -> Packing:
+    """compressed-tensors ``int-quantized``; one scale for all of it if ``group`` is None."""
     shape = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    if group is None:
+        shape = {"strategy": "tensor"}
     config = ct_config("int-quantized", num_bits=8, symmetric=symmetric, **shape)
 
     def pack(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
-        codes, scale, zero = codes_of(weight, group, bits=8, symmetric=symmetric)
+        if group is None:
+            codes, scale, zero = codes_of(weight.view(1, -1), 0, bits=8, symmetric=symmetric)
+            codes, scale = codes.view(weight.shape), scale.view(1)
+        else:
+            codes, scale, zero = codes_of(weight, group, bits=8, symmetric=symmetric)
         tensors = {"weight": (codes - 128).to(torch.int8), "weight_scale": scale.bfloat16()}
         if not symmetric:
             tensors["weight_zero_point"] = (zero - 128).to(torch.int8)
@@ -194,6 +230,8 @@ def fp8(block: tuple[int, int] | None, *, kind: str = "fp8", scale_dtype=torch.f
     name = "weight_scale" if block is None else "weight_scale_inv"
     if block is not None:
         config["weight_block_size"] = list(block)
+    if kind == "tensor":  # one scale, without dimensions
+        name = "weight_scale"
     if kind == "ct":
         config = ct_config("float-quantized", type="float", num_bits=8, strategy="channel")
         name = "weight_scale"
@@ -206,6 +244,7 @@ def fp8(block: tuple[int, int] | None, *, kind: str = "fp8", scale_dtype=torch.f
 
     def pack(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
         rows, columns = block or (1, weight.shape[1])
+        rows = len(weight) if kind == "tensor" else rows
         whole = padded(weight)
         blocks = whole.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
         scale = (blocks.abs().amax((1, 3)) / 448).to(scale_dtype)
@@ -213,11 +252,13 @@ def fp8(block: tuple[int, int] | None, *, kind: str = "fp8", scale_dtype=torch.f
             scale = (blocks.abs().amax((1, 3)) / 448).log2().ceil().exp2().to(scale_dtype)
         spread = scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         codes = (whole / spread).to(FP8)[: weight.shape[0], : weight.shape[1]]
+        scale = scale.view(()) if kind == "tensor" else scale
         return {"weight": codes.contiguous(), name: scale}
 
     def unpack(tensors: Tensors) -> torch.Tensor:
         codes, scale = tensors["weight"], tensors[name]
         whole = padded(codes.float()).to(FP8)
+        scale = scale.view(1, 1) if kind == "tensor" else scale
         found = Fp8Dequantize(None)._dequantize_one(whole, scale, torch.float32)
         return found[: codes.shape[0], : codes.shape[1]].contiguous()
 
@@ -230,9 +271,11 @@ PACKINGS = {
     "ct4-asym-g16": packed_words(4, 16, symmetric=False),
     "ct8-g32": packed_words(8, 32, symmetric=True, scale_dtype=torch.float32),
     "ct8-channel": packed_words(8, 0, symmetric=True),
+    "ct4-act-order": words_in_any_order(4, 16),
     "ct8-asym-channel": packed_words(8, 0, symmetric=False),
     "int8-channel": int_bytes(0, symmetric=True),
     "int8-asym-g32": int_bytes(32, symmetric=False),
+    "int8-tensor": int_bytes(None, symmetric=True),
     "awq-g32": awq(32),
     "gptq4-g32": gptq(4, 32, act_order=False, version=1),
     "gptq4-v2-act-order": gptq(4, 16, act_order=True, version=2),
@@ -241,6 +284,7 @@ PACKINGS = {
     "fp8-blocks": fp8((32, 48)),
     "fp8-powers-of-two": fp8((32, 32), scale_dtype=torch.float8_e8m0fnu),
     "fp8-channel": fp8(None),
+    "fp8-tensor": fp8(None, kind="tensor"),
     "fp8-ct-channel": fp8(None, kind="ct", scale_dtype=torch.bfloat16),
 }
 """A packing of each kind, whose groups divide 64 and 96 columns."""

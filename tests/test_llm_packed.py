@@ -26,7 +26,9 @@ CPU = torch.device("cpu")
 MODULE = "self_attn.q_proj"
 EXTREME = (0.0, -0.0, 6e-8, 6.1e-5, -65504.0, float("inf"), float("nan"))
 packings = st.sampled_from(sorted(PACKINGS))
-ROW_PACKED = [name for name in PACKINGS if not name.startswith(("awq", "gptq"))]
+ROW_PACKED = [
+    name for name in PACKINGS if not name.startswith(("awq", "gptq")) and "act" not in name
+]
 
 
 def locate(path: Path, tensors: Tensors, shape: tuple[int, int], packing: Packing) -> Stored:
@@ -70,7 +72,7 @@ def test_unpacked_matrices_equal_their_oracle_bit_for_bit(folder, name, rows, co
 def scramble(tensors: Tensors, generator: torch.Generator) -> None:
     """Any bits for codes and zero points, any scale."""
     for kind, tensor in tensors.items():
-        if kind in ("g_idx", "weight_shape"):
+        if "g_idx" in kind or kind == "weight_shape":
             continue
         if "scale" not in kind and tensor.dtype == torch.int32:
             tensor.random_(-(2**31), 2**31 - 1, generator=generator)

@@ -20,7 +20,13 @@ from llm.names import weight_names
 
 TOLERANCE = 1e-5
 IDS = list(range(3, 300, 7))
-BY_ROW = [name for name in PACKINGS if not name.startswith(("awq", "gptq"))]
+BY_ROW = [name for name in PACKINGS if not name.startswith(("awq", "gptq")) and "act" not in name]
+
+
+def quick(*names: str) -> list[Any]:
+    """Every packing by rows; all but these are slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=[] if n in names else slow) for n in BY_ROW]
 
 
 def engine_logits(path, **options: Any) -> torch.Tensor:
@@ -57,7 +63,9 @@ def test_every_architecture_may_be_packed(tmp_path, name):
         assert relative_error(stepwise(forward), reference(model)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", BY_ROW)
+@pytest.mark.parametrize(
+    "name", quick("ct4-asym-g16", "ct8-channel", "int8-asym-g32", "fp8-blocks")
+)
 def test_a_packed_embedding_and_head_are_taken_too(tmp_path, name):
     packing, model = PACKINGS[name], zoo_model("llama")
     config = copy.deepcopy(packing.config) | {"ignore": []}
@@ -68,7 +76,7 @@ def test_a_packed_embedding_and_head_are_taken_too(tmp_path, name):
     assert relative_error(engine_logits(tmp_path), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", BY_ROW)
+@pytest.mark.parametrize("name", quick("ct4-asym-g16", "fp8-blocks"))
 def test_a_packed_embedding_may_be_the_head(tmp_path, name):
     packing, model = PACKINGS[name], zoo_model("llama-tied")
     config = copy.deepcopy(packing.config)
