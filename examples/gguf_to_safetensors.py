@@ -59,6 +59,7 @@ def convert(model: str, out: Path, *, dtype: str, shard_nbytes: float) -> None:
     from layer_streamer import read_manifest
     from llm.converted import Reader, converted_config, sources
     from llm.metadata import load_config, metadata_directory
+    from llm.names import weight_names
 
     if os.path.lexists(out):
         raise ValueError(f"{out}: exists")
@@ -69,12 +70,13 @@ def convert(model: str, out: Path, *, dtype: str, shard_nbytes: float) -> None:
         raise ValueError(f"{model}: not a GGUF file")
     described = metadata_directory(manifest, say)
     config = load_config(described)
-    tensors = sources(manifest, config)
+    names = weight_names(manifest, config)
+    tensors = sources(manifest, config, names)
     shapes = {name: source.shape for name, source in tensors.items()}
     shards = plan_shards(shapes, dtype=dtype, shard_nbytes=shard_nbytes)
     fields = json.loads((described / "config.json").read_text(encoding="utf-8"))
     fields = converted_config(fields, manifest, config) | {"dtype": dtype}
-    reader = Reader(manifest, getattr(torch, dtype))
+    reader = Reader(names, getattr(torch, dtype))
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf-to-safetensors-") as temporary:
         made = Path(temporary) / "made"
         shutil.copytree(described, made)

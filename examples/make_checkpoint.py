@@ -1,16 +1,16 @@
 """Write a checkpoint with the shape of a known model and random values, to measure with.
 
-    python examples/make_checkpoint.py OUT --shape qwen2.5-7b [--layers 4]
+    python examples/make_checkpoint.py OUT --shape qwen2.5-7b [--layers 4] [--format ct4]
 
-OUT becomes a directory as transformers writes it: config.json and safetensors, no tokenizer. The
-path goes to stdout; progress goes to stderr. Exit code 2 is an error, 130 is Ctrl-C.
+OUT becomes a directory as transformers writes it: config.json and safetensors, no tokenizer; with
+--format q4_k or q8_0, a GGUF file with a tokenizer of bytes. The path goes to stdout; progress goes
+to stderr. Exit code 2 is an error, 130 is Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import shutil
@@ -22,19 +22,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tqdm import tqdm
 
-from llm.random_values import RandomValues
-from llm.shapes import SHAPES, tensor_shapes
-from llm.shards import BLOCK_NBYTES, DTYPES, Shard, plan_shards, shard_index
+from llm.made import FORMATS, MARK, Made, Values, is_file, plan_made
+from llm.shapes import SHAPES
+from llm.shards import DTYPES, Shard
 
 NUM_WRITERS = 4
 SYNC_NBYTES = 256 << 20
 MAX_LAYERS = 1000
-MARK = "random_values"
-"""Key in config.json that says that this script wrote the directory, and from what."""
 OWN_FILES = re.compile(
     r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
@@ -50,7 +48,7 @@ class Writer:
     progress and Ctrl-C never waits for more than NUM_WRITERS * SYNC_NBYTES to get there.
     """
 
-    def __init__(self, values: RandomValues, on_written: Callable[[int], object]) -> None:
+    def __init__(self, values: Values, on_written: Callable[[int], object]) -> None:
         self._values = values
         self._on_written, self._lock = on_written, threading.Lock()
         self._stop = threading.Event()
@@ -90,6 +88,10 @@ class Writer:
             for piece in self._values.tensor(name, count, shard.begin + offset):
                 yield piece
                 offset += piece.nbytes
+            padding = -offset % shard.alignment
+            if padding:
+                yield memoryview(bytes(padding))
+                offset += padding
 
     def _write_at(self, descriptor: int, data: memoryview, offset: int) -> None:
         while data:  # the system may take several calls
@@ -111,18 +113,35 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("out", metavar="OUT", type=Path, help="the directory to make; its parent must be there")
     add("--shape", required=True, choices=list(SHAPES), help="whose config the model has")
     add("--layers", type=int, metavar="N", help="that many layers instead of the model's own")
-    add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: bfloat16")
-    add("--shard-gb", type=float, default=5.0, metavar="GB", help="largest file; default: 5")
+    add("--format", choices=FORMATS, help="how matrices are packed; default: not at all")
+    add("--dtype", choices=list(DTYPES), help="of what is not packed; default: bfloat16")
+    add("--shard-gb", type=float, metavar="GB", help="largest file; default: 5")
     add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same bytes")
     add("--force", action="store_true", help="replace a checkpoint that this script wrote")
     args = parser.parse_args(argv)
     if args.layers is not None and not 1 <= args.layers <= MAX_LAYERS:
         raise ValueError(f"--layers {args.layers}: must be from 1 to {MAX_LAYERS}")
-    if not args.shard_gb > 0:
+    if args.shard_gb is not None and not args.shard_gb > 0:
         raise ValueError(f"--shard-gb {args.shard_gb:g}: must be above 0")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: must be 0 or more")
+    _check_format(args)
     return args
+
+
+def _check_format(args: argparse.Namespace) -> None:
+    """ValueError for options that the format does not have; fills in the others' defaults."""
+    if is_file(args.format):
+        for option in ("dtype", "shard_gb"):
+            if getattr(args, option) is not None:
+                name = option.replace("_", "-")
+                raise ValueError(f"--{name}: not with --format {args.format}, which is one file")
+        if args.out.suffix != ".gguf":
+            raise ValueError(f"{args.out}: with --format {args.format}, it must end in .gguf")
+    if args.format == "bf16" and args.dtype not in (None, "bfloat16"):
+        raise ValueError(f"--dtype {args.dtype}: not with --format bf16")
+    args.dtype = args.dtype or "bfloat16"
+    args.shard_gb = args.shard_gb or 5.0
 
 
 def run(args: argparse.Namespace) -> None:
@@ -131,39 +150,41 @@ def run(args: argparse.Namespace) -> None:
     Leaves signals ignored: see main().
     """
     out = Path(os.path.realpath(args.out))
-    check_target(out, force=args.force)
+    check = check_file if is_file(args.format) else check_target
+    check(out, force=args.force)
     config = dict(SHAPES[args.shape]) | {"torch_dtype": args.dtype}
     config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
     config[MARK] = {"shape": args.shape, "seed": args.seed}
-    shapes = dict(tensor_shapes(config))
-    shards = plan_shards(shapes, dtype=args.dtype, shard_nbytes=args.shard_gb * 1e9)
-    texts = {"config.json": _as_json(config)}
-    if len(shards) > 1:
-        texts["model.safetensors.index.json"] = _as_json(shard_index(shards))
-    nbytes = sum(shard.nbytes for shard in shards)
-    check_room(out.parent, nbytes + sum(map(len, texts.values())))
+    plan = plan_made(config, args.format, args.dtype, args.shard_gb * 1e9)
+    check_room(out.parent, plan.nbytes + sum(map(len, plan.texts.values())))
 
     began = time.perf_counter()
-    num_blocks = math.ceil((shards[-1].begin + shards[-1].nbytes) / BLOCK_NBYTES)
     temporary = tempfile.TemporaryDirectory(dir=out.parent, prefix=".make-checkpoint-")
     try:
-        made = Path(temporary.name) / "made"
-        made.mkdir()
-        for name, text in texts.items():
-            (made / name).write_text(text)
-        values = RandomValues(args.dtype, args.seed, num_blocks)
-        with tqdm(total=nbytes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-            Writer(values, bar.update).write(made, shards)
-        check_target(out, force=args.force)  # what has come there meanwhile
-        _install(made, out, made.with_name("old"))
+        made = write_made(plan, Path(temporary.name) / "made", args.seed)
+        check(out, force=args.force)  # what has come there meanwhile
+        _install(made, out, Path(temporary.name) / "old")
     finally:
         # Removing gigabytes takes seconds: an impatient second Ctrl-C must not leave them behind.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         temporary.cleanup()
     seconds = time.perf_counter() - began
-    files = f"{len(shards)} file{'s' if len(shards) > 1 else ''}"
-    say(f"{nbytes / 1e9:.2f} GB in {files}, {seconds:.1f} s: {nbytes / seconds / 1e9:.2f} GB/s")
+    count = len(plan.shards)
+    files = f"{count} file{'s' if count > 1 else ''}"
+    speed = plan.nbytes / seconds / 1e9
+    say(f"{plan.nbytes / 1e9:.2f} GB in {files}, {seconds:.1f} s: {speed:.2f} GB/s")
+
+
+def write_made(plan: Made, directory: Path, seed: int) -> Path:
+    """Write all files; the path of what is to become OUT."""
+    directory.mkdir()
+    for name, text in plan.texts.items():
+        (directory / name).write_text(text)
+    values = plan.values(seed)
+    with tqdm(total=plan.nbytes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        Writer(values, bar.update).write(directory, plan.shards)
+    return directory if plan.texts else directory / plan.shards[0].name
 
 
 def check_target(out: Path, *, force: bool) -> None:
@@ -184,6 +205,20 @@ def check_target(out: Path, *, force: bool) -> None:
         raise ValueError(f"{out}: this script did not write it: config.json has no {MARK!r}")
 
 
+def check_file(out: Path, *, force: bool) -> None:
+    """ValueError if OUT is there, unless it may be replaced and this script wrote it."""
+    if not os.path.lexists(out):
+        return
+    if not out.is_file():
+        raise ValueError(f"{out}: not a file")
+    if not force:
+        raise ValueError(f"{out}: exists (--force replaces what this script wrote)")
+    with open(out, "rb") as file:
+        head = file.read(4096)
+    if head[:4] != b"GGUF" or MARK.encode() not in head:
+        raise ValueError(f"{out}: this script did not write it: its metadata has no {MARK!r}")
+
+
 def check_room(directory: Path, needed: int) -> None:
     """ValueError if the file system has fewer bytes free than that."""
     free = shutil.disk_usage(directory).free
@@ -197,10 +232,6 @@ def _is_marked(out: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and MARK in config
-
-
-def _as_json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def _install(made: Path, out: Path, old: Path) -> None:

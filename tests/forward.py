@@ -15,10 +15,11 @@ import torch
 from layer_streamer import LayerStreamer, read_manifest
 from llm.config import ModelConfig, model_config
 from llm.dequant import Unpacker
-from llm.model import decoder_layer, rms_norm
+from llm.fused import rms_norm
+from llm.model import decoder_layer
 from llm.names import WeightNames, weight_names
 from llm.rope import Rotary
-from llm.weights import StepWeights, embed_tokens, norm_weight, project, widest_row
+from llm.weights import StepWeights, embed_tokens, norm_weight, project
 
 
 class Forward:
@@ -28,7 +29,7 @@ class Forward:
         self, streamer: LayerStreamer, config: ModelConfig, names: WeightNames, dtype: torch.dtype
     ) -> None:
         self.streamer, self.config, self.names, self.dtype = streamer, config, names, dtype
-        self.unpacker = Unpacker(streamer.device, dtype, widest_row(streamer.manifest))
+        self.unpacker = Unpacker(streamer.device, dtype, names.widest(dtype))
         factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
         self.rotary = Rotary(config, streamer.device, factors=factors)
         self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -36,7 +37,7 @@ class Forward:
 
     def __call__(self, ids: list[int]) -> torch.Tensor:
         streamer, names = self.streamer, self.names
-        specs, logits = streamer.manifest.static, []
+        logits = []
         positions = torch.arange(self.length, self.length + len(ids))
         final = norm_weight(streamer.load_static(names.norm).to(self.dtype), names)
 
@@ -48,14 +49,15 @@ class Forward:
                 return decoder_layer(x, weights, self.config, table, self.attention)
             if layer_idx == self.config.num_layers:
                 x = rms_norm(x, final, self.config.norm_eps)
-            kind = specs[names.head].ggml_type
-            logits.append(project(x, tensors[names.head], kind, self.unpacker).float())
+            packed = names.head_matrix.packed(tensors)
+            logits.append(project(x, packed, self.unpacker).float())
             return x
 
-        table = streamer.host_tensor(names.embedding)
-        spec = specs[names.embedding]
+        table = names.embedding_matrix.packed(
+            {names.embedding: streamer.host_tensor(names.embedding)}
+        )
         with torch.inference_mode():
-            x = embed_tokens(torch.tensor(ids), table, spec, self.config, self.unpacker)
+            x = embed_tokens(torch.tensor(ids), table, self.config, self.unpacker)
             streamer.run_pass(x, step)
         self.length += len(ids)
         return torch.cat(logits, -1).cpu()
@@ -93,5 +95,6 @@ def open_forward(path: Path, config: ModelConfig | Any, **options: Any) -> Itera
     names = options.pop("names", None) or weight_names(read_manifest(path), config)
     dtype = options.pop("dtype", torch.float32)
     options = {"device": "cpu"} | options
-    with LayerStreamer.from_checkpoint(path, dtype=dtype, tail=[names.head], **options) as streamer:
+    options = {"dtype": None if names.as_stored else dtype, "tail": [names.head]} | options
+    with LayerStreamer.from_checkpoint(path, **options) as streamer:
         yield Forward(streamer, config, names, dtype)

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import torch
 
-from llm.names import GGUF_MODULES, GGUF_OUTPUT_NORMS
+from llm.gguf_names import GGUF_MODULES, GGUF_OUTPUT_NORMS
 from llm.rope import rope_frequencies
 from llm.rope_config import Rope, rope_of
 

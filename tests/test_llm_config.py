@@ -48,7 +48,7 @@ def test_qwen2_and_its_tied_head_are_read():
     [
         ({"model_type": "gpt2"}, "'gpt2'"),
         ({"hidden_act": "gelu"}, "'gelu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
         ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs the field 'factor'"),
         ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

@@ -36,9 +36,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
 
 def plan(path: Path, limits: dict[str, Any] | None = None, **wishes: Any) -> MemoryPlan:
     model = Model.read(path, print)
-    options = place(model, "cpu", None, wishes.pop("options", {}))
+    options, dtype = place(model, "cpu", None, wishes.pop("options", {}))
     limits = {"max_length": 4096} | (limits or {})
-    return plan_memory(model, Limits(**limits), Wishes(options=options, **wishes))[0]
+    return plan_memory(model, Limits(**limits), Wishes(options=options, **wishes), dtype)[0]
 
 
 def least(message: str) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import UnsupportedModelError
+from .quantization import Quantization, read_quantization
 from .rope_config import Rope, rope_of
 
 __all__ = ["ModelConfig", "UnsupportedModelError", "check_model_type", "id_set", "model_config"]
@@ -61,6 +62,8 @@ class ModelConfig:
     """A layer's modules that have a bias."""
     eos_ids: frozenset[int]
     """Ids that end a text; more may come from the tokenizer and the generation config."""
+    quantization: Quantization | None = None
+    """How matrices of a safetensors checkpoint are packed; None: they are not."""
 
     def window(self, layer_idx: int) -> int | None:
         """Tokens that a query of this layer sees, itself and those before it; None: all."""
@@ -126,6 +129,7 @@ def model_config(hf_config: Any) -> ModelConfig:
         embed_scale=float(hf_config.hidden_size) ** 0.5 if gemma else 1.0,
         biased=_biased(hf_config, model_type),
         eos_ids=id_set(getattr(hf_config, "eos_token_id", None)),
+        quantization=read_quantization(getattr(hf_config, "quantization_config", None)),
     )
 
 
@@ -157,10 +161,6 @@ def _refuse_variants(hf_config: Any, model_type: str) -> None:
     ):
         if getattr(hf_config, field, None):
             raise UnsupportedModelError(f"{field}={getattr(hf_config, field)} is not supported")
-    quantization = getattr(hf_config, "quantization_config", None)
-    if quantization:
-        method = dict(quantization).get("quant_method") if isinstance(quantization, dict) else None
-        raise UnsupportedModelError(f"quantization {method or quantization!r} is not supported")
 
 
 def _layer_types(hf_config: Any, model_type: str) -> list[str]:

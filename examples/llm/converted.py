@@ -12,13 +12,12 @@ import torch
 from layer_streamer import Manifest, TensorSpec
 
 from .config import ModelConfig
-from .dequant import Unpacker, row_width
+from .dequant import Unpacker, ggml_matrix, row_width
 from .errors import UnsupportedModelError
-from .names import WeightNames, weight_names
+from .names import WeightNames
 from .quants import BLOCK_TYPES
 from .rope import rope_frequencies
 from .rope_config import Llama3Scaling, Rope
-from .weights import widest_row
 
 CPU = torch.device("cpu")
 
@@ -42,9 +41,8 @@ class Source:
         return *rows, width
 
 
-def sources(manifest: Manifest, config: ModelConfig) -> dict[str, Source]:
+def sources(manifest: Manifest, config: ModelConfig, names: WeightNames) -> dict[str, Source]:
     """Every tensor of the model by its name in transformers, in the order of its passes."""
-    names = weight_names(manifest, config)
     shift = 0.0 if names.norm_offset is None else names.norm_offset - 1.0
     found = {"model.embed_tokens.weight": Source(manifest.static[names.embedding])}
     for layer in manifest.layers:
@@ -69,8 +67,8 @@ def _permuted_heads(module: str, names: WeightNames, config: ModelConfig) -> int
 class Reader:
     """Reads tensors as floats of one dtype, some rows at a time."""
 
-    def __init__(self, manifest: Manifest, dtype: torch.dtype) -> None:
-        self._unpacker = Unpacker(CPU, dtype, widest_row(manifest))
+    def __init__(self, names: WeightNames, dtype: torch.dtype) -> None:
+        self._unpacker = Unpacker(CPU, dtype, names.widest(dtype))
 
     def blocks(self, source: Source) -> Iterator[torch.Tensor]:
         """All values in order, flat; each block is good until the next is asked for."""
@@ -79,7 +77,7 @@ class Reader:
             permuted = rows.unflatten(0, (source.heads, -1, 2))
             rows = permuted.transpose(1, 2).flatten(0, 2)
         if source.spec.ggml_type in BLOCK_TYPES:
-            for _, _, floats in self._unpacker.blocks(rows, source.spec.ggml_type):
+            for _, _, floats in self._unpacker.blocks(ggml_matrix(rows, source.spec.ggml_type)):
                 yield floats.reshape(-1)
         else:
             yield (rows.float() + source.shift).to(self._unpacker.dtype).reshape(-1)

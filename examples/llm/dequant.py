@@ -1,26 +1,58 @@
-"""Unpacking of quantized rows into one reused buffer of floats.
-
-Knows how many rows to unpack at a time; the bytes of each type are in ``quants``.
-"""
+"""Unpacking of rows into one reused buffer of floats: how many at a time, and what it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
-from .quants import BLOCK_TYPES, Scratch
+from .fused import KERNEL_FORMATS, unpack
+from .packed import Packed, scratch_nbytes
+from .quants import BLOCK_TYPES
+from .scratch import Scratch
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 """GGML types that arrive as torch floats and need no unpacking."""
 
+ROW_STEP = 8
+"""Rows that are unpacked together in every format."""
+
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 20, 1 << 24
+
+
+def ggml_matrix(rows_NB: torch.Tensor, ggml_type: str) -> Packed:
+    """A matrix of packed rows (rows, bytes of a row)."""
+    return Packed(
+        format=ggml_type,
+        rows=rows_NB.shape[0],
+        width=row_width(rows_NB.shape[1], ggml_type),
+        parts={"raw": rows_NB},
+        group=BLOCK_TYPES[ggml_type].weights,
+    )
 
 
 def row_width(row_bytes: int, ggml_type: str) -> int:
     """Weights in a packed row of this many bytes."""
     kind = BLOCK_TYPES[ggml_type]
     return row_bytes // kind.nbytes * kind.weights
+
+
+@dataclass(frozen=True, slots=True)
+class Widest:
+    """What a buffer must hold of all packed matrices of a model."""
+
+    width: int = 0
+    """Of the widest matrix; 0: nothing is packed."""
+    kinds: frozenset[tuple[str, bool]] = frozenset()
+    """Their formats; True: columns are in the order of groups."""
+
+    @classmethod
+    def of(cls, matrices: Iterable[tuple[str, int, bool]]) -> Widest:
+        """Of (format, width, ordered)."""
+        found = list(matrices)
+        width = max((width for _, width, _ in found), default=0)
+        return cls(width, frozenset((kind, ordered) for kind, _, ordered in found))
 
 
 class Unpacker:
@@ -31,37 +63,37 @@ class Unpacker:
     next block is asked for; work on a GPU must stay on one stream.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, widest: int) -> None:
-        """``widest`` is the longest packed row in weights: at least one row must fit. With 0,
-        nothing is packed and no memory is taken."""
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        widest: Widest,
+        *,
+        kernels: bool = False,
+    ) -> None:
+        """At least ROW_STEP rows of the widest matrix fit. If nothing is packed, no memory is
+        taken. ``kernels``: Triton serves the device, so that most formats take no scratch."""
         self.device, self.dtype = device, dtype
         usual = _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
-        self._limit = max(usual, widest) if widest else 0
-        self._floats = torch.empty(self._limit, device=device)
-        self._cast = self._floats
-        if dtype != torch.float32:
-            self._cast = torch.empty(self._limit, dtype=dtype, device=device)
-        self._scratch = Scratch(self._limit, device)
+        self._limit = max(usual, ROW_STEP * widest.width) if widest.width else 0
+        self._floats = torch.empty(self._limit, dtype=dtype, device=device)
+        self._plain = {(kind, o) for kind, o in widest.kinds if not kernels or not o}
+        self._plain |= {(kind, o) for kind, o in widest.kinds if kind not in KERNEL_FORMATS}
+        each = (scratch_nbytes(kind, dtype, ordered=o) for kind, o in self._plain)
+        self._scratch = Scratch(self._limit * max(each, default=0), device)
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device, taken for good."""
-        cast = 0 if self._cast is self._floats else self._cast.nbytes
-        return self._floats.nbytes + cast + self._scratch.nbytes
+        return self._floats.nbytes + self._scratch.nbytes
 
-    def blocks(
-        self, rows_NB: torch.Tensor, ggml_type: str
-    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def blocks(self, packed: Packed) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first row, end row, their weights (rows, width)) for all rows in order."""
-        width = row_width(rows_NB.shape[1], ggml_type)
-        step = max(1, self._limit // width)
-        for start in range(0, rows_NB.shape[0], step):
-            rows = rows_NB[start : start + step]
-            yield start, start + rows.shape[0], self._unpack(rows, ggml_type, width)
-
-    def _unpack(self, rows_NB: torch.Tensor, ggml_type: str, width: int) -> torch.Tensor:
-        floats = self._floats[: rows_NB.shape[0] * width]
-        BLOCK_TYPES[ggml_type].unpack(rows_NB.reshape(-1), floats, self._scratch)
-        if self._cast is not self._floats:
-            floats = self._cast[: floats.numel()].copy_(floats)
-        return floats.view(-1, width)
+        planned = (packed.format, "g_idx" not in packed.parts) in self._plain
+        scratch = self._scratch if planned else None
+        step = max(1, self._limit // packed.width // ROW_STEP) * ROW_STEP
+        for start in range(0, packed.rows, step):
+            end = min(start + step, packed.rows)
+            floats = self._floats[: (end - start) * packed.width].view(-1, packed.width)
+            unpack(packed, start, end, floats, scratch)
+            yield start, end, floats

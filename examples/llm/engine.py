@@ -73,14 +73,15 @@ class StreamingEngine:
         self.model: Model = model_path
         self.config = self.model.config
         self.max_length = limits.length(self.config)
+        options, dtype = place(self.model, device, dtype, streamer_options)
         wishes = Wishes(
             kv=kv,
             prefill_chunk=prefill_chunk,
             device_budget=device_budget,
             host_budget=host_budget,
-            options=place(self.model, device, dtype, streamer_options),
+            options=options,
         )
-        plan, needs = plan_memory(self.model, limits, wishes)
+        plan, needs = plan_memory(self.model, limits, wishes, dtype)
         self.plan: MemoryPlan = plan
         """Where everything is, and the bytes that it takes."""
         self._notify = notify

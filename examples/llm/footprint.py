@@ -32,7 +32,7 @@ class Needs:
     int8: bool
     """Keys and values in host memory are kept in eight bits."""
     packed_nbytes: int
-    """Buffers that packed weights are unpacked into."""
+    """Buffers that packed weights are unpacked into, and scales that stay on the device."""
 
 
 class Footprint:

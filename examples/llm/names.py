@@ -6,40 +6,26 @@ and packed types stay in here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from layer_streamer import LayerSpec, Manifest, TensorSpec
+import torch
+
+from layer_streamer import LayerSpec, Manifest
 
 from .config import ModelConfig
-from .dequant import FLOAT_TYPES, row_width
+from .dequant import Widest
 from .errors import UnsupportedModelError
-from .quants import BLOCK_TYPES
+from .finder import Finder
+from .gguf_names import GGUF_MODULES, GGUF_OUTPUT_NORMS
+from .packed import FLOATS
+from .stored import Stored, check_plain
 
-GGUF_MODULES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""A layer's modules: the name in transformers, the name in GGUF."""
-
-GGUF_OUTPUT_NORMS = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-"""The same of models that norm what attention and feed-forward give."""
-
-IGNORED_KEYS = frozenset({"self_attn.rotary_emb.inv_freq"})
-"""Tensors of older checkpoints that repeat what the config says."""
+IGNORED_KEYS = frozenset(
+    {"self_attn.rotary_emb.inv_freq", "self_attn.k_scale", "self_attn.v_scale"}
+)
+"""Tensors of older checkpoints that repeat what the config says; scales of eight-bit keys and
+values, which are kept with more here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +33,10 @@ class WeightNames:
     """Names of a model's tensors in its checkpoint, and what was done to them there."""
 
     embedding: str
+    """The tensor with the embedding's weights, packed or not."""
     norm: str
     head: str
-    """The output head; the token embedding where the two are tied."""
+    """The same of the output head; that of the token embedding where the two are tied."""
     rope_factors: str | None
     """Divisors of the rotary frequencies, where the checkpoint has them."""
     modules: Mapping[str, str]
@@ -59,6 +46,35 @@ class WeightNames:
     norm_offset: float | None
     """What is to be added to the weights of norms, which then multiply in float32; None: nothing,
     and they multiply in the engine's dtype."""
+    embedding_matrix: Stored
+    head_matrix: Stored
+    layers: tuple[Mapping[str, Stored], ...]
+    """Each layer's matrices, by their names in transformers."""
+
+    @property
+    def as_stored(self) -> bool:
+        """True: the streamer must not cast tensors, since it would round scales."""
+        return any("scale" in matrix.keys for matrix in self._matrices())
+
+    @property
+    def head_parts(self) -> list[str]:
+        """Tensors of the head that stay on the device: its scales, not its weights."""
+        matrix = self.head_matrix
+        return [key for key in matrix.keys.values() if key != matrix.key]
+
+    def widest(self, dtype: torch.dtype) -> Widest:
+        """What is to be unpacked by an engine of this dtype."""
+        return Widest.of(
+            (matrix.format, matrix.width, matrix.ordered)
+            for matrix in self._matrices()
+            if matrix.format not in FLOATS or (self.as_stored and matrix.dtype != dtype)
+        )
+
+    def _matrices(self) -> Iterator[Stored]:
+        yield self.embedding_matrix
+        yield self.head_matrix
+        for layer in self.layers:
+            yield from layer.values()
 
 
 def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
@@ -71,23 +87,27 @@ def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
         embedding, norm, untied = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
         tied = config.tied_head
     known = GGUF_MODULES | (GGUF_OUTPUT_NORMS if config.output_norms else {})
-    names = WeightNames(
-        embedding=embedding,
-        norm=norm,
-        head=embedding if tied else untied,
-        rope_factors="rope_freqs.weight" if "rope_freqs.weight" in manifest.static else None,
-        modules={name: known[name] if gguf else name for name in weight_shapes(config)},
-        interleaved_rope=gguf and config.model_type in ("llama", "mistral"),
-        norm_offset=(0.0 if gguf else 1.0) if config.zero_centered_norms else None,
-    )
-    _check_static(manifest, config, names)
+    modules = {name: known[name] if gguf else name for name in weight_shapes(config)}
+    factors = "rope_freqs.weight" if "rope_freqs.weight" in manifest.static else None
+    _check_static(manifest, config, norm, factors)
     if manifest.num_layers != config.num_layers:
         raise UnsupportedModelError(
             f"{manifest.path}: {manifest.num_layers} layers, the config says {config.num_layers}"
         )
-    for layer in manifest.layers:
-        _check_layer(layer, config, names)
-    return names
+    matrices = _static_matrix(manifest, config, embedding)
+    head = matrices if tied else _static_matrix(manifest, config, untied)
+    return WeightNames(
+        embedding=matrices.key,
+        norm=norm,
+        head=head.key,
+        rope_factors=factors,
+        modules=modules,
+        interleaved_rope=gguf and config.model_type in ("llama", "mistral"),
+        norm_offset=(0.0 if gguf else 1.0) if config.zero_centered_norms else None,
+        embedding_matrix=matrices,
+        head_matrix=head,
+        layers=tuple(_layer_matrices(layer, config, modules) for layer in manifest.layers),
+    )
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -112,49 +132,56 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_static(manifest: Manifest, config: ModelConfig, names: WeightNames) -> None:
-    vocabulary = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {names.embedding: vocabulary, names.head: vocabulary}
-    shapes[names.norm] = (config.hidden_size,)
-    if names.rope_factors is not None:
-        shapes[names.rope_factors] = (config.head_dim // 2,)
+def _check_static(manifest: Manifest, config: ModelConfig, norm: str, factors: str | None) -> None:
+    shapes = {norm: (config.hidden_size,)}
+    if factors is not None:
+        shapes[factors] = (config.head_dim // 2,)
     for name, shape in shapes.items():
         if name not in manifest.static:
             raise UnsupportedModelError(f"{manifest.path}: tensor {name!r} is missing")
-        _check_tensor(manifest.static[name], shape)
+        check_plain(manifest.static[name], shape)
 
 
-def _check_layer(layer: LayerSpec, config: ModelConfig, names: WeightNames) -> None:
+def _static_matrix(manifest: Manifest, config: ModelConfig, name: str) -> Stored:
+    """The embedding or the head, by the name that its tensor has if it is not packed."""
+    module = name.removesuffix(".weight")
+    scheme = config.quantization.scheme(module) if config.quantization else None
+    shape = (config.vocab_size, config.hidden_size)
+    found = Finder(manifest.static, str(manifest.path)).find(module, shape, scheme)
+    if found.transposed or not found.ordered:
+        spec = manifest.static[found.key]
+        raise UnsupportedModelError(
+            f"tensor {spec.name!r} is packed as {found.format}, which is supported in layers only "
+            f"({spec.path})"
+        )
+    return found
+
+
+def _layer_matrices(
+    layer: LayerSpec, config: ModelConfig, modules: Mapping[str, str]
+) -> dict[str, Stored]:
+    """The layer's matrices; UnsupportedModelError if its tensors are not the config's."""
+    finder = Finder(layer.tensors, f"layer {layer.layer_idx}")
+    matrices: dict[str, Stored] = {}
     known: set[str] = set(IGNORED_KEYS)
     for module, shape in weight_shapes(config).items():
-        weight, bias = (f"{names.modules[module]}.{kind}" for kind in ("weight", "bias"))
-        biased = module in config.biased
-        for key, its_shape in ((weight, shape), *([(bias, shape[:1])] if biased else [])):
+        own = modules[module]
+        vectors = [f"{own}.bias"] if module in config.biased else []
+        if len(shape) == 2:
+            name = f"model.layers.{layer.layer_idx}.{module}"
+            scheme = config.quantization.scheme(name) if config.quantization else None
+            matrices[module] = finder.find(own, (shape[0], shape[1]), scheme)
+            known.update(matrices[module].keys.values(), matrices[module].others)
+        else:
+            vectors.append(f"{own}.weight")
+        for key in vectors:
             if key not in layer.tensors:
                 raise UnsupportedModelError(f"layer {layer.layer_idx}: tensor {key!r} is missing")
-            _check_tensor(layer.tensors[key], its_shape)
+            check_plain(layer.tensors[key], shape[:1])
             known.add(key)
     for key in sorted(layer.tensors.keys() - known):
         raise UnsupportedModelError(
             f"layer {layer.layer_idx}: tensor {key!r} is no part of a {config.model_type} model "
             "with this config"
         )
-
-
-def _check_tensor(spec: TensorSpec, shape: tuple[int, ...]) -> None:
-    kind, found = spec.ggml_type, spec.shape
-    if kind in BLOCK_TYPES:
-        found = (*found[:-1], row_width(found[-1], kind))
-    elif kind not in (None, *FLOAT_TYPES):
-        raise UnsupportedModelError(
-            f"tensor {spec.name!r} is {kind}, this engine unpacks only "
-            f"{', '.join((*BLOCK_TYPES, *FLOAT_TYPES))}"
-        )
-    elif not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
-        raise UnsupportedModelError(
-            f"tensor {spec.name!r} has dtype {spec.dtype}, not a plain float"
-        )
-    if found != shape:
-        raise UnsupportedModelError(
-            f"tensor {spec.name!r} has shape {list(found)}, the config says {list(shape)}"
-        )
+    return matrices

@@ -24,7 +24,7 @@ from .names import WeightNames, weight_names
 from .placing import choose_device, choose_dtype
 from .regions import round_up
 from .runner import Chunking, Runner
-from .weights import widest_row
+from .triton_support import triton_serves
 
 DEFAULT_LENGTH = 4096
 """Tokens of a row, if nobody says how many."""
@@ -103,21 +103,25 @@ class Model:
         return found if isinstance(found, dict) else {}
 
 
-def plan_memory(model: Model, limits: Limits, wishes: Wishes) -> tuple[MemoryPlan, Needs]:
-    """Where everything will be; ValueError with the least budget that would do."""
+def plan_memory(
+    model: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype
+) -> tuple[MemoryPlan, Needs]:
+    """Where everything will be, of an engine that computes in ``dtype``; ValueError with the least
+    budget that would do."""
     at_least_one("prefill_chunk", wishes.prefill_chunk)
-    device, dtype = wishes.options["device"], wishes.options["dtype"]
+    device: torch.device = wishes.options["device"]
     # On "meta", the buffers of a GPU have their sizes but take no memory.
-    scratch = Unpacker(
-        device if device.type == "cpu" else torch.device("meta"), dtype, widest_row(model.manifest)
-    )
+    memory = device if device.type == "cpu" else torch.device("meta")
+    kernels = triton_serves(device)
+    scratch = Unpacker(memory, dtype, model.names.widest(dtype), kernels=kernels)
+    kept = sum(model.manifest.static[name].nbytes for name in model.names.head_parts)
     needs = Needs(
         kv_tokens=limits.tokens(model.config),
         max_batch=limits.max_batch,
         dtype=dtype,
         device_type=device.type,
         int8=limits.kv_int8,
-        packed_nbytes=scratch.nbytes,
+        packed_nbytes=scratch.nbytes + kept,
     )
     return Planner(model.path, Footprint(model.config, needs), wishes).make(), needs
 
@@ -127,14 +131,16 @@ def place(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
     options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The streamer's options with the device, the dtype and the tail that the engine needs."""
+) -> tuple[dict[str, Any], torch.dtype]:
+    """The streamer's options with what the engine needs, and the dtype that it computes in."""
     chosen = choose_device(device)
-    own = {"device": chosen, "dtype": choose_dtype(chosen, dtype), "tail": [model.names.head]}
+    dtype = choose_dtype(chosen, dtype)
+    streamed = None if model.names.as_stored else dtype
+    own = {"device": chosen, "dtype": streamed, "tail": [model.names.head]}
     for name in options:
         if name in (*own, "on_copy", "reserve_bytes", "layer_pattern"):
             raise ValueError(f"{name}: is the engine's own")
-    return dict(options) | own
+    return dict(options) | own, dtype
 
 
 def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:

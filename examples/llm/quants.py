@@ -1,9 +1,8 @@
 """The bytes of packed GGUF blocks, and their unpacking with torch operations on any device.
 
-An ``unpack`` function gets the raw bytes of whole blocks (uint8, contiguous), writes their weights
-as float32 in order, and uses scratch that is made once: temporaries as large as the weights would
-cost more time than the arithmetic. Its results equal the gguf package's bit for bit, so the order
-of its float operations is part of the format.
+An ``unpack`` function gets the raw bytes of whole blocks (uint8, contiguous) and writes their
+weights as float32 in order. Its results equal the gguf package's bit for bit, so the order of its
+float operations is part of the format. Blocks of 256 weights are in ``k_quants``.
 """
 
 from __future__ import annotations
@@ -13,111 +12,90 @@ from dataclasses import dataclass
 
 import torch
 
-
-class Scratch:
-    """Bytes and floats for unpacking up to ``limit`` weights at a time, on one device."""
-
-    def __init__(self, limit: int, device: torch.device) -> None:
-        self.bytes = torch.empty(2 * limit, dtype=torch.uint8, device=device)
-        self.floats = torch.empty(limit // 16, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        return self.bytes.nbytes + self.floats.nbytes
-
-    def nibbles(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Low and high four bits of every byte, scales included: contiguous is faster."""
-        low, high = self.bytes[: 2 * raw.numel()].view(2, -1)
-        torch.bitwise_and(raw, 15, out=low)
-        torch.bitwise_right_shift(raw, 4, out=high)
-        return low, high
-
+from . import k_quants
+from .scratch import Scratch
 
 Unpack = Callable[[torch.Tensor, torch.Tensor, Scratch], None]
 
 
+def unpack_q4_0(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
+    """float16 scale, 16 bytes: low nibbles 0..15, high nibbles 16..31; 8 stands for zero."""
+    blocks = raw.numel() // 18
+    scales = _halves(raw, 18, scratch, 0)
+    _put_nibbles(raw, out, scratch, (18, 2))
+    out.view(blocks, 32).sub_(8).mul_(scales[0, :, None])
+
+
 def unpack_q4_1(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
-    """float16 scale, float16 minimum, 16 bytes: low nibbles 0..15, high nibbles 16..31."""
+    """float16 scale, float16 minimum, 16 bytes of nibbles as in Q4_0."""
     blocks = raw.numel() // 20
-    scales = scratch.floats[: 2 * blocks].view(2, blocks)
-    scales.copy_(raw.view(torch.float16).view(blocks, 10)[:, :2].t())
-    low, high = scratch.nibbles(raw)
-    halves = out.view(blocks, 2, 16)
-    halves[:, 0] = low.view(blocks, 20)[:, 4:]
-    halves[:, 1] = high.view(blocks, 20)[:, 4:]
-    out.view(blocks, 32).mul_(scales[0, :, None]).add_(scales[1, :, None])
+    scales, minima = _halves(raw, 20, scratch, 0, 1)
+    _put_nibbles(raw, out, scratch, (20, 4))
+    out.view(blocks, 32).mul_(scales[:, None]).add_(minima[:, None])
 
 
 def unpack_q5_0(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
-    """float16 scale, 32 fifth bits, 16 bytes of nibbles as in Q4_1; 16 stands for zero."""
+    """float16 scale, 32 fifth bits, 16 bytes of nibbles; 16 stands for zero."""
     blocks = raw.numel() // 22
-    scales = scratch.floats[:blocks]
-    scales.copy_(raw.view(torch.float16).view(blocks, 11)[:, 0])
-    low, high = scratch.nibbles(raw)
-    halves = out.view(blocks, 2, 16)
-    halves[:, 0] = low.view(blocks, 22)[:, 6:]
-    halves[:, 1] = high.view(blocks, 22)[:, 6:]
-    fifth = scratch.bytes[: blocks * 4].view(blocks, 4)
-    for bit in range(8):
-        torch.bitwise_right_shift(raw.view(blocks, 22)[:, 2:6], bit, out=fifth)
-        out.view(blocks, 4, 8)[:, :, bit].add_(fifth.bitwise_and_(1), alpha=16)
-    out.view(blocks, 32).sub_(16).mul_(scales[:, None])
+    scales = _halves(raw, 22, scratch, 0)
+    _put_nibbles(raw, out, scratch, (22, 6))
+    _add_fifth_bits(raw.view(blocks, 22)[:, 2:6], out, scratch)
+    out.view(blocks, 32).sub_(16).mul_(scales[0, :, None])
+
+
+def unpack_q5_1(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
+    """float16 scale, float16 minimum, 32 fifth bits, 16 bytes of nibbles."""
+    blocks = raw.numel() // 24
+    scales, minima = _halves(raw, 24, scratch, 0, 1)
+    _put_nibbles(raw, out, scratch, (24, 8))
+    _add_fifth_bits(raw.view(blocks, 24)[:, 4:8], out, scratch)
+    out.view(blocks, 32).mul_(scales[:, None]).add_(minima[:, None])
 
 
 def unpack_q8_0(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
     """float16 scale, 32 signed bytes."""
     blocks = raw.numel() // 34
-    scales = scratch.floats[:blocks]
-    scales.copy_(raw.view(torch.float16).view(blocks, 17)[:, 0])
+    scales = _halves(raw, 34, scratch, 0)
     weights = out.view(blocks, 32)
     weights.copy_(raw.view(torch.int8).view(blocks, 34)[:, 2:])
-    weights.mul_(scales[:, None])
+    weights.mul_(scales[0, :, None])
 
 
-def unpack_q4_k(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
-    """float16 scale of scales, float16 scale of minima, 12 bytes of both, 128 bytes of nibbles.
+def unpack_iq4_nl(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
+    """float16 scale, 16 bytes of nibbles as in Q4_0, which number sixteen uneven levels."""
+    blocks = raw.numel() // 18
+    scales = _halves(raw, 18, scratch, 0)
+    k_quants.put_levels(raw.view(blocks, 18)[:, 2:], out.view(blocks, 2, 16), scratch)
+    out.view(blocks, 32).mul_(scales[0, :, None])
 
-    Eight groups of 32 weights: of each 32 bytes, the low nibbles, then the high ones.
-    """
-    blocks = raw.numel() // 144
-    rows = raw.view(blocks, 144)
-    scales, minima = scratch.floats[: blocks * 16].view(2, blocks, 8)
-    first, second, rest = rows[:, 4:8], rows[:, 8:12], rows[:, 12:16]
-    scales[:, :4] = first & 63
-    scales[:, 4:] = (rest & 15) | ((first >> 2) & 48)
-    minima[:, :4] = second & 63
-    minima[:, 4:] = (rest >> 4) | ((second >> 2) & 48)
-    halves = raw.view(torch.float16).view(blocks, 72)
-    scales.mul_(halves[:, :1].float())
-    minima.mul_(halves[:, 1:2].float())
+
+def _halves(raw: torch.Tensor, nbytes: int, scratch: Scratch, *places: int) -> torch.Tensor:
+    """The float16 numbers at the first places of each block, as float32: (places, blocks)."""
+    blocks = raw.numel() // nbytes
+    scales = scratch.take(torch.float32, len(places), blocks)
+    stored = raw.view(torch.float16).view(blocks, nbytes // 2)
+    scales.copy_(stored[:, places[0] : places[-1] + 1].t())
+    return scales
+
+
+def _put_nibbles(
+    raw: torch.Tensor, out: torch.Tensor, scratch: Scratch, place: tuple[int, int]
+) -> None:
+    """Write the nibbles of 16 bytes a block; ``place`` is the block's bytes, and where they are."""
+    nbytes, first = place
     low, high = scratch.nibbles(raw)
-    pairs = out.view(blocks, 4, 2, 32)
-    pairs[:, :, 0] = low.view(blocks, 144)[:, 16:].unflatten(1, (4, 32))
-    pairs[:, :, 1] = high.view(blocks, 144)[:, 16:].unflatten(1, (4, 32))
-    out.view(blocks, 8, 32).mul_(scales[:, :, None]).sub_(minima[:, :, None])
+    halves = out.view(-1, 2, 16)
+    halves[:, 0] = low.view(-1, nbytes)[:, first:]
+    halves[:, 1] = high.view(-1, nbytes)[:, first:]
 
 
-def unpack_q6_k(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
-    """128 bytes of nibbles, 64 bytes of upper bit pairs, 16 signed scales, their float16 scale.
-
-    Two halves of 128 weights: the low nibbles of 64 bytes, then the high ones; the bit pairs of
-    32 bytes serve four rows of 32. 32 stands for zero.
-    """
-    blocks = raw.numel() // 210
-    rows = raw.view(blocks, 210)
-    scales = scratch.floats[: blocks * 16].view(blocks, 16)
-    scales.copy_(raw.view(torch.int8).view(blocks, 210)[:, 192:208])
-    scales.mul_(raw.view(torch.float16).view(blocks, 105)[:, 104:].float())
-    low, high = scratch.nibbles(raw)
-    nibbles = out.view(blocks, 2, 2, 64)
-    nibbles[:, :, 0] = low.view(blocks, 210)[:, :128].unflatten(1, (2, 64))
-    nibbles[:, :, 1] = high.view(blocks, 210)[:, :128].unflatten(1, (2, 64))
-    upper = scratch.bytes[: blocks * 64].view(blocks, 64)
-    for pair in range(4):
-        torch.bitwise_right_shift(rows[:, 128:192], 2 * pair, out=upper)
-        upper.bitwise_and_(3)
-        out.view(blocks, 2, 4, 32)[:, :, pair].add_(upper.view(blocks, 2, 32), alpha=16)
-    out.view(blocks, 16, 16).sub_(32).mul_(scales[:, :, None])
+def _add_fifth_bits(bits: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
+    """Add 16 where the bit of a weight is set: (blocks, 4) bytes, weight 0 in the lowest bit."""
+    fifth = scratch.take(torch.uint8, *bits.shape)
+    weights = out.view(-1, 4, 8)
+    for bit in range(8):
+        torch.bitwise_right_shift(bits, bit, out=fifth)
+        weights[:, :, bit].add_(fifth.bitwise_and_(1), alpha=16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +107,25 @@ class BlockType:
     nbytes: int
     """Bytes of one block."""
     unpack: Unpack
+    scales: tuple[int, ...]
+    """Where a block's float16 numbers are, in bytes."""
 
 
 BLOCK_TYPES = {
-    "Q4_1": BlockType(32, 20, unpack_q4_1),
-    "Q5_0": BlockType(32, 22, unpack_q5_0),
-    "Q8_0": BlockType(32, 34, unpack_q8_0),
-    "Q4_K": BlockType(256, 144, unpack_q4_k),
-    "Q6_K": BlockType(256, 210, unpack_q6_k),
+    "Q4_0": BlockType(32, 18, unpack_q4_0, (0,)),
+    "Q4_1": BlockType(32, 20, unpack_q4_1, (0, 2)),
+    "Q5_0": BlockType(32, 22, unpack_q5_0, (0,)),
+    "Q5_1": BlockType(32, 24, unpack_q5_1, (0, 2)),
+    "Q8_0": BlockType(32, 34, unpack_q8_0, (0,)),
+    "Q2_K": BlockType(256, 84, k_quants.unpack_q2_k, (80, 82)),
+    "Q3_K": BlockType(256, 110, k_quants.unpack_q3_k, (108,)),
+    "Q4_K": BlockType(256, 144, k_quants.unpack_q4_k, (0, 2)),
+    "Q5_K": BlockType(256, 176, k_quants.unpack_q5_k, (0, 2)),
+    "Q6_K": BlockType(256, 210, k_quants.unpack_q6_k, (208,)),
+    "IQ4_NL": BlockType(32, 18, unpack_iq4_nl, (0,)),
+    "IQ4_XS": BlockType(256, 136, k_quants.unpack_iq4_xs, (0,)),
 }
 """The packed types that can be unpacked, by their GGML names."""
+
+SCRATCH_NBYTES = 3
+"""Bytes of scratch for each weight, enough for every type."""

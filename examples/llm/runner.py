@@ -13,13 +13,17 @@ from .attention import fast_kernels
 from .batch import Batch, Chunk, Entry, pack
 from .config import ModelConfig
 from .dequant import Unpacker
+from .fused import rms_norm
 from .kv_cache import KVCache
-from .model import decoder_layer, rms_norm
+from .model import decoder_layer
 from .names import WeightNames
+from .placing import require_finite
 from .rope import Rotary
 from .rope_config import Rope
 from .row_attention import GATHER_NBYTES, RowAttention
-from .weights import StepWeights, embed_tokens, norm_weight, project, widest_row
+from .scale_check import ScaleCheck
+from .triton_support import triton_serves
+from .weights import StepWeights, embed_tokens, norm_weight, project
 
 DEFAULT_CHUNK = 2048
 """Tokens that go through a layer at a time."""
@@ -38,7 +42,8 @@ class Chunking:
 class Runner:
     """A model whose layers are streamed in every pass.
 
-    The streamer must have been opened with ``dtype=dtype`` and ``tail=[names.head]``: the output
+    The streamer must have been opened with ``dtype=dtype``, or None if ``names.as_stored``, and
+    with ``tail=[names.head]``: the output
     head, often the largest matrix of all, is streamed in pieces after the last layer. If ``kv`` has
     layers in host memory, with ``on_copy=kv.host.prefetch``, too.
 
@@ -61,11 +66,17 @@ class Runner:
         self._chunking = chunking if chunking is not None else Chunking()
         manifest, device = streamer.manifest, streamer.device
         self._specs = manifest.static
-        self._table = streamer.host_tensor(names.embedding)
+        embedding = names.embedding_matrix
+        self._table = embedding.packed(
+            {k: streamer.host_tensor(k) for k in embedding.keys.values()}
+        )
+        self._head_parts = {name: streamer.load_static(name) for name in names.head_parts}
+        self._check = ScaleCheck()
         self._norm = norm_weight(streamer.load_static(names.norm).to(dtype), names)
         factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
         self._rotary = Rotary(config, device, factors=factors)
-        self._unpacker = Unpacker(device, dtype, widest_row(manifest))
+        kernels = triton_serves(device)
+        self._unpacker = Unpacker(device, dtype, names.widest(dtype), kernels=kernels)
         token_nbytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
         together = GATHER_NBYTES // (2 * token_nbytes) if self._chunking.group_rows else 0
         self._most_together = together
@@ -92,16 +103,18 @@ class Runner:
             batch = pack(entries, self._chunking.tokens, self.kv.device)
             step = _Pass(self, batch, every_position=every_position, on_layer=on_layer)
             self.streamer.run_pass(self._embed(batch), step)
+            self._check.end()
+            require_finite(step.logits, self._dtype)
         self.kv.end()
         return step.logits
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         """The residual stream as the first layer gets it."""
-        spec, size = self._specs[self._names.embedding], self._chunking.tokens
+        size = self._chunking.tokens
         x_ND = self._stream_ND[: len(batch.ids)]
         for first in range(0, len(x_ND), size):
             ids = batch.ids[first : first + size]
-            rows = embed_tokens(ids, self._table, spec, self.config, self._unpacker)
+            rows = embed_tokens(ids, self._table, self.config, self._unpacker)
             x_ND[first : first + size] = rows
         return x_ND
 
@@ -110,7 +123,7 @@ class Runner:
     ) -> None:
         """All tokens through one layer, chunk by chunk, in place."""
         layer = self.streamer.manifest.layers[layer_idx]
-        weights = StepWeights(tensors, layer, self._names, self._unpacker)
+        weights = StepWeights(tensors, layer, self._names, self._unpacker, self._check)
         span, memory = self.kv.span(layer_idx), self.kv.open(layer_idx)
         for chunk, attention in zip(run.batch.chunks, run.attentions, strict=True):
             x_TD = x_ND[chunk.first : chunk.first + chunk.count]
@@ -137,10 +150,14 @@ class Runner:
         """What the head gets."""
         return rms_norm(x_ND, self._norm, self.config.norm_eps)
 
-    def head(self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Logits of the piece of the vocabulary whose rows this step carries."""
-        head = self._names.head
-        return project(x_ND, tensors[head], self._specs[head].ggml_type, self._unpacker)
+    def head(
+        self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], first_row: int
+    ) -> torch.Tensor:
+        """Logits of the piece of the vocabulary whose rows, from this one on, a step carries."""
+        matrix = self._names.head_matrix
+        packed = matrix.packed({**self._head_parts, **tensors}, first_row=first_row)
+        self._check.see(packed, self._specs[matrix.scale_key])
+        return project(x_ND, packed, self._unpacker)
 
 
 class _Pass:
@@ -175,7 +192,7 @@ class _Pass:
         if layer_idx == runner.config.num_layers:
             wanted = x_ND if self._every_position else x_ND[self.batch.last.to(x_ND.device)]
             x_ND = runner.final_norm(wanted)
-        piece = runner.head(x_ND, tensors)
+        piece = runner.head(x_ND, tensors, self._filled)
         self.logits[:, self._filled : self._filled + piece.shape[1]] = piece
         self._filled += piece.shape[1]
         return x_ND

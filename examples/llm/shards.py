@@ -10,10 +10,25 @@ from typing import Any
 
 DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 """Of each dtype, its name in safetensors and the bytes of an element."""
+ITEM_NBYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "F8_E4M3": 1}
+"""By their names in safetensors, everything that is written."""
 BLOCK_NBYTES = 4096
 """What file systems and deduplicating storage count in."""
 HEADER_ALIGNMENT = 8
 """As the safetensors package pads, so that reads start where they would in a published file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file."""
+
+    kind: str
+    """One of ITEM_NBYTES."""
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_NBYTES[self.kind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +44,8 @@ class Shard:
     """Of the whole file."""
     begin: int
     """Bytes of the files before it, each rounded up to whole blocks."""
+    alignment: int = 1
+    """Each tensor begins at a multiple of so many bytes after the header."""
 
 
 def plan_shards(
@@ -38,16 +55,23 @@ def plan_shards(
 
     No file has more than ``shard_nbytes`` of data, but for a tensor that is larger by itself.
     """
-    groups = _groups(
-        {name: math.prod(shape) * DTYPES[dtype][1] for name, shape in shapes.items()}, shard_nbytes
-    )
+    kind = DTYPES[dtype][0]
+    entries = {name: Entry(kind, shape) for name, shape in shapes.items()}
+    return plan_entries(entries, shard_nbytes)
+
+
+def plan_entries(entries: Mapping[str, Entry], shard_nbytes: float) -> list[Shard]:
+    """The same of tensors of several dtypes, the widest of which come first in a file, so that all
+    are aligned."""
+    groups = _groups({name: entry.nbytes for name, entry in entries.items()}, shard_nbytes)
     names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
     if len(groups) == 1:
         names = ["model.safetensors"]
     shards: list[Shard] = []
     begin = 0
     for name, group in zip(names, groups, strict=True):
-        shards.append(_shard(name, begin, {key: shapes[key] for key in sorted(group)}, dtype))
+        group.sort(key=lambda key: (-ITEM_NBYTES[entries[key].kind], key))
+        shards.append(_shard(name, begin, {key: entries[key] for key in group}))
         begin += math.ceil(shards[-1].nbytes / BLOCK_NBYTES) * BLOCK_NBYTES
     return shards
 
@@ -78,14 +102,14 @@ def _groups(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
     return [*groups, current] if current else groups
 
 
-def _shard(name: str, begin: int, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> Shard:
-    kind, itemsize = DTYPES[dtype]
+def _shard(name: str, begin: int, entries: Mapping[str, Entry]) -> Shard:
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    counts, end = {key: math.prod(shape) for key, shape in shapes.items()}, 0
-    for key, shape in shapes.items():
-        start, end = end, end + counts[key] * itemsize
-        fields[key] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    end = 0
+    for key, entry in entries.items():
+        start, end = end, end + entry.nbytes
+        fields[key] = {"dtype": entry.kind, "shape": entry.shape, "data_offsets": [start, end]}
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
+    counts = {key: math.prod(entry.shape) for key, entry in entries.items()}
     return Shard(name, header, counts, len(header) + end, begin)

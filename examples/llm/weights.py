@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
-from layer_streamer import LayerSpec, Manifest, TensorSpec
+from layer_streamer import LayerSpec
 
 from .config import ModelConfig
-from .dequant import Unpacker, row_width
+from .dequant import Unpacker
+from .fused import kernel_multiplies, multiply
 from .names import WeightNames
-from .quants import BLOCK_TYPES
+from .packed import FLOATS, Packed, take_rows
+from .scale_check import ScaleCheck
 
 
 class StepWeights:
@@ -27,24 +29,28 @@ class StepWeights:
         layer: LayerSpec,
         names: WeightNames,
         unpacker: Unpacker,
+        check: ScaleCheck | None = None,
     ) -> None:
-        self._tensors = tensors
-        self._specs = layer.tensors
-        self._names = names
-        self._unpacker = unpacker
+        """``check`` looks at each scale once."""
+        self._tensors, self._layer = tensors, layer
+        self._names, self._unpacker, self._check = names, unpacker, check
+        self._matrices = names.layers[layer.layer_idx]
         self.layer_idx = layer.layer_idx
         self.interleaved_rope = names.interleaved_rope
 
     def norm(self, module: str) -> torch.Tensor:
         """What ``rms_norm`` multiplies by, of a norm by its name in transformers."""
-        return norm_weight(self._tensors[f"{self._names.modules[module]}.weight"], self._names)
+        weight_D = self._tensors[f"{self._names.modules[module]}.weight"]
+        return norm_weight(weight_D.to(self._unpacker.dtype), self._names)
 
     def linear(self, x_TD: torch.Tensor, module: str) -> torch.Tensor:
         """x times the transposed weight of a module, plus its bias if it has one: (T, rows)."""
-        name = self._names.modules[module]
-        key = f"{name}.weight"
-        bias = self._tensors.get(f"{name}.bias")
-        y = project(x_TD, self._tensors[key], self._specs[key].ggml_type, self._unpacker)
+        matrix = self._matrices[module]
+        packed = matrix.packed(self._tensors)
+        if self._check is not None:
+            self._check.see(packed, self._layer.tensors[matrix.scale_key])
+        bias = self._tensors.get(f"{self._names.modules[module]}.bias")
+        y = project(x_TD, packed, self._unpacker)
         return y if bias is None else y.add_(bias)
 
 
@@ -53,51 +59,31 @@ def norm_weight(weight_D: torch.Tensor, names: WeightNames) -> torch.Tensor:
     return weight_D if names.norm_offset is None else weight_D.float() + names.norm_offset
 
 
-def project(
-    x_TD: torch.Tensor, weight: torch.Tensor, ggml_type: str | None, unpacker: Unpacker
-) -> torch.Tensor:
+def project(x_TD: torch.Tensor, packed: Packed, unpacker: Unpacker) -> torch.Tensor:
     """x times a transposed weight, packed or not: (T, rows)."""
-    if ggml_type not in BLOCK_TYPES:
-        return F.linear(x_TD, weight)
-    y_TN = x_TD.new_empty(x_TD.shape[0], weight.shape[0])
-    for start, end, rows_ND in unpacker.blocks(weight, ggml_type):
+    if packed.format in FLOATS and packed.parts["weight"].dtype == x_TD.dtype:
+        return F.linear(x_TD, packed.parts["weight"])
+    if kernel_multiplies(packed, x_TD):
+        return multiply(packed, x_TD)
+    y_TN = x_TD.new_empty(x_TD.shape[0], packed.rows)
+    for start, end, rows_ND in unpacker.blocks(packed):
         torch.mm(x_TD, rows_ND.t(), out=y_TN[:, start:end])
     return y_TN
 
 
 def embed_tokens(
-    ids_T: torch.Tensor,
-    table: torch.Tensor,
-    spec: TensorSpec,
-    config: ModelConfig,
-    unpacker: Unpacker,
+    ids_T: torch.Tensor, table: Packed, config: ModelConfig, unpacker: Unpacker
 ) -> torch.Tensor:
     """What the first layer gets of these tokens: (T, D), on the unpacker's device, in its dtype.
 
-    ``ids_T`` and the embedding's ``table``, as ``host_tensor`` gives it, are on the host: only the
-    rows of these tokens travel.
+    ``ids_T`` and the embedding's ``table``, over what ``host_tensor`` gives, are on the host: only
+    the rows of these tokens travel.
     """
-    rows = table[ids_T].to(unpacker.device)
-    if spec.ggml_type in BLOCK_TYPES:
-        blocks = unpacker.blocks(rows, spec.ggml_type)
-        x_TD = torch.cat([block.clone() for _, _, block in blocks])
+    rows = take_rows(table, ids_T).to(unpacker.device)
+    if rows.format in FLOATS:
+        x_TD = rows.parts["weight"].to(unpacker.dtype)
     else:
-        x_TD = rows.to(unpacker.dtype)
+        x_TD = torch.cat([block.clone() for _, _, block in unpacker.blocks(rows)])
     if config.embed_scale != 1.0:  # rounded to the dtype first, as the models were trained
         x_TD *= torch.tensor(config.embed_scale, dtype=x_TD.dtype)
     return x_TD
-
-
-def widest_row(manifest: Manifest) -> int:
-    """Weights in the longest packed row of the checkpoint; 0 if nothing is packed."""
-    return max((_width(spec) for spec in _all_specs(manifest)), default=0)
-
-
-def _width(spec: TensorSpec) -> int:
-    return row_width(spec.shape[-1], spec.ggml_type) if spec.ggml_type in BLOCK_TYPES else 0
-
-
-def _all_specs(manifest: Manifest) -> Iterator[TensorSpec]:
-    yield from manifest.static.values()
-    for layer in manifest.layers:
-        yield from layer.tensors.values()

@@ -1,0 +1,99 @@
+"""The tensors of made-up checkpoints whose matrices are packed, and the configs that say how.
+
+The layers' matrices are packed; embedding, head, norms and biases are plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .random_packed import Fill, code_scale
+from .shards import DTYPES, Entry
+
+FORMATS = ("ct4", "ct8", "fp8")
+"""Of safetensors; for those of GGUF see ``made_gguf``."""
+GROUPS = (128, 64, 32)
+"""Columns that share a scale of ct4 and ct8: the first that divides all widths."""
+BLOCK = 128
+"""Rows and columns that share a scale of fp8."""
+
+
+def packed_tensors(
+    shapes: Mapping[str, tuple[int, ...]], kind: str, dtype: str
+) -> tuple[dict[str, Entry], dict[str, Fill], dict[str, Any]]:
+    """Every tensor of the checkpoint, what the packed ones are filled with, and the
+    quantization_config.
+
+    ValueError if no group divides a matrix.
+    """
+    matrices = {name for name in shapes if ".layers." in name and name.endswith("proj.weight")}
+    group = 0 if kind == "fp8" else _group({shapes[name][1] for name in matrices})
+    entries: dict[str, Entry] = {}
+    fills: dict[str, Fill] = {}
+    for name, shape in shapes.items():
+        if name not in matrices:
+            entries[name] = Entry(DTYPES[dtype][0], shape)
+            continue
+        module, (rows, width) = name.removesuffix(".weight"), shape
+        parts = _fp8(rows, width) if kind == "fp8" else _ct(rows, width, group, kind)
+        for part, entry, filled in parts:
+            entries[f"{module}.{part}"], fills[f"{module}.{part}"] = entry, filled
+    return entries, fills, _config(kind, group)
+
+
+def _group(widths: set[int]) -> int:
+    for group in GROUPS:
+        if not any(width % group for width in widths):
+            return group
+    raise ValueError(f"no group of {', '.join(map(str, GROUPS))} divides {sorted(widths)} columns")
+
+
+def _ct(rows: int, width: int, group: int, kind: str) -> Iterator[tuple[str, Entry, Fill]]:
+    words = Entry("I32", (rows, width * int(kind[2:]) // 32))
+    yield "weight_packed", words, Fill("codes", words.nbytes)
+    scale = Entry("F16", (rows, width // group))
+    yield "weight_scale", scale, Fill("scale", scale.nbytes, "float16", code_scale(kind))
+    content = rows.to_bytes(8, "little") + width.to_bytes(8, "little")
+    yield "weight_shape", Entry("I64", (2,)), Fill("exact", 16, content=content)
+
+
+def _fp8(rows: int, width: int) -> Iterator[tuple[str, Entry, Fill]]:
+    weight = Entry("F8_E4M3", (rows, width))
+    yield "weight", weight, Fill("fp8", weight.nbytes)
+    scale = Entry("F32", (-(-rows // BLOCK), -(-width // BLOCK)))
+    mean = code_scale("fp8")
+    yield "weight_scale_inv", scale, Fill("scale", scale.nbytes, "float32", mean)
+
+
+def _config(kind: str, group: int) -> dict[str, Any]:
+    if kind == "fp8":
+        return {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "modules_to_not_convert": ["lm_head"],
+            "weight_block_size": [BLOCK, BLOCK],
+        }
+    weights = {
+        "dynamic": False,
+        "group_size": group,
+        "num_bits": int(kind[2:]),
+        "strategy": "group",
+        "symmetric": True,
+        "type": "int",
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+    }

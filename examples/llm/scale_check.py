@@ -1,0 +1,60 @@
+"""Whether scales are finite: looked at once each, at their first use, and judged after the pass."""
+
+from __future__ import annotations
+
+import torch
+
+from layer_streamer import TensorSpec
+
+from .errors import UnsupportedModelError
+from .packed import Packed, scales
+
+EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+}
+"""Of each dtype, its bits as a whole number, and those that are all set in no finite number."""
+
+
+class ScaleCheck:
+    """Remembers which scales it has seen, and which of them were not finite.
+
+    Scales are read when they are used, for reading all of them at opening would read a large part
+    of the checkpoint. One flag a matrix stays on the device until :meth:`end`, so that looking
+    costs no wait.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, int]] = set()
+        self._found: list[tuple[TensorSpec, torch.Tensor]] = []
+
+    def see(self, packed: Packed, spec: TensorSpec) -> None:
+        """Look at the scales of a matrix, or of a piece of one, unless they have been seen."""
+        key = (spec.name, packed.first_row)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        for scale in scales(packed):
+            self._found.append((spec, not_finite(scale)))
+
+    def end(self) -> None:
+        """UnsupportedModelError, with tensor and file, if a scale was infinite or not a number."""
+        found, self._found = self._found, []
+        if not found:
+            return
+        bad = torch.stack([flag for _, flag in found]).tolist()
+        for (spec, _), flag in zip(found, bad, strict=True):
+            if flag:
+                self._seen.clear()
+                raise UnsupportedModelError(
+                    f"tensor {spec.name!r} has scales that are not finite ({spec.path})"
+                )
+
+
+def not_finite(scale: torch.Tensor) -> torch.Tensor:
+    """One truth, on the scale's device; by its bits, for ``isfinite`` takes five times as long."""
+    if scale.dtype == torch.uint8:  # a power of two: see ``Packed``
+        return scale.amax() == 255
+    whole, exponent = EXPONENTS[scale.dtype]
+    return scale.view(whole).bitwise_and(exponent).amax() == exponent

@@ -1,0 +1,129 @@
+"""How one matrix of a checkpoint is stored, and the record of it over a pass's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from layer_streamer import TensorSpec
+
+from .dequant import FLOAT_TYPES, row_width
+from .errors import UnsupportedModelError
+from .packed import Packed
+from .quants import BLOCK_TYPES
+
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One matrix of a checkpoint."""
+
+    format: str
+    """One of ``packed.FORMATS``."""
+    rows: int
+    width: int
+    keys: Mapping[str, str]
+    """The tensor of each part, by its key in the layer or its name outside of layers."""
+    streamed: str
+    """The part with the weights; the others are small."""
+    group: int = 0
+    group_rows: int = 1
+    zero_offset: int = 0
+    scale_shape: tuple[int, ...] | None = None
+    """The scale is viewed so; with 1 for many rows it is expanded where the format has none."""
+    others: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of tensors that belong to the module and are not used."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of a matrix that is only floats."""
+        return next((dtype for dtype, kind in FLOATS.items() if kind == self.format), None)
+
+    @property
+    def key(self) -> str:
+        """Of the weights' own tensor."""
+        return self.keys[self.streamed]
+
+    @property
+    def scale_key(self) -> str:
+        """Of the tensor with the scales."""
+        return self.keys.get("scale", self.key)
+
+    @property
+    def ordered(self) -> bool:
+        """True: columns are in the order of their groups."""
+        return "g_idx" not in self.keys
+
+    @property
+    def transposed(self) -> bool:
+        """True: rows of the matrix are columns of its tensors."""
+        return self.format.startswith(("awq", "gptq"))
+
+    def packed(self, tensors: Mapping[str, torch.Tensor], *, first_row: int = 0) -> Packed:
+        """The matrix over these tensors; fewer rows from ``first_row`` on if its own has fewer."""
+        parts = {part: tensors[key] for part, key in self.keys.items()}
+        own = parts[self.streamed]
+        rows = self.rows if self.transposed else own.shape[0]
+        if self.format == "fp8":
+            parts["weight"] = own.view(torch.uint8)
+        if self.scale_shape is not None:
+            scale = parts["scale"].view(self.scale_shape)
+            if scale.dtype == torch.float8_e8m0fnu:
+                scale = scale.view(torch.uint8)
+            if self.format != "fp8":
+                scale = scale.expand(self.rows, scale.shape[1])
+            parts["scale"] = scale
+        if rows < self.rows:
+            for part in _parts_by_row(self.format, self.group_rows):
+                if part in parts and part != self.streamed:
+                    parts[part] = parts[part][first_row : first_row + rows]
+        return Packed(
+            format=self.format,
+            rows=rows,
+            width=self.width,
+            parts=parts,
+            group=self.group,
+            group_rows=self.group_rows,
+            first_row=first_row,
+            zero_offset=self.zero_offset,
+        )
+
+
+def _parts_by_row(kind: str, group_rows: int) -> tuple[str, ...]:
+    """Parts that have a row for each row of the matrix."""
+    if kind == "fp8":
+        return ()  # scales go by the number of a row
+    return ("scale", "zero") if kind == "int8" else ("scale",)
+
+
+def check_plain(spec: TensorSpec, shape: tuple[int, ...]) -> None:
+    """UnsupportedModelError unless a tensor holds floats, or GGUF blocks, of this shape."""
+    kind, found = spec.ggml_type, spec.shape
+    if kind in BLOCK_TYPES:
+        found = (*found[:-1], row_width(found[-1], kind))
+    elif kind not in (None, *FLOAT_TYPES):
+        raise UnsupportedModelError(
+            f"tensor {spec.name!r} is {kind}, this engine unpacks only "
+            f"{', '.join((*BLOCK_TYPES, *FLOAT_TYPES))}"
+        )
+    elif spec.dtype not in FLOATS:
+        raise UnsupportedModelError(
+            f"tensor {spec.name!r} has dtype {spec.dtype}, not a plain float"
+        )
+    if found != shape:
+        raise UnsupportedModelError(
+            f"tensor {spec.name!r} has shape {list(found)}, the config says {list(shape)}"
+        )
+
+
+def read_values(spec: TensorSpec) -> torch.Tensor:
+    """A small tensor's values, read from its file."""
+    with open(spec.path, "rb") as file:
+        file.seek(spec.offset)
+        content = bytearray(file.read(spec.nbytes))
+    if len(content) < spec.nbytes:
+        raise UnsupportedModelError(f"{spec.path}: ends within tensor {spec.name!r}")
+    return torch.frombuffer(content, dtype=spec.dtype) if content else torch.empty(0)
