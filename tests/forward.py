@@ -15,7 +15,8 @@ import torch
 from layer_streamer import LayerStreamer, read_manifest
 from llm.config import ModelConfig, model_config
 from llm.dequant import Unpacker
-from llm.model import decoder_layer, rms_norm
+from llm.fused import rms_norm
+from llm.model import decoder_layer
 from llm.names import WeightNames, weight_names
 from llm.rope import Rotary
 from llm.weights import StepWeights, embed_tokens, norm_weight, project

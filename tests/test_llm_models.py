@@ -12,8 +12,8 @@ from zoo import CASES, CLASSES, reference, stepwise, zoo_model
 from layer_streamer import read_manifest
 from llm import model as model_functions
 from llm.config import model_config
+from llm.fused import plain_rms_norm
 from llm.metadata import load_config
-from llm.model import rms_norm
 from llm.names import weight_names
 from llm.rope import rotate
 from llm.rope_config import Rope
@@ -91,7 +91,7 @@ def test_a_norm_of_heads_after_the_rotation_shows(tmp_path, monkeypatch, name):
 
         def turned(part: str) -> torch.Tensor:
             y = rotate(heads(part), table, interleaved=False)
-            return rms_norm(y, weights.norm(f"self_attn.{part}_norm"), config.norm_eps)
+            return plain_rms_norm(y, weights.norm(f"self_attn.{part}_norm"), config.norm_eps)
 
         mixed = attention(weights.layer_idx, turned("q"), turned("k"), heads("v"))
         return weights.linear(mixed.transpose(0, 1).flatten(1), "self_attn.o_proj")

@@ -106,7 +106,9 @@ UNNAMED = lambda streamer: None  # noqa: E731
 
 
 @pytest.mark.parametrize(
-    "function", [wrapped, Setups.static, Setups.of_class, tuner_setups.healthy], ids=repr
+    "function",
+    [wrapped, Setups.static, Setups.of_class, tuner_setups.healthy],
+    ids=["wrapped", "static", "class", "module"],
 )
 def test_a_function_that_its_module_has_is_named_and_found_again(function: Any) -> None:
     name = name_function(function)
@@ -126,7 +128,7 @@ def test_a_function_that_its_module_has_is_named_and_found_again(function: Any) 
         (3, "setup_fn=3: must be a function"),
         (len, "setup_fn=len: module 'builtins' is no file"),
     ],
-    ids=str,
+    ids=["lambda", "decorated", "method", "replaced", "partial", "number", "builtin"],
 )
 def test_what_a_fresh_process_cannot_import_is_refused_in_one_line(
     function: Any, reason: str

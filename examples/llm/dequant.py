@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .packed import Packed, scratch_nbytes, unpack_rows
+from .fused import KERNEL_FORMATS, unpack
+from .packed import Packed, scratch_nbytes
 from .quants import BLOCK_TYPES
 from .scratch import Scratch
 
@@ -62,14 +63,23 @@ class Unpacker:
     next block is asked for; work on a GPU must stay on one stream.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, widest: Widest) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        widest: Widest,
+        *,
+        kernels: bool = False,
+    ) -> None:
         """At least ROW_STEP rows of the widest matrix fit. If nothing is packed, no memory is
-        taken."""
+        taken. ``kernels``: Triton serves the device, so that most formats take no scratch."""
         self.device, self.dtype = device, dtype
         usual = _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
         self._limit = max(usual, ROW_STEP * widest.width) if widest.width else 0
         self._floats = torch.empty(self._limit, dtype=dtype, device=device)
-        each = (scratch_nbytes(kind, dtype, ordered=o) for kind, o in widest.kinds)
+        self._plain = {(kind, o) for kind, o in widest.kinds if not kernels or not o}
+        self._plain |= {(kind, o) for kind, o in widest.kinds if kind not in KERNEL_FORMATS}
+        each = (scratch_nbytes(kind, dtype, ordered=o) for kind, o in self._plain)
         self._scratch = Scratch(self._limit * max(each, default=0), device)
 
     @property
@@ -79,9 +89,11 @@ class Unpacker:
 
     def blocks(self, packed: Packed) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first row, end row, their weights (rows, width)) for all rows in order."""
+        planned = (packed.format, "g_idx" not in packed.parts) in self._plain
+        scratch = self._scratch if planned else None
         step = max(1, self._limit // packed.width // ROW_STEP) * ROW_STEP
         for start in range(0, packed.rows, step):
             end = min(start + step, packed.rows)
             floats = self._floats[: (end - start) * packed.width].view(-1, packed.width)
-            unpack_rows(packed, start, end, floats, self._scratch)
+            unpack(packed, start, end, floats, scratch)
             yield start, end, floats

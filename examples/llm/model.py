@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .config import ModelConfig
+from .fused import add_rms_norm, plain_rms_norm, rms_norm, swiglu
 from .rope import rotate
 from .weights import StepWeights
 
@@ -40,8 +41,7 @@ def decoder_layer(
     added = self_attention(normed, weights, config, table_2TE, attention)
     if config.output_norms:
         added = rms_norm(added, weights.norm("post_attention_layernorm"), eps)
-    x_TD = x_TD + added
-    normed = rms_norm(x_TD, weights.norm(names[1]), eps)
+    x_TD, normed = add_rms_norm(x_TD, added, weights.norm(names[1]), eps)
     added = feed_forward(normed, weights, config)
     if config.output_norms:
         added = rms_norm(added, weights.norm("post_feedforward_layernorm"), eps)
@@ -56,19 +56,15 @@ BLOCK_NORMS = {
 Gemma 3 calls after its place before the feed-forward block: there, attention's output has one."""
 
 
-def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """Scale each token to a mean square of 1, in float32, then by the weight, in its dtype."""
-    x = x_TD.float()
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (x.to(weight_D.dtype) * weight_D).to(x_TD.dtype)
-
-
 def feed_forward(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) -> torch.Tensor:
     """down(activation(gate(x)) * up(x))."""
     gate_TF = weights.linear(x_TD, "mlp.gate_proj")
-    gelu = config.activation == "gelu_pytorch_tanh"
-    gate_TF = F.gelu(gate_TF, approximate="tanh") if gelu else F.silu(gate_TF)
-    return weights.linear(gate_TF.mul_(weights.linear(x_TD, "mlp.up_proj")), "mlp.down_proj")
+    up_TF = weights.linear(x_TD, "mlp.up_proj")
+    if config.activation == "gelu_pytorch_tanh":
+        gated_TF = F.gelu(gate_TF, approximate="tanh").mul_(up_TF)
+    else:
+        gated_TF = swiglu(gate_TF, up_TF)
+    return weights.linear(gated_TF, "mlp.down_proj")
 
 
 def self_attention(
@@ -87,7 +83,7 @@ def self_attention(
     def rotated(name: str) -> torch.Tensor:
         y = heads(name)
         if config.head_norms:
-            y = rms_norm(y, weights.norm(f"self_attn.{name}_norm"), config.norm_eps)
+            y = plain_rms_norm(y, weights.norm(f"self_attn.{name}_norm"), config.norm_eps)
         return rotate(y, table_2TE, interleaved=weights.interleaved_rope)
 
     mixed_HTE = attention(weights.layer_idx, rotated("q"), rotated("k"), heads("v"))

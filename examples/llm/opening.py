@@ -24,6 +24,7 @@ from .names import WeightNames, weight_names
 from .placing import choose_device, choose_dtype
 from .regions import round_up
 from .runner import Chunking, Runner
+from .triton_support import triton_serves
 
 DEFAULT_LENGTH = 4096
 """Tokens of a row, if nobody says how many."""
@@ -111,7 +112,8 @@ def plan_memory(
     device: torch.device = wishes.options["device"]
     # On "meta", the buffers of a GPU have their sizes but take no memory.
     memory = device if device.type == "cpu" else torch.device("meta")
-    scratch = Unpacker(memory, dtype, model.names.widest(dtype))
+    kernels = triton_serves(device)
+    scratch = Unpacker(memory, dtype, model.names.widest(dtype), kernels=kernels)
     kept = sum(model.manifest.static[name].nbytes for name in model.names.head_parts)
     needs = Needs(
         kv_tokens=limits.tokens(model.config),

@@ -24,5 +24,28 @@ def choose_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype
         return dtype
     if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
         return torch.float32
-    major, _ = torch.cuda.get_device_capability(device)
-    return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+    return suited_dtype(torch.cuda.get_device_capability(device))
+
+
+def suited_dtype(capability: tuple[int, int]) -> torch.dtype:
+    """What a GPU of this compute capability multiplies fastest.
+
+    bfloat16 from 8.0 on. float16 on those of 7, which only emulate bfloat16: its range is small, so
+    what is computed in it goes through ``require_finite``. float32 on older ones.
+    """
+    if capability >= (8, 0):
+        return torch.bfloat16
+    return torch.float16 if capability >= (7, 0) else torch.float32
+
+
+def require_finite(logits: torch.Tensor, dtype: torch.dtype) -> None:
+    """ValueError if what was computed in float16 went beyond its range, 65504.
+
+    An overflow anywhere in a pass reaches the logits of the tokens that see it as infinity or NaN.
+    Other dtypes are not looked at: waiting for the device costs time.
+    """
+    if dtype == torch.float16 and not bool(torch.isfinite(logits).all()):
+        raise ValueError(
+            "float16 is too small for this model: its logits are not finite; "
+            "compute in float32 (dtype=torch.float32, --dtype float32)"
+        )

@@ -13,13 +13,16 @@ from .attention import fast_kernels
 from .batch import Batch, Chunk, Entry, pack
 from .config import ModelConfig
 from .dequant import Unpacker
+from .fused import rms_norm
 from .kv_cache import KVCache
-from .model import decoder_layer, rms_norm
+from .model import decoder_layer
 from .names import WeightNames
+from .placing import require_finite
 from .rope import Rotary
 from .rope_config import Rope
 from .row_attention import GATHER_NBYTES, RowAttention
 from .scale_check import ScaleCheck
+from .triton_support import triton_serves
 from .weights import StepWeights, embed_tokens, norm_weight, project
 
 DEFAULT_CHUNK = 2048
@@ -72,7 +75,8 @@ class Runner:
         self._norm = norm_weight(streamer.load_static(names.norm).to(dtype), names)
         factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
         self._rotary = Rotary(config, device, factors=factors)
-        self._unpacker = Unpacker(device, dtype, names.widest(dtype))
+        kernels = triton_serves(device)
+        self._unpacker = Unpacker(device, dtype, names.widest(dtype), kernels=kernels)
         token_nbytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
         together = GATHER_NBYTES // (2 * token_nbytes) if self._chunking.group_rows else 0
         self._most_together = together
@@ -100,6 +104,7 @@ class Runner:
             step = _Pass(self, batch, every_position=every_position, on_layer=on_layer)
             self.streamer.run_pass(self._embed(batch), step)
             self._check.end()
+            require_finite(step.logits, self._dtype)
         self.kv.end()
         return step.logits
 

@@ -11,6 +11,7 @@ from layer_streamer import LayerSpec
 
 from .config import ModelConfig
 from .dequant import Unpacker
+from .fused import kernel_multiplies, multiply
 from .names import WeightNames
 from .packed import FLOATS, Packed, take_rows
 from .scale_check import ScaleCheck
@@ -62,6 +63,8 @@ def project(x_TD: torch.Tensor, packed: Packed, unpacker: Unpacker) -> torch.Ten
     """x times a transposed weight, packed or not: (T, rows)."""
     if packed.format in FLOATS and packed.parts["weight"].dtype == x_TD.dtype:
         return F.linear(x_TD, packed.parts["weight"])
+    if kernel_multiplies(packed, x_TD):
+        return multiply(packed, x_TD)
     y_TN = x_TD.new_empty(x_TD.shape[0], packed.rows)
     for start, end, rows_ND in unpacker.blocks(packed):
         torch.mm(x_TD, rows_ND.t(), out=y_TN[:, start:end])

@@ -14,7 +14,8 @@ from layer_streamer import LayerStreamer
 
 from ..attention import attend
 from ..dequant import Unpacker, Widest
-from ..model import decoder_layer, rms_norm
+from ..fused import rms_norm
+from ..model import decoder_layer
 from ..opening import Model
 from ..rope import Rotary
 from ..weights import StepWeights, embed_tokens, norm_weight

@@ -1,0 +1,138 @@
+"""What has both a Triton kernel and plain torch operations, and which of them serves.
+
+Kernels serve on a GPU if Triton is there; by the token count where a launch costs more than the
+work. Everything here gives what plain torch gives: unpacked weights bit for bit, the rest up to the
+order of sums and the last bit.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from .packed import Packed, unpack_rows
+from .scratch import Scratch
+from .thresholds import Thresholds, thresholds
+from .triton_support import triton_serves
+
+KERNEL_FORMATS = frozenset(
+    ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "ct4", "ct8", "int8", "fp8", "awq4")
+)
+"""What kernels unpack, where columns are in the order of groups of whole chunks of 32."""
+
+
+def unpack(
+    packed: Packed, start: int, end: int, out: torch.Tensor, scratch: Scratch | None = None
+) -> None:
+    """``unpack_rows``, by a kernel where there is one, which takes no scratch."""
+    if kernel_unpacks(packed, out):
+        from .kernels.unpacking import launch_unpack
+
+        with _current(out):
+            launch_unpack(packed, start, end, out)
+    else:
+        unpack_rows(packed, start, end, out, scratch)
+
+
+def kernel_unpacks(packed: Packed, out: torch.Tensor) -> bool:
+    """True: a kernel writes rows of this matrix to ``out``."""
+    if not triton_serves(out.device) or not out.is_contiguous():
+        return False
+    from .kernels.unpacking import serves
+
+    return serves(packed)
+
+
+def kernel_multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
+    """True: for this many tokens ``multiply`` is faster than unpacking first."""
+    if not x_TD.is_cuda or not triton_serves(x_TD.device):
+        return False
+    if len(x_TD) > limits(x_TD.device).product.get(packed.format, 0):
+        return False
+    from .kernels.launching import multiplies
+
+    return multiplies(packed, x_TD)
+
+
+def multiply(packed: Packed, x_TD: torch.Tensor) -> torch.Tensor:
+    """x times the transposed matrix, (T, rows), without unpacking it to memory.
+
+    To be called only where ``kernel_multiplies``. Weights are float32 here, not rounded to x's
+    dtype as in unpacked rows.
+    """
+    from .kernels.launching import multiply as launch
+
+    with _current(x_TD):
+        return launch(packed, x_TD)
+
+
+def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """Scale each token to a mean square of 1, in float32, then by the weight, in its dtype."""
+    if _kernel_norms(x_TD, weight_D):
+        from .kernels.launching import launch_norm
+
+        with _current(x_TD):
+            return launch_norm(x_TD, None, weight_D, eps)[1]
+    return plain_rms_norm(x_TD, weight_D, eps)
+
+
+def add_rms_norm(
+    x_TD: torch.Tensor, added_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + added, and its norm."""
+    if _kernel_norms(x_TD, weight_D) and added_TD.is_contiguous():
+        from .kernels.launching import launch_norm
+
+        with _current(x_TD):
+            return launch_norm(x_TD, added_TD, weight_D, eps)
+    total_TD = x_TD + added_TD
+    return total_TD, plain_rms_norm(total_TD, weight_D, eps)
+
+
+def plain_rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """``rms_norm`` in torch operations, of any number of dimensions."""
+    x = x_TD.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x.to(weight_D.dtype) * weight_D).to(x_TD.dtype)
+
+
+def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, in the memory of ``gate`` where a kernel serves."""
+    if _few_kernels(gate_TF, "swiglu") and gate_TF.is_contiguous() and up_TF.is_contiguous():
+        from .kernels.launching import launch_swiglu
+
+        with _current(gate_TF):
+            return launch_swiglu(gate_TF, up_TF)
+    return F.silu(gate_TF).mul_(up_TF)
+
+
+def limits(device: torch.device) -> Thresholds:
+    """The thresholds of a GPU."""
+    return thresholds(_name(device.index or 0))
+
+
+@lru_cache
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def _kernel_norms(x_TD: torch.Tensor, weight_D: torch.Tensor) -> bool:
+    if x_TD.dim() != 2 or not (x_TD.is_contiguous() and weight_D.is_contiguous()):
+        return False
+    return x_TD.shape[1] <= 1 << 15 and _few_kernels(x_TD, "norm")
+
+
+def _few_kernels(x_TD: torch.Tensor, kind: str) -> bool:
+    """True: enough tokens that one kernel is faster than several."""
+    if not x_TD.is_cuda or not triton_serves(x_TD.device):
+        return False
+    fewest: int = getattr(limits(x_TD.device), kind)
+    return len(x_TD) >= fewest
+
+
+def _current(x: torch.Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,113 @@
+"""From how many tokens on which kernel serves: defaults, and what was measured on this machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .cache import cache_root
+
+logger = logging.getLogger(__name__)
+
+PRODUCT_TOKENS = {"ct4": 4, "ct8": 4, "Q4_0": 4, "Q8_0": 4, "Q4_K": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """Token counts at which one way becomes faster than another."""
+
+    product: Mapping[str, int] = field(default_factory=lambda: dict(PRODUCT_TOKENS))
+    """By format: up to this many tokens a packed matrix is multiplied as it is; with more it is
+    unpacked first. 0: always."""
+    norm: int = 1
+    """From this many tokens on a norm is one kernel. Fewer: several of torch's."""
+    swiglu: int = 1
+    """The same of SwiGLU."""
+
+    def __post_init__(self) -> None:
+        counts = {"norm": self.norm, "swiglu": self.swiglu}
+        counts |= {f"product[{kind}]": count for kind, count in self.product.items()}
+        for name, count in counts.items():
+            if type(count) is not int or count < 0:
+                raise ValueError(f"{name}={count!r}: not a number of tokens, 0 or more")
+
+
+NEVER = 1 << 30
+"""More tokens than there are."""
+
+
+def find_thresholds(
+    products: Iterable[Mapping[str, Any]], pointwise: Iterable[Mapping[str, Any]]
+) -> Thresholds:
+    """What follows from measured rows: ``tokens``, ``fused_us``, ``plain_us``, and the ``format``
+    or ``kernel``, in ascending order of tokens.
+
+    A product is fused while it has been faster at every count up to that one; a kernel from the
+    first count on since which it has been. What was not measured is as by default.
+    """
+    product = dict(PRODUCT_TOKENS)
+    slower: set[str] = set()
+    seen: set[str] = set()
+    for row in products:
+        kind = row["format"]
+        if kind not in seen:
+            product[kind] = 0
+        seen.add(kind)
+        if row["fused_us"] >= row["plain_us"]:
+            slower.add(kind)
+        if kind not in slower:
+            product[kind] = row["tokens"]
+    since: dict[str, int] = {}
+    for row in pointwise:
+        if row["fused_us"] >= row["plain_us"]:
+            since[row["kernel"]] = NEVER
+        elif since.setdefault(row["kernel"], row["tokens"]) == NEVER:
+            since[row["kernel"]] = row["tokens"]
+    return Thresholds(product=product, **since)
+
+
+def record_path() -> Path:
+    """Where measured thresholds are kept, by the name of the GPU."""
+    return cache_root() / "kernels.json"
+
+
+@lru_cache
+def thresholds(gpu: str) -> Thresholds:
+    """What was measured on this GPU, else the defaults. Read once a process."""
+    found = _records().get(gpu)
+    if found is None:
+        return Thresholds()
+    try:
+        return Thresholds(**found)
+    except (TypeError, ValueError, AttributeError) as error:
+        logger.warning("%s: %s: not used: %s", record_path(), gpu, error)
+        return Thresholds()
+
+
+def save_thresholds(gpu: str, measured: Thresholds) -> Path:
+    """Keep what was measured on this GPU, beside that of others."""
+    path = record_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_records() | {gpu: asdict(measured)}, indent=2)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)
+    thresholds.cache_clear()
+    return path
+
+
+def _records() -> dict[str, Any]:
+    try:
+        found = json.loads(record_path().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s: not used: %s", record_path(), error)
+        return {}
+    return found if isinstance(found, dict) else {}

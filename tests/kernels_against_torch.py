@@ -1,0 +1,234 @@
+"""Triton kernels against plain torch: run by test_llm_kernels.py, in a process of its own.
+
+With TRITON_INTERPRET=1 on the CPU, in Triton's interpreter; otherwise compiled, on a GPU. The
+interpreter cuts bfloat16 off where a GPU rounds, so that dtype is compared on a GPU only.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import packed_cases as cases
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm import fused
+from llm.dequant import Unpacker, Widest
+from llm.kernels import launching, unpacking
+from llm.packed import Packed, unpack_rows
+from llm.triton_support import interpreted
+
+DEVICE = torch.device("cpu" if interpreted() else "cuda")
+DTYPES = [torch.float32, torch.float16] + ([] if interpreted() else [torch.bfloat16])
+SMALL, LARGE = ["Q4_0", "Q4_1", "Q5_0", "Q8_0"], ["Q4_K", "Q5_K", "Q6_K"]
+POISON = 77.0
+
+MATRICES = {
+    **{kind: cases.blocks(kind, 9, 32 * 17) for kind in SMALL},
+    **{kind: cases.blocks(kind, 7, 256 * 5) for kind in LARGE},
+    **{f"{kind}, one block": cases.blocks(kind, 3, 32) for kind in SMALL},
+    **{f"{kind}, one block": cases.blocks(kind, 3, 256) for kind in LARGE},
+    "ct4": cases.integers("ct4", 5, 1152, 128),
+    "ct4, channel": cases.integers("ct4", 5, 96, dtype=torch.float16),
+    "ct4, asymmetric": cases.integers("ct4", 13, 96, 32, zero=True, first_row=3),
+    "ct4, asymmetric channel": cases.integers("ct4", 5, 64, zero=True, dtype=torch.float32),
+    "ct8": cases.integers("ct8", 5, 1152, 128, dtype=torch.float16),
+    "ct8, channel": cases.integers("ct8", 5, 96),
+    "ct8, asymmetric": cases.integers("ct8", 13, 96, 32, zero=True, first_row=3),
+    "int8": cases.integers("int8", 5, 96),
+    "int8, asymmetric": cases.integers("int8", 5, 96, 32, zero=True),
+    "fp8, channel": cases.fp8(6, 96, dtype=torch.bfloat16),
+    "fp8, tensor": cases.fp8(6, 96, (0, 0)),
+    "fp8, blocks": cases.fp8(9, 192, (4, 128), first_row=2),
+    "fp8, powers of two": cases.fp8(9, 96, (1, 32), dtype=torch.uint8),
+    "awq4": cases.awq(152, 256, 128),
+    "awq4, group 32": cases.awq(24, 96, 32, torch.bfloat16),
+    "awq4, channel": cases.awq(16, 96, 0),
+}
+
+
+def unpack_both(
+    packed: Packed, rows: tuple[int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows by plain torch on the CPU, and by a kernel, which leaves what is around them alone."""
+    start, end = rows
+    expected = torch.empty(end - start, packed.width, dtype=dtype)
+    unpack_rows(packed, start, end, expected)
+    on_device = cases.on(packed, DEVICE)
+    around = torch.full((expected.numel() + 128,), POISON, dtype=dtype, device=DEVICE)
+    found = around[64:-64].view(expected.shape)
+    assert unpacking.serves(on_device)
+    with np.errstate(all="ignore"):
+        unpacking.launch_unpack(on_device, start, end, found)
+    assert (around[:64] == POISON).all() and (around[-64:] == POISON).all()
+    return expected, found.cpu()
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal to the sign of zero; NaN is NaN whatever its other bits."""
+    integer = {2: torch.int16, 4: torch.int32}[one.element_size()]
+    equal = one.view(integer) == other.view(integer)
+    return bool((equal | (one.isnan() & other.isnan())).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MATRICES)
+def test_unpacked_rows_equal_plain_torch_bit_for_bit(name, dtype):
+    packed = MATRICES[name]
+    expected, found = unpack_both(packed, (0, packed.rows), dtype)
+    assert same_bits(expected, found)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_few_rows_are_those_of_the_matrix(name):
+    packed = MATRICES[name]
+    first, last = (8, packed.rows) if name.startswith("awq4") else (1, packed.rows - 1)
+    expected, found = unpack_both(packed, (first, last), torch.float32)
+    assert same_bits(expected, found)
+
+
+@pytest.mark.parametrize("bits", [0x0001, 0x8001, 0x03FF, 0x7BFF, 0x7C00, 0xFC00, 0x7E00])
+@pytest.mark.parametrize("kind", SMALL + LARGE)
+def test_extreme_scales_give_what_plain_torch_gives(kind, bits):
+    packed = cases.with_scales(cases.blocks(kind, 2, 256, seed=bits), bits)
+    expected, found = unpack_both(packed, (0, 2), torch.float32)
+    assert same_bits(expected, found)
+
+
+@pytest.mark.parametrize("byte", [0x00, 0xFF, 0x80, 0x0F])
+@pytest.mark.parametrize("kind", SMALL + LARGE)
+def test_extreme_codes_give_what_plain_torch_gives(kind, byte):
+    packed = cases.blocks(kind, 2, 256)
+    raw = torch.full_like(packed.parts["raw"], byte)
+    packed = cases.with_scales(replace(packed, parts={"raw": raw}), 0x3555)
+    expected, found = unpack_both(packed, (0, 2), torch.float32)
+    assert same_bits(expected, found)
+
+
+def test_parts_that_are_views_are_read_by_their_strides():
+    wide = cases.integers("ct4", 6, 192, 64, zero=True)
+    parts = {
+        "packed": wide.parts["packed"][:, :16],
+        "scale": wide.parts["scale"][:1, :2].expand(6, 2),
+        "zero": wide.parts["zero"][:, :2],
+    }
+    expected, found = unpack_both(replace(wide, width=128, parts=parts), (1, 6), torch.float32)
+    assert same_bits(expected, found)
+    wide = cases.awq(48, 64, 32)
+    parts = {name: part[:, : part.shape[1] // 2] for name, part in wide.parts.items()}
+    expected, found = unpack_both(replace(wide, rows=24, parts=parts), (8, 24), torch.float32)
+    assert same_bits(expected, found)
+
+
+UNSERVED = {
+    "act-order": replace(
+        MATRICES["ct4"],
+        parts=MATRICES["ct4"].parts | {"g_idx": torch.arange(1152, dtype=torch.int32) % 9},
+    ),
+    "a width that is no multiple of 32": cases.integers("ct8", 5, 100),
+    "a group of 16": cases.integers("ct4", 5, 96, 16),
+    "a type without a kernel": cases.blocks("Q2_K", 3, 256),
+    "bytes that are not contiguous": replace(
+        MATRICES["Q8_0"], width=32, parts={"raw": MATRICES["Q8_0"].parts["raw"][:, :34]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_what_no_kernel_serves_is_unpacked_by_plain_torch(name):
+    packed = UNSERVED[name]
+    on_device = cases.on(packed, DEVICE)
+    if name.startswith("bytes"):  # copies to a device are contiguous
+        on_device = replace(
+            on_device, parts={"raw": MATRICES["Q8_0"].parts["raw"].to(DEVICE)[:, :34]}
+        )
+    expected = torch.empty(packed.rows, packed.width)
+    unpack_rows(packed, 0, packed.rows, expected)
+    found = torch.empty_like(expected, device=DEVICE)
+    assert not fused.kernel_unpacks(on_device, found)
+    fused.unpack(on_device, 0, packed.rows, found)
+    assert same_bits(expected, found.cpu())
+
+
+@pytest.mark.parametrize("name", ["Q6_K", "ct4", "a type without a kernel", "act-order"])
+def test_the_engines_buffer_gets_the_same_rows_with_kernels_and_without(name):
+    packed = cases.on((MATRICES | UNSERVED)[name], DEVICE)
+    ordered = "g_idx" not in packed.parts
+    widest = Widest.of([(packed.format, packed.width, ordered)])
+    one, other = (
+        Unpacker(DEVICE, torch.float16, widest, kernels=kernels) for kernels in (True, False)
+    )
+    rows, expected = (torch.cat([b for _, _, b in u.blocks(packed)]) for u in (one, other))
+    assert same_bits(rows, expected)
+    scratch = other.nbytes - one.nbytes
+    assert scratch > 0 if name in MATRICES else scratch == 0
+
+
+PRODUCTS = {
+    "ct4": cases.integers("ct4", 7, 1152, 128),
+    "ct4, channel": cases.integers("ct4", 6, 96),
+    "ct8": cases.integers("ct8", 7, 1152, 128, dtype=torch.float32),
+    "ct8, channel": cases.integers("ct8", 6, 96),
+    "Q4_0": cases.with_scales(cases.blocks("Q4_0", 7, 1056), 0x2C11),
+    "Q8_0": cases.with_scales(cases.blocks("Q8_0", 7, 1056), 0x2C11),
+    "Q4_K": cases.with_scales(cases.blocks("Q4_K", 7, 2304), 0x2C11),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8] if interpreted() else range(1, 10))
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_with_few_tokens_is_that_of_the_unpacked_matrix(name, tokens):
+    packed = PRODUCTS[name]
+    weight = torch.empty(packed.rows, packed.width)
+    unpack_rows(packed, 0, packed.rows, weight)
+    for dtype in DTYPES if tokens < 3 else DTYPES[-1:]:
+        x = torch.randn(tokens, packed.width, generator=torch.Generator().manual_seed(tokens))
+        x = x.to(dtype)
+        expected = (x.double() @ weight.double().t()).float()
+        assert launching.multiplies(cases.on(packed, DEVICE), x.to(DEVICE))
+        found = launching.multiply(cases.on(packed, DEVICE), x.to(DEVICE)).cpu()
+        assert found.dtype == dtype
+        bound = max(torch.finfo(dtype).eps, 1e-6) * expected.abs().max()
+        assert (found.float() - expected).abs().max() < bound
+
+
+@pytest.mark.parametrize("width", [64, 100, 896])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=["float32", "its own"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_norm_of_a_sum_is_plain_torchs(width, weight_dtype, dtype):
+    random = torch.Generator().manual_seed(width)
+    x, added = torch.randn(2, 3, width, generator=random).to(dtype).to(DEVICE)
+    weight = torch.randn(width, generator=random).to(weight_dtype or dtype).to(DEVICE)
+    total, normed = launching.launch_norm(x, added, weight, 1e-5)
+    assert torch.equal(total, x + added)
+    expected = fused.plain_rms_norm(x + added, weight, 1e-5)
+    tolerance = {"rtol": max(2 * torch.finfo(dtype).eps, 2e-6), "atol": 1e-7}
+    torch.testing.assert_close(normed, expected, **tolerance)
+    same, normed = launching.launch_norm(x, None, weight, 1e-5)
+    assert same is x
+    torch.testing.assert_close(normed, fused.plain_rms_norm(x, weight, 1e-5), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_is_plain_torchs(dtype):
+    random = torch.Generator().manual_seed(0)
+    gate, up = (8 * torch.randn(2, 3, 700, generator=random)).to(dtype).to(DEVICE)
+    gate[0, :4] = torch.tensor([0.0, -0.0, 60.0, -60.0])
+    expected = F.silu(gate) * up
+    found = launching.launch_swiglu(gate, up)
+    assert found is gate
+    torch.testing.assert_close(
+        found, expected, rtol=max(2 * torch.finfo(dtype).eps, 2e-6), atol=1e-6
+    )
+
+
+@pytest.mark.skipif(interpreted(), reason="needs 5 GB of a GPU")
+def test_more_than_two_to_the_31_weights_are_counted_right():
+    rows, width = 1 << 16, 1 << 15
+    packed = cases.blocks("Q8_0", 64, width)
+    raw = packed.parts["raw"].to(DEVICE).repeat(rows // 64 + 1, 1)
+    tall = replace(packed, rows=len(raw), parts={"raw": raw})
+    out = torch.empty(len(raw), width, dtype=torch.bfloat16, device=DEVICE)
+    unpacking.launch_unpack(tall, 0, len(raw), out)
+    expected, _ = unpack_both(packed, (0, 64), torch.bfloat16)
+    assert torch.equal(out[-64:].cpu(), expected)

@@ -1,0 +1,90 @@
+"""Every kernel compiled for GPUs that are not there: run by test_llm_kernels.py in a process.
+
+    python tests/kernels_compile.py MAJOR.MINOR
+
+Triton's launcher is told of a GPU of that compute capability, and stops after compiling, ptxas
+included. Prints the number of compiled variants.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import packed_cases as cases  # noqa: E402
+import torch  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from llm.kernels import launching, unpacking  # noqa: E402
+from llm.quants import BLOCK_TYPES  # noqa: E402
+
+compiled: dict[str, Any] = {}
+
+
+class AbsentGpu:
+    """What Triton asks a driver for until it launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(run: Any) -> Any:
+    """``run`` without the launch."""
+
+    def stop_after_compiling(self: Any, *args: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, warmup=True, **options)
+        compiled[kernel.hash] = kernel
+        return kernel
+
+    return stop_after_compiling
+
+
+def compile_all(dtype: torch.dtype) -> None:
+    """What the engine launches, with the shapes of real matrices in few rows."""
+    matrices = [cases.blocks(kind, 16, 3584) for kind in unpacking.LAUNCHES if kind in BLOCK_TYPES]
+    matrices += [cases.integers(kind, 16, 3584, 128) for kind in ("ct4", "ct8")]
+    matrices += [cases.integers(kind, 16, 96) for kind in ("ct4", "ct8", "int8")]
+    matrices += [cases.integers(kind, 16, 96, 32, zero=True) for kind in ("ct4", "ct8", "int8")]
+    matrices += [cases.fp8(16, 256, (128, 128)), cases.fp8(16, 96, dtype=torch.bfloat16)]
+    matrices += [cases.fp8(16, 96, (1, 32), dtype=torch.uint8), cases.awq(256, 3584)]
+    for packed in matrices:
+        out = torch.empty(packed.rows, packed.width, dtype=dtype)
+        assert unpacking.serves(packed), packed.format
+        unpacking.launch_unpack(packed, 0, packed.rows, out)
+        for tokens in (1, 2, 4):
+            x = torch.zeros(tokens, packed.width, dtype=dtype)
+            if launching.multiplies(packed, x):
+                launching.multiply(packed, x)
+    x, weight = torch.zeros(2, 3584, dtype=dtype), torch.zeros(3584, dtype=dtype)
+    launching.launch_norm(x, x, weight, 1e-6)
+    launching.launch_norm(x, None, weight.float(), 1e-6)
+    launching.launch_swiglu(x, x)
+
+
+def main() -> None:
+    major, minor = map(int, sys.argv[1].split("."))
+    driver.set_active(AbsentGpu(10 * major + minor))
+    JITFunction.run = compile_only(JITFunction.run)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if dtype != torch.bfloat16 or major >= 8:
+            compile_all(dtype)
+    print(len(compiled))
+
+
+if __name__ == "__main__":
+    main()

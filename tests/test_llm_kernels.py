@@ -1,0 +1,133 @@
+"""Triton kernels, in Triton's interpreter or, with -m gpu, compiled; and who serves without."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import packed_cases as cases
+import pytest
+import torch
+import torch.nn.functional as F
+from assets import REPOSITORY
+
+from llm import fused, triton_support
+from llm.packed import unpack_rows
+
+CHECKS = REPOSITORY / "tests" / "kernels_against_torch.py"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def run_checks(environment: dict[str, str]) -> None:
+    """In a process of its own: Triton reads its environment when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, str(CHECKS)],
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@needs_triton
+def test_every_kernel_gives_what_plain_torch_gives_in_the_interpreter():
+    run_checks({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+
+
+@needs_triton
+@pytest.mark.gpu
+def test_every_kernel_gives_what_plain_torch_gives_on_a_gpu():
+    run_checks({"TRITON_INTERPRET": "0"})
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["7.5", "8.0", "9.0"])
+def test_every_kernel_compiles_for_a_gpu_that_is_not_there(capability, tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tests" / "kernels_compile.py"), capability],
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert int(result.stdout) > 60
+
+
+def without_triton(monkeypatch) -> None:
+    """As where no module of that name is found."""
+    monkeypatch.setattr(triton_support, "installed", lambda: False)
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """A GPU that is there as far as torch says, and forgotten afterwards."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    triton_support._proved.cache_clear()
+    yield torch.device("cuda", 0)
+    triton_support._proved.cache_clear()
+
+
+def test_without_triton_plain_torch_serves_and_says_so_once(monkeypatch, one_gpu, caplog):
+    without_triton(monkeypatch)
+    assert not any(triton_support.triton_serves(one_gpu) for _ in range(3))
+    assert [record.getMessage() for record in caplog.records] == [
+        "plain torch unpacks weights, which takes longer: "
+        "Triton is not installed (pip install triton)"
+    ]
+
+
+@needs_triton
+def test_a_gpu_on_which_a_kernel_fails_is_served_by_plain_torch(monkeypatch, one_gpu, caplog):
+    def fail(device):
+        raise RuntimeError("Failed to find C compiler\nmore")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(triton_support, "_unpacks_one_block", fail)
+    assert not triton_support.triton_serves(one_gpu)
+    assert "a kernel failed: RuntimeError: Failed to find C compiler" in caplog.text
+
+
+@needs_triton
+def test_an_old_gpu_is_served_by_plain_torch(monkeypatch, one_gpu, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert not triton_support.triton_serves(one_gpu)
+    assert "7.0 is below 7.5" in caplog.text
+
+
+def test_a_cpu_is_served_by_plain_torch_without_a_word(monkeypatch, caplog):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not triton_support.triton_serves(torch.device("cpu"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "ct4"])
+def test_without_kernels_everything_is_what_plain_torch_gives(monkeypatch, kind):
+    without_triton(monkeypatch)
+    packed = cases.blocks(kind, 3, 512) if kind == "Q4_K" else cases.integers(kind, 3, 512, 128)
+    found, expected = torch.empty(2, 3, 512).unbind(0)
+    fused.unpack(packed, 0, 3, found)
+    unpack_rows(packed, 0, 3, expected)
+    assert torch.equal(found, expected)
+    x, added, weight = torch.randn(2, 64), torch.randn(2, 64), torch.randn(64)
+    assert not fused.kernel_multiplies(packed, torch.randn(1, 512))
+    total, normed = fused.add_rms_norm(x, added, weight, 1e-6)
+    assert torch.equal(total, x + added)
+    assert torch.equal(normed, fused.rms_norm(total, weight, 1e-6))
+    assert torch.equal(fused.swiglu(x.clone(), added), F.silu(x) * added)
+
+
+@needs_triton
+def test_the_formats_that_take_no_scratch_are_those_that_have_a_kernel():
+    """In a process of its own: kernels are compiled or interpreted for good once imported."""
+    code = "from llm.fused import *; from llm.kernels.unpacking import *; "
+    code += "assert KERNEL_FORMATS == set(LAUNCHES) == set(ALTERNATIVES)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY / "examples", check=True)
