@@ -24,6 +24,8 @@ from .setup_fn import TRIAL_VARIABLE
 HERE = Path(__file__).parent
 REAP_SECONDS = 60.0
 """For processes that have been killed: the kernel may still have to free their memory."""
+LOOKS, LOOK_SECONDS = 3, 0.02
+"""Looks in a row, and the pause between them, in which no process must be found."""
 CHUNK_NBYTES = 1 << 16
 LAST_CHUNKS = 1024
 """Reads from the descriptor for results once nobody can write to it any more, at the most."""
@@ -197,10 +199,16 @@ def end_marked(marker: str) -> None:
     """Kill every process with this mark in its environment, where no supervisor could."""
     wanted = f"{TRIAL_VARIABLE}={marker}".encode()
     deadline = time.monotonic() + REAP_SECONDS
-    while (found := _marked(wanted)) and time.monotonic() < deadline:
+    looks = 0
+    while looks < LOOKS and time.monotonic() < deadline:
+        found = _marked(wanted)
+        # One look can miss a process: its environment is empty for a moment while it starts.
+        looks = 0 if found else looks + 1
         for pid in found:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+        if not found:
+            time.sleep(LOOK_SECONDS)
 
 
 def _marked(wanted: bytes) -> list[int]:
