@@ -3,7 +3,7 @@
     python examples/make_checkpoint.py /tmp/q7 --shape qwen2.5-7b
     python docs/benchmarks/measure.py /tmp/q7 results.jsonl [--only NAME ...]
 
-Appends one JSON line a regime; docs/benchmarks/tabulate.py makes the page's tables from them.
+Appends one JSON line a regime; docs/benchmarks/tables.py makes the page's tables from them.
 Each regime runs in a process of its own.
 """
 

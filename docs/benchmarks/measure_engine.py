@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-# Instead of this folder, whose tabulate.py torch would take for another.
+# The engine is no installed package.
 sys.path[0] = str(Path(__file__).resolve().parents[2] / "examples")
 from layer_streamer import parse_bytes  # noqa: E402
 from llm.attention import fast_kernels  # noqa: E402

@@ -1,6 +1,6 @@
 """Make the benchmark page's tables and picture from what measure.py wrote.
 
-    python docs/benchmarks/tabulate.py docs/benchmarks/results.jsonl
+    python docs/benchmarks/tables.py docs/benchmarks/results.jsonl
 
 Prints the tables as Markdown and draws docs/benchmarks/passes.svg (matplotlib).
 """
