@@ -101,7 +101,8 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 MERGE = "a b"
-"""The only one of the tokenizer."""
+"""The first of the tokenizer. There are two: of an array of one text, some releases of transformers
+make the text."""
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -111,7 +112,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: Any) -> None:
     letters = {byte: chr(byte) for byte in printable}
     letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
     tokens = ["<unk>", "<s>", "</s>", *(letters[byte] for byte in range(256))]
-    tokens.append("ab")  # which MERGE makes
+    tokens += ["ab", "abab"]  # which the merges make
     tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
@@ -120,7 +121,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_token_types(
         [control if token[0] + token[-1] == "<>" else normal for token in tokens]
     )
-    writer.add_token_merges([MERGE])
+    writer.add_token_merges([MERGE, "ab ab"])
     writer.add_bos_token_id(1)
     writer.add_add_bos_token(False)
 

@@ -24,6 +24,7 @@ needs_triton = pytest.mark.skipif(
 def run_checks(environment: dict[str, str]) -> None:
     """In a process of its own: Triton reads its environment when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
+    command += ["--tb=short", "--maxfail=3"]  # what fails is often one cause, and is to be seen
     result = subprocess.run(
         [*command, str(CHECKS)],
         cwd=REPOSITORY,

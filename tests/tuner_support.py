@@ -37,7 +37,8 @@ class Marked:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {MARK: self.value, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        known = [path for path in [os.environ.get("PYTHONPATH")] if path]
+        return {MARK: self.value, "PYTHONPATH": ":".join([str(ROOT), f"{ROOT / 'tests'}", *known])}
 
     def processes(self) -> list[str]:
         """Command lines of what there is, zombies of our own included."""

@@ -97,7 +97,7 @@ def _tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
     letters = [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
     size, bos, eos = (config[key] for key in ("vocab_size", "bos_token_id", "eos_token_id"))
     special = {bos: "<bos>", eos: "<eos>"}
-    tokens, left = list[str](), iter([*letters, "ab"])
+    tokens, left = list[str](), iter([*letters, "ab", "abab"])
     for number in range(size):
         tokens.append(special.get(number) or next(left, None) or f"<unused{number}>")
     return {
@@ -105,7 +105,8 @@ def _tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [CONTROL if i in special else NORMAL for i in range(size)],
-        "tokenizer.ggml.merges": ["a b"],
+        # Two: of an array of one text, some releases of transformers make the text.
+        "tokenizer.ggml.merges": ["a b", "ab ab"],
         "tokenizer.ggml.bos_token_id": bos,
         "tokenizer.ggml.eos_token_id": eos,
         "tokenizer.ggml.add_bos_token": False,

@@ -65,17 +65,16 @@ def row_scale(  # noqa: PLR0913 - a kernel has no records
 
 
 @triton.jit
-def store_sums(  # noqa: PLR0913 - a kernel has no records
+def store_sums(
     y: tl.tensor,
     total: tl.tensor,
     rows: int,
     tokens: int,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
-    PLACES: tl.constexpr,
 ) -> None:
     """Of each token and row, the sum over chunks and places."""
-    sums = tl.sum(tl.reshape(total, (TOKENS, ROWS, PLACES), can_reorder=True), axis=2)
+    sums = tl.sum(tl.sum(total, axis=3), axis=2)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
     place = y + token.to(tl.int64) * rows + row
@@ -127,7 +126,7 @@ def multiply_nibbles(  # noqa: PLR0913 - a kernel has no records
         pairs = tl.load(codes + at, mask=inside, other=0)
         total += ((pairs & 15).to(tl.float32) - 8) * factor * x_low
         total += ((pairs >> 4).to(tl.float32) - 8) * factor * x_high
-    store_sums(y, total, rows, tokens, TOKENS, ROWS, CHUNKS * 16)
+    store_sums(y, total, rows, tokens, TOKENS, ROWS)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -171,7 +170,7 @@ def multiply_bytes(  # noqa: PLR0913 - a kernel has no records
             number = tl.load(number, mask=inside, other=0).to(tl.float32)
             column = tl.max_contiguous(column, [1, 1, 1, 2])
         total += number * factor * load_x(x, column, here & (chunk < chunks))
-    store_sums(y, total, rows, tokens, TOKENS, ROWS, CHUNKS * 32)
+    store_sums(y, total, rows, tokens, TOKENS, ROWS)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -209,4 +208,4 @@ def multiply_q4_k(  # noqa: PLR0913 - a kernel has no records
             factor, minimum = scale_and_minimum(both, word1, word2, word3, group)
             weight = ((pairs >> (4 * half)) & 15).to(tl.float32) * factor - minimum
             total += weight * load_x(x, column + 32 * half, here & (chunk < chunks))
-    store_sums(y, total, rows, tokens, TOKENS, ROWS, CHUNKS * 32)
+    store_sums(y, total, rows, tokens, TOKENS, ROWS)
