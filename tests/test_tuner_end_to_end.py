@@ -181,6 +181,7 @@ def example(checkpoint: Path, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_example_prints_a_call_that_can_be_pasted(
     checkpoint: Path, tmp_path: Path, marked: Marked
 ) -> None:
