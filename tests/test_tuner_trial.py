@@ -85,10 +85,10 @@ def test_a_candidate_without_a_word_is_hung(checkpoint: Path, setup_fn: Callable
 
 
 def test_a_candidate_that_takes_too_long_as_a_whole_is_timed_out(checkpoint: Path) -> None:
-    record = try_setup(checkpoint, setups.hangs_ignoring_signals, trial_seconds=3.0)
+    record = try_setup(checkpoint, setups.hangs_ignoring_signals, trial_seconds=2.0)
     assert record.ending == "timed out"
-    assert record.detail.startswith("no result within trial_seconds=3, in stage ")
-    assert 3.0 <= record.trial_seconds < 20.0
+    assert record.detail.startswith("no result within trial_seconds=2, in stage ")
+    assert 2.0 <= record.trial_seconds < 20.0
 
 
 @pytest.mark.parametrize(
