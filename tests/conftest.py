@@ -24,8 +24,9 @@ NUM_THREADS = torch.get_num_threads()
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
-    """Garbage collections, of which there are many, look only at what the tests themselves make."""
+@pytest.fixture(scope="module", autouse=True)
+def only_this_modules_garbage() -> None:
+    """Collections, of which there are many, do not look through torch and all that was before."""
     gc.collect()
     gc.freeze()
 
