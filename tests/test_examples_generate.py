@@ -72,6 +72,7 @@ def test_the_text_alone_is_on_stdout_and_the_summary_on_stderr(tmp_path):
     assert json.loads((tmp_path / "pass.json").read_text())["traceEvents"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_a_text_ends_cleanly_with_130():
     command = [*SCRIPT, str(smollm2()), "--prompt", "1, 2, 3,", "--raw", "--max-new-tokens", "4000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

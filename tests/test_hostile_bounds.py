@@ -122,6 +122,7 @@ def test_counts_that_a_sparse_file_can_hold_are_rejected(tmp_path: Path, case: s
     assert_cheap(path, match)
 
 
+@pytest.mark.slow
 def test_a_fault_behind_as_many_gguf_tensors_as_allowed_is_found_within_the_bounds(
     tmp_path: Path,
 ) -> None:

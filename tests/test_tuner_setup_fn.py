@@ -172,7 +172,7 @@ def test_a_main_without_a_file_is_refused(way: list[str], marked: Marked) -> Non
 
 @pytest.mark.parametrize(
     "text",
-    [pytest.param(UNGUARDED, marks=pytest.mark.slow), GUARDED],
+    [UNGUARDED, pytest.param(GUARDED, marks=pytest.mark.slow)],
     ids=["unguarded", "guarded"],
 )
 def test_a_scripts_own_setup_function_reaches_a_trial(

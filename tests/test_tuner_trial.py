@@ -84,6 +84,7 @@ def test_a_candidate_without_a_word_is_hung(checkpoint: Path, setup_fn: Callable
     assert record.detail.startswith("no word for 2 s, hang_seconds=2, in stage 'run 1'")
 
 
+@pytest.mark.slow
 def test_a_candidate_that_takes_too_long_as_a_whole_is_timed_out(checkpoint: Path) -> None:
     record = try_setup(checkpoint, setups.hangs_ignoring_signals, trial_seconds=2.0)
     assert record.ending == "timed out"
