@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 # The engine is no installed package.
@@ -34,20 +33,9 @@ SPARE = 96 * MIB
 """Of a cap: what libraries take beside the allocator once they compute."""
 
 
-def machine(path: Path, device: str) -> dict[str, Any]:
+def machine(path: Path) -> dict[str, Any]:
     """Where, when, and of which checkpoint."""
-    cuda = device != "cpu"
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "gpu": torch.cuda.get_device_name() if cuda else "none",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "path": str(path),
-    }
+    return {**describe_machine(), "path": str(path)}
 
 
 class Capped:

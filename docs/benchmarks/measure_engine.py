@@ -47,7 +47,7 @@ def main() -> int:
         if result.returncode:
             return result.returncode
         found = json.loads(result.stdout.splitlines()[-1])
-        print(json.dumps({"regime": name, **machine(args.path, args.device), **found}), flush=True)
+        print(json.dumps({"regime": name, **machine(args.path), **found}), flush=True)
     return 0
 
 

@@ -77,7 +77,7 @@ def main() -> int:
             command = [sys.executable, __file__, *sys.argv[1:], "--formats", kind]
             command += ["--child", regime]
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            place = machine(path_of(args.dir, kind), args.device)
+            place = machine(path_of(args.dir, kind))
             for line in result.stdout.splitlines():
                 measured.append({"regime": regime, "format": kind, **place, **json.loads(line)})
                 print(json.dumps(measured[-1]), flush=True)
