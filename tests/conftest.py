@@ -48,6 +48,13 @@ def no_limits_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layer_streamer.assembly.load_limits", lambda path: None)
 
 
+@pytest.fixture(autouse=True)
+def hub_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of the examples, run in this process, tell the hub's library to stay offline."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # so that what was there before comes back
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+
+
 @pytest.fixture
 def tensors(tmp_path: Path) -> dict[str, torch.Tensor]:
     return tiny_checkpoint(tmp_path, NUM_LAYERS, hidden=40)
