@@ -128,14 +128,14 @@ class Runner:
         for chunk, attention in zip(run.batch.chunks, run.attentions, strict=True):
             x_TD = x_ND[chunk.first : chunk.first + chunk.count]
             table = run.table(chunk, layer_idx)
-            mixed = decoder_layer(
+            decoder_layer(
                 x_TD,
                 weights,
                 self.config,
                 table,
                 lambda i, *qkv, attention=attention: attention(i, span, memory, qkv),
+                out=x_TD,
             )
-            x_TD.copy_(mixed)
         self.kv.close_layer(layer_idx)
 
     def attention(self, chunk: Chunk) -> RowAttention:
@@ -190,7 +190,7 @@ class _Pass:
             runner.layer(x_ND, tensors, layer_idx, self)
             return x_ND
         if layer_idx == runner.config.num_layers:
-            wanted = x_ND if self._every_position else x_ND[self.batch.last.to(x_ND.device)]
+            wanted = x_ND if self._every_position else x_ND[self.batch.last]
             x_ND = runner.final_norm(wanted)
         piece = runner.head(x_ND, tensors, self._filled)
         self.logits[:, self._filled : self._filled + piece.shape[1]] = piece
