@@ -8,15 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from llm.kernels.decode_launching import (
-    Look,
-    block_of,
-    launch_attention,
-    launch_rotate_and_store,
-    serves,
-    splits_of,
-)
+from llm.kernels.decode_launching import Look, launch_attention, launch_rotate_and_store
 from llm.rope import rotate
+from llm.splits import block_of, fits_kernels, splits_of
 from llm.triton_support import interpreted
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
@@ -211,5 +205,5 @@ def test_blocks_of_the_engine_over_many_positions(
 
 
 def test_heads_that_registers_cannot_hold_are_not_served() -> None:
-    assert serves(28, 4, 128) and serves(64, 1, 256) and serves(8, 8, 24)
-    assert not serves(65, 1, 128) and not serves(8, 8, 320)
+    assert fits_kernels(28, 4, 128) and fits_kernels(64, 1, 256) and fits_kernels(8, 8, 24)
+    assert not fits_kernels(65, 1, 128) and not fits_kernels(8, 8, 320)

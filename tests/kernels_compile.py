@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from llm.kernels import decode_launching, launching, unpacking  # noqa: E402
 from llm.quants import BLOCK_TYPES  # noqa: E402
+from llm.splits import block_of, splits_of  # noqa: E402
 
 compiled: dict[str, Any] = {}
 
@@ -83,8 +84,8 @@ def compile_decoding(
 ) -> None:
     """The kernels of passes in which each row takes a token."""
     numbers, sums = torch.ones(2, 4, dtype=torch.long), torch.zeros(1)
-    block = decode_launching.block_of(width, dtype)
-    splits = decode_launching.splits_of(window or 4096, block)
+    block = block_of(width, dtype)
+    splits = splits_of(window or 4096, block)
     look = decode_launching.Look(numbers, 2, window, splits, block, sums, sums)
     q, k = torch.zeros(heads, 2, width, dtype=dtype), torch.zeros(groups, 2, width, dtype=dtype)
     memory, table = torch.zeros(1, 2, groups, width, dtype=dtype), torch.zeros(2, 2, width // 2)

@@ -31,6 +31,41 @@ def part_size(seen: tl.tensor, SPLITS: tl.constexpr, BLOCK: tl.constexpr) -> tl.
 
 
 @triton.jit
+def own_part(
+    numbers: tl.tensor, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """From which position to which the program's part goes; to none if it has no part."""
+    seen = keys_seen(numbers, WINDOW)
+    part = part_size(seen, SPLITS, BLOCK)
+    length = tl.load(numbers).to(tl.int32) + 1
+    begin = length - seen + tl.program_id(0) * part
+    return begin, tl.minimum(begin + part, length)
+
+
+@triton.jit
+def add_block(  # noqa: PLR0913 - a kernel has no records
+    largest: tl.tensor,
+    weights: tl.tensor,
+    mixed: tl.tensor,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    there: tl.tensor,
+    scale: float,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Largest score, sum of weights and weighted values of each head (HEADS, and COLUMNS), with
+    those of a block of positions (BLOCK, COLUMNS), of which some are ``there``."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.where(there[None, :], scores, float("-inf"))
+    larger = tl.maximum(largest, tl.max(scores, axis=1))
+    shrink = tl.exp2(largest - larger)
+    weight = tl.exp2(scores - larger[:, None])
+    more = tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+    weights = weights * shrink + tl.sum(weight, axis=1)
+    return larger, weights, mixed * shrink[:, None] + more
+
+
+@triton.jit
 def attend_part(  # noqa: PLR0913 - a kernel has no records
     q: tl.tensor,
     memory: tl.tensor,
@@ -49,20 +84,13 @@ def attend_part(  # noqa: PLR0913 - a kernel has no records
     BLOCK: tl.constexpr,
 ) -> None:
     """A program takes a part of the positions that a token sees, for the GROUP query heads of a
-    key-value head, so that each key is read once. HEADS and COLUMNS are GROUP and WIDTH rounded up.
-
-    q is (tokens, heads, WIDTH); ``scale`` is that of scores, for powers of two. Where there are
-    fewer parts than SPLITS, programs end at once and leave their sums as they were.
-    """
+    key-value head, so that each key is read once; one without a part ends at once. q is (tokens,
+    heads, WIDTH), ``scale`` that of powers of two; HEADS and COLUMNS are rounded up."""
     split, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = tl.num_programs(1)
     numbers += token * NUMBERS
-    seen = keys_seen(numbers, WINDOW)
-    part = part_size(seen, SPLITS, BLOCK)
-    begin = split * part
-    if begin < seen:
-        end = tl.minimum(begin + part, seen)
-        oldest = tl.load(numbers).to(tl.int32) + 1 - seen
+    begin, end = own_part(numbers, WINDOW, SPLITS, BLOCK)
+    if begin < end:
         size = tl.load(numbers + COLUMN + 1).to(tl.int32)
         memory += (tl.load(numbers + COLUMN) * 2 * groups + group) * WIDTH
         head, column = tl.arange(0, HEADS), tl.arange(0, COLUMNS)
@@ -74,19 +102,15 @@ def attend_part(  # noqa: PLR0913 - a kernel has no records
         mixed = tl.zeros((HEADS, COLUMNS), tl.float32)
         for first in range(begin, end, BLOCK):
             position = first + tl.arange(0, BLOCK)
-            place = ((oldest + position) % size).to(tl.int64) * (2 * groups * WIDTH)
-            there = (position < end)[:, None] & (column < WIDTH)[None, :]
+            place = (position % size).to(tl.int64) * (2 * groups * WIDTH)
+            there = position < end
+            inside = there[:, None] & (column < WIDTH)[None, :]
             at = memory + place[:, None] + column[None, :]
-            keys = tl.load(at, mask=there, other=0)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-            scores = tl.where((position < end)[None, :], scores, float("-inf"))
-            before, largest = largest, tl.maximum(largest, tl.max(scores, axis=1))
-            shrink = tl.exp2(before - largest)
-            weight = tl.exp2(scores - largest[:, None])
-            values = tl.load(at + groups * WIDTH, mask=there, other=0)
-            weights = weights * shrink + tl.sum(weight, axis=1)
-            more = tl.dot(weight.to(values.dtype), values, input_precision="ieee")
-            mixed = mixed * shrink[:, None] + more
+            keys = tl.load(at, mask=inside, other=0)
+            values = tl.load(at + groups * WIDTH, mask=inside, other=0)
+            largest, weights, mixed = add_block(
+                largest, weights, mixed, queries, keys, values, there, scale
+            )
         line = line * SPLITS + split
         tl.store(sums + line[:, None] * WIDTH + column[None, :], mixed, mask=own)
         tl.store(stats + line * 2, largest, mask=head < GROUP)

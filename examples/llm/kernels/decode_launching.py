@@ -9,11 +9,8 @@ import triton
 
 from . import decode_attention as kernels
 
-MOST_SPLITS = 64
 LEAST_SIDE = 16
 """Of a matrix that ``tl.dot`` takes."""
-WIDEST_HEAD, MOST_SHARING = 256, 64
-"""What a program's registers hold: numbers of a head, query heads of a key-value head."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,21 +30,6 @@ class Look:
     """float32, room for (T, H, splits, E)."""
     stats: torch.Tensor
     """float32, room for (T, H, splits, 2)."""
-
-
-def serves(heads: int, groups: int, width: int) -> bool:
-    """True: the kernels take query heads and key-value heads of this width."""
-    return width <= WIDEST_HEAD and width % 2 == 0 and heads // groups <= MOST_SHARING
-
-
-def block_of(width: int, dtype: torch.dtype) -> int:
-    """Positions whose keys and values a program holds at a time: 16 KiB of each, or 32."""
-    return 64 if width * dtype.itemsize <= 256 else 32
-
-
-def splits_of(positions: int, block: int) -> int:
-    """Parts for rows of up to so many positions."""
-    return min(MOST_SPLITS, -(-positions // block))
 
 
 def launch_rotate_and_store(
@@ -107,7 +89,7 @@ def launch_attention(
         HEADS=sharing,
         **shared,
         num_warps=4 if sharing * columns <= 4096 else 8,
-        num_stages=2,
+        num_stages=2 if width * q_THE.element_size() <= 512 else 1,
     )
     mixed_THE = torch.empty_like(q_THE)
     kernels.combine_parts[(heads, tokens)](
