@@ -6,15 +6,17 @@ import pytest
 from assets import REPOSITORY
 from test_llm_kernels import needs_triton, run_checks
 
-KERNELS = REPOSITORY / "tests" / "decode_kernels_against_torch.py"
+CHECKS = ["decode_kernels_against_torch.py", "decode_against_streamed.py"]
 
 
 @needs_triton
-def test_decode_kernels_give_what_plain_torch_gives_in_the_interpreter() -> None:
-    run_checks({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, KERNELS)
+@pytest.mark.parametrize("checks", CHECKS)
+def test_captured_passes_and_their_kernels_are_right_in_the_interpreter(checks: str) -> None:
+    run_checks({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, REPOSITORY / "tests" / checks)
 
 
 @needs_triton
 @pytest.mark.gpu
-def test_decode_kernels_give_what_plain_torch_gives_on_a_gpu() -> None:
-    run_checks({"TRITON_INTERPRET": "0"}, KERNELS)
+@pytest.mark.parametrize("checks", CHECKS)
+def test_captured_passes_and_their_kernels_are_right_on_a_gpu(checks: str) -> None:
+    run_checks({"TRITON_INTERPRET": "0"}, REPOSITORY / "tests" / checks)

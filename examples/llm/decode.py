@@ -34,6 +34,13 @@ MOST_ROWS = 8
 """Rows up to which passes are captured: with more, the work outgrows the launches."""
 
 
+def captured_rows(device: torch.device, config: ModelConfig) -> int:
+    """Rows up to which passes may be captured on this device; 0: none can be."""
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    served = device.type == "cuda" and fits_kernels(*heads) and triton_serves(device)
+    return MOST_ROWS if served else 0
+
+
 def obstacle(streamer: LayerStreamer, kv: KVCache, config: ModelConfig) -> str | None:
     """Why no pass over this model can be captured; None: those that decode can."""
     if len(streamer.devices) > 1:
