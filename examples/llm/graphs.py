@@ -17,6 +17,10 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+_abandoned: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture broke off: torch's allocator of host memory may go on asking them."""
+
+
 class Graphs:
     """Captured work of one device, by a key for what differs between captures.
 
@@ -82,6 +86,21 @@ class Graphs:
                 stream=capture_stream(self._device),
                 capture_error_mode="thread_local",  # other threads go on with what they do
             )
-            with capture:
-                work()
+            try:
+                with capture:
+                    work()
+            except BaseException:
+                self._end_capture(graph)
+                raise
         self._graphs[key] = graph
+
+    def _end_capture(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Tell torch's allocator that a capture is over, which it does not hear of if CUDA broke it
+        off: it would put off freeing memory for good."""
+        index = self._device.index or 0
+        try:
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        except RuntimeError:
+            return  # it has heard
+        _abandoned.append(graph)
+        torch._C._cuda_releasePool(index, self._pool)
