@@ -97,7 +97,7 @@ class Graphs:
     def _end_capture(self, graph: torch.cuda.CUDAGraph) -> None:
         """Tell torch's allocator that a capture is over, which it does not hear of if CUDA broke it
         off: it would put off freeing memory for good."""
-        index = self._device.index or 0
+        index = torch.cuda.current_device()
         try:
             torch._C._cuda_endAllocateToPool(index, self._pool)
         except RuntimeError:
