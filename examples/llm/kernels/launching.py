@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import triton
 
 from ..packed import Packed
 from . import matvec, pointwise
+from .code_floats import ONE
 from .unpacking import CHUNK, Launch
 
 TOKENS_AT_ONCE = 4
 """A program keeps the sums of that many tokens; more are other programs' work."""
 
 PRODUCTS = {
-    "ct4": Launch(matvec.multiply_nibbles, (2, 32)),
-    "Q4_0": Launch(matvec.multiply_nibbles, (2, 32)),
-    "ct8": Launch(matvec.multiply_bytes, (2, 32)),
-    "Q8_0": Launch(matvec.multiply_bytes, (2, 32)),
-    "Q4_K": Launch(matvec.multiply_q4_k, (2, 32)),
+    "ct4": Launch(matvec.multiply_words, (4, 64), warps=2),
+    "ct8": Launch(matvec.multiply_words, (4, 64), warps=2),
+    "Q4_0": Launch(matvec.multiply_blocks, (4, 64), warps=2),
+    "Q8_0": Launch(matvec.multiply_blocks, (4, 64), warps=2),
+    "Q4_K": Launch(matvec.multiply_q4_k, (4, 64), warps=2),
 }
-"""Tiles are (rows, chunks of a step)."""
+"""Tiles are (rows, pieces of a step)."""
 
+_PIECE = {"ct4": 32, "ct8": 16, "Q4_0": 16, "Q8_0": 8, "Q4_K": 32}
+"""Weights of a piece."""
 
 PRODUCT_ALTERNATIVES = tuple(
-    (tile, warps) for tile in ((1, 32), (2, 32), (4, 32), (1, 64), (2, 64)) for warps in (2, 4, 8)
+    ((rows, pieces), warps)
+    for pieces, warps in ((32, 1), (64, 1), (64, 2), (128, 2), (128, 4))
+    for rows in (1, 2, 4, 8)
 )
 """(tile, warps) that bench_kernels.py compares."""
+
+PROGRAMS = 1024
+"""A matrix of fewer rows than fill so many programs has fewer of them in each."""
 
 
 def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
@@ -40,36 +51,53 @@ def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     return raw.is_contiguous() and raw.data_ptr() % 4 == 0
 
 
-def multiply(packed: Packed, x_TD: torch.Tensor, launch: Launch | None = None) -> torch.Tensor:
-    """x times the transposed matrix: (T, rows), in the dtype of x."""
-    launch = launch or PRODUCTS[packed.format]
-    tokens, (height, chunks) = x_TD.shape[0], launch.tile
+def multiply(
+    packed: Packed,
+    x_TD: torch.Tensor,
+    launch: Launch | None = None,
+    bias_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x times the transposed matrix, plus a bias: (T, rows), in the dtype of x."""
+    launch = launch or _fitting(packed)
+    tokens, (height, pieces) = x_TD.shape[0], launch.tile
     y_TN = x_TD.new_empty(tokens, packed.rows)
     at_once = min(triton.next_power_of_2(tokens), TOKENS_AT_ONCE)
-    grid = (triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))
-    tile = {"TOKENS": at_once, "ROWS": height, "CHUNKS": chunks, "num_warps": launch.warps}
-    parts = packed.parts
-    if packed.format == "Q4_K":
-        of_64 = packed.width // 64
-        launch.kernel[grid](parts["raw"], x_TD, y_TN, packed.rows, tokens, of_64, **tile)
-        return y_TN
-    codes = parts["packed"].view(torch.uint8) if "packed" in parts else parts["raw"]
-    scale = parts.get("scale", codes)
-    launch.kernel[grid](
+    parts, bits = packed.parts, 8 if "8" in packed.format else 4
+    tile: dict[str, Any] = {"TOKENS": at_once, "ROWS": height, "PIECES": pieces}
+    beside = list[torch.Tensor]()
+    strides = list[int]()
+    if packed.format in ("ct4", "ct8"):
+        codes, scale = parts["packed"], parts["scale"]
+        tile |= {"BITS": bits, "GROUP": packed.group // _PIECE[packed.format]}
+        beside, strides = [scale], [codes.stride(0), *scale.stride()]
+    else:
+        codes = parts["raw"]
+        tile |= {} if packed.format == "Q4_K" else {"BITS": bits}
+    launch.kernel[(triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))](
         codes,
-        scale,
+        *beside,
         x_TD,
+        y_TN if bias_N is None else bias_N,
         y_TN,
         packed.rows,
         tokens,
-        packed.width // CHUNK,
-        codes.stride(0),
-        *scale.stride(),
-        KIND=packed.format,
-        GROUP=packed.group // CHUNK,
+        packed.width // _PIECE[packed.format],
+        ONE,
+        *strides,
+        BIAS=bias_N is not None,
+        num_warps=launch.warps,
         **tile,
     )
     return y_TN
+
+
+def _fitting(packed: Packed) -> Launch:
+    """How this matrix is multiplied; each number of y is the same whatever the rows at a time."""
+    launch = PRODUCTS[packed.format]
+    height, pieces = launch.tile
+    while height > 1 and packed.rows < PROGRAMS * height:
+        height //= 2
+    return replace(launch, tile=(height, pieces))
 
 
 WIDEST_TOKEN = 1 << 15
