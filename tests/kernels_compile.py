@@ -70,10 +70,15 @@ def compile_all(dtype: torch.dtype) -> None:
             x = torch.zeros(tokens, packed.width, dtype=dtype)
             if launching.multiplies(packed, x):
                 launching.multiply(packed, x)
+                launching.multiply(packed, x, bias_N=x[0])
     x, weight = torch.zeros(2, 3584, dtype=dtype), torch.zeros(3584, dtype=dtype)
     launching.launch_norm(x, x, weight, 1e-6)
     launching.launch_norm(x, None, weight.float(), 1e-6)
     launching.launch_swiglu(x, x)
+    heads = x.view(2, 28, 128).transpose(0, 1)
+    table = torch.zeros(2, 2, 64)
+    launching.launch_rotate([heads, heads[:4]], table, interleaved=False)
+    launching.launch_rotate([heads], table, interleaved=True)
 
 
 def main() -> None:

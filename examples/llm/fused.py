@@ -7,6 +7,7 @@ order of sums and the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
@@ -57,8 +58,10 @@ def kernel_multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     return multiplies(packed, x_TD)
 
 
-def multiply(packed: Packed, x_TD: torch.Tensor) -> torch.Tensor:
-    """x times the transposed matrix, (T, rows), without unpacking it to memory.
+def multiply(
+    packed: Packed, x_TD: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x times the transposed matrix, plus a bias: (T, rows), without unpacking it to memory.
 
     To be called only where ``kernel_multiplies``. Weights are float32 here, not rounded to x's
     dtype as in unpacked rows.
@@ -66,7 +69,7 @@ def multiply(packed: Packed, x_TD: torch.Tensor) -> torch.Tensor:
     from .kernels.launching import multiply as launch
 
     with _current(x_TD):
-        return launch(packed, x_TD)
+        return launch(packed, x_TD, bias_N=bias_N)
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -107,6 +110,23 @@ def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
         with _current(gate_TF):
             return launch_swiglu(gate_TF, up_TF)
     return F.silu(gate_TF).mul_(up_TF)
+
+
+def kernel_rotates(x_HTE: torch.Tensor, table_2TE: torch.Tensor) -> bool:
+    """True: ``rotate_heads`` serves."""
+    if not x_HTE.is_cuda or x_HTE.stride(-1) != 1 or table_2TE.stride(-1) != 1:
+        return False
+    return triton_serves(x_HTE.device)
+
+
+def rotate_heads(
+    heads: Sequence[torch.Tensor], table_2TE: torch.Tensor, *, interleaved: bool
+) -> list[torch.Tensor]:
+    """Queries, or queries and keys, rotated in one launch. Only where ``kernel_rotates``."""
+    from .kernels.launching import launch_rotate
+
+    with _current(heads[0]):
+        return launch_rotate(heads, table_2TE, interleaved=interleaved)
 
 
 def limits(device: torch.device) -> Thresholds:

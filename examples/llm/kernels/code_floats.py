@@ -18,20 +18,19 @@ ONE = 127 << 23
 
 
 @triton.jit
-def nibble(word: tl.tensor, one: int, NUMBER: tl.constexpr, ZERO: tl.constexpr) -> tl.tensor:
-    """Four bits of words, 0 the lowest, less ZERO, as float32: any of 0 to 4."""
-    bits = (word & (15 << (4 * NUMBER))) | (one + ((23 - 4 * NUMBER) << 23))
-    return bits.to(tl.float32, bitcast=True) - ((1 << (23 - 4 * NUMBER)) + ZERO)
+def code(
+    word: tl.tensor, one: int, AT: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr
+) -> tl.tensor:
+    """BITS of words from bit AT on, less ZERO, as float32; none is above bit 22."""
+    bits = (word & (((1 << BITS) - 1) << AT)) | (one + ((23 - AT) << 23))
+    return bits.to(tl.float32, bitcast=True) - ((1 << (23 - AT)) + ZERO)
 
 
 @triton.jit
-def byte(
-    word: tl.tensor, one: int, NUMBER: tl.constexpr, ZERO: tl.constexpr, FLIP: tl.constexpr
-) -> tl.tensor:
-    """Byte 0 or 1 of words, with the bits of FLIP flipped, less ZERO, as float32."""
-    change = one + (((23 - 8 * NUMBER) << 23) + (FLIP << (8 * NUMBER)))
-    bits = (word & (255 << (8 * NUMBER))) ^ change
-    return bits.to(tl.float32, bitcast=True) - ((1 << (23 - 8 * NUMBER)) + ZERO)
+def signed_byte(word: tl.tensor, one: int, AT: tl.constexpr) -> tl.tensor:
+    """Eight bits of words from bit AT on, of which the last is a sign, as float32."""
+    bits = (word & (255 << AT)) ^ (one + (((23 - AT) << 23) + (128 << AT)))
+    return bits.to(tl.float32, bitcast=True) - ((1 << (23 - AT)) + 128)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .blocks256 import half_float
-from .code_floats import byte, eight_x, four_words, nibble, sum_of_eight
+from .code_floats import code, eight_x, four_words, signed_byte, sum_of_eight
 
 
 @triton.jit
@@ -60,9 +60,9 @@ def add_nibbles(part: tl.tensor, word: tl.tensor, x: tl.tuple, one: int) -> tl.t
     """part, plus the products of the eight codes in words, less 8, with eight of x."""
     upper = word >> 12
     for k in tl.static_range(4):
-        part += nibble(word, one, k, 8) * x[k]
+        part += code(word, one, 4 * k, 4, 8) * x[k]
     for k in tl.static_range(4):
-        part += nibble(upper, one, k + 1, 8) * x[k + 4]
+        part += code(upper, one, 4 * k + 4, 4, 8) * x[k + 4]
     return part
 
 
@@ -107,9 +107,12 @@ def multiply_words(  # noqa: PLR0913 - a kernel has no records
             if BITS == 4:
                 part = add_nibbles(part, word[q], numbers, one)
             else:
-                for k in tl.static_range(8):
-                    pair = word[2 * q + k // 4] >> (16 * (k // 2 % 2))
-                    part += byte(pair, one, k % 2, 128, 0) * numbers[k]
+                for k in tl.static_range(2):
+                    part += code(word[2 * q + k], one, 0, 8, 128) * numbers[4 * k]
+                    part += code(word[2 * q + k], one, 8, 8, 128) * numbers[4 * k + 1]
+                    upper = word[2 * q + k] >> 12
+                    part += code(upper, one, 4, 8, 128) * numbers[4 * k + 2]
+                    part += code(upper, one, 12, 8, 128) * numbers[4 * k + 3]
         total = tl.where(own < pieces, total + part * factor, total)
     store_sums(y, bias, total, rows, tokens, BIAS)
 
@@ -152,13 +155,13 @@ def multiply_blocks(  # noqa: PLR0913 - a kernel has no records
         for i in tl.static_range(4):
             pair = tl.load(head + place * 4 + (1 + i)).to(tl.uint32)
             if BITS == 4:
-                part += nibble(pair, one, 0, 8) * first[2 * i]
-                part += nibble(pair, one, 1, 8) * second[2 * i]
-                part += nibble(pair, one, 2, 8) * first[2 * i + 1]
-                part += nibble(pair, one, 3, 8) * second[2 * i + 1]
+                part += code(pair, one, 0, 4, 8) * first[2 * i]
+                part += code(pair, one, 4, 4, 8) * second[2 * i]
+                part += code(pair, one, 8, 4, 8) * first[2 * i + 1]
+                part += code(pair, one, 12, 4, 8) * second[2 * i + 1]
             else:
-                part += byte(pair, one, 0, 128, 128) * first[2 * i]
-                part += byte(pair, one, 1, 128, 128) * first[2 * i + 1]
+                part += signed_byte(pair, one, 0) * first[2 * i]
+                part += signed_byte(pair, one, 8) * first[2 * i + 1]
         total = tl.where(own < pieces, total + part * factor, total)
     store_sums(y, bias, total, rows, tokens, BIAS)
 
@@ -194,14 +197,14 @@ def low_and_high(  # noqa: PLR0913 - a kernel has no records
     """low, plus products of the low nibbles of four bytes with four of x, from number FIRST on;
     high, plus those of the high nibbles with four of x_high."""
     upper = word >> 12
-    low += nibble(word, one, 0, 0) * x[FIRST]
-    high += nibble(word, one, 1, 0) * x_high[FIRST]
-    low += nibble(word, one, 2, 0) * x[FIRST + 1]
-    high += nibble(word, one, 3, 0) * x_high[FIRST + 1]
-    low += nibble(word, one, 4, 0) * x[FIRST + 2]
-    high += nibble(upper, one, 2, 0) * x_high[FIRST + 2]
-    low += nibble(upper, one, 3, 0) * x[FIRST + 3]
-    high += nibble(upper, one, 4, 0) * x_high[FIRST + 3]
+    low += code(word, one, 0, 4, 0) * x[FIRST]
+    high += code(word, one, 4, 4, 0) * x_high[FIRST]
+    low += code(word, one, 8, 4, 0) * x[FIRST + 1]
+    high += code(word, one, 12, 4, 0) * x_high[FIRST + 1]
+    low += code(word, one, 16, 4, 0) * x[FIRST + 2]
+    high += code(upper, one, 8, 4, 0) * x_high[FIRST + 2]
+    low += code(upper, one, 12, 4, 0) * x[FIRST + 3]
+    high += code(upper, one, 16, 4, 0) * x_high[FIRST + 3]
     return low, high
 
 
@@ -243,8 +246,8 @@ def multiply_q4_k(  # noqa: PLR0913 - a kernel has no records
             low, high = low_and_high(low, high, word[2 * q + 1], lows, highs, one, 4)
             x_low += sum_of_eight(lows)
             x_high += sum_of_eight(highs)
-        part = byte(scale, one, 0, 0, 0) * low + byte(scale, one, 1, 0, 0) * high
-        taken = byte(minimum, one, 0, 0, 0) * x_low + byte(minimum, one, 1, 0, 0) * x_high
+        part = code(scale, one, 0, 8, 0) * low + code(scale, one, 8, 8, 0) * high
+        taken = code(minimum, one, 0, 8, 0) * x_low + code(minimum, one, 8, 8, 0) * x_high
         part = half_float(both) * part - half_float(both >> 16) * taken
         total = tl.where(own < pieces, total + part, total)
     store_sums(y, bias, total, rows, tokens, BIAS)
