@@ -71,12 +71,17 @@ def compile_all(dtype: torch.dtype) -> None:
             x = torch.zeros(tokens, packed.width, dtype=dtype)
             if launching.multiplies(packed, x):
                 launching.multiply(packed, x)
+                launching.multiply(packed, x, bias_N=x[0])
     x, weight = torch.zeros(2, 3584, dtype=dtype), torch.zeros(3584, dtype=dtype)
     launching.launch_norm(x, x, weight, 1e-6)
     launching.launch_norm(x, None, weight.float(), 1e-6)
     launching.launch_swiglu(x, x)
-    for heads, groups, width, window in ((28, 4, 128, None), (32, 8, 64, 512), (8, 1, 256, None)):
-        compile_decoding(heads, groups, width, window, dtype)
+    heads = x.view(2, 28, 128).transpose(0, 1)
+    table = torch.zeros(2, 2, 64)
+    launching.launch_rotate([heads, heads[:4]], table, interleaved=False)
+    launching.launch_rotate([heads], table, interleaved=True)
+    for sizes in ((28, 4, 128, None), (32, 8, 64, 512), (8, 1, 256, None)):
+        compile_decoding(*sizes, dtype)
 
 
 def compile_decoding(

@@ -7,6 +7,7 @@ order of sums and the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from importlib import import_module
@@ -53,14 +54,16 @@ def kernel_multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     return bool(_kernels("launching").multiplies(packed, x_TD))
 
 
-def multiply(packed: Packed, x_TD: torch.Tensor) -> torch.Tensor:
-    """x times the transposed matrix, (T, rows), without unpacking it to memory.
+def multiply(
+    packed: Packed, x_TD: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x times the transposed matrix, plus a bias: (T, rows), without unpacking it to memory.
 
     To be called only where ``kernel_multiplies``. Weights are float32 here, not rounded to x's
     dtype as in unpacked rows.
     """
     with _current(x_TD):
-        product: torch.Tensor = _kernels("launching").multiply(packed, x_TD)
+        product: torch.Tensor = _kernels("launching").multiply(packed, x_TD, bias_N=bias_N)
     return product
 
 
@@ -99,6 +102,24 @@ def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
             gated: torch.Tensor = _kernels("launching").launch_swiglu(gate_TF, up_TF)
         return gated
     return F.silu(gate_TF).mul_(up_TF)
+
+
+def kernel_rotates(x_HTE: torch.Tensor, table_2TE: torch.Tensor) -> bool:
+    """True: ``rotate_heads`` serves."""
+    if not x_HTE.is_cuda or x_HTE.stride(-1) != 1 or table_2TE.stride(-1) != 1:
+        return False
+    return triton_serves(x_HTE.device)
+
+
+def rotate_heads(
+    heads: Sequence[torch.Tensor], table_2TE: torch.Tensor, *, interleaved: bool
+) -> list[torch.Tensor]:
+    """Queries, or queries and keys, rotated in one launch. Only where ``kernel_rotates``."""
+    with _current(heads[0]):
+        turned: list[torch.Tensor] = _kernels("launching").launch_rotate(
+            heads, table_2TE, interleaved=interleaved
+        )
+    return turned
 
 
 def limits(device: torch.device) -> Thresholds:
