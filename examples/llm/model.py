@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from .config import ModelConfig
-from .fused import add_rms_norm, plain_rms_norm, rms_norm, swiglu
-from .rope import rotate
+from .fused import add_rms_norm, rms_norm, swiglu
+from .rope import rotate_both
 from .weights import StepWeights
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -81,17 +81,15 @@ def self_attention(
 ) -> torch.Tensor:
     """Queries, keys and values of T tokens, and what attention makes of them."""
 
-    def heads(name: str) -> torch.Tensor:
-        y = weights.linear(x_TD, f"self_attn.{name}_proj")
-        return y.view(len(y), -1, config.head_dim).transpose(0, 1)
+    def heads(name: str, *, normed: bool = False) -> torch.Tensor:
+        y = weights.linear(x_TD, f"self_attn.{name}_proj").view(-1, config.head_dim)
+        if normed:
+            y = rms_norm(y, weights.norm(f"self_attn.{name}_norm"), config.norm_eps)
+        return y.view(len(x_TD), -1, config.head_dim).transpose(0, 1)
 
-    def rotated(name: str) -> torch.Tensor:
-        y = heads(name)
-        if config.head_norms:
-            y = plain_rms_norm(y, weights.norm(f"self_attn.{name}_norm"), config.norm_eps)
-        if table_2TE is None:
-            return y
-        return rotate(y, table_2TE, interleaved=weights.interleaved_rope)
-
-    mixed_HTE = attention(weights.layer_idx, rotated("q"), rotated("k"), heads("v"))
+    q_HTE, k_GTE = (heads(name, normed=config.head_norms) for name in "qk")
+    if table_2TE is not None:
+        interleaved = weights.interleaved_rope
+        q_HTE, k_GTE = rotate_both(q_HTE, k_GTE, table_2TE, interleaved=interleaved)
+    mixed_HTE = attention(weights.layer_idx, q_HTE, k_GTE, heads("v"))
     return weights.linear(mixed_HTE.transpose(0, 1).flatten(1), "self_attn.o_proj")
