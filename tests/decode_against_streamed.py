@@ -5,6 +5,7 @@ on a GPU, where every such pass is captured and replayed.
 """
 
 import logging
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,9 @@ from llm.triton_support import interpreted
 
 DEVICE = "cpu" if interpreted() else "cuda"
 TOLERANCE = 1e-5
-FEW = ["llama-one-kv-head", "llama-dynamic", "qwen2-window", "qwen3-yarn", "gemma3_text"]
-NAMES = FEW if interpreted() else list(CASES)
+FEW = interpreted() and "EVERY_CASE" not in os.environ
+"""The interpreter takes a millisecond for a program: by default it gets few."""
+NAMES = ["llama-one-kv-head", "qwen2-window", "gemma3_text"] if FEW else list(CASES)
 PROMPTS = (23, 50)
 
 
@@ -71,7 +73,7 @@ def test_every_architecture_gives_the_logits_of_streamed_passes(tmp_path: Path, 
     assert relative_error(found, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["llama"] if FEW else ["llama", "mistral", "qwen2"])
 def test_packed_weights_with_permuted_heads_give_the_logits_of_streamed_passes(
     tmp_path: Path, name: str
 ) -> None:
@@ -87,7 +89,7 @@ def test_a_ring_is_written_around_its_end(tmp_path: Path) -> None:
     for rows in (0, 1):
         with opened(path, config, rows=rows, tokens=1024, max_rows=1) as runner:
             assert runner.kv.span(0).ring == 512
-            found.append(decode(runner, [(IDS * 20)[:504]], 16)[0])
+            found.append(decode(runner, [(IDS * 20)[:508]], 8)[0])
     assert relative_error(found[1], found[0]) <= TOLERANCE
 
 
@@ -99,7 +101,7 @@ def history(runner: Runner, seed: int, count: int) -> list[torch.Tensor]:
         if rows and rng.random() < 0.25:
             runner.kv.rows.drop(rows.pop(rng.randrange(len(rows))))
         if len(rows) < 3 and rng.random() < 0.4:
-            row = runner.kv.rows.add(rng.choice((60, 300)))
+            row = runner.kv.rows.add(rng.choice((100, 300)))
             if row is not None:
                 new = [(row, rng.choices(IDS, k=rng.randrange(1, 20)))]
         entries = [(row, [rng.choice(IDS)]) for row in rows] + new
@@ -110,11 +112,11 @@ def history(runner: Runner, seed: int, count: int) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(2 if interpreted() else 20))
+@pytest.mark.parametrize("seed", range(1 if FEW else 20))
 def test_rows_come_and_go_as_if_all_passes_were_streamed(tmp_path: Path, seed: int) -> None:
     model = zoo_model("qwen2-window")
     path, config = tiny_checkpoint(tmp_path, model), model_config(model.config)
-    count, histories = 16 if interpreted() else 60, []
+    count, histories = 16 if FEW else 60, []
     for rows in (0, 3):
         with opened(path, config, rows=rows, tokens=768, max_rows=3) as runner:
             histories.append(history(runner, seed, count))

@@ -24,6 +24,13 @@ def test_captured_passes_and_their_kernels_are_right_in_the_interpreter(checks: 
 
 
 @needs_triton
+@pytest.mark.slow
+def test_captured_passes_of_every_architecture_are_right_in_the_interpreter() -> None:
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "EVERY_CASE": "1"}
+    run_checks(environment, REPOSITORY / "tests" / "decode_against_streamed.py")
+
+
+@needs_triton
 @pytest.mark.gpu
 @pytest.mark.parametrize("checks", CHECKS)
 def test_captured_passes_and_their_kernels_are_right_on_a_gpu(checks: str) -> None:
