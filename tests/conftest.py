@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,28 @@ from layer_streamer import LayerStreamer
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C, and so would all that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+NUM_THREADS = torch.get_num_threads()
+# For tiny tensors: two threads on two busy cores wait for each other most of the time.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_this_modules_garbage() -> None:
+    """Collections, of which there are many, do not look through torch and all that was before."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_usual(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What runs on a GPU is compared with larger tensors on the CPU."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    torch.set_num_threads(NUM_THREADS)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

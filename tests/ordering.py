@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,8 +19,8 @@ from layer_streamer import LayerStreamer, StreamerError
 
 NUM_LAYERS = 5
 HANG_SECONDS = 5.0
-MUTANT_SECONDS = 1.5
-"""A hundred times what such passes take."""
+MUTANT_SECONDS = 0.3
+"""What a mutant's passes have at least: twenty times what such passes take on a quiet machine."""
 # Larger than a page: smaller layers lie at their own phase in a slot and would not collide.
 TENSORS = tiny_tensors(NUM_LAYERS, hidden=48)
 POOLS = {
@@ -127,11 +128,22 @@ def find_errors(
     return devices[0].errors
 
 
-def seen_errors(checkpoint: Path, options: Mapping[str, Any]) -> Iterator[bool]:
-    """For schedule after schedule, whether it saw an error."""
+def time_without_errors(checkpoint: Path, options: Mapping[str, Any]) -> float:
+    """Run five schedules, in which nothing may go wrong; the seconds after which passes hang here
+    and now: twenty times what the slowest of them took."""
+    slowest = 0.0
+    for seed in range(5):
+        began = time.monotonic()
+        assert not find_errors(checkpoint, seed, options)
+        slowest = max(slowest, time.monotonic() - began)
+    return max(MUTANT_SECONDS, 20 * slowest)
+
+
+def seen_errors(checkpoint: Path, options: Mapping[str, Any], seconds: float) -> Iterator[bool]:
+    """For schedule after schedule, whether it saw an error or hung for so long."""
     for seed in range(200):
         try:
-            yield bool(find_errors(checkpoint, seed, options, MUTANT_SECONDS))
+            yield bool(find_errors(checkpoint, seed, options, seconds))
         except (StreamerError, RuntimeError, IndexError):
             yield True
 

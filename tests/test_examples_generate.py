@@ -60,18 +60,19 @@ def without_notes(err: bytes) -> list[str]:
 
 def test_the_text_alone_is_on_stdout_and_the_summary_on_stderr(tmp_path):
     tokenizer = load_tokenizer(smollm2_metadata())
-    golden = GOLDEN[NUMBERS]["new_ids"]
+    golden = GOLDEN[NUMBERS]["new_ids"][:8]
     result = run(
         smollm2(), "--raw", "--prompt", NUMBERS.removeprefix("raw:"), "--max-new-tokens",
         len(golden), "--timeline", tmp_path / "pass.json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout == tokenizer.decode(golden)
-    for part in ("24 tokens at ", "tokens/s", "GB streamed in 24 passes", "GB/s", "peak"):
+    for part in ("8 tokens at ", "tokens/s", "GB streamed in 8 passes", "GB/s", "peak"):
         assert part in result.stderr
     assert json.loads((tmp_path / "pass.json").read_text())["traceEvents"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_a_text_ends_cleanly_with_130():
     command = [*SCRIPT, str(smollm2()), "--prompt", "1, 2, 3,", "--raw", "--max-new-tokens", "4000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -83,6 +84,7 @@ def test_ctrl_c_in_the_middle_of_a_text_ends_cleanly_with_130():
     assert without_notes(err) == []
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_script_quietly():
     command = [*SCRIPT, str(smollm2()), "--prompt", "1, 2, 3,", "--raw", "--max-new-tokens", "4000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -29,8 +29,8 @@ NATIVE = [np.float32, np.float16, np.float64, np.int8, np.int16, np.int32, np.in
 LAYER = {"blk.0.w": np.arange(4, dtype=np.float32)}
 
 
-def assert_equals_reader(path: Path) -> None:
-    """Names, types, shapes, offsets and bytes equal what ``gguf.GGUFReader`` finds."""
+def assert_equals_reader(path: Path) -> gguf.GGUFReader:
+    """Names, types, shapes, offsets and bytes equal what ``gguf.GGUFReader`` finds; that one."""
     specs, reader = dict(read_gguf(path).tensors), gguf.GGUFReader(path)
     assert list(specs) == [tensor.name for tensor in reader.tensors]
     raw = path.read_bytes()
@@ -41,6 +41,7 @@ def assert_equals_reader(path: Path) -> None:
         assert raw[spec.offset : spec.offset + spec.nbytes] == tensor.data.tobytes()
         if spec.ggml_type != "BF16":  # numpy has none: the reader hands out bytes
             assert spec.shape == tuple(tensor.data.shape)
+    return reader
 
 
 def plain(value: Any) -> Any:
@@ -272,8 +273,7 @@ class TestSplit:
 
 def test_the_real_smollm2_file_reads_as_the_gguf_package_reads_it() -> None:
     path = fetch()
-    assert_equals_reader(path)
-    metadata, fields = read_gguf(path).metadata, gguf.GGUFReader(path).fields
+    fields = assert_equals_reader(path).fields
     assert len(read_manifest(path).layers) == 30
-    for key, value in metadata.items():
+    for key, value in read_gguf(path).metadata.items():
         assert plain(value) == fields[key].contents()

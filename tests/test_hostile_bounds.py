@@ -25,7 +25,7 @@ def assert_cheap(path: Path, match: str) -> None:
         start = time.process_time()
         assert match in rejection(path)
         seconds.append(time.process_time() - start)
-        if seconds[-1] < SECONDS / 2:
+        if seconds[-1] < SECONDS:
             break
     tracemalloc.start()
     try:
@@ -78,7 +78,9 @@ def test_many_different_metadata_keys_are_rejected_within_the_bounds(tmp_path: P
     assert_cheap(path, "__metadata__ takes more than")
 
 
-@pytest.mark.parametrize("name", ["{i}", "{i:0>900}\U0001f600"])
+@pytest.mark.parametrize(
+    "name", ["{i}", pytest.param("{i:0>900}\U0001f600", marks=pytest.mark.slow)]
+)
 def test_a_fault_behind_as_many_tensors_as_allowed_is_found_within_the_bounds(
     tmp_path: Path, name: str
 ) -> None:
@@ -106,13 +108,21 @@ SPARSE = {
 }
 
 
-@pytest.mark.parametrize("case", SPARSE)
+LONG = "walked_strings"
+"""All that may be walked is walked, under the eyes of tracemalloc."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*(case for case in SPARSE if case != LONG), pytest.param(LONG, marks=pytest.mark.slow)],
+)
 def test_counts_that_a_sparse_file_can_hold_are_rejected(tmp_path: Path, case: str) -> None:
     kvs, size, match = SPARSE[case]
     path = sparse(tmp_path / "m.gguf", gguf_bytes(kvs, num_tensors=1), size)
     assert_cheap(path, match)
 
 
+@pytest.mark.slow
 def test_a_fault_behind_as_many_gguf_tensors_as_allowed_is_found_within_the_bounds(
     tmp_path: Path,
 ) -> None:

@@ -230,6 +230,7 @@ load_tokenizer(directory)
 """
 
 
+@pytest.mark.slow
 def test_a_model_that_is_here_is_described_without_any_network(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, zoo_model("llama"), tokenizer=True)

@@ -51,15 +51,11 @@ def nothing_left(device: Any) -> Iterator[None]:
 
 
 @pytest.fixture
-def planned(route: str, tmp_path: Path, tensors: Any, device: Any) -> Iterator[LayerStreamer]:
+def planned(route: str, tmp_path: Path, tensors: Any, device: Any) -> LayerStreamer:
     """A closed streamer, for its manifest: an opening that succeeded once."""
     with open_route(route, tmp_path, device) as streamer:
         streamer.resident = of_tier(streamer, "device") + of_tier(streamer, "host")
-    # Collections, of which there are many here, look only at what the test itself makes.
-    gc.collect()
-    gc.freeze()
-    yield streamer
-    gc.unfreeze()
+    return streamer
 
 
 @pytest.mark.parametrize("route", default_params(*COPIED))

@@ -149,6 +149,7 @@ def test_what_the_command_line_cannot_mean_is_refused_with_2(
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module(model: Path) -> None:
     command = [sys.executable, "-m", "layer_streamer", "plan", str(model), *CPU]
     done = subprocess.run(

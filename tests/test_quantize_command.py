@@ -123,6 +123,7 @@ def test_a_terminal_sees_a_progress_bar_with_the_time_left(place, tmp_path, monk
     assert re.search(r"\r +\d+%\|.*so far, \S+ left", terminal.getvalue())
 
 
+@pytest.mark.slow
 def test_the_script_runs_by_itself(place, tmp_path):
     script = str(REPOSITORY / "examples" / "quantize.py")
     command = [sys.executable, script, "bare", str(tmp_path / "out"), "--bits", "4"]

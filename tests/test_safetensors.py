@@ -251,6 +251,7 @@ def test_a_15_gb_checkpoint_opens_in_well_under_a_second(tmp_path: Path) -> None
     assert manifest.nbytes == offset > 14_900_000_000
 
 
+@pytest.mark.slow
 def test_an_index_as_large_as_the_largest_published_is_read(tmp_path: Path) -> None:
     count = 200_000
     shards = [f"model-{k + 1:05}-of-00004.safetensors" for k in range(4)]

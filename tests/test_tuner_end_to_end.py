@@ -106,6 +106,7 @@ def write_tables(folder: Path) -> None:
     (folder / "tables.json").write_text(json.dumps(tables))
 
 
+@pytest.mark.slow
 def test_the_published_example_runs_as_a_script_without_a_guard(
     tmp_path: Path, marked: Marked
 ) -> None:
@@ -181,6 +182,7 @@ def example(checkpoint: Path, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_example_prints_a_call_that_can_be_pasted(
     checkpoint: Path, tmp_path: Path, marked: Marked
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layer_streamer.tuner.record import TrialRecord
-from layer_streamer.tuner.report import Findings, frontier, make_table, write_report
+from layer_streamer.tuner.report import Findings, frontier, is_wide, make_table, write_report
 
 WELL = [
     TrialRecord(
@@ -60,6 +61,12 @@ def test_the_frontier_is_what_no_other_point_beats(found: list[tuple[float, floa
         assert not any(
             other != point and other[0] <= point[0] and other[1] <= point[1] for other in found
         )
+
+
+@pytest.mark.parametrize(("times", "wide"), [([], False), ([1, 5], False), ([1, 3, 5.1], True)])
+def test_times_that_are_far_apart_get_a_logarithmic_axis(times: list[float], wide: bool) -> None:
+    records = [replace(WELL[0], run_seconds=(time,) * 3) for time in times]
+    assert is_wide([*BAD, *records]) == wide
 
 
 @pytest.mark.parametrize("findings", [FINDINGS, Findings("t", BAD, None, 0)])

@@ -170,7 +170,11 @@ def test_a_main_without_a_file_is_refused(way: list[str], marked: Marked) -> Non
     assert done.stdout.startswith("setup_fn=setup: a prompt, -c or stdin is no file")
 
 
-@pytest.mark.parametrize("text", [UNGUARDED, GUARDED], ids=["unguarded", "guarded"])
+@pytest.mark.parametrize(
+    "text",
+    [UNGUARDED, pytest.param(GUARDED, marks=pytest.mark.slow)],
+    ids=["unguarded", "guarded"],
+)
 def test_a_scripts_own_setup_function_reaches_a_trial(
     text: str, tmp_path: Path, checkpoint: Path, marked: Marked
 ) -> None:

@@ -49,7 +49,7 @@ def interrupted(parent: subprocess.Popen[str], marked: Marked) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["start", pytest.param("import", marks=pytest.mark.slow), "run 1"]
+    "stage", [SLOW_START, pytest.param("import", marks=pytest.mark.slow), "run 1"]
 )
 def test_ctrl_c_in_a_stage_ends_the_trial_and_leaves_nothing(
     checkpoint: Path, marked: Marked, stage: str

@@ -28,16 +28,16 @@ pytestmark = [
 
 ENDINGS: list[Any] = [
     (setups.raises, "exception", "ValueError: a setup that raises (in stage 'setup')\n"),
-    (setups.exits_three, "exit", "exit code 3 without a result, in stage 'run 1'"),
     (setups.segfaults, "signal", "SIGSEGV, in stage 'run 1'"),
-    (setups.fakes_a_result, "exception", "ValueError: no result (in stage 'setup')\n"),
-    (setups.writes_garbage_and_exits, "exit", "exit code 6 without a result, in stage 'setup'; "),
-    (setups.runs_away, "exit", "exit code 8 without a result, in stage 'setup'"),
     (setups.closes_everything, "exit", "exit code 74 without a result, in stage 'run 1'; "),
     (setups.kills_its_parent, "signal", "the trial's supervisor was ended (SIGKILL), in stage "),
     (setups.refused_torch_memory, "out of memory", "RuntimeError: [enforce fail"),
 ]
 RARER: list[Any] = [
+    (setups.exits_three, "exit", "exit code 3 without a result, in stage 'run 1'"),
+    (setups.fakes_a_result, "exception", "ValueError: no result (in stage 'setup')\n"),
+    (setups.writes_garbage_and_exits, "exit", "exit code 6 without a result, in stage 'setup'; "),
+    (setups.runs_away, "exit", "exit code 8 without a result, in stage 'setup'"),
     (setups.exits_zero, "exit", "exit code 0 without a result, in stage 'run 1'"),
     (setups.sys_exits, "exit", "SystemExit: 4 (in stage 'run 1')\n"),
     (setups.raises_in_run, "exception", "KeyError: 'run' (in stage 'run 1')\n"),
@@ -84,15 +84,18 @@ def test_a_candidate_without_a_word_is_hung(checkpoint: Path, setup_fn: Callable
     assert record.detail.startswith("no word for 2 s, hang_seconds=2, in stage 'run 1'")
 
 
+@pytest.mark.slow
 def test_a_candidate_that_takes_too_long_as_a_whole_is_timed_out(checkpoint: Path) -> None:
-    record = try_setup(checkpoint, setups.hangs_ignoring_signals, trial_seconds=3.0)
+    record = try_setup(checkpoint, setups.hangs_ignoring_signals, trial_seconds=2.0)
     assert record.ending == "timed out"
-    assert record.detail.startswith("no result within trial_seconds=3, in stage ")
-    assert 3.0 <= record.trial_seconds < 20.0
+    assert record.detail.startswith("no result within trial_seconds=2, in stage ")
+    assert 2.0 <= record.trial_seconds < 20.0
 
 
 @pytest.mark.parametrize(
-    "setup_fn", [setups.allocates, setups.allocates_in_a_grandchild], ids=name_of
+    "setup_fn",
+    [pytest.param(setups.allocates, marks=pytest.mark.slow), setups.allocates_in_a_grandchild],
+    ids=name_of,
 )
 def test_a_candidate_that_allocates_without_end_is_out_of_memory(
     checkpoint: Path, setup_fn: Callable[..., Any]
@@ -108,7 +111,7 @@ def test_a_candidate_that_allocates_without_end_is_out_of_memory(
     "setup_fn",
     [
         setups.starts_others,
-        setups.forks_and_goes_on,
+        pytest.param(setups.forks_and_goes_on, marks=pytest.mark.slow),
         setups.writes_garbage,
         pytest.param(setups.prints_and_works, marks=pytest.mark.slow),
     ],

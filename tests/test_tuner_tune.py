@@ -268,6 +268,19 @@ def test_progress_tells_each_new_best_and_its_gain(
     assert "best so far: 2.0000 s a run (50.0% less)" in shown
     assert "best so far: 1.5000 s a run (25.0% less)" in shown
     assert shown.count("best so far") == 3
+    assert "none of the others" not in shown
+
+
+def test_a_race_that_ends_early_says_how_many_it_tried_and_why(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuner = LayerStreamerTuner.from_checkpoint(model)
+    trials = simulated(tuner, lambda s: 1.0, machine(unified=False))
+    tuner.tune()
+    shown = capsys.readouterr().err
+    tried, total = len(trials.started), int(shown.split(" candidates")[0].split()[-1])
+    assert 1 <= tried < total
+    assert f"{tried} of {total} tried: none of the others can be better by more than 2%" in shown
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,9 @@ TABLE, PICTURE = "tune.md", "tune.png"
 MOST_DETAIL = 100
 MOST_BARS = 60
 """Candidates that the first part of the picture shows, the fastest ones."""
+WIDEST_LINEAR = 5.0
+"""Times that are further apart than this, slowest over fastest, are drawn on a logarithmic axis."""
+BYTE_SETTINGS = ("read_chunk", "device_budget", "host_budget")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,9 @@ def write_report(folder: Path, findings: Findings) -> tuple[Path, ...]:
     figure.suptitle(findings.title)
     _draw_times(left, findings)
     _draw_memory(right, findings)
+    if is_wide(findings.records):
+        left.set_xscale("log")
+        right.set_yscale("log")
     picture = folder / PICTURE
     figure.savefig(picture, dpi=120)
     return table, picture
@@ -80,6 +86,12 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
         if not found or seconds < found[-1][1]:
             found.append((nbytes, seconds))
     return found
+
+
+def is_wide(records: Sequence[TrialRecord]) -> bool:
+    """True: on one linear axis the fastest candidates would look alike."""
+    times = [record.seconds for record in records if record.seconds]
+    return bool(times) and max(times) > WIDEST_LINEAR * min(times)
 
 
 def _well(records: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -149,6 +161,14 @@ def _names(records: Sequence[TrialRecord]) -> list[str]:
         name for name in names if len({record.settings.get(name) for record in records}) > 1
     ]
     return [
-        " ".join(f"{name}={record.settings[name]}" for name in differing if name in record.settings)
+        " ".join(
+            f"{name}={_shown(name, record.settings[name])}"
+            for name in differing
+            if name in record.settings
+        )
         for record in records
     ]
+
+
+def _shown(name: str, value: Any) -> str:
+    return format_bytes(value) if name in BYTE_SETTINGS and value is not None else str(value)

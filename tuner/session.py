@@ -169,6 +169,11 @@ class Session:
             if reused and reused == len(self._search.records):
                 logger.info("all %d results were on record in %s", reused, file.path)
                 progress.note("nothing is left to try: all results were on record")
+            elif self.best is not None and self.num_untried and not self._search.out_of_time:
+                progress.note(
+                    f"{len(self._search.records)} of {len(task.candidates)} tried: none of the "
+                    f"others can be better by more than {options.tolerance:.0%}"
+                )
         finally:
             progress.close()
             file.close()

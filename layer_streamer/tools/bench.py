@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, TypeAlias
@@ -17,20 +17,20 @@ import torch
 from ..errors import ConfigError
 from ..streamer import LayerStreamer
 from .footprint import bytes_from_disk, device_peak, host_peak, reset_device_peak
-from .rawspeed import BareCompute, Load, RawCopies, RawReads, synchronize
+from .limit_set import open_limits
+from .rawspeed import Load, synchronize
 
 DRIFT = 0.05
 """A pass is not counted if the limit before and after it differ by more than this."""
-SPREAD_READS = "read into memory as large as the slots"
-"""A comparison beside the limits: raw reads that do not fall into the same small memory each time.
-What a hypervisor copies into the CPU's cache arrives faster than what goes on to memory."""
-Measures: TypeAlias = dict[str, Callable[[], float]]
 Show: TypeAlias = Callable[[str, int | None], object]
 """Called as each measurement begins, with its name and their number (None: not known yet)."""
 PREPARATIONS = 3
 """Measurements before those that are counted by passes and limits."""
 SETTLE_SECONDS = 0.02
 """Between two looks at whether prefetch has ended."""
+REST_SECONDS = 0.2
+"""Of disk and links before a pass that is to begin cold, and before its limits alike: storage whose
+rate is kept by an allowance that fills up again serves whoever comes after a rest faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Outcome:
     limits: dict[str, tuple[float, ...]]
     """By name, the seconds of each limit; before the first pass and after each."""
     comparisons: dict[str, tuple[float, ...]]
-    """The same of what is no limit but helps to understand the passes: SPREAD_READS."""
+    """The same of what is no limit but helps to understand the passes."""
     shares: tuple[float, ...]
     """Of the pairs that count."""
     dropped: int
@@ -128,7 +128,7 @@ def run_bench(
         peak = device_peak(streamer.devices)
         show("preparing the limits", None)
         run.settle()
-        limits, comparisons = _limits(streamer, load, stack)
+        limits, comparisons = open_limits(streamer, load, stack, cold=bench.cold)
         seconds, taken = _measure_in_turn(run, limits | comparisons, bench.passes, show)
         measured = {name: taken[name] for name in limits}
         report = streamer.last_pass
@@ -175,6 +175,7 @@ class _Runner:
     def timed(self) -> float:
         """Seconds of a pass, from its begin to the end of its last work on the device."""
         if self._bench.cold:
+            self.settle()
             discard_prefetched(self._streamer)
         else:
             self._run()
@@ -193,8 +194,10 @@ class _Runner:
         return (after - before) / self._bench.passes
 
     def settle(self) -> None:
-        """Wait until disk and links are at rest."""
+        """Wait until disk and links are at rest; before what is cold, for a while."""
         settle(self._streamer)
+        if self._bench.cold:
+            time.sleep(REST_SECONDS)
 
     def _run(self) -> None:
         self._streamer.run_pass(self._x, self._load)
@@ -242,29 +245,6 @@ def discard_prefetched(streamer: LayerStreamer) -> None:
     sweep = streamer.sweep()
     next(sweep)
     sweep.close()
-
-
-def _limits(streamer: LayerStreamer, load: Load, stack: ExitStack) -> tuple[Measures, Measures]:
-    """By name, what measures what a pass needs at least; and what is compared with it besides."""
-    pipeline, limits, comparisons = streamer.opened().pipeline, Measures(), Measures()
-    layouts, devices = pipeline.schedule.layouts, pipeline.devices
-    if load.tokens:
-        limits["compute"] = BareCompute(streamer, load).seconds
-    copied = [
-        sum(layout.copy_nbytes for layout in layouts[i :: len(devices)])
-        for i in range(len(devices))
-    ]
-    if any(copied) and not devices[0].unified:
-        limits["copy"] = stack.enter_context(closing(RawCopies(devices, copied))).seconds
-    reads = [read for layout in layouts for read in layout.reads]
-    if reads:
-        slots = sum(pool.arena.nbytes for lane in pipeline.lanes for pool in lane.host_pools)
-        direct = pipeline.files.reads_direct
-        opened = RawReads(streamer.manifest, reads, direct=direct, spread_nbytes=slots)
-        raw = stack.enter_context(closing(opened))
-        limits["read"] = raw.seconds
-        comparisons[SPREAD_READS] = raw.spread_seconds
-    return limits, comparisons
 
 
 def _pair(

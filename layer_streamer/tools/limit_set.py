@@ -1,0 +1,55 @@
+"""What the hardware alone needs for what a pass does, to be measured beside passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from typing import TypeAlias
+
+from ..streamer import LayerStreamer
+from .rawspeed import BareCompute, Load, RawCopies, RawReads
+
+SPREAD_READS = "read into memory as large as the slots"
+"""A comparison beside the limits: raw reads that do not fall into the same small memory each time.
+What a hypervisor copies into the CPU's cache arrives faster than what goes on to memory."""
+Measures: TypeAlias = dict[str, Callable[[], float]]
+"""By name, what measures once and returns seconds."""
+
+
+def open_limits(
+    streamer: LayerStreamer, load: Load, stack: ExitStack, *, cold: bool
+) -> tuple[Measures, Measures]:
+    """Measures of what a pass needs at least, and of what is compared with it besides.
+
+    Unless they are ``cold``, passes are timed right after another: then raw reads are, too. What
+    is opened is closed with the stack.
+    """
+    pipeline, limits, comparisons = streamer.opened().pipeline, Measures(), Measures()
+    layouts, devices = pipeline.schedule.layouts, pipeline.devices
+    if load.tokens:
+        limits["compute"] = BareCompute(streamer, load).seconds
+    copied = [
+        sum(layout.copy_nbytes for layout in layouts[i :: len(devices)])
+        for i in range(len(devices))
+    ]
+    if any(copied) and not devices[0].unified:
+        limits["copy"] = stack.enter_context(closing(RawCopies(devices, copied))).seconds
+    reads = [read for layout in layouts for read in layout.reads]
+    if reads:
+        slots = sum(pool.arena.nbytes for lane in pipeline.lanes for pool in lane.host_pools)
+        direct = pipeline.files.reads_direct
+        opened = RawReads(streamer.manifest, reads, direct=direct, spread_nbytes=slots)
+        raw = stack.enter_context(closing(opened))
+        limits["read"] = raw.seconds if cold else _second(raw.seconds)
+        comparisons[SPREAD_READS] = raw.spread_seconds if cold else _second(raw.spread_seconds)
+    return limits, comparisons
+
+
+def _second(measure: Callable[[], float]) -> Callable[[], float]:
+    """Measures twice in a row, and returns the second."""
+
+    def seconds() -> float:
+        measure()
+        return measure()
+
+    return seconds
