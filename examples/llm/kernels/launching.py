@@ -18,11 +18,11 @@ TOKENS_AT_ONCE = 4
 """A program keeps the sums of that many tokens; more are other programs' work."""
 
 PRODUCTS = {
-    "ct4": Launch(matvec.multiply_words, (8, 128)),
-    "ct8": Launch(matvec.multiply_words, (8, 128)),
-    "Q4_0": Launch(matvec.multiply_blocks, (8, 128)),
-    "Q8_0": Launch(matvec.multiply_blocks, (8, 128)),
-    "Q4_K": Launch(matvec.multiply_q4_k, (8, 128)),
+    "ct4": Launch(matvec.multiply_words, (8, 64), warps=2),
+    "ct8": Launch(matvec.multiply_words, (8, 64), warps=2),
+    "Q4_0": Launch(matvec.multiply_blocks, (8, 64), warps=2),
+    "Q8_0": Launch(matvec.multiply_blocks, (8, 64), warps=2),
+    "Q4_K": Launch(matvec.multiply_q4_k, (8, 64), warps=2),
 }
 """Tiles are (most rows, pieces of a step): 32 pieces a warp, or numbers change hands."""
 
@@ -33,6 +33,7 @@ PRODUCT_ALTERNATIVES = (
     *(((rows, 32 * warps), warps) for warps in (1, 2, 4, 8) for rows in (2, 4, 8)),
     *(((rows, 64 * warps), warps) for warps in (1, 2) for rows in (2, 4, 8)),
     *(((16, 32 * warps), warps) for warps in (1, 2, 4)),
+    ((32, 16), 4),
 )
 """(tile, warps) that bench_kernels.py compares."""
 
@@ -50,7 +51,8 @@ def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     if packed.width % CHUNK or packed.group % CHUNK or not x_TD.is_contiguous():
         return False
     if packed.format in ("ct4", "ct8"):
-        return packed.parts["packed"].stride(-1) == 1
+        codes = packed.parts["packed"]
+        return codes.stride(-1) == 1 and codes.stride(0) % 4 == 0
     raw = packed.parts["raw"]
     return raw.is_contiguous() and raw.data_ptr() % 4 == 0
 
@@ -74,7 +76,7 @@ def multiply(
     if packed.format in ("ct4", "ct8"):
         codes, scale = parts["packed"], parts["scale"]
         tile |= {"BITS": bits, "GROUP": packed.group // _PIECE[packed.format]}
-        beside, strides = [scale], [codes.stride(0), *scale.stride()]
+        beside, strides = [scale], [codes.stride(0) // 4, *scale.stride()]
     else:
         codes = parts["raw"]
         tile |= {} if packed.format == "Q4_K" else {"BITS": bits}
