@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,8 +65,10 @@ def multiply(
     """x times the transposed matrix, plus a bias: (T, rows), in the dtype of x."""
     tokens = x_TD.shape[0]
     at_once = min(triton.next_power_of_2(tokens), TOKENS_AT_ONCE)
-    launch = launch or _fitting(packed, at_once)
-    height, pieces = launch.tile
+    own = launch or PRODUCTS[packed.format]
+    height, pieces = own.tile
+    if launch is None:
+        height = _rows_at_once(height, packed.rows, at_once)
     y_TN = x_TD.new_empty(tokens, packed.rows)
     parts, bits = packed.parts, 8 if "8" in packed.format else 4
     tile: dict[str, Any] = {"TOKENS": at_once, "ROWS": height, "PIECES": pieces}
@@ -80,7 +81,7 @@ def multiply(
     else:
         codes = parts["raw"]
         tile |= {} if packed.format == "Q4_K" else {"BITS": bits}
-    launch.kernel[(triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))](
+    own.kernel[(triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))](
         codes,
         *beside,
         x_TD,
@@ -92,19 +93,17 @@ def multiply(
         ONE,
         *strides,
         BIAS=bias_N is not None,
-        num_warps=launch.warps,
+        num_warps=own.warps,
         **tile,
     )
     return y_TN
 
 
-def _fitting(packed: Packed, at_once: int) -> Launch:
-    """How this matrix is multiplied; sums have one order, whatever the rows at a time."""
-    launch = PRODUCTS[packed.format]
-    height, pieces = launch.tile
-    while height > 1 and (packed.rows < PROGRAMS * height or at_once * height > MOST_SUMS):
-        height //= 2
-    return replace(launch, tile=(height, pieces))
+def _rows_at_once(most: int, rows: int, at_once: int) -> int:
+    """How many rows a program has; the order of sums does not depend on it."""
+    while most > 1 and (rows < PROGRAMS * most or at_once * most > MOST_SUMS):
+        most //= 2
+    return most
 
 
 WIDEST_TOKEN = 1 << 15

@@ -89,7 +89,8 @@ def multiply_words(  # noqa: PLR0913 - a kernel has no records
     PIECES: tl.constexpr,
 ) -> None:
     """Codes of 4 or 8 bits, symmetric, scales beside them: a piece is four words, rows lie
-    ``code_pieces`` of them apart, GROUP of them share a scale, or all, if 0. x is (tokens, 128 / BITS * pieces), y (tokens, rows)."""
+    ``code_pieces`` of them apart, GROUP of them share a scale, or all, if 0. x is
+    (tokens, 128 / BITS * pieces), y (tokens, rows)."""
     WEIGHTS: tl.constexpr = 128 // BITS
     words = own_rows(codes.to(tl.pointer_type(tl.uint32)), code_pieces * 4, rows, ROWS)
     scales = own_rows(scale, scale_row, rows, ROWS)
