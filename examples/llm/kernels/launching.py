@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ TOKENS_AT_ONCE = 4
 """A program keeps the sums of that many tokens; more are other programs' work."""
 
 PRODUCTS = {
-    "ct4": Launch(matvec.multiply_words, (8, 128)),
-    "ct8": Launch(matvec.multiply_words, (8, 128)),
-    "Q4_0": Launch(matvec.multiply_blocks, (8, 128)),
-    "Q8_0": Launch(matvec.multiply_blocks, (8, 128)),
-    "Q4_K": Launch(matvec.multiply_q4_k, (8, 128)),
+    "ct4": Launch(matvec.multiply_words, (8, 64), warps=2),
+    "ct8": Launch(matvec.multiply_words, (8, 64), warps=2),
+    "Q4_0": Launch(matvec.multiply_blocks, (8, 64), warps=2),
+    "Q8_0": Launch(matvec.multiply_blocks, (8, 64), warps=2),
+    "Q4_K": Launch(matvec.multiply_q4_k, (8, 64), warps=2),
 }
 """Tiles are (most rows, pieces of a step): 32 pieces a warp, or numbers change hands."""
 
@@ -33,6 +32,7 @@ PRODUCT_ALTERNATIVES = (
     *(((rows, 32 * warps), warps) for warps in (1, 2, 4, 8) for rows in (2, 4, 8)),
     *(((rows, 64 * warps), warps) for warps in (1, 2) for rows in (2, 4, 8)),
     *(((16, 32 * warps), warps) for warps in (1, 2, 4)),
+    ((32, 16), 4),
 )
 """(tile, warps) that bench_kernels.py compares."""
 
@@ -50,7 +50,8 @@ def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     if packed.width % CHUNK or packed.group % CHUNK or not x_TD.is_contiguous():
         return False
     if packed.format in ("ct4", "ct8"):
-        return packed.parts["packed"].stride(-1) == 1
+        codes = packed.parts["packed"]
+        return codes.stride(-1) == 1 and codes.stride(0) % 4 == 0
     raw = packed.parts["raw"]
     return raw.is_contiguous() and raw.data_ptr() % 4 == 0
 
@@ -64,8 +65,10 @@ def multiply(
     """x times the transposed matrix, plus a bias: (T, rows), in the dtype of x."""
     tokens = x_TD.shape[0]
     at_once = min(triton.next_power_of_2(tokens), TOKENS_AT_ONCE)
-    launch = launch or _fitting(packed, at_once)
-    height, pieces = launch.tile
+    own = launch or PRODUCTS[packed.format]
+    height, pieces = own.tile
+    if launch is None:
+        height = _rows_at_once(height, packed.rows, at_once)
     y_TN = x_TD.new_empty(tokens, packed.rows)
     parts, bits = packed.parts, 8 if "8" in packed.format else 4
     tile: dict[str, Any] = {"TOKENS": at_once, "ROWS": height, "PIECES": pieces}
@@ -74,11 +77,11 @@ def multiply(
     if packed.format in ("ct4", "ct8"):
         codes, scale = parts["packed"], parts["scale"]
         tile |= {"BITS": bits, "GROUP": packed.group // _PIECE[packed.format]}
-        beside, strides = [scale], [codes.stride(0), *scale.stride()]
+        beside, strides = [scale], [codes.stride(0) // 4, *scale.stride()]
     else:
         codes = parts["raw"]
         tile |= {} if packed.format == "Q4_K" else {"BITS": bits}
-    launch.kernel[(triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))](
+    own.kernel[(triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))](
         codes,
         *beside,
         x_TD,
@@ -90,19 +93,17 @@ def multiply(
         ONE,
         *strides,
         BIAS=bias_N is not None,
-        num_warps=launch.warps,
+        num_warps=own.warps,
         **tile,
     )
     return y_TN
 
 
-def _fitting(packed: Packed, at_once: int) -> Launch:
-    """How this matrix is multiplied; sums have one order, whatever the rows at a time."""
-    launch = PRODUCTS[packed.format]
-    height, pieces = launch.tile
-    while height > 1 and (packed.rows < PROGRAMS * height or at_once * height > MOST_SUMS):
-        height //= 2
-    return replace(launch, tile=(height, pieces))
+def _rows_at_once(most: int, rows: int, at_once: int) -> int:
+    """How many rows a program has; the order of sums does not depend on it."""
+    while most > 1 and (rows < PROGRAMS * most or at_once * most > MOST_SUMS):
+        most //= 2
+    return most
 
 
 WIDEST_TOKEN = 1 << 15

@@ -20,10 +20,11 @@ from .code_floats import code, eight_x, four_words, signed_byte, sum_of_eight
 
 
 @triton.jit
-def own_rows(rows: int, ROWS: tl.constexpr) -> tl.tensor:
-    """Numbers of the program's rows."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
-    return tl.minimum(row, rows - 1).to(tl.int64)
+def own_rows(base: tl.tensor, stride: int, rows: int, ROWS: tl.constexpr) -> tl.tensor:
+    """Pointers to the program's rows, of ``stride`` elements each."""
+    first = tl.program_id(0) * ROWS
+    row = tl.minimum(tl.arange(0, ROWS), rows - 1 - first)[None, :, None]
+    return base + first.to(tl.int64) * stride + row * stride
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def multiply_words(  # noqa: PLR0913 - a kernel has no records
     tokens: int,
     pieces: int,
     one: int,
-    code_stride: int,
+    code_pieces: int,
     scale_row: int,
     scale_group: int,
     BITS: tl.constexpr,
@@ -87,12 +88,12 @@ def multiply_words(  # noqa: PLR0913 - a kernel has no records
     ROWS: tl.constexpr,
     PIECES: tl.constexpr,
 ) -> None:
-    """Codes of 4 or 8 bits, symmetric, scales beside them: a piece is four words, GROUP of them,
-    or all, if 0, share a scale. x is (tokens, 128 / BITS * pieces), y (tokens, rows)."""
+    """Codes of 4 or 8 bits, symmetric, scales beside them: a piece is four words, rows lie
+    ``code_pieces`` of them apart, GROUP of them share a scale, or all, if 0. x is
+    (tokens, 128 / BITS * pieces), y (tokens, rows)."""
     WEIGHTS: tl.constexpr = 128 // BITS
-    row = own_rows(rows, ROWS)
-    words = codes.to(tl.pointer_type(tl.uint32)) + row * code_stride
-    scale += row * scale_row
+    words = own_rows(codes.to(tl.pointer_type(tl.uint32)), code_pieces * 4, rows, ROWS)
+    scales = own_rows(scale, scale_row, rows, ROWS)
     x_token = own_tokens(tokens, TOKENS) * (WEIGHTS * pieces)
     total = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
     for step in range(0, pieces, PIECES):
@@ -100,7 +101,7 @@ def multiply_words(  # noqa: PLR0913 - a kernel has no records
         piece = tl.minimum(own, pieces - 1)
         word = four_words(words + piece * 4)
         group = piece // GROUP if GROUP else piece * 0
-        factor = tl.load(scale + group * scale_group).to(tl.float32)
+        factor = tl.load(scales + group * scale_group).to(tl.float32)
         part = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
         for q in tl.static_range(WEIGHTS // 8):
             numbers = eight_x(x, x_token + piece * WEIGHTS + 8 * q)
@@ -138,7 +139,7 @@ def multiply_blocks(  # noqa: PLR0913 - a kernel has no records
     IN_BLOCK: tl.constexpr = BITS // 2  # pieces
     HALVES: tl.constexpr = 1 + 2 * BITS  # 16 bits each
     halves = raw.to(tl.pointer_type(tl.uint16))
-    halves += own_rows(rows, ROWS) * (pieces // IN_BLOCK * HALVES)
+    halves = own_rows(halves, pieces // IN_BLOCK * HALVES, rows, ROWS)
     x_token = own_tokens(tokens, TOKENS) * (64 // BITS * pieces)
     total = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
     for step in range(0, pieces, PIECES):
@@ -225,7 +226,7 @@ def multiply_q4_k(  # noqa: PLR0913 - a kernel has no records
 ) -> None:
     """Q4_K: four words are a piece, half of the codes of two groups; minima meet the sums of x.
     x is (tokens, 32 * pieces), y (tokens, rows)."""
-    words = raw.to(tl.pointer_type(tl.uint32)) + own_rows(rows, ROWS) * (pieces // 8 * 36)
+    words = own_rows(raw.to(tl.pointer_type(tl.uint32)), pieces // 8 * 36, rows, ROWS)
     x_token = own_tokens(tokens, TOKENS) * (32 * pieces)
     total = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
     for step in range(0, pieces, PIECES):
