@@ -81,6 +81,7 @@ class Decoder:
             self._numbers = torch.zeros(
                 rows, 2 + 2 * len(self._spans), dtype=torch.long, device=device
             )
+            self._last = torch.arange(rows, device=device)
             self._logits = torch.empty(rows, config.vocab_size, device=device)
             self._sums = torch.empty(lines * config.head_dim, device=device)
             self._stats = torch.empty(lines * STATS, device=device)
@@ -107,7 +108,7 @@ class Decoder:
         chunk = Chunk(0, (), numbers[:, 0], numbers[:, 1])
         rows = tuple((row, 1) for row, _ in entries)
         ids = torch.tensor([int(ids[0]) for _, ids in entries])
-        return Batch(ids, rows, (chunk,), numbers[:, 0])
+        return Batch(ids, rows, (chunk,), self._last[: len(rows)])
 
     def attention(self, batch: Batch) -> DecodeAttention:
         """How the rows of a pass look back."""

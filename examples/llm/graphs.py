@@ -56,15 +56,20 @@ class Graphs:
                 done = True
                 self._capture(key, work)
             except Exception as error:  # drivers, compilers and allocators fail in their own ways
-                self.failed = True
-                self._graphs.clear()
-                first_line = str(error).strip().partition("\n")[0]
-                logger.warning(
-                    "decoding goes layer by layer: a CUDA graph could not be captured: %s: %s",
-                    type(error).__name__,
-                    first_line,
-                )
+                self._give_up(error)
             return done
+
+    def _give_up(self, error: Exception) -> None:
+        self.failed = True
+        self._graphs.clear()
+        # What broke a capture off is followed by an error of its end.
+        cause = error.__context__ or error
+        first_line = str(cause).strip().partition("\n")[0]
+        logger.warning(
+            "decoding goes layer by layer: a CUDA graph could not be captured: %s: %s",
+            type(cause).__name__,
+            first_line,
+        )
 
     def _launch(self, work: Callable[[], None]) -> None:
         """Once in the usual way: kernels are compiled, and libraries take what they keep."""
