@@ -204,6 +204,8 @@ class LayerStreamer:
         ``weights`` maps each tensor's name without the layer's prefix to a tensor of the
         manifest's shape and dtype; they are views of a slot and gone when ``layer_fn`` has
         returned, by when all work that reads them must be ordered before the current stream.
+        Those of a layer that is resident on the device (``plan.tiers``) stay as they are, the same
+        tensors at the same addresses in every pass, until ``close``.
 
         Raises what ``layer_fn`` raises, or the error of the layer that could not be streamed.
         """

@@ -117,7 +117,9 @@ def open_runner(
         ) as streamer:
             if kv.host is not None:
                 kv.host.allocate(streamer.plan.placement.device_slots[0].count)
-            yield Runner(streamer, config, names, kv, dtype=dtype, chunking=chunking)
+            runner = Runner(streamer, config, names, kv, dtype=dtype, chunking=chunking)
+            yield runner
+        runner.close()
     finally:
         kv.close()
 

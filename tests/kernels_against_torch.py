@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from llm import fused
 from llm.dequant import Unpacker, Widest
 from llm.kernels import launching, unpacking
+from llm.kernels.unpacking import Launch
 from llm.packed import Packed, unpack_rows
+from llm.rope import plain_rotate
 from llm.triton_support import interpreted
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
@@ -175,21 +177,72 @@ PRODUCTS = {
 }
 
 
+def check_product(packed: Packed, x: torch.Tensor, launch: Launch | None = None) -> None:
+    """Of x and the matrix, against the product in float64."""
+    weight = torch.empty(packed.rows, packed.width)
+    unpack_rows(packed, 0, packed.rows, weight)
+    expected = (x.double() @ weight.double().t()).float()
+    packed, x = cases.on(packed, DEVICE), x.to(DEVICE)
+    assert launching.multiplies(packed, x)
+    found = launching.multiply(packed, x, launch).cpu()
+    assert found.dtype == x.dtype
+    bound = max(torch.finfo(x.dtype).eps, 1e-6) * expected.abs().max()
+    assert (found.float() - expected).abs().max() < bound
+
+
+def random_x(tokens: int, width: int) -> torch.Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens))
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 8] if interpreted() else range(1, 10))
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_with_few_tokens_is_that_of_the_unpacked_matrix(name, tokens):
     packed = PRODUCTS[name]
-    weight = torch.empty(packed.rows, packed.width)
-    unpack_rows(packed, 0, packed.rows, weight)
     for dtype in DTYPES if tokens < 3 else DTYPES[-1:]:
-        x = torch.randn(tokens, packed.width, generator=torch.Generator().manual_seed(tokens))
-        x = x.to(dtype)
-        expected = (x.double() @ weight.double().t()).float()
-        assert launching.multiplies(cases.on(packed, DEVICE), x.to(DEVICE))
-        found = launching.multiply(cases.on(packed, DEVICE), x.to(DEVICE)).cpu()
-        assert found.dtype == dtype
-        bound = max(torch.finfo(dtype).eps, 1e-6) * expected.abs().max()
-        assert (found.float() - expected).abs().max() < bound
+        check_product(packed, random_x(tokens, packed.width).to(dtype))
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_is_the_same_in_other_tiles(name):
+    tiles = [((8, 64), 2), ((2, 32), 1)] if interpreted() else launching.PRODUCT_ALTERNATIVES
+    for tile, warps in tiles:
+        launch = Launch(launching.PRODUCTS[PRODUCTS[name].format].kernel, tile, warps)
+        for tokens in (1, 2):
+            check_product(PRODUCTS[name], random_x(tokens, PRODUCTS[name].width), launch)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_rows_that_fill_programs_are_multiplied_several_at_a_time(name, monkeypatch):
+    monkeypatch.setattr(launching, "PROGRAMS", 1)
+    check_product(PRODUCTS[name], random_x(1, PRODUCTS[name].width))
+
+
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["ct8", "Q4_0", "Q4_K"])
+def test_a_bias_is_added_to_the_rounded_product(name, bias_dtype):
+    packed = cases.on(PRODUCTS[name], DEVICE)
+    bias = 9 * torch.randn(packed.rows, generator=torch.Generator().manual_seed(0))
+    bias = bias.to(bias_dtype).to(DEVICE)
+    for dtype in DTYPES:
+        x = random_x(2, packed.width).to(dtype).to(DEVICE)
+        expected = launching.multiply(packed, x).add_(bias)
+        assert torch.equal(launching.multiply(packed, x, bias_N=bias), expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("width", [64, 80])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotated_heads_are_plain_torchs_bit_for_bit(width, interleaved, dtype):
+    random = torch.Generator().manual_seed(width)
+    tokens, counts = 3, (5, 2)
+    table = torch.rand(2, tokens + 2, width // 2, generator=random).to(DEVICE)[:, 1:-1] * 2 - 1
+    heads = [torch.randn(tokens, count * width, generator=random) for count in counts]
+    heads = [y.to(dtype).to(DEVICE).view(tokens, -1, width).transpose(0, 1) for y in heads]
+    expected = [plain_rotate(x, table, interleaved=interleaved) for x in heads]
+    found = launching.launch_rotate(heads, table, interleaved=interleaved)
+    found += launching.launch_rotate(heads[1:], table, interleaved=interleaved)
+    for one, other in zip(found, [*expected, expected[1]], strict=True):
+        assert one.is_contiguous() and torch.equal(one, other)
 
 
 @pytest.mark.parametrize("width", [64, 100, 896])

@@ -21,8 +21,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from llm.kernels import launching, unpacking  # noqa: E402
+from llm.kernels import decode_launching, launching, unpacking  # noqa: E402
 from llm.quants import BLOCK_TYPES  # noqa: E402
+from llm.splits import block_of, splits_of  # noqa: E402
 
 compiled: dict[str, Any] = {}
 
@@ -70,10 +71,34 @@ def compile_all(dtype: torch.dtype) -> None:
             x = torch.zeros(tokens, packed.width, dtype=dtype)
             if launching.multiplies(packed, x):
                 launching.multiply(packed, x)
+                launching.multiply(packed, x, bias_N=x[0])
     x, weight = torch.zeros(2, 3584, dtype=dtype), torch.zeros(3584, dtype=dtype)
     launching.launch_norm(x, x, weight, 1e-6)
     launching.launch_norm(x, None, weight.float(), 1e-6)
     launching.launch_swiglu(x, x)
+    heads = x.view(2, 28, 128).transpose(0, 1)
+    table = torch.zeros(2, 2, 64)
+    launching.launch_rotate([heads, heads[:4]], table, interleaved=False)
+    launching.launch_rotate([heads], table, interleaved=True)
+    for sizes in ((28, 4, 128, None), (32, 8, 64, 512), (8, 1, 256, None)):
+        compile_decoding(*sizes, dtype)
+
+
+def compile_decoding(
+    heads: int, groups: int, width: int, window: int | None, dtype: torch.dtype
+) -> None:
+    """The kernels of passes in which each row takes a token."""
+    numbers, sums = torch.ones(2, 4, dtype=torch.long), torch.zeros(1)
+    block = block_of(width, dtype)
+    splits = splits_of(window or 4096, block)
+    look = decode_launching.Look(numbers, 2, window, splits, block, sums, sums)
+    q, k = torch.zeros(heads, 2, width, dtype=dtype), torch.zeros(groups, 2, width, dtype=dtype)
+    memory, table = torch.zeros(1, 2, groups, width, dtype=dtype), torch.zeros(2, 2, width // 2)
+    for interleaved in (False, True):
+        decode_launching.launch_rotate_and_store(
+            (q, k, k), table, memory, look, interleaved=interleaved
+        )
+    decode_launching.launch_attention(q.transpose(0, 1).contiguous(), memory, look, 0.1)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import packed_cases as cases
 import pytest
@@ -21,12 +22,12 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def run_checks(environment: dict[str, str]) -> None:
+def run_checks(environment: dict[str, str], checks: Path = CHECKS) -> None:
     """In a process of its own: Triton reads its environment when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
     command += ["--tb=short", "--maxfail=3"]  # what fails is often one cause, and is to be seen
     result = subprocess.run(
-        [*command, str(CHECKS)],
+        [*command, str(checks)],
         cwd=REPOSITORY,
         env=os.environ | environment,
         capture_output=True,
@@ -59,7 +60,7 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_there(capability, tmp_path)
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    assert int(result.stdout) > 60
+    assert int(result.stdout) > 80
 
 
 def without_triton(monkeypatch) -> None:

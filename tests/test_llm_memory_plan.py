@@ -13,7 +13,8 @@ from fake_device import FakeDevice
 
 from layer_streamer import preview
 from llm.engine import StreamingEngine
-from llm.memory_plan import MemoryPlan, Wishes
+from llm.footprint import Footprint, Needs
+from llm.memory_plan import MemoryPlan, Planner, Wishes
 from llm.opening import Limits, Model, place, plan_memory
 
 MIB = 1 << 20
@@ -125,6 +126,46 @@ def test_keys_and_values_that_exceed_free_host_memory_are_refused(
 def test_int8_takes_less_of_the_host(path: Path, gpu: FakeDevice) -> None:
     whole, eighth = (plan(path, {"kv_int8": b}, kv="host") for b in (False, True))
     assert eighth.host["keys and values"] < 0.3 * whole.host["keys and values"]
+
+
+def captured_plan(path: Path, captured_rows: int = 8, **wishes: Any) -> MemoryPlan:
+    """The plan for a GPU on which passes may be captured."""
+    model = Model.read(path, print)
+    options, dtype = place(model, "cpu", None, {})
+    needs = Needs(
+        kv_tokens=4096, max_batch=8, dtype=dtype, device_type="cuda", int8=False,
+        packed_nbytes=0, captured_rows=captured_rows,
+    )  # fmt: skip
+    footprint = Footprint(model.config, needs)
+    return Planner(path, footprint, Wishes(options=options, **wishes)).make()
+
+
+def test_captured_passes_have_room_exactly_where_nothing_streams(
+    path: Path, gpu: FakeDevice
+) -> None:
+    options: dict[str, Any] = {"device_budget": "2GiB"}
+    found = captured_plan(path, **options)
+    nbytes = found.device["captured passes"]
+    assert found.captures and nbytes > 128 * MIB and "captured passes" in str(found)
+    assert found.options["reserve_bytes"] == found.reserve_nbytes
+    assert not captured_plan(path, 0, **options).captures
+    assert not captured_plan(path, kv="host", **options).captures
+    assert not captured_plan(path).captures, "without a budget, layers stream"
+    # The least budget with which all is on the device: one page less, and something streams.
+    low, high = 0, 2 << 30
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            fits = captured_plan(path, device_budget=middle, prefill_chunk=256).captures
+        except ValueError:
+            fits = False
+        low, high = (low, middle) if fits else (middle, high)
+    for budget, captures in ((high, True), (high - 1, False)):
+        found = captured_plan(path, device_budget=budget, prefill_chunk=256)
+        assert found.captures == captures
+        streamer = preview.plan_checkpoint(path, **found.options)
+        assert (set(streamer.tiers) == {"device"}) or not captures
+        assert found.reserve_nbytes + streamer.placement.device_bytes[0] <= budget
 
 
 def test_the_plan_says_where_everything_is(path: Path, gpu: FakeDevice) -> None:

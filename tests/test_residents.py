@@ -108,6 +108,31 @@ def test_when_everything_fits_on_the_device_nothing_is_read_or_copied(
             assert all(first[i][key] is second[i][key] for key in first[i])
 
 
+@pytest.mark.parametrize("kind", DEVICES)
+def test_what_a_pass_hands_out_of_layers_on_the_device_stays_where_it_is_until_close(
+    checkpoint: tuple[Path, dict[str, torch.Tensor]], kind: str
+) -> None:
+    path, tensors = checkpoint
+    device = make_device(kind)
+    witness = Witness(device, tensors)
+    # Slots are taken again and again beside them, by passes that end and by one that does not.
+    options: dict[str, Any] = {"device_budget": 250_000, "n_gpu": 0, "n_cpu_pinned": 1}
+    with open_checkpoint(device, path, **options) as streamer:
+        resident = [i for i, tier in enumerate(streamer.plan.tiers) if tier == "device"]
+        assert 0 < len(resident) < 12
+        kept = {i: weights for i, weights in streamer.sweep() if i in resident}
+        places = {(i, k): tensor.data_ptr() for i, w in kept.items() for k, tensor in w.items()}
+        next(streamer.sweep())
+        for _ in range(2):
+            for i, weights in streamer.sweep():
+                for key in weights if i in resident else ():
+                    assert weights[key] is kept[i][key]
+                    assert weights[key].data_ptr() == places[i, key]
+        for i in resident:
+            witness(None, kept[i], i)
+    witness.check()
+
+
 @pytest.mark.parametrize("kind", ["fake", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("read_mode", ["mapped", "buffered", "direct"])
 def test_when_everything_fits_in_host_memory_nothing_is_read_after_opening(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -55,25 +56,24 @@ class Batch:
     """Rows in their order in ``ids``, and how many of its tokens are theirs."""
     chunks: tuple[Chunk, ...]
     last: torch.Tensor
-    """(R,): where each row's last token is."""
+    """(R,): where each row's last token is, on the device."""
 
 
 def pack(entries: Sequence[Entry], chunk_tokens: int, device: torch.device) -> Batch:
-    """Lay the tokens of a pass out; positions are put on the device."""
+    """Lay the tokens of a pass out; what the device needs to know goes there in one transfer."""
     ids = [token for _, tokens in entries for token in tokens]
     rows = tuple((row, len(tokens)) for row, tokens in entries)
     positions = [row.length + i for row, number in rows for i in range(number)]
     lengths = [row.length + number for row, number in rows for _ in range(number)]
-    on_device = torch.tensor([positions, lengths], dtype=torch.long).to(device)
+    last = [end - 1 for end in accumulate(number for _, number in rows)]
+    numbers = torch.tensor([*positions, *lengths, *last], dtype=torch.long).to(device)
+    positions_N, lengths_N, last_R = numbers.split([len(ids), len(ids), len(last)])
     chunks = []
     for first in range(0, len(ids), chunk_tokens):
         end = min(first + chunk_tokens, len(ids))
-        chunks.append(Chunk(first, _pieces(rows, first, end), *on_device[:, first:end].unbind()))
-    last, at = [], 0
-    for _, number in rows:
-        at += number
-        last.append(at - 1)
-    return Batch(torch.tensor(ids), rows, tuple(chunks), torch.tensor(last))
+        pieces = _pieces(rows, first, end)
+        chunks.append(Chunk(first, pieces, positions_N[first:end], lengths_N[first:end]))
+    return Batch(torch.tensor(ids), rows, tuple(chunks), last_R)
 
 
 def _pieces(rows: Sequence[tuple[Row, int]], first: int, end: int) -> tuple[Piece, ...]:

@@ -93,7 +93,8 @@ class StreamingEngine:
 
     @property
     def streamer(self) -> LayerStreamer:
-        """The streamer of the model's layers; ``last_pass`` says where the time went."""
+        """The streamer of the model's layers; ``last_pass`` says where the time went, of the last
+        pass that was not captured (``plan.captures``)."""
         return self._runner.streamer
 
     @property
@@ -196,6 +197,7 @@ class StreamingEngine:
         """End what is being generated and return all memory. Idempotent."""
         self._end_current()
         self._runner.streamer.close()
+        self._runner.close()
         self._runner.kv.close()
 
     def __enter__(self) -> StreamingEngine:

@@ -12,11 +12,14 @@ from .kv_host import CODED, TokenShape
 from .kv_int8 import Int8Rows
 from .kv_rows import Span, make_spans
 from .row_attention import GATHER_NBYTES
+from .splits import STATS, block_of, splits_of
 
 FLOAT = 4
 """Bytes of a float32, in which norms, rotations and logits are computed."""
 FRAGMENTS = 64 << 20
 """What the device's allocator rounds up and cannot reuse."""
+CAPTURED_FRAGMENTS = 128 << 20
+"""The same in the pool of captured passes, with what libraries keep for the stream of captures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +36,8 @@ class Needs:
     """Keys and values in host memory are kept in eight bits."""
     packed_nbytes: int
     """Buffers that packed weights are unpacked into, and scales that stay on the device."""
+    captured_rows: int = 0
+    """Rows up to which passes that decode may be captured; 0: none are."""
 
 
 class Footprint:
@@ -72,11 +77,8 @@ class Footprint:
         """The largest that live at one time, of a chunk of so many tokens."""
         config, needs = self.config, self.needs
         chunk = min(chunk, needs.kv_tokens)
-        size, hidden = needs.dtype.itemsize, config.hidden_size
-        heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        token = size * (4 * hidden + 4 * heads + 6 * kv + 3 * config.ffn_size)
-        token += FLOAT * max(4 * hidden, 5 * heads)
-        nbytes = chunk * token + self._tables() + needs.packed_nbytes
+        size = needs.dtype.itemsize
+        nbytes = chunk * self._token_temporaries() + self._tables() + needs.packed_nbytes
         window = max((w for w in config.windows if w is not None), default=0)
         if window:
             seen = min(window, needs.kv_tokens) + chunk
@@ -85,10 +87,30 @@ class Footprint:
             nbytes += 2 * GATHER_NBYTES + FRAGMENTS + nbytes // 16
         return nbytes
 
+    def captured(self) -> int:
+        """What captured passes keep beside all that: their temporaries, in a pool of their own, the
+        parts of their attention, and their logits. 0: none may be captured."""
+        config, needs = self.config, self.needs
+        if not needs.captured_rows:
+            return 0
+        splits = splits_of(needs.kv_tokens, block_of(config.head_dim, needs.dtype))
+        parts = FLOAT * config.num_heads * splits * (config.head_dim + STATS)
+        head = config.vocab_size * (2 * needs.dtype.itemsize + FLOAT)
+        row = self._token_temporaries() + parts + head
+        return needs.captured_rows * row + CAPTURED_FRAGMENTS
+
     def logits(self) -> int:
         """Of one token a row, and what it takes to draw from one."""
         vocab = self.config.vocab_size * FLOAT
         return 2 * self.needs.max_batch * vocab + 8 * vocab
+
+    def _token_temporaries(self) -> int:
+        """The largest that a token has in a layer at one time."""
+        config, size = self.config, self.needs.dtype.itemsize
+        hidden, ffn = config.hidden_size, config.ffn_size
+        heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        plain = size * (4 * hidden + 4 * heads + 6 * kv + 3 * ffn)
+        return plain + FLOAT * max(4 * hidden, 5 * heads)
 
     def _tables(self) -> int:
         """Cosines and sines of a pass."""

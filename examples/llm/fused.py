@@ -7,8 +7,11 @@ order of sums and the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +32,8 @@ def unpack(
 ) -> None:
     """``unpack_rows``, by a kernel where there is one, which takes no scratch."""
     if kernel_unpacks(packed, out):
-        from .kernels.unpacking import launch_unpack
-
         with _current(out):
-            launch_unpack(packed, start, end, out)
+            _kernels("unpacking").launch_unpack(packed, start, end, out)
     else:
         unpack_rows(packed, start, end, out, scratch)
 
@@ -41,9 +42,7 @@ def kernel_unpacks(packed: Packed, out: torch.Tensor) -> bool:
     """True: a kernel writes rows of this matrix to ``out``."""
     if not triton_serves(out.device) or not out.is_contiguous():
         return False
-    from .kernels.unpacking import serves
-
-    return serves(packed)
+    return bool(_kernels("unpacking").serves(packed))
 
 
 def kernel_multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
@@ -52,30 +51,28 @@ def kernel_multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
         return False
     if len(x_TD) > limits(x_TD.device).product.get(packed.format, 0):
         return False
-    from .kernels.launching import multiplies
-
-    return multiplies(packed, x_TD)
+    return bool(_kernels("launching").multiplies(packed, x_TD))
 
 
-def multiply(packed: Packed, x_TD: torch.Tensor) -> torch.Tensor:
-    """x times the transposed matrix, (T, rows), without unpacking it to memory.
+def multiply(
+    packed: Packed, x_TD: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x times the transposed matrix, plus a bias: (T, rows), without unpacking it to memory.
 
     To be called only where ``kernel_multiplies``. Weights are float32 here, not rounded to x's
     dtype as in unpacked rows.
     """
-    from .kernels.launching import multiply as launch
-
     with _current(x_TD):
-        return launch(packed, x_TD)
+        product: torch.Tensor = _kernels("launching").multiply(packed, x_TD, bias_N=bias_N)
+    return product
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """Scale each token to a mean square of 1, in float32, then by the weight, in its dtype."""
     if _kernel_norms(x_TD, weight_D):
-        from .kernels.launching import launch_norm
-
         with _current(x_TD):
-            return launch_norm(x_TD, None, weight_D, eps)[1]
+            normed: torch.Tensor = _kernels("launching").launch_norm(x_TD, None, weight_D, eps)[1]
+        return normed
     return plain_rms_norm(x_TD, weight_D, eps)
 
 
@@ -84,10 +81,9 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + added, and its norm."""
     if _kernel_norms(x_TD, weight_D) and added_TD.is_contiguous():
-        from .kernels.launching import launch_norm
-
         with _current(x_TD):
-            return launch_norm(x_TD, added_TD, weight_D, eps)
+            total_TD, normed = _kernels("launching").launch_norm(x_TD, added_TD, weight_D, eps)
+        return total_TD, normed
     total_TD = x_TD + added_TD
     return total_TD, plain_rms_norm(total_TD, weight_D, eps)
 
@@ -102,11 +98,28 @@ def plain_rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> to
 def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, in the memory of ``gate`` where a kernel serves."""
     if _few_kernels(gate_TF, "swiglu") and gate_TF.is_contiguous() and up_TF.is_contiguous():
-        from .kernels.launching import launch_swiglu
-
         with _current(gate_TF):
-            return launch_swiglu(gate_TF, up_TF)
+            gated: torch.Tensor = _kernels("launching").launch_swiglu(gate_TF, up_TF)
+        return gated
     return F.silu(gate_TF).mul_(up_TF)
+
+
+def kernel_rotates(x_HTE: torch.Tensor, table_2TE: torch.Tensor) -> bool:
+    """True: ``rotate_heads`` serves."""
+    if not x_HTE.is_cuda or x_HTE.stride(-1) != 1 or table_2TE.stride(-1) != 1:
+        return False
+    return triton_serves(x_HTE.device)
+
+
+def rotate_heads(
+    heads: Sequence[torch.Tensor], table_2TE: torch.Tensor, *, interleaved: bool
+) -> list[torch.Tensor]:
+    """Queries, or queries and keys, rotated in one launch. Only where ``kernel_rotates``."""
+    with _current(heads[0]):
+        turned: list[torch.Tensor] = _kernels("launching").launch_rotate(
+            heads, table_2TE, interleaved=interleaved
+        )
+    return turned
 
 
 def limits(device: torch.device) -> Thresholds:
@@ -134,5 +147,13 @@ def _few_kernels(x_TD: torch.Tensor, kind: str) -> bool:
 
 
 def _current(x: torch.Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Triton launches on the current device: context in which that is the tensor's."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+@cache
+def _kernels(name: str) -> ModuleType:
+    """A module of kernels, imported when Triton is known to serve, and not looked up again."""
+    return import_module(f".kernels.{name}", __package__)

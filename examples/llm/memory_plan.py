@@ -68,6 +68,11 @@ class MemoryPlan:
         return sum(self.device.values())
 
     @property
+    def captures(self) -> bool:
+        """True: nothing streams, and passes that decode are captured in CUDA graphs."""
+        return "captured passes" in self.device
+
+    @property
     def reserve_nbytes(self) -> int:
         """The engine's part of the device's memory."""
         return self.device_nbytes - self.device["layers"]
@@ -104,7 +109,7 @@ class Planner:
         for chunk, n_gpu in ways:
             plan = self._fit(chunk, n_gpu, budget)
             if plan is not None:
-                return self._with_host(plan)
+                return self._with_host(self._with_captured(plan))
         spilled = self._spilled(count if self._machine.unified else 0)
         least = min(
             (self._lay_out(chunk, n_gpu, spilled) for chunk, n_gpu in ways),
@@ -210,6 +215,20 @@ class Planner:
                 )
             options["host_budget"] = free - kv_nbytes
         return replace(plan, options=options, host_budget=budget)
+
+    def _with_captured(self, plan: MemoryPlan) -> MemoryPlan:
+        """The plan with room for captured passes, if everything else is then on the device, too."""
+        nbytes = self._footprint.captured()
+        if not nbytes or plan.host_layers or self._wishes.device_budget is None:
+            return plan
+        larger = replace(plan, device={**plan.device, "captured passes": nbytes})
+        assert plan.device_budget is not None
+        if larger.device_nbytes > plan.device_budget:
+            return plan
+        options = dict(plan.options)
+        self._grant(options, larger)
+        tiers = self._preview(**options).tiers
+        return larger if set(tiers) == {"device"} else plan
 
     def _grant(self, options: dict[str, Any], plan: MemoryPlan) -> None:
         """Give the streamer its part of the device's budget."""

@@ -15,25 +15,30 @@ import torch
 import torch.nn.functional as F
 
 from .config import ModelConfig
-from .fused import add_rms_norm, plain_rms_norm, rms_norm, swiglu
-from .rope import rotate
+from .fused import add_rms_norm, rms_norm, swiglu
+from .rope import rotate_both
 from .weights import StepWeights
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer_idx, q_HTE, k_GTE, v_GTE) -> mixed_HTE. Gets one layer's new queries, keys and values,
-normed and rotated; stores the keys and values, and knows which tokens each query sees."""
+normed and, where the layer was given a table, rotated; stores the keys and values, and knows which
+tokens each query sees."""
 
 
 def decoder_layer(
     x_TD: torch.Tensor,
     weights: StepWeights,
     config: ModelConfig,
-    table_2TE: torch.Tensor,
+    table_2TE: torch.Tensor | None,
     attention: Attention,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One layer: attention and feed-forward, each over a norm and added to its input.
 
-    ``table_2TE`` are the rows of ``Rotary`` for this layer and these tokens. x_TD is not changed.
+    ``table_2TE`` are the rows of ``Rotary`` for this layer and these tokens; None: attention
+    rotates by itself. The result is written to ``out``, if given, which may be x_TD; else x_TD is
+    not changed.
     """
     names = BLOCK_NORMS[config.output_norms]
     eps = config.norm_eps
@@ -45,7 +50,7 @@ def decoder_layer(
     added = feed_forward(normed, weights, config)
     if config.output_norms:
         added = rms_norm(added, weights.norm("post_feedforward_layernorm"), eps)
-    return x_TD + added
+    return torch.add(x_TD, added, out=out)
 
 
 BLOCK_NORMS = {
@@ -71,20 +76,20 @@ def self_attention(
     x_TD: torch.Tensor,
     weights: StepWeights,
     config: ModelConfig,
-    table_2TE: torch.Tensor,
+    table_2TE: torch.Tensor | None,
     attention: Attention,
 ) -> torch.Tensor:
     """Queries, keys and values of T tokens, and what attention makes of them."""
 
-    def heads(name: str) -> torch.Tensor:
-        y = weights.linear(x_TD, f"self_attn.{name}_proj")
-        return y.view(len(y), -1, config.head_dim).transpose(0, 1)
+    def heads(name: str, *, normed: bool = False) -> torch.Tensor:
+        y = weights.linear(x_TD, f"self_attn.{name}_proj").view(-1, config.head_dim)
+        if normed:
+            y = rms_norm(y, weights.norm(f"self_attn.{name}_norm"), config.norm_eps)
+        return y.view(len(x_TD), -1, config.head_dim).transpose(0, 1)
 
-    def rotated(name: str) -> torch.Tensor:
-        y = heads(name)
-        if config.head_norms:
-            y = plain_rms_norm(y, weights.norm(f"self_attn.{name}_norm"), config.norm_eps)
-        return rotate(y, table_2TE, interleaved=weights.interleaved_rope)
-
-    mixed_HTE = attention(weights.layer_idx, rotated("q"), rotated("k"), heads("v"))
+    q_HTE, k_GTE = (heads(name, normed=config.head_norms) for name in "qk")
+    if table_2TE is not None:
+        interleaved = weights.interleaved_rope
+        q_HTE, k_GTE = rotate_both(q_HTE, k_GTE, table_2TE, interleaved=interleaved)
+    mixed_HTE = attention(weights.layer_idx, q_HTE, k_GTE, heads("v"))
     return weights.linear(mixed_HTE.transpose(0, 1).flatten(1), "self_attn.o_proj")

@@ -14,6 +14,7 @@ import torch
 from layer_streamer import LayerStreamer, Manifest, read_manifest
 
 from .config import ModelConfig
+from .decode import captured_rows
 from .dequant import Unpacker
 from .footprint import Footprint, Needs
 from .hub import find_model
@@ -122,6 +123,7 @@ def plan_memory(
         device_type=device.type,
         int8=limits.kv_int8,
         packed_nbytes=scratch.nbytes + kept,
+        captured_rows=min(captured_rows(device, model.config), limits.max_batch),
     )
     return Planner(model.path, Footprint(model.config, needs), wishes).make(), needs
 
@@ -160,7 +162,8 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
         streamer = LayerStreamer.from_checkpoint(model.path, on_copy=on_copy, **plan.options)
         if kv.host is not None:
             kv.host.allocate(streamer.plan.placement.device_slots[0].count)
-        chunking = Chunking(plan.chunk, group_rows=device.type != "cpu")
+        captured = needs.captured_rows if plan.captures else 0
+        chunking = Chunking(plan.chunk, group_rows=device.type != "cpu", captured_rows=captured)
         return Runner(streamer, model.config, model.names, kv, dtype=needs.dtype, chunking=chunking)
     except BaseException:
         if streamer is not None:

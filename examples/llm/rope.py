@@ -7,6 +7,7 @@ import math
 import torch
 
 from .config import ModelConfig
+from .fused import kernel_rotates, rotate_heads
 from .rope_config import (
     DynamicScaling,
     LinearScaling,
@@ -131,6 +132,28 @@ def rotate(x_HTE: torch.Tensor, table_2TE: torch.Tensor, *, interleaved: bool) -
     are permuted. Both give the pairs back as (i, i + E/2): the permutation is undone on a few
     activations for free, where undoing it on the weights would move every row on every pass.
     """
+    if kernel_rotates(x_HTE, table_2TE):
+        return rotate_heads([x_HTE], table_2TE, interleaved=interleaved)[0]
+    return plain_rotate(x_HTE, table_2TE, interleaved=interleaved)
+
+
+def rotate_both(
+    q_HTE: torch.Tensor, k_GTE: torch.Tensor, table_2TE: torch.Tensor, *, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rotate`` of queries and keys of one dtype, T and E: in one launch where a kernel serves."""
+    if kernel_rotates(q_HTE, table_2TE) and k_GTE.stride(-1) == 1:
+        q_HTE, k_GTE = rotate_heads([q_HTE, k_GTE], table_2TE, interleaved=interleaved)
+        return q_HTE, k_GTE
+    return (
+        plain_rotate(q_HTE, table_2TE, interleaved=interleaved),
+        plain_rotate(k_GTE, table_2TE, interleaved=interleaved),
+    )
+
+
+def plain_rotate(
+    x_HTE: torch.Tensor, table_2TE: torch.Tensor, *, interleaved: bool
+) -> torch.Tensor:
+    """``rotate`` in torch operations."""
     if interleaved:
         first, second = x_HTE.float().unflatten(-1, (-1, 2)).unbind(-1)
     else:

@@ -35,6 +35,8 @@ class Group:
 class RowAttention:
     """The attention of one chunk in any layer. Lives as long as its pass."""
 
+    rotates = False
+
     def __init__(self, chunk: Chunk, config: ModelConfig, *, most_together: int) -> None:
         """Rows that decode are taken together if they have up to ``most_together`` tokens."""
         self._config = config

@@ -12,6 +12,7 @@ from layer_streamer import LayerStreamer
 from .attention import fast_kernels
 from .batch import Batch, Chunk, Entry, pack
 from .config import ModelConfig
+from .decode import DecodeAttention, open_decoder
 from .dequant import Unpacker
 from .fused import rms_norm
 from .kv_cache import KVCache
@@ -37,6 +38,9 @@ class Chunking:
     """At a time through a layer, which bounds its temporaries."""
     group_rows: bool = False
     """Attend to rows that decode together: for devices where a call costs more than its work."""
+    captured_rows: int = 0
+    """Passes in which up to so many rows take one token each go through ``llm.decode``, where
+    nothing streams."""
 
 
 class Runner:
@@ -48,7 +52,8 @@ class Runner:
     layers in host memory, with ``on_copy=kv.host.prefetch``, too.
 
     Memory on the device: one residual stream for as many tokens as ``kv`` holds, which each layer
-    updates in place, and the temporaries of one chunk.
+    updates in place, and the temporaries of one chunk. With ``decoder``, that of captured passes,
+    too: these are no passes of the streamer, whose ``last_pass`` knows nothing of them.
     """
 
     def __init__(
@@ -84,6 +89,14 @@ class Runner:
             self._stream_ND = torch.empty(
                 kv.layout.tokens, config.hidden_size, dtype=dtype, device=device
             )
+        self.decoder = open_decoder(
+            streamer,
+            config,
+            kv,
+            self._rotary,
+            rows=self._chunking.captured_rows,
+            interleaved=names.interleaved_rope,
+        )
 
     def forward(
         self,
@@ -99,14 +112,55 @@ class Runner:
         each layer as it starts. A pass that fails leaves the rows as they were.
         """
         self.kv.begin([(row, len(ids)) for row, ids in entries])
-        with torch.inference_mode(), fast_kernels(self.kv.device):
+        with torch.inference_mode():
+            logits = self._decode(entries) if on_layer is None else None
+            if logits is None:
+                step = self._stream(entries, every_position=every_position, on_layer=on_layer)
+                logits = step.logits
+            require_finite(logits, self._dtype)
+        self.kv.end()
+        return logits
+
+    def close(self) -> None:
+        """Let go of the layers, after the streamer has been closed. Idempotent."""
+        self.decoder = None
+
+    def _stream(
+        self,
+        entries: Sequence[Entry],
+        *,
+        every_position: bool,
+        on_layer: Callable[[int], object] | None,
+    ) -> _Pass:
+        """A pass of the streamer."""
+        with fast_kernels(self.kv.device):
             batch = pack(entries, self._chunking.tokens, self.kv.device)
-            step = _Pass(self, batch, every_position=every_position, on_layer=on_layer)
+            attentions = [self.attention(chunk) for chunk in batch.chunks]
+            count = len(batch.ids) if every_position else len(batch.rows)
+            logits = torch.empty(count, self.config.vocab_size, device=self.kv.device)
+            last = None if every_position else batch.last
+            step = _Pass(self, batch, attentions, logits, last=last, on_layer=on_layer)
             self.streamer.run_pass(self._embed(batch), step)
             self._check.end()
-            require_finite(step.logits, self._dtype)
-        self.kv.end()
-        return step.logits
+        if self.decoder is not None:
+            self.decoder.steps = step.steps
+        return step
+
+    def _decode(self, entries: Sequence[Entry]) -> torch.Tensor | None:
+        """The logits of a pass that needs no streamer; None: this one has to be streamed."""
+        decoder = self.decoder
+        if decoder is None or not decoder.takes(entries):
+            return None
+        batch = decoder.fill(entries)
+        embedded_ND = self._embed(batch)
+
+        def launch() -> None:
+            step = _Pass(self, batch, [decoder.attention(batch)], decoder.logits(batch))
+            x_ND = embedded_ND
+            for layer_idx, tensors in decoder.steps:
+                x_ND = step(x_ND, tensors, layer_idx)
+
+        return decoder.forward(batch, launch)
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         """The residual stream as the first layer gets it."""
@@ -127,15 +181,15 @@ class Runner:
         span, memory = self.kv.span(layer_idx), self.kv.open(layer_idx)
         for chunk, attention in zip(run.batch.chunks, run.attentions, strict=True):
             x_TD = x_ND[chunk.first : chunk.first + chunk.count]
-            table = run.table(chunk, layer_idx)
-            mixed = decoder_layer(
+            table = None if attention.rotates else run.table(chunk, layer_idx)
+            decoder_layer(
                 x_TD,
                 weights,
                 self.config,
                 table,
                 lambda i, *qkv, attention=attention: attention(i, span, memory, qkv),
+                out=x_TD,
             )
-            x_TD.copy_(mixed)
         self.kv.close_layer(layer_idx)
 
     def attention(self, chunk: Chunk) -> RowAttention:
@@ -167,31 +221,34 @@ class _Pass:
         self,
         runner: Runner,
         batch: Batch,
+        attentions: Sequence[RowAttention | DecodeAttention],
+        logits: torch.Tensor,
         *,
-        every_position: bool,
-        on_layer: Callable[[int], object] | None,
+        last: torch.Tensor | None = None,
+        on_layer: Callable[[int], object] | None = None,
     ) -> None:
-        self.batch = batch
-        self.attentions = [runner.attention(chunk) for chunk in batch.chunks]
-        self._runner, self._every_position, self._on_layer = runner, every_position, on_layer
+        """``attentions``, one for each chunk. ``logits`` are to be filled: those of the tokens in
+        ``last``; None: of all."""
+        self.batch, self.attentions, self.logits = batch, attentions, logits
+        self.steps: list[tuple[int, Mapping[str, torch.Tensor]]] = []
+        """What has been handed out, for a decoder; nobody else may look at it any more."""
+        self._runner, self._last, self._on_layer = runner, last, on_layer
         self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
-        count = len(batch.ids) if every_position else len(batch.last)
-        shape = (count, runner.config.vocab_size)
-        self.logits = torch.empty(shape, device=runner.kv.device)
         self._filled = 0
 
     def __call__(
         self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int
     ) -> torch.Tensor:
         runner = self._runner
+        if runner.decoder is not None:
+            self.steps.append((layer_idx, tensors))
         if layer_idx < runner.config.num_layers:
             if self._on_layer is not None:
                 self._on_layer(layer_idx)
             runner.layer(x_ND, tensors, layer_idx, self)
             return x_ND
         if layer_idx == runner.config.num_layers:
-            wanted = x_ND if self._every_position else x_ND[self.batch.last.to(x_ND.device)]
-            x_ND = runner.final_norm(wanted)
+            x_ND = runner.final_norm(x_ND if self._last is None else x_ND[self._last])
         piece = runner.head(x_ND, tensors, self._filled)
         self.logits[:, self._filled : self._filled + piece.shape[1]] = piece
         self._filled += piece.shape[1]

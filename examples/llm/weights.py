@@ -50,8 +50,7 @@ class StepWeights:
         if self._check is not None:
             self._check.see(packed, self._layer.tensors[matrix.scale_key])
         bias = self._tensors.get(f"{self._names.modules[module]}.bias")
-        y = project(x_TD, packed, self._unpacker)
-        return y if bias is None else y.add_(bias)
+        return project(x_TD, packed, self._unpacker, bias)
 
 
 def norm_weight(weight_D: torch.Tensor, names: WeightNames) -> torch.Tensor:
@@ -59,16 +58,22 @@ def norm_weight(weight_D: torch.Tensor, names: WeightNames) -> torch.Tensor:
     return weight_D if names.norm_offset is None else weight_D.float() + names.norm_offset
 
 
-def project(x_TD: torch.Tensor, packed: Packed, unpacker: Unpacker) -> torch.Tensor:
-    """x times a transposed weight, packed or not: (T, rows)."""
+def project(
+    x_TD: torch.Tensor, packed: Packed, unpacker: Unpacker, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x times a transposed weight, packed or not, plus a bias: (T, rows).
+
+    The product is rounded to the dtype of x before the bias is added, whoever computes it.
+    """
     if packed.format in FLOATS and packed.parts["weight"].dtype == x_TD.dtype:
-        return F.linear(x_TD, packed.parts["weight"])
+        y_TN = F.linear(x_TD, packed.parts["weight"])
+        return y_TN if bias_N is None else y_TN.add_(bias_N)
     if kernel_multiplies(packed, x_TD):
-        return multiply(packed, x_TD)
+        return multiply(packed, x_TD, bias_N)
     y_TN = x_TD.new_empty(x_TD.shape[0], packed.rows)
     for start, end, rows_ND in unpacker.blocks(packed):
         torch.mm(x_TD, rows_ND.t(), out=y_TN[:, start:end])
-    return y_TN
+    return y_TN if bias_N is None else y_TN.add_(bias_N)
 
 
 def embed_tokens(

@@ -1,31 +1,46 @@
-"""The launch of the kernels that compute: products with few tokens, norms and SwiGLU."""
+"""The launch of the kernels that compute: products with few tokens, norms, SwiGLU, rotation."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 
 from ..packed import Packed
 from . import matvec, pointwise
-from .unpacking import CHUNK, Launch
+from .code_floats import ONE
+from .unpacking import CHUNK, EXACT, Launch
 
 TOKENS_AT_ONCE = 4
 """A program keeps the sums of that many tokens; more are other programs' work."""
 
 PRODUCTS = {
-    "ct4": Launch(matvec.multiply_nibbles, (2, 32)),
-    "Q4_0": Launch(matvec.multiply_nibbles, (2, 32)),
-    "ct8": Launch(matvec.multiply_bytes, (2, 32)),
-    "Q8_0": Launch(matvec.multiply_bytes, (2, 32)),
-    "Q4_K": Launch(matvec.multiply_q4_k, (2, 32)),
+    "ct4": Launch(matvec.multiply_words, (8, 64), warps=2),
+    "ct8": Launch(matvec.multiply_words, (8, 64), warps=2),
+    "Q4_0": Launch(matvec.multiply_blocks, (8, 64), warps=2),
+    "Q8_0": Launch(matvec.multiply_blocks, (8, 64), warps=2),
+    "Q4_K": Launch(matvec.multiply_q4_k, (8, 64), warps=2),
 }
-"""Tiles are (rows, chunks of a step)."""
+"""Tiles are (most rows, pieces of a step): 32 pieces a warp, or numbers change hands."""
 
+_PIECE = {"ct4": 32, "ct8": 16, "Q4_0": 16, "Q8_0": 8, "Q4_K": 32}
+"""Weights of a piece."""
 
-PRODUCT_ALTERNATIVES = tuple(
-    (tile, warps) for tile in ((1, 32), (2, 32), (4, 32), (1, 64), (2, 64)) for warps in (2, 4, 8)
+PRODUCT_ALTERNATIVES = (
+    *(((rows, 32 * warps), warps) for warps in (1, 2, 4, 8) for rows in (2, 4, 8)),
+    *(((rows, 64 * warps), warps) for warps in (1, 2) for rows in (2, 4, 8)),
+    *(((16, 32 * warps), warps) for warps in (1, 2, 4)),
+    ((32, 16), 4),
 )
 """(tile, warps) that bench_kernels.py compares."""
+
+PROGRAMS = 800
+"""A matrix of fewer rows than fill so many programs has fewer of them in each: about six programs
+on each multiprocessor of the largest GPUs, so that they have loads under way while they compute."""
+MOST_SUMS = 16
+"""A thread's sums, of tokens times rows, where registers allow no more."""
 
 
 def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
@@ -35,41 +50,60 @@ def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     if packed.width % CHUNK or packed.group % CHUNK or not x_TD.is_contiguous():
         return False
     if packed.format in ("ct4", "ct8"):
-        return packed.parts["packed"].stride(-1) == 1
+        codes = packed.parts["packed"]
+        return codes.stride(-1) == 1 and codes.stride(0) % 4 == 0
     raw = packed.parts["raw"]
     return raw.is_contiguous() and raw.data_ptr() % 4 == 0
 
 
-def multiply(packed: Packed, x_TD: torch.Tensor, launch: Launch | None = None) -> torch.Tensor:
-    """x times the transposed matrix: (T, rows), in the dtype of x."""
-    launch = launch or PRODUCTS[packed.format]
-    tokens, (height, chunks) = x_TD.shape[0], launch.tile
-    y_TN = x_TD.new_empty(tokens, packed.rows)
+def multiply(
+    packed: Packed,
+    x_TD: torch.Tensor,
+    launch: Launch | None = None,
+    bias_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x times the transposed matrix, plus a bias: (T, rows), in the dtype of x."""
+    tokens = x_TD.shape[0]
     at_once = min(triton.next_power_of_2(tokens), TOKENS_AT_ONCE)
-    grid = (triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))
-    tile = {"TOKENS": at_once, "ROWS": height, "CHUNKS": chunks, "num_warps": launch.warps}
-    parts = packed.parts
-    if packed.format == "Q4_K":
-        of_64 = packed.width // 64
-        launch.kernel[grid](parts["raw"], x_TD, y_TN, packed.rows, tokens, of_64, **tile)
-        return y_TN
-    codes = parts["packed"].view(torch.uint8) if "packed" in parts else parts["raw"]
-    scale = parts.get("scale", codes)
-    launch.kernel[grid](
+    own = launch or PRODUCTS[packed.format]
+    height, pieces = own.tile
+    if launch is None:
+        height = _rows_at_once(height, packed.rows, at_once)
+    y_TN = x_TD.new_empty(tokens, packed.rows)
+    parts, bits = packed.parts, 8 if "8" in packed.format else 4
+    tile: dict[str, Any] = {"TOKENS": at_once, "ROWS": height, "PIECES": pieces}
+    beside = list[torch.Tensor]()
+    strides = list[int]()
+    if packed.format in ("ct4", "ct8"):
+        codes, scale = parts["packed"], parts["scale"]
+        tile |= {"BITS": bits, "GROUP": packed.group // _PIECE[packed.format]}
+        beside, strides = [scale], [codes.stride(0) // 4, *scale.stride()]
+    else:
+        codes = parts["raw"]
+        tile |= {} if packed.format == "Q4_K" else {"BITS": bits}
+    own.kernel[(triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))](
         codes,
-        scale,
+        *beside,
         x_TD,
+        y_TN if bias_N is None else bias_N,
         y_TN,
         packed.rows,
         tokens,
-        packed.width // CHUNK,
-        codes.stride(0),
-        *scale.stride(),
-        KIND=packed.format,
-        GROUP=packed.group // CHUNK,
+        packed.width // _PIECE[packed.format],
+        ONE,
+        *strides,
+        BIAS=bias_N is not None,
+        num_warps=own.warps,
         **tile,
     )
     return y_TN
+
+
+def _rows_at_once(most: int, rows: int, at_once: int) -> int:
+    """How many rows a program has; the order of sums does not depend on it."""
+    while most > 1 and (rows < PROGRAMS * most or at_once * most > MOST_SUMS):
+        most //= 2
+    return most
 
 
 WIDEST_TOKEN = 1 << 15
@@ -108,3 +142,39 @@ def launch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     grid = (triton.cdiv(count, SWIGLU_BLOCK),)
     pointwise.silu_times[grid](gate, up, count, BLOCK=SWIGLU_BLOCK, num_warps=4)
     return gate
+
+
+HEADS_AT_ONCE = 4
+
+
+def launch_rotate(
+    heads: Sequence[torch.Tensor], table_2TE: torch.Tensor, *, interleaved: bool
+) -> list[torch.Tensor]:
+    """One or two tensors (H, T, E) rotated as by ``rope.rotate``, bit for bit: contiguous.
+
+    Theirs and the table's last strides are 1. Two are of one dtype, T and E.
+    """
+    q, k = heads[0], heads[-1]
+    turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in heads]
+    (count, tokens, width), others = q.shape, len(k) if len(heads) > 1 else 0
+    programs = triton.cdiv(count, HEADS_AT_ONCE) + triton.cdiv(others, HEADS_AT_ONCE)
+    pointwise.rotate_pairs[(tokens, programs)](
+        q,
+        k,
+        turned[0],
+        turned[-1],
+        table_2TE,
+        count,
+        others,
+        tokens,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *table_2TE.stride()[:2],
+        HALF=width // 2,
+        INTERLEAVED=interleaved,
+        HEADS=HEADS_AT_ONCE,
+        BLOCK=triton.next_power_of_2(width // 2),
+        num_warps=2,
+        **EXACT,
+    )
+    return turned

@@ -49,3 +49,72 @@ def silu_times(gate: tl.tensor, up: tl.tensor, count: int, BLOCK: tl.constexpr) 
     number = (number / (1 + tl.exp(-number))).to(gate.dtype.element_ty).to(tl.float32)
     number *= tl.load(up + first + place, mask=inside, other=0).to(tl.float32)
     tl.store(gate + first + place, number.to(gate.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def turn(  # noqa: PLR0913 - a kernel has no records
+    x: tl.tensor,
+    out: tl.tensor,
+    table: tl.tensor,
+    first: int,
+    heads: int,
+    tokens: int,
+    head_stride: int,
+    token_stride: int,
+    sines: int,
+    rows: int,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The program's token in HEADS of x's ``heads`` heads, from number ``first`` on."""
+    token = tl.program_id(0).to(tl.int64)
+    head = first + tl.arange(0, HEADS)[:, None]
+    pair = tl.arange(0, BLOCK)[None, :]
+    inside = (head < heads) & (pair < HALF)
+    angle = table + token * rows + pair
+    cos = tl.load(angle, mask=pair < HALF, other=0)
+    sin = tl.load(angle + sines, mask=pair < HALF, other=0)
+    x += token * token_stride + head.to(tl.int64) * head_stride
+    if INTERLEAVED:
+        one = tl.load(x + 2 * pair, mask=inside, other=0).to(tl.float32)
+        other = tl.load(x + 2 * pair + 1, mask=inside, other=0).to(tl.float32)
+    else:
+        one = tl.load(x + pair, mask=inside, other=0).to(tl.float32)
+        other = tl.load(x + HALF + pair, mask=inside, other=0).to(tl.float32)
+    place = out + (head.to(tl.int64) * tokens + token) * (2 * HALF) + pair
+    tl.store(place, (one * cos - other * sin).to(out.dtype.element_ty), mask=inside)
+    tl.store(place + HALF, (other * cos + one * sin).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def rotate_pairs(  # noqa: PLR0913 - a kernel has no records
+    q: tl.tensor,
+    k: tl.tensor,
+    q_out: tl.tensor,
+    k_out: tl.tensor,
+    table: tl.tensor,
+    q_heads: int,
+    k_heads: int,
+    tokens: int,
+    q_head: int,
+    q_token: int,
+    k_head: int,
+    k_token: int,
+    sines: int,
+    rows: int,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A program rotates a token in HEADS heads of q, or, past those, of k: see ``rope.rotate``."""
+    first = tl.program_id(1) * HEADS
+    past = tl.cdiv(q_heads, HEADS) * HEADS
+    if first < past:
+        turn(q, q_out, table, first, q_heads, tokens, q_head, q_token, sines, rows,
+             HALF, INTERLEAVED, HEADS, BLOCK)  # fmt: skip
+    else:
+        turn(k, k_out, table, first - past, k_heads, tokens, k_head, k_token, sines, rows,
+             HALF, INTERLEAVED, HEADS, BLOCK)  # fmt: skip

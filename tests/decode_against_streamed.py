@@ -1,0 +1,214 @@
+"""Passes of ``llm.decode`` against those of the streamer: run by test_llm_decode.py in a process.
+
+With TRITON_INTERPRET=1 on the CPU, where kernels are interpreted and nothing is captured; otherwise
+on a GPU, where every such pass is captured and replayed.
+"""
+
+import logging
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from assets import open_runner, relative_error, tiny_checkpoint
+from gguf_models import write_gguf
+from test_llm_gguf import file_config
+from zoo import CASES, IDS, zoo_model
+
+from llm.config import model_config
+from llm.runner import Chunking, Runner
+from llm.triton_support import interpreted
+
+DEVICE = "cpu" if interpreted() else "cuda"
+TOLERANCE = 1e-5
+FEW = interpreted() and "EVERY_CASE" not in os.environ
+"""The interpreter takes a millisecond for a program: by default it gets few."""
+NAMES = ["llama-one-kv-head", "qwen2-window", "gemma3_text"] if FEW else list(CASES)
+PROMPTS = (23, 50)
+
+
+@contextmanager
+def opened(path: Path, config: Any, *, rows: int, **options: Any) -> Iterator[Runner]:
+    """A runner of which nothing streams, with passes of up to ``rows`` rows captured."""
+    options = {"tokens": 512, "max_rows": 2, "device_budget": "1GiB"} | options
+    chunking = Chunking(tokens=64, group_rows=True, captured_rows=rows)
+    with open_runner(path, config, device=DEVICE, chunking=chunking, **options) as runner:
+        assert set(runner.streamer.plan.tiers) == {"device"} or "device_budget" not in options
+        yield runner
+
+
+def decode(runner: Runner, prompts: list[list[int]], count: int) -> tuple[torch.Tensor, int]:
+    """Logits of prompts, then of ``count`` tokens of each; passes that went by the decoder."""
+    rows = [runner.kv.rows.add(len(ids) + count) for ids in prompts]
+    found = [runner.forward(list(zip(rows, prompts, strict=True)))]
+    for i in range(count):
+        found.append(runner.forward([(row, [IDS[i + k]]) for k, row in enumerate(rows)]))
+    return torch.cat(found).cpu(), passes(runner)
+
+
+def passes(runner: Runner) -> int:
+    return 0 if runner.decoder is None else runner.decoder.passes
+
+
+def both(path: Path, config: Any, count: int = 2, **options: Any) -> list[tuple[Any, int]]:
+    """The same, streamed and captured."""
+    prompts, found = [IDS[k : k + n] for k, n in enumerate(PROMPTS)], []
+    for rows in (0, 2):
+        with opened(path, config, rows=rows, **options) as runner:
+            found.append(decode(runner, prompts, count))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture_gives_the_logits_of_streamed_passes(tmp_path: Path, name: str) -> None:
+    model = zoo_model(name)
+    config = model_config(model.config)
+    (expected, none), (found, all_of_them) = both(tiny_checkpoint(tmp_path, model), config)
+    assert (none, all_of_them) == (0, 2)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama"] if FEW else ["llama", "mistral", "qwen2"])
+def test_packed_weights_with_permuted_heads_give_the_logits_of_streamed_passes(
+    tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, zoo_model(name))
+    (expected, _), (found, captured) = both(path, file_config(path))
+    assert captured == 2 and relative_error(found, expected) <= TOLERANCE
+
+
+def test_a_ring_is_written_around_its_end(tmp_path: Path) -> None:
+    model = zoo_model("mistral", max_position_embeddings=2048)
+    path, config, found = tiny_checkpoint(tmp_path, model), model_config(model.config), []
+    for rows in (0, 1):
+        with opened(path, config, rows=rows, tokens=1024, max_rows=1) as runner:
+            assert runner.kv.span(0).ring == 512
+            found.append(decode(runner, [(IDS * 20)[:508]], 8)[0])
+    assert relative_error(found[1], found[0]) <= TOLERANCE
+
+
+def history(runner: Runner, seed: int, count: int) -> list[torch.Tensor]:
+    """Passes over rows that come with prompts, go, and come back to others' places."""
+    rng, rows, found = random.Random(seed), [], []
+    for _ in range(count):
+        new = []
+        if rows and rng.random() < 0.25:
+            runner.kv.rows.drop(rows.pop(rng.randrange(len(rows))))
+        if len(rows) < 3 and rng.random() < 0.4:
+            row = runner.kv.rows.add(rng.choice((100, 300)))
+            if row is not None:
+                new = [(row, rng.choices(IDS, k=rng.randrange(1, 20)))]
+        entries = [(row, [rng.choice(IDS)]) for row in rows] + new
+        rows += [row for row, _ in new]
+        rng.shuffle(entries)
+        if entries:
+            found.append(runner.forward(entries).cpu())
+    return found
+
+
+@pytest.mark.parametrize("seed", range(1 if FEW else 4 if interpreted() else 20))
+def test_rows_come_and_go_as_if_all_passes_were_streamed(tmp_path: Path, seed: int) -> None:
+    model = zoo_model("qwen2-window")
+    path, config = tiny_checkpoint(tmp_path, model), model_config(model.config)
+    count, histories = 16 if FEW else 60, []
+    for rows in (0, 3):
+        with opened(path, config, rows=rows, tokens=768, max_rows=3) as runner:
+            histories.append(history(runner, seed, count))
+            captured = passes(runner)
+    assert 0 < captured < len(histories[0])
+    for found, expected in zip(histories[1], histories[0], strict=True):
+        assert relative_error(found, expected) <= TOLERANCE
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[Path, Any]:
+    model = zoo_model("llama")
+    return tiny_checkpoint(tmp_path, model), model_config(model.config)
+
+
+def test_what_is_not_one_token_of_a_few_rows_is_streamed(llama: tuple[Path, Any]) -> None:
+    with opened(*llama, rows=2, tokens=768, max_rows=3) as runner:
+        rows = [runner.kv.rows.add(50) for _ in range(3)]
+        runner.forward([(rows[0], [5])])
+        assert passes(runner) == 0, "scales are looked at in the first pass"
+        runner.forward([(row, [5]) for row in rows])
+        runner.forward([(rows[0], [5, 6])])
+        runner.forward([(rows[0], [5]), (rows[1], [6, 7])])
+        runner.forward([(rows[0], [5])], on_layer=lambda layer_idx: None)
+        assert passes(runner) == 0
+        before = runner.streamer.last_pass
+        runner.forward([(rows[2], [5]), (rows[0], [6])], every_position=True)
+        assert passes(runner) == 1
+        assert runner.streamer.last_pass.seconds == before.seconds, "it was no pass of the streamer"
+        assert [row.length for row in rows] == [7, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"device_budget": "320KiB", "n_gpu": 0, "n_cpu_pinned": 1}, "layers are streamed"),
+        ({"host_layers": (1,)}, "keys and values are in host memory"),
+    ],
+)
+def test_where_something_streams_nothing_is_captured_and_a_line_says_so(
+    llama: tuple[Path, Any], caplog: Any, options: dict[str, Any], why: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    chunking = Chunking(captured_rows=3)
+    options = {"device_budget": "1GiB", "tokens": 256} | options
+    with open_runner(*llama, device=DEVICE, chunking=chunking, **options) as runner:
+        decode(runner, [[5, 6]], 2)
+        assert runner.decoder is None
+    assert [r.getMessage() for r in caplog.records if "layer by layer" in r.getMessage()] == [
+        f"decoding goes layer by layer: {why}"
+    ]
+
+
+def test_a_pass_that_fails_after_its_launches_is_streamed_as_if_it_had_not_begun(
+    llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(*llama, rows=0) as runner:
+        expected, _ = decode(runner, [[5, 6, 7]], 2)
+    with opened(*llama, rows=1) as runner:
+        assert runner.decoder is not None
+        launched = []
+        monkeypatch.setattr(runner.decoder, "forward", lambda batch, work: launched.append(work()))
+        found, captured = decode(runner, [[5, 6, 7]], 2)
+    assert (len(launched), captured) == (2, 0)
+    assert torch.equal(found, expected)
+
+
+def test_an_overflow_is_an_error_that_leaves_the_rows_as_they_were(llama: tuple[Path, Any]) -> None:
+    with opened(*llama, rows=1, dtype=torch.float16) as runner:
+        row = runner.kv.rows.add(20)
+        assert row is not None
+        runner.forward([(row, [5, 6, 7])])
+        expected = runner.forward([(row, [8])])
+        runner.kv.rows.truncate(row, 3)
+        place = row.starts[runner.kv.span(1)][0]
+        memory = runner.kv.open(1)
+        kept = memory[place].clone()
+        memory[place] = float("inf")
+        # NumPy, which the interpreter computes with, warns of what is not finite.
+        with np.errstate(all="ignore"), pytest.raises(ValueError, match="float16 is too small"):
+            runner.forward([(row, [8])])
+        assert (row.length, passes(runner)) == (3, 2)
+        memory[place] = kept
+        assert torch.equal(runner.forward([(row, [8])]), expected)
+
+
+def test_logits_of_a_pass_are_not_those_of_the_next(llama: tuple[Path, Any]) -> None:
+    with opened(*llama, rows=1) as runner:
+        row = runner.kv.rows.add(20)
+        assert row is not None
+        runner.forward([(row, [5, 6])])
+        first = runner.forward([(row, [7])])
+        kept = first.clone()
+        runner.forward([(row, [8])])
+        assert torch.equal(first, kept)
