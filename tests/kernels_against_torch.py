@@ -217,8 +217,26 @@ def test_rows_that_fill_programs_are_multiplied_several_at_a_time(name, monkeypa
     check_product(PRODUCTS[name], random_x(1, PRODUCTS[name].width))
 
 
+@pytest.mark.parametrize("kind", ["ct4", "ct8"])
+def test_a_product_of_columns_goes_by_strides_of_whole_chunks(kind):
+    wide = cases.on(cases.integers(kind, 6, 192, 64), DEVICE)
+    words = wide.parts["packed"].shape[1]
+    parts = {
+        "packed": wide.parts["packed"][:, words // 3 :],
+        "scale": wide.parts["scale"][:, 1:],
+    }
+    right = replace(wide, width=128, parts=parts)
+    x = random_x(2, 192).to(DEVICE)
+    x[:, :64] = 0
+    expected = launching.multiply(wide, x)
+    found = launching.multiply(right, x[:, 64:].contiguous())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    odd = torch.zeros(6, words + 1, dtype=torch.int32, device=DEVICE)[:, :words]
+    assert not launching.multiplies(replace(wide, parts=wide.parts | {"packed": odd}), x)
+
+
 @pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["ct8", "Q4_0", "Q4_K"])
+@pytest.mark.parametrize("name", ["ct4, channel", "Q8_0"])
 def test_a_bias_is_added_to_the_rounded_product(name, bias_dtype):
     packed = cases.on(PRODUCTS[name], DEVICE)
     bias = 9 * torch.randn(packed.rows, generator=torch.Generator().manual_seed(0))

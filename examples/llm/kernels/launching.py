@@ -25,7 +25,7 @@ PRODUCTS = {
 }
 """Tiles are (most rows, pieces of a step): 32 pieces a warp, or numbers change hands."""
 
-_PIECE = {"ct4": 32, "ct8": 16, "Q4_0": 16, "Q8_0": 8, "Q4_K": 32}
+_PIECE = {"ct4": 32, "ct8": 32, "Q4_0": 16, "Q8_0": 8, "Q4_K": 64}
 """Weights of a piece."""
 
 PRODUCT_ALTERNATIVES = (
@@ -50,8 +50,8 @@ def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     if packed.width % CHUNK or packed.group % CHUNK or not x_TD.is_contiguous():
         return False
     if packed.format in ("ct4", "ct8"):
-        codes = packed.parts["packed"]
-        return codes.stride(-1) == 1 and codes.stride(0) % 4 == 0
+        codes, words = packed.parts["packed"], 4 if packed.format == "ct4" else 8
+        return codes.stride(-1) == 1 and codes.stride(0) % words == 0
     raw = packed.parts["raw"]
     return raw.is_contiguous() and raw.data_ptr() % 4 == 0
 
@@ -76,8 +76,8 @@ def multiply(
     strides = list[int]()
     if packed.format in ("ct4", "ct8"):
         codes, scale = parts["packed"], parts["scale"]
-        tile |= {"BITS": bits, "GROUP": packed.group // _PIECE[packed.format]}
-        beside, strides = [scale], [codes.stride(0) // 4, *scale.stride()]
+        tile |= {"BITS": bits, "GROUP": packed.group // CHUNK}
+        beside, strides = [scale], [codes.stride(0) // bits, *scale.stride()]
     else:
         codes = parts["raw"]
         tile |= {} if packed.format == "Q4_K" else {"BITS": bits}

@@ -67,6 +67,19 @@ def add_nibbles(part: tl.tensor, word: tl.tensor, x: tl.tuple, one: int) -> tl.t
     return part
 
 
+@triton.jit
+def add_bytes(
+    part: tl.tensor, word: tl.tensor, x: tl.tuple, one: int, FIRST: tl.constexpr
+) -> tl.tensor:
+    """part, plus the products of the four codes in words, less 128, with x from number FIRST on."""
+    upper = word >> 12
+    part += code(word, one, 0, 8, 128) * x[FIRST]
+    part += code(word, one, 8, 8, 128) * x[FIRST + 1]
+    part += code(upper, one, 4, 8, 128) * x[FIRST + 2]
+    part += code(upper, one, 12, 8, 128) * x[FIRST + 3]
+    return part
+
+
 @triton.jit(do_not_specialize=["rows", "tokens", "one"])
 def multiply_words(  # noqa: PLR0913 - a kernel has no records
     codes: tl.tensor,
@@ -88,32 +101,30 @@ def multiply_words(  # noqa: PLR0913 - a kernel has no records
     ROWS: tl.constexpr,
     PIECES: tl.constexpr,
 ) -> None:
-    """Codes of 4 or 8 bits, symmetric, scales beside them: a piece is four words, rows lie
-    ``code_pieces`` of them apart, GROUP of them share a scale, or all, if 0. x is
-    (tokens, 128 / BITS * pieces), y (tokens, rows)."""
-    WEIGHTS: tl.constexpr = 128 // BITS
-    words = own_rows(codes.to(tl.pointer_type(tl.uint32)), code_pieces * 4, rows, ROWS)
+    """Codes of 4 or 8 bits, symmetric, scales beside them: a piece is 32, rows lie ``code_pieces``
+    of them apart, GROUP of them share a scale, or all, if 0. x is (tokens, 32 * pieces), y
+    (tokens, rows)."""
+    words = own_rows(codes.to(tl.pointer_type(tl.uint32)), code_pieces * BITS, rows, ROWS)
     scales = own_rows(scale, scale_row, rows, ROWS)
-    x_token = own_tokens(tokens, TOKENS) * (WEIGHTS * pieces)
+    x_token = own_tokens(tokens, TOKENS) * (32 * pieces)
     total = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
     for step in range(0, pieces, PIECES):
         own = step + tl.arange(0, PIECES)[None, None, :]
         piece = tl.minimum(own, pieces - 1)
-        word = four_words(words + piece * 4)
         group = piece // GROUP if GROUP else piece * 0
         factor = tl.load(scales + group * scale_group).to(tl.float32)
         part = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
-        for q in tl.static_range(WEIGHTS // 8):
-            numbers = eight_x(x, x_token + piece * WEIGHTS + 8 * q)
+        for q in tl.static_range(4):
+            numbers = eight_x(x, x_token + piece * 32 + 8 * q)
             if BITS == 4:
+                if q == 0:
+                    word = four_words(words + piece * 4)
                 part = add_nibbles(part, word[q], numbers, one)
             else:
-                for k in tl.static_range(2):
-                    part += code(word[2 * q + k], one, 0, 8, 128) * numbers[4 * k]
-                    part += code(word[2 * q + k], one, 8, 8, 128) * numbers[4 * k + 1]
-                    upper = word[2 * q + k] >> 12
-                    part += code(upper, one, 4, 8, 128) * numbers[4 * k + 2]
-                    part += code(upper, one, 12, 8, 128) * numbers[4 * k + 3]
+                if q % 2 == 0:
+                    word = four_words(words + piece * 8 + 2 * q)
+                part = add_bytes(part, word[q % 2 * 2], numbers, one, 0)
+                part = add_bytes(part, word[q % 2 * 2 + 1], numbers, one, 4)
         total = tl.where(own < pieces, total + part * factor, total)
     store_sums(y, bias, total, rows, tokens, BIAS)
 
@@ -224,29 +235,30 @@ def multiply_q4_k(  # noqa: PLR0913 - a kernel has no records
     ROWS: tl.constexpr,
     PIECES: tl.constexpr,
 ) -> None:
-    """Q4_K: four words are a piece, half of the codes of two groups; minima meet the sums of x.
-    x is (tokens, 32 * pieces), y (tokens, rows)."""
-    words = own_rows(raw.to(tl.pointer_type(tl.uint32)), pieces // 8 * 36, rows, ROWS)
-    x_token = own_tokens(tokens, TOKENS) * (32 * pieces)
+    """Q4_K: a piece is the 64 codes of two groups; minima meet the sums of x. x is
+    (tokens, 64 * pieces), y (tokens, rows)."""
+    words = own_rows(raw.to(tl.pointer_type(tl.uint32)), pieces // 4 * 36, rows, ROWS)
+    x_token = own_tokens(tokens, TOKENS) * (64 * pieces)
     total = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
     for step in range(0, pieces, PIECES):
         own = step + tl.arange(0, PIECES)[None, None, :]
         piece = tl.minimum(own, pieces - 1)
-        block = piece // 8
+        block = piece // 4
         both, first, second, rest = four_words(words + block * 36)
-        scale, minimum = scales_and_minima(first, second, rest, piece // 2 % 4)
-        word = four_words(words + block * 36 + 4 + piece % 8 * 4)
+        scale, minimum = scales_and_minima(first, second, rest, piece % 4)
         low = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
         high = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
         x_low = tl.zeros((TOKENS, 1, PIECES), tl.float32)
         x_high = tl.zeros((TOKENS, 1, PIECES), tl.float32)
-        at = x_token + piece // 2 * 64 + piece % 2 * 16
-        for q in tl.static_range(2):
-            lows, highs = eight_x(x, at + 8 * q), eight_x(x, at + 32 + 8 * q)
-            low, high = low_and_high(low, high, word[2 * q], lows, highs, one, 0)
-            low, high = low_and_high(low, high, word[2 * q + 1], lows, highs, one, 4)
-            x_low += sum_of_eight(lows)
-            x_high += sum_of_eight(highs)
+        for half in tl.static_range(2):
+            word = four_words(words + block * 36 + 4 + piece % 4 * 8 + 4 * half)
+            at = x_token + piece * 64 + 16 * half
+            for q in tl.static_range(2):
+                lows, highs = eight_x(x, at + 8 * q), eight_x(x, at + 32 + 8 * q)
+                low, high = low_and_high(low, high, word[2 * q], lows, highs, one, 0)
+                low, high = low_and_high(low, high, word[2 * q + 1], lows, highs, one, 4)
+                x_low += sum_of_eight(lows)
+                x_high += sum_of_eight(highs)
         part = code(scale, one, 0, 8, 0) * low + code(scale, one, 8, 8, 0) * high
         taken = code(minimum, one, 0, 8, 0) * x_low + code(minimum, one, 8, 8, 0) * x_high
         part = half_float(both) * part - half_float(both >> 16) * taken
