@@ -228,7 +228,8 @@ for _ in range(60):
         signal.setitimer(signal.ITIMER_PROF, generator.uniform(0.001, 0.06))
         os._exit(run(out))
     ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    assert out.exists() == (ended[-1] == 0), ended
+    # One that was ended between its last rename and its exit leaves a finished model as well.
+    assert out.exists() or ended[-1] != 0, ended
     found = contents(partial) if partial.exists() else {}
     assert "config.json" not in found or expected.items() <= found.items(), sorted(found)
     if out.exists():
