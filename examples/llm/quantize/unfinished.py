@@ -71,12 +71,17 @@ class Unfinished:
         return found
 
     def finish(self, files: Mapping[str, bytes]) -> None:
-        """Add these files, config.json among them, and the index; then it is OUT."""
+        """Add these files, config.json among them, and the index; then it is OUT.
+
+        A run that was ended here may have left some of them: none is ever there in part.
+        """
         for name, content in ({INDEX: self._index()} | dict(files)).items():
-            with open(self.path / name, "wb") as file:
+            temporary = self.path / (name + TEMPORARY)
+            with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            temporary.replace(self.path / name)
         if os.path.lexists(self._out):
             raise ValueError(f"{self._out}: exists")
         self.path.rename(self._out)
