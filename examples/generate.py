@@ -19,7 +19,9 @@ import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from llm.command import Parser, library_errors
 
 if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
     from llm.engine import StreamingEngine
@@ -41,7 +43,9 @@ GENERATION = (
 def main(argv: list[str] | None = None) -> int:
     """Exit code of the program: 0, 2 after an error, 130 after Ctrl-C."""
     try:
-        _run_reporting_errors(parse_args(argv))
+        args = parse_args(argv)
+        with library_errors():
+            run(args)
     except KeyboardInterrupt:
         say("")
         return 130
@@ -54,28 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run_reporting_errors(args: argparse.Namespace) -> None:
-    try:
-        import torch
-        import transformers  # noqa: F401
-
-        from layer_streamer import StreamerError
-    except ImportError as error:
-        raise ImportError(f"{error} (pip install 'layer-streamer[examples]')") from error
-    try:
-        run(args)
-    except (StreamerError, torch.OutOfMemoryError) as error:
-        raise ValueError(str(error)) from error
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line; ValueError for one that makes no sense."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a path, or the name of a Hugging Face repository")
     what = parser.add_mutually_exclusive_group(required=True)

@@ -22,10 +22,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
+from llm.command import Parser
 from llm.made import FORMATS, MARK, Made, Values, is_file, plan_made
 from llm.shapes import SHAPES
 from llm.shards import DTYPES, Shard
@@ -101,14 +101,9 @@ class Writer:
                 self._on_written(written)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line; ValueError for one that makes no sense."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("out", metavar="OUT", type=Path, help="the directory to make; its parent must be there")
     add("--shape", required=True, choices=list(SHAPES), help="whose config the model has")

@@ -17,7 +17,9 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from llm.command import Parser, library_errors
 
 if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
     import torch
@@ -34,14 +36,9 @@ LEAST_TOKENS = 2
 BAR = "{l_bar}{bar}| {elapsed} so far, {remaining} left"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line; ValueError for one that makes no sense."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a path, or the name of a Hugging Face repository")
     add("out", metavar="OUT", type=Path, help="the directory to make; its parent must be there")
@@ -186,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         args = parse_args(argv)
-        _run_reporting_errors(args)
+        with library_errors():
+            run(args)
         print(args.out)
     except KeyboardInterrupt:
         say("")
@@ -197,20 +195,6 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, handler)
     return 0
-
-
-def _run_reporting_errors(args: argparse.Namespace) -> None:
-    try:
-        import torch
-        import transformers  # noqa: F401
-
-        from layer_streamer import StreamerError
-    except ImportError as error:
-        raise ImportError(f"{error} (pip install 'layer-streamer[examples]')") from error
-    try:
-        run(args)
-    except (StreamerError, torch.OutOfMemoryError) as error:
-        raise ValueError(str(error)) from error
 
 
 if __name__ == "__main__":
