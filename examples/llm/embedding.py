@@ -50,8 +50,6 @@ class Embedding:
         self._transfers = transfers
         self._stages: list[_Stage] = []
         self._turn = 0
-        self._unmarked = False
-        """True: a stage may be under way of which no event tells."""
         if transfers is not None:
             one = take_rows(table, torch.zeros(1, dtype=torch.long))
             row_nbytes = sum(part.nbytes for part in one.parts.values())
@@ -84,9 +82,6 @@ class Embedding:
 
     def _send(self, transfers: Transfers, ids_T: torch.Tensor, out_TD: torch.Tensor) -> None:
         """Of no more tokens than a stage holds."""
-        if self._unmarked:
-            transfers.finish()
-            self._unmarked = False
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % NUM_STAGES
         transfers.block(stage.sent)
@@ -100,10 +95,10 @@ class Embedding:
                 for name, part in rows.parts.items()
             }
         current = transfers.current()
-        self._unmarked = True
+        # After an interrupt no event may tell of these copies: what they then bring of the stage's
+        # next content is of a pass that failed, and nobody looks at it.
         transfers.copy([(there[name], part) for name, part in rows.parts.items()], current)
         transfers.record(stage.sent, current)
-        self._unmarked = False
         fill_embedding(out_TD, replace(rows, parts=there), self._config, self._unpacker)
 
 
