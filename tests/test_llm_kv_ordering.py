@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import pytest
 import torch
 from checkpoints import write_safetensors
 from fake_device import FakeDevice
+from late_transfers import Interrupted, LateTransfers
 from ordering import HANG_SECONDS, NUM_LAYERS, TENSORS, open_on
 
 from llm.kv_host import HostTier, Slot, TokenShape
 from llm.kv_rows import Row, Rows, make_spans
-from llm.kv_transfers import Pair
 
 TOKENS = 1024
 WAITS = [
@@ -25,52 +24,6 @@ WAITS = [
     ("back", "used"),
 ]
 """Who waits for what: taking out any of them must be seen."""
-
-
-class Interrupted(Exception):
-    """What a KeyboardInterrupt is to a pass: it comes anywhere on the calling thread."""
-
-
-class LateTransfers:
-    """Transfers of a fake device. Leaves out the waits of ``missing``, interrupts now and then."""
-
-    def __init__(self, device: FakeDevice, seed: int, missing: tuple[str, str] | None) -> None:
-        self.device, self.missing = device, missing
-        self.back: Any = device.new_stream()
-        self.names: dict[int, str] = {}
-        self.interrupts = 0.0
-        self._random, self._thread = random.Random(seed), threading.current_thread()
-
-    def event(self) -> Any:
-        return self.device.new_event()
-
-    def current(self) -> Any:
-        return self.device.current_stream()
-
-    def record(self, event: Any, stream: Any) -> None:
-        self._interrupt()
-        event.record(stream)
-
-    def wait(self, event: Any, stream: Any) -> None:
-        caller = threading.current_thread() is self._thread
-        who = "back" if stream is self.back else "caller" if caller else "copier"
-        if (who, self.names.get(id(event), "")) != self.missing:
-            event.wait(stream)
-        self._interrupt()
-
-    def copy(self, pairs: Iterable[Pair], stream: Any) -> None:
-        with self.device.on(stream):
-            for to, source in pairs:
-                self.device.copy(to, source)
-                self._interrupt()
-
-    def finish(self) -> None:
-        self.device.drain()
-
-    def _interrupt(self) -> None:
-        mine = threading.current_thread() is self._thread
-        if mine and self._random.random() < self.interrupts:
-            raise Interrupted
 
 
 class LateEngine:
@@ -105,7 +58,7 @@ class LateEngine:
             rows = [row for row in self.texts if self._random.random() < 0.7]
             batch = [(row, self._random.choice([1, 1, 5])) for row in rows or self.texts]
             new = {row: [self._random.randrange(1 << 20) for _ in range(n)] for row, n in batch}
-            self.host.begin([row for row, _ in batch])
+            self.host.begin(batch)
             self.transfers.interrupts = self._random.choice([0.0, 0.0, 0.02])
             self._fails_at = self._random.choice([None, None, 0, 1, 3])
             try:

@@ -63,10 +63,16 @@ def pack(entries: Sequence[Entry], chunk_tokens: int, device: torch.device) -> B
     """Lay the tokens of a pass out; what the device needs to know goes there in one transfer."""
     ids = [token for _, tokens in entries for token in tokens]
     rows = tuple((row, len(tokens)) for row, tokens in entries)
-    positions = [row.length + i for row, number in rows for i in range(number)]
-    lengths = [row.length + number for row, number in rows for _ in range(number)]
-    last = [end - 1 for end in accumulate(number for _, number in rows)]
-    numbers = torch.tensor([*positions, *lengths, *last], dtype=torch.long).to(device)
+    ends = accumulate(number for _, number in rows)
+    table = [
+        (row.length, end - number, number) for end, (row, number) in zip(ends, rows, strict=True)
+    ]
+    known_R, first_R, count_R = torch.tensor(table, dtype=torch.long).view(-1, 3).unbind(1)
+    # By tensors: a list of a long prompt's positions takes as long as a chunk of it on a GPU.
+    positions = torch.arange(len(ids)) + (known_R - first_R).repeat_interleave(count_R)
+    lengths = (known_R + count_R).repeat_interleave(count_R)
+    last = first_R + count_R - 1
+    numbers = torch.cat((positions, lengths, last)).to(device)
     positions_N, lengths_N, last_R = numbers.split([len(ids), len(ids), len(last)])
     chunks = []
     for first in range(0, len(ids), chunk_tokens):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .config import ModelConfig
+from .embedding import NUM_STAGES, PAGE, STAGE_NBYTES
 from .kv_host import CODED, TokenShape
 from .kv_int8 import Int8Rows
 from .kv_rows import Span, make_spans
@@ -68,6 +69,13 @@ class Footprint:
             return slots
         coding = CODED * self._token.nbytes // self.needs.dtype.itemsize * FLOAT * 4
         return slots + places * self._token.nbytes + coding
+
+    def gathered(self, chunk: int) -> int:
+        """Host memory that rows of the embedding are gathered in, at most."""
+        if self.needs.device_type != "cuda":
+            return 0
+        nbytes = min(chunk, self.needs.kv_tokens) * self.config.hidden_size * FLOAT
+        return NUM_STAGES * (min(STAGE_NBYTES, nbytes) + PAGE)
 
     def residual(self) -> int:
         """The residual stream of all tokens."""

@@ -1,4 +1,4 @@
-"""Streams and events of a device for the key-value cache's own transfers; a CPU has none."""
+"""Streams and events of a device for the engine's own transfers; a CPU has none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Transfers(Protocol):
-    """What the host tier needs of a device. Events: waiting on an unrecorded one does nothing."""
+    """What keys, values and embeddings need of a device.
+
+    Events: waiting on an unrecorded one does nothing.
+    """
 
     back: Any
     """The stream on which new keys and values travel to the host, beside the weights' one."""
@@ -28,6 +31,9 @@ class Transfers(Protocol):
 
     def wait(self, event: Any, stream: Any) -> None:
         """Let ``stream`` wait for the latest record of ``event``."""
+
+    def block(self, event: Any) -> None:
+        """Let the calling thread wait for the latest record of ``event``."""
 
     def copy(self, pairs: Iterable[Pair], stream: Any) -> None:
         """Enqueue copies on ``stream``."""
@@ -55,6 +61,9 @@ class CudaTransfers:
     def wait(self, event: Any, stream: Any) -> None:
         event.wait(stream)
 
+    def block(self, event: Any) -> None:
+        event.synchronize()
+
     def copy(self, pairs: Iterable[Pair], stream: Any) -> None:
         with torch.cuda.stream(stream):
             for to, source in pairs:
@@ -79,6 +88,9 @@ class HostTransfers:
         return
 
     def wait(self, event: Any, stream: Any) -> None:
+        return
+
+    def block(self, event: Any) -> None:
         return
 
     def copy(self, pairs: Iterable[Pair], stream: Any) -> None:

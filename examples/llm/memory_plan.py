@@ -186,6 +186,7 @@ class Planner:
             host={
                 "layers": placement.host_bytes,
                 "keys and values": sum(footprint.layer_on_host(i) for i in spilled),
+                "embedding": footprint.gathered(chunk),
             },
             device_budget=None,
             host_budget=None,
@@ -196,6 +197,7 @@ class Planner:
     def _with_host(self, plan: MemoryPlan) -> MemoryPlan:
         """The plan with the streamer's budgets, if host memory has room for its part."""
         options, kv_nbytes = dict(plan.options), plan.host["keys and values"]
+        own = kv_nbytes + plan.host["embedding"]
         budget, named = self._host_budget(), self._wishes.device_budget is not None
         if plan.device_budget is not None and (named or self._machine.unified):
             self._grant(options, plan)
@@ -205,15 +207,16 @@ class Planner:
             free = _usable(self._machine.host_available) if budget is None else budget
             direct = self._preview(**(dict(plan.options) | {"read_mode": "direct"}))
             slots = direct.placement.host_bytes
-            if free < kv_nbytes + slots:
+            if free < own + slots:
                 name = "free host memory" if budget is None else "host_budget"
                 raise ValueError(
-                    f"{name} {format_bytes(free)}: at least {kv_nbytes + slots} bytes "
-                    f"({format_bytes(kv_nbytes + slots)}) are needed (layers "
-                    f"{format_bytes(slots)}, keys and values {format_bytes(kv_nbytes)}); grant "
-                    "more, or lower max_length or kv_tokens"
+                    f"{name} {format_bytes(free)}: at least {own + slots} bytes "
+                    f"({format_bytes(own + slots)}) are needed (layers {format_bytes(slots)}, "
+                    f"keys and values {format_bytes(kv_nbytes)}, embedding "
+                    f"{format_bytes(own - kv_nbytes)}); grant more, or lower max_length "
+                    "or kv_tokens"
                 )
-            options["host_budget"] = free - kv_nbytes
+            options["host_budget"] = free - own
         return replace(plan, options=options, host_budget=budget)
 
     def _with_captured(self, plan: MemoryPlan) -> MemoryPlan:

@@ -7,7 +7,7 @@ they are, and whoever unpacks it (plain torch here, kernels elsewhere) reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,18 +135,31 @@ def scales(packed: Packed) -> list[torch.Tensor]:
     return [halves[:, place // 2] for place in kind.scales]
 
 
-def take_rows(packed: Packed, ids: torch.Tensor) -> Packed:
-    """The rows with these numbers, copied: of an embedding. Not of "awq4" and "gptq*"."""
+Take = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(tensor, row numbers) -> a copy of these rows."""
+
+
+def copied_rows(part: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The rows with these numbers, in new memory."""
+    return part[ids]
+
+
+def take_rows(packed: Packed, ids: torch.Tensor, take: Take = copied_rows) -> Packed:
+    """The rows with these numbers, copied: of an embedding. Not of "awq4" and "gptq*".
+
+    ``take`` makes every part of the result, once for each.
+    """
     whole = ("zero", "scale") if packed.format == "fp8" else ("zero",)
-    parts = {name: part[ids] for name, part in packed.parts.items() if name not in whole}
+    parts = {name: take(part, ids) for name, part in packed.parts.items() if name not in whole}
     if packed.format == "fp8":
-        parts["scale"] = packed.parts["scale"][_block_rows(packed, ids)]
+        parts["scale"] = take(packed.parts["scale"], _block_rows(packed, ids))
     elif packed.format in CT_BITS and not packed.symmetric:
         bits = CT_BITS[packed.format]
         numbers = packed.first_row + ids
-        parts["zero"] = pack_rows(zeros_along_rows(packed.parts["zero"], bits, numbers), bits)
+        words = pack_rows(zeros_along_rows(packed.parts["zero"], bits, numbers), bits)
+        parts["zero"] = take(words, torch.arange(len(words)))
     elif not packed.symmetric:
-        parts["zero"] = packed.parts["zero"][ids]
+        parts["zero"] = take(packed.parts["zero"], ids)
     return replace(packed, rows=len(ids), parts=parts, first_row=0, group_rows=1)
 
 

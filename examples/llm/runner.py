@@ -14,6 +14,7 @@ from .batch import Batch, Chunk, Entry, pack
 from .config import ModelConfig
 from .decode import DecodeAttention, open_decoder
 from .dequant import Unpacker
+from .embedding import Embedding
 from .fused import rms_norm
 from .kv_cache import KVCache
 from .model import decoder_layer
@@ -24,7 +25,7 @@ from .rope_config import Rope
 from .row_attention import GATHER_NBYTES, RowAttention
 from .scale_check import ScaleCheck
 from .triton_support import triton_serves
-from .weights import StepWeights, embed_tokens, norm_weight, project
+from .weights import StepWeights, norm_weight, project
 
 DEFAULT_CHUNK = 2048
 """Tokens that go through a layer at a time."""
@@ -71,10 +72,6 @@ class Runner:
         self._chunking = chunking if chunking is not None else Chunking()
         manifest, device = streamer.manifest, streamer.device
         self._specs = manifest.static
-        embedding = names.embedding_matrix
-        self._table = embedding.packed(
-            {k: streamer.host_tensor(k) for k in embedding.keys.values()}
-        )
         self._head_parts = {name: streamer.load_static(name) for name in names.head_parts}
         self._check = ScaleCheck()
         self._norm = norm_weight(streamer.load_static(names.norm).to(dtype), names)
@@ -97,6 +94,10 @@ class Runner:
             rows=self._chunking.captured_rows,
             interleaved=names.interleaved_rope,
         )
+        matrix = names.embedding_matrix
+        table = matrix.packed({k: streamer.host_tensor(k) for k in matrix.keys.values()})
+        chunk = min(self._chunking.tokens, kv.layout.tokens)
+        self._embedding = Embedding(table, config, self._unpacker, chunk=chunk)
 
     def forward(
         self,
@@ -124,6 +125,7 @@ class Runner:
     def close(self) -> None:
         """Let go of the layers, after the streamer has been closed. Idempotent."""
         self.decoder = None
+        self._embedding.close()
 
     def _stream(
         self,
@@ -140,7 +142,7 @@ class Runner:
             logits = torch.empty(count, self.config.vocab_size, device=self.kv.device)
             last = None if every_position else batch.last
             step = _Pass(self, batch, attentions, logits, last=last, on_layer=on_layer)
-            self.streamer.run_pass(self._embed(batch), step)
+            self.streamer.run_pass(self._begin(batch), step)
             self._check.end()
         if self.decoder is not None:
             self.decoder.steps = step.steps
@@ -152,7 +154,7 @@ class Runner:
         if decoder is None or not decoder.takes(entries):
             return None
         batch = decoder.fill(entries)
-        embedded_ND = self._embed(batch)
+        embedded_ND = self._begin(batch)
 
         def launch() -> None:
             step = _Pass(self, batch, [decoder.attention(batch)], decoder.logits(batch))
@@ -162,15 +164,17 @@ class Runner:
 
         return decoder.forward(batch, launch)
 
-    def _embed(self, batch: Batch) -> torch.Tensor:
-        """The residual stream as the first layer gets it."""
-        size = self._chunking.tokens
+    def _begin(self, batch: Batch) -> torch.Tensor:
+        """The residual stream with its first chunk as the first layer gets it. The others follow
+        one by one, so that the device computes while their rows are gathered."""
         x_ND = self._stream_ND[: len(batch.ids)]
-        for first in range(0, len(x_ND), size):
-            ids = batch.ids[first : first + size]
-            rows = embed_tokens(ids, self._table, self.config, self._unpacker)
-            x_ND[first : first + size] = rows
+        for chunk in batch.chunks[:1]:
+            self._embed(batch, chunk, x_ND)
         return x_ND
+
+    def _embed(self, batch: Batch, chunk: Chunk, x_ND: torch.Tensor) -> None:
+        part = slice(chunk.first, chunk.first + chunk.count)
+        self._embedding.put(batch.ids[part], x_ND[part])
 
     def layer(
         self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int, run: _Pass
@@ -180,6 +184,8 @@ class Runner:
         weights = StepWeights(tensors, layer, self._names, self._unpacker, self._check)
         span, memory = self.kv.span(layer_idx), self.kv.open(layer_idx)
         for chunk, attention in zip(run.batch.chunks, run.attentions, strict=True):
+            if layer_idx == 0 and chunk.first:
+                self._embed(run.batch, chunk, x_ND)
             x_TD = x_ND[chunk.first : chunk.first + chunk.count]
             table = None if attention.rotates else run.table(chunk, layer_idx)
             decoder_layer(

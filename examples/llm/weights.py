@@ -85,10 +85,20 @@ def embed_tokens(
     the rows of these tokens travel.
     """
     rows = take_rows(table, ids_T).to(unpacker.device)
-    if rows.format in FLOATS:
-        x_TD = rows.parts["weight"].to(unpacker.dtype)
-    else:
-        x_TD = torch.cat([block.clone() for _, _, block in unpacker.blocks(rows)])
-    if config.embed_scale != 1.0:  # rounded to the dtype first, as the models were trained
-        x_TD *= torch.tensor(config.embed_scale, dtype=x_TD.dtype)
+    x_TD = torch.empty(len(ids_T), table.width, dtype=unpacker.dtype, device=unpacker.device)
+    fill_embedding(x_TD, rows, config, unpacker)
     return x_TD
+
+
+def fill_embedding(
+    out_TD: torch.Tensor, rows: Packed, config: ModelConfig, unpacker: Unpacker
+) -> None:
+    """Write what the first layer gets of tokens whose rows of the embedding are on the device:
+    perhaps in ``out_TD`` itself, if they are floats of its dtype."""
+    if rows.format in FLOATS:
+        out_TD.copy_(rows.parts["weight"])
+    else:
+        for start, end, block in unpacker.blocks(rows):
+            out_TD[start:end] = block
+    if config.embed_scale != 1.0:  # rounded to the dtype first, as the models were trained
+        out_TD *= torch.tensor(config.embed_scale, dtype=out_TD.dtype)
