@@ -79,9 +79,10 @@ def multiply(
     tokens = x_TD.shape[0]
     at_once = min(triton.next_power_of_2(tokens), TOKENS_AT_ONCE)
     own = launch or PRODUCTS[packed.format]
-    height, pieces = own.tile
+    (height, pieces), ahead = own.tile, own.ahead
     if launch is None:
         height = _rows_at_once(own, packed.rows, at_once)
+        ahead &= at_once == 1  # registers
     y_TN = x_TD.new_empty(tokens, packed.rows)
     parts, bits = packed.parts, 8 if "8" in packed.format else 4
     tile: dict[str, Any] = {"TOKENS": at_once, "ROWS": height, "PIECES": pieces}
@@ -89,11 +90,11 @@ def multiply(
     strides = list[int]()
     if packed.format in ("ct4", "ct8"):
         codes, scale = parts["packed"], parts["scale"]
-        tile |= {"BITS": bits, "GROUP": packed.group // CHUNK, "AHEAD": own.ahead}
+        tile |= {"BITS": bits, "GROUP": packed.group // CHUNK, "AHEAD": ahead}
         beside, strides = [scale], [codes.stride(0) // bits, *scale.stride()]
     else:
         codes = parts["raw"]
-        tile |= {"AHEAD": own.ahead} if packed.format == "Q4_K" else {"BITS": bits}
+        tile |= {"AHEAD": ahead} if packed.format == "Q4_K" else {"BITS": bits}
     own.kernel[(triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))](
         codes,
         *beside,
