@@ -249,7 +249,7 @@ def test_programs_have_rows_for_all_threads_and_no_more_sums_than_fit(rows, at_o
     assert at_once * found * pieces <= launching.MOST_SUMS * 32 * warps
     least = max(1, 32 * warps // pieces)
     assert found == least or rows * warps >= launching.WARPS * found
-    assert found <= max(height, launching.MOST_ROWS if at_once > 1 else 0)
+    assert found <= max(height, launching.MANY_ROWS if at_once > 1 else 0)
 
 
 @pytest.mark.parametrize("kind", ["ct4", "ct8"])

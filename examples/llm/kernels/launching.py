@@ -50,8 +50,8 @@ WARPS = 1600
 """A matrix of fewer rows than give work to so many warps has fewer of them in each: about twelve
 warps on each multiprocessor of the largest GPUs, so that there are loads under way while others
 compute."""
-MOST_ROWS = 8
-"""That a program has for more than one token."""
+MANY_ROWS = 4
+"""That a program has for more than one token, where matrix and registers allow it."""
 MOST_SUMS = 16
 """A thread's sums, of tokens times rows times pieces, where registers allow no more."""
 
@@ -118,7 +118,7 @@ def _rows_at_once(launch: Launch, rows: int, at_once: int) -> int:
     height, pieces = launch.tile
     threads = 32 * launch.warps
     if at_once > 1:  # x, read by all rows of a thread, is what takes time
-        height = max(height, MOST_ROWS)
+        height = max(height, MANY_ROWS)
     while height > 1 and (
         rows * launch.warps < WARPS * height or at_once * height * pieces > MOST_SUMS * threads
     ):
