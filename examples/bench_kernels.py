@@ -24,11 +24,13 @@ if TYPE_CHECKING:  # main imports torch where Ctrl-C is caught
 
     from llm.packed import Packed
 
-TABLES = ("unpack", "product", "pointwise", "tiles")
+TABLES = ("unpack", "product", "pointwise", "tiles", "product_tiles")
 TOKENS = (1, 2, 3, 4, 6, 8)
 MORE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 GATE = (18944, 3584)
 """The largest matrix of a 7B model: 68M weights."""
+DOWN = GATE[::-1]
+"""That of as many weights in few rows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +108,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     for kind in formats:
         if kind not in KERNEL_FORMATS:
             raise ValueError(f"--formats {kind}: only {', '.join(sorted(KERNEL_FORMATS))}")
-    steps = {"unpack": len(formats), "product": 5, "pointwise": 2, "tiles": len(formats) + 5}
+    steps = dict.fromkeys(("unpack", "tiles"), len(formats))
+    steps |= {"product": 5, "pointwise": 2, "product_tiles": 5}
     total = 1 + sum(steps[table] for table in args.only)
     torch.manual_seed(0)
     with tqdm(total=total, unit="kernel", leave=False, disable=None) as bar:
@@ -121,6 +124,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             report["unpack"] = list(measure_unpack(args, device, formats, report, bar))
         if "tiles" in args.only:
             report["tiles"] = list(measure_tiles(args, device, formats, report, bar))
+        if "product_tiles" in args.only:
             report["product_tiles"] = list(measure_product_tiles(args, device, formats, bar))
         if "product" in args.only:
             report["product"] = list(measure_products(args, device, formats, bar))
@@ -197,25 +201,32 @@ def measure_tiles(
 def measure_product_tiles(
     args: argparse.Namespace, device: torch.device, formats: Iterable[str], bar: tqdm[Any]
 ) -> Iterable[dict[str, Any]]:
-    """Products with one token, with other tiles than their own."""
+    """Products with one token, with other tiles than their own, of a tall and of a wide matrix."""
     import torch
 
     from llm import kernel_timing as timing
     from llm.kernels.launching import PRODUCT_ALTERNATIVES, PRODUCTS, multiply
     from llm.kernels.unpacking import Launch
 
-    say(bar, f"\n{'product':8} {'tile':>10} {'warps':>6} {'GB/s':>7}")
-    x_TD = torch.randn(1, GATE[1], device=device).bfloat16()
+    say(
+        bar, f"\n{'product':8} {'tile':>10} {'warps':>6} {'ahead':>6} {'tall GB/s':>10} {'wide':>6}"
+    )
+    xs = [torch.randn(1, shape[1], device=device).bfloat16() for shape in (GATE, DOWN)]
     for kind, own in PRODUCTS.items():
-        matrices = timing.rotated(kind, *GATE, device) if kind in formats else []
-        for tile, warps in PRODUCT_ALTERNATIVES if matrices else ():
-            launch = Launch(own.kernel, tile, warps)
-            calls = [partial(multiply, packed, x_TD, launch) for packed in matrices]
-            seconds = timing.graph_seconds(calls, args.repeats)
-            rate = timing.packed_nbytes(matrices[0]) / seconds / 1e9
+        shapes = (GATE, DOWN) if kind in formats else ()
+        both = [timing.rotated(kind, *shape, device) for shape in shapes]
+        for tile, warps, ahead in PRODUCT_ALTERNATIVES[kind] if both else ():
+            launch = Launch(own.kernel, tile, warps, ahead)
+            rates = []
+            for matrices, x_TD in zip(both, xs, strict=True):
+                calls = [partial(multiply, packed, x_TD, launch) for packed in matrices]
+                seconds = timing.graph_seconds(calls, args.repeats)
+                rates.append(timing.packed_nbytes(matrices[0]) / seconds / 1e9)
             mark, name = "  (in use)" if launch == own else "", "x".join(map(str, tile))
-            say(bar, f"{kind:8} {name:>10} {warps:6} {rate:7.0f}{mark}")
-            yield {"format": kind, "tile": list(tile), "warps": warps, "gb_s": rate}
+            say(bar, f"{kind:8} {name:>10} {warps:6} {'yes' if ahead else 'no':>6} "
+                f"{rates[0]:10.0f} {rates[1]:6.0f}{mark}")  # fmt: skip
+            row = {"format": kind, "tile": list(tile), "warps": warps, "ahead": ahead}
+            yield row | {"gb_s": rates[0], "wide_gb_s": rates[1]}
         bar.update()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
+from parts import keep_own_part
 from routes import NUM_LAYERS, default_params, make_devices, open_route
 
 from layer_streamer import LayerStreamer
@@ -22,6 +23,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 NUM_THREADS = torch.get_num_threads()
 # For tiny tensors: two threads on two busy cores wait for each other most of the time.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A process that runs checks of other tests may be there for a part of them."""
+    keep_own_part(config, items)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -202,19 +202,54 @@ def test_a_product_with_few_tokens_is_that_of_the_unpacked_matrix(name, tokens):
         check_product(packed, random_x(tokens, packed.width).to(dtype))
 
 
+def product_launch(name: str, tile: tuple[int, int], warps: int, *, ahead: bool) -> Launch:
+    return Launch(launching.PRODUCTS[PRODUCTS[name].format].kernel, tile, warps, ahead)
+
+
+TILES = [((8, 64), 2, False), ((2, 32), 1, True), ((16, 8), 2, True)]
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_is_the_same_in_other_tiles(name):
-    tiles = [((8, 64), 2), ((2, 32), 1)] if interpreted() else launching.PRODUCT_ALTERNATIVES
-    for tile, warps in tiles:
-        launch = Launch(launching.PRODUCTS[PRODUCTS[name].format].kernel, tile, warps)
-        for tokens in (1, 2):
-            check_product(PRODUCTS[name], random_x(tokens, PRODUCTS[name].width), launch)
+    """A selection: each tile is compiled for each matrix."""
+    for tile, warps, ahead in TILES:
+        launch = product_launch(name, tile, warps, ahead=ahead)
+        check_product(PRODUCTS[name], random_x(1, PRODUCTS[name].width), launch)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_rows_that_fill_programs_are_multiplied_several_at_a_time(name, monkeypatch):
-    monkeypatch.setattr(launching, "PROGRAMS", 1)
-    check_product(PRODUCTS[name], random_x(1, PRODUCTS[name].width))
+def test_codes_that_are_loaded_ahead_change_no_bit(name):
+    packed = cases.on(PRODUCTS[name], DEVICE)
+    x = random_x(3, packed.width).to(DEVICE)
+    one, other = (
+        launching.multiply(packed, x, product_launch(name, (2, 32), 1, ahead=ahead))
+        for ahead in (False, True)
+    )
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_rows_and_tokens_that_a_program_has_beside_others_change_no_bit(name, monkeypatch):
+    packed = cases.on(PRODUCTS[name], DEVICE)
+    tokens = 2 if interpreted() else 4
+    x = random_x(tokens, packed.width).to(DEVICE)
+    alone = torch.cat([launching.multiply(packed, x[i : i + 1]) for i in range(tokens)])
+    monkeypatch.setattr(launching, "WARPS", 1)
+    assert torch.equal(launching.multiply(packed, x), alone)
+    assert torch.equal(launching.multiply(packed, x[:1]), alone[:1])
+
+
+@pytest.mark.parametrize("rows", [1, 512, 3584, 18944, 152064])
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+@pytest.mark.parametrize("tile", [((2, 32), 1), ((4, 32), 1), ((2, 128), 4), ((32, 16), 4)])
+def test_programs_have_rows_for_all_threads_and_no_more_sums_than_fit(rows, at_once, tile):
+    (height, pieces), warps = tile
+    found = launching._rows_at_once(product_launch("ct4", *tile, ahead=False), rows, at_once)
+    assert found & (found - 1) == 0 and found * pieces >= 32 * warps
+    assert at_once * found * pieces <= launching.MOST_SUMS * 32 * warps
+    least = max(1, 32 * warps // pieces)
+    assert found == least or rows * warps >= launching.WARPS * found
+    assert found <= max(height, launching.MANY_ROWS if at_once > 1 else 0)
 
 
 @pytest.mark.parametrize("kind", ["ct4", "ct8"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from assets import REPOSITORY, tiny_checkpoint, tiny_model
 from byte_model import byte_model
+from parts import PART, parts
 from test_llm_kernels import needs_triton, run_checks
 
 from llm.engine import StreamingEngine
@@ -34,9 +35,10 @@ def test_captured_passes_of_every_architecture_are_right_in_the_interpreter(chos
 
 @needs_triton
 @pytest.mark.gpu
+@pytest.mark.parametrize("part", parts(3))
 @pytest.mark.parametrize("checks", CHECKS)
-def test_captured_passes_and_their_kernels_are_right_on_a_gpu(checks: str) -> None:
-    run_checks({"TRITON_INTERPRET": "0"}, REPOSITORY / "tests" / checks)
+def test_captured_passes_and_their_kernels_are_right_on_a_gpu(checks: str, part: str) -> None:
+    run_checks({"TRITON_INTERPRET": "0", PART: part}, REPOSITORY / "tests" / checks)
 
 
 gpu = pytest.mark.gpu

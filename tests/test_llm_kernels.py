@@ -12,6 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from assets import REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
+from parts import PART, part_of, parts
 
 from llm import fused, triton_support
 from llm.packed import unpack_rows
@@ -38,14 +41,49 @@ def run_checks(environment: dict[str, str], checks: Path = CHECKS) -> None:
 
 
 @needs_triton
-def test_every_kernel_gives_what_plain_torch_gives_in_the_interpreter():
-    run_checks({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize("part", parts(2))
+def test_every_kernel_gives_what_plain_torch_gives_in_the_interpreter(part):
+    run_checks({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", PART: part})
 
 
 @needs_triton
 @pytest.mark.gpu
-def test_every_kernel_gives_what_plain_torch_gives_on_a_gpu():
-    run_checks({"TRITON_INTERPRET": "0"})
+@pytest.mark.parametrize("part", parts(5))
+def test_every_kernel_gives_what_plain_torch_gives_on_a_gpu(part):
+    """With nothing compiled before, each takes seconds for each variant of a kernel."""
+    run_checks({"TRITON_INTERPRET": "0", PART: part})
+
+
+@given(st.integers(0, 400), st.integers(1, 9))
+def test_each_check_is_in_exactly_one_part(checks, count):
+    split = [part_of(range(checks), part) for part in parts(count)]
+    assert sorted(check for part in split for check in part) == list(range(checks))
+    assert max(map(len, split)) - min(map(len, split)) <= 1
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "2"])
+def test_a_part_that_is_none_is_refused(part):
+    with pytest.raises(ValueError):
+        part_of([1, 2, 3], part)
+
+
+@needs_triton
+def test_a_process_for_a_part_of_the_checks_runs_no_others():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    chosen = []
+    for part in ("", *parts(2)):
+        result = subprocess.run(
+            [*command, "tests/decode_kernels_against_torch.py"],
+            cwd=REPOSITORY,
+            env=os.environ | {"TRITON_INTERPRET": "1", PART: part},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        chosen.append({line for line in result.stdout.splitlines() if "::" in line})
+    every, first, second = chosen
+    assert len(every) > 20 and first and second
+    assert first | second == every and not first & second
 
 
 @needs_triton

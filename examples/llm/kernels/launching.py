@@ -9,38 +9,51 @@ import torch
 import triton
 
 from ..packed import Packed
-from . import matvec, pointwise
+from . import matvec, matvec_q4_k, pointwise
 from .code_floats import ONE
-from .unpacking import CHUNK, EXACT, Launch
+from .unpacking import CHUNK, EXACT, Launch, Tile
 
 TOKENS_AT_ONCE = 4
 """A program keeps the sums of that many tokens; more are other programs' work."""
 
 PRODUCTS = {
-    "ct4": Launch(matvec.multiply_words, (8, 64), warps=2),
-    "ct8": Launch(matvec.multiply_words, (8, 64), warps=2),
-    "Q4_0": Launch(matvec.multiply_blocks, (8, 64), warps=2),
-    "Q8_0": Launch(matvec.multiply_blocks, (8, 64), warps=2),
-    "Q4_K": Launch(matvec.multiply_q4_k, (8, 64), warps=2),
+    "ct4": Launch(matvec.multiply_words, (2, 32), warps=1),
+    "ct8": Launch(matvec.multiply_words, (2, 32), warps=1),
+    "Q4_0": Launch(matvec.multiply_blocks, (4, 32), warps=1),
+    "Q8_0": Launch(matvec.multiply_blocks, (2, 32), warps=1),
+    "Q4_K": Launch(matvec_q4_k.multiply_q4_k, (2, 32), warps=1),
 }
-"""Tiles are (most rows, pieces of a step): 32 pieces a warp, or numbers change hands."""
+"""Tiles are (rows for one token, pieces of a step). Pieces and warps, and with them the order of
+sums, are the same for any number of tokens."""
 
 _PIECE = {"ct4": 32, "ct8": 32, "Q4_0": 16, "Q8_0": 8, "Q4_K": 64}
 """Weights of a piece."""
 
-PRODUCT_ALTERNATIVES = (
-    *(((rows, 32 * warps), warps) for warps in (1, 2, 4, 8) for rows in (2, 4, 8)),
-    *(((rows, 64 * warps), warps) for warps in (1, 2) for rows in (2, 4, 8)),
-    *(((16, 32 * warps), warps) for warps in (1, 2, 4)),
-    ((32, 16), 4),
+_IN_TURN = (((2, 32), 1), ((4, 32), 1), ((2, 64), 1), ((16, 16), 4))
+_AHEAD = (
+    *(((1, 32), 1), ((2, 32), 1), ((4, 32), 1), ((2, 64), 1)),
+    *(((2, 128), 4), ((8, 32), 4), ((16, 16), 4), ((16, 8), 2)),  # the last three side by side
 )
-"""(tile, warps) that bench_kernels.py compares."""
+PRODUCT_ALTERNATIVES: dict[str, tuple[tuple[Tile, int, bool], ...]] = {
+    **dict.fromkeys(
+        ("ct4", "ct8", "Q4_K"),
+        (*((*tile, False) for tile in _IN_TURN), *((*tile, True) for tile in _AHEAD)),
+    ),
+    **dict.fromkeys(
+        ("Q4_0", "Q8_0"),
+        tuple((*tile, False) for tile in (*_IN_TURN, ((4, 64), 1), ((4, 64), 2), ((16, 32), 4))),
+    ),
+}
+"""By format, (tile, warps, ahead) that bench_kernels.py compares."""
 
-PROGRAMS = 800
-"""A matrix of fewer rows than fill so many programs has fewer of them in each: about six programs
-on each multiprocessor of the largest GPUs, so that they have loads under way while they compute."""
+WARPS = 1600
+"""A matrix of fewer rows than give work to so many warps has fewer of them in each: about twelve
+warps on each multiprocessor of the largest GPUs, so that there are loads under way while others
+compute."""
+MANY_ROWS = 4
+"""That a program has for more than one token, where matrix and registers allow it."""
 MOST_SUMS = 16
-"""A thread's sums, of tokens times rows, where registers allow no more."""
+"""A thread's sums, of tokens times rows times pieces, where registers allow no more."""
 
 
 def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
@@ -66,9 +79,10 @@ def multiply(
     tokens = x_TD.shape[0]
     at_once = min(triton.next_power_of_2(tokens), TOKENS_AT_ONCE)
     own = launch or PRODUCTS[packed.format]
-    height, pieces = own.tile
+    (height, pieces), ahead = own.tile, own.ahead
     if launch is None:
-        height = _rows_at_once(height, packed.rows, at_once)
+        height = _rows_at_once(own, packed.rows, at_once)
+        ahead &= at_once == 1  # registers
     y_TN = x_TD.new_empty(tokens, packed.rows)
     parts, bits = packed.parts, 8 if "8" in packed.format else 4
     tile: dict[str, Any] = {"TOKENS": at_once, "ROWS": height, "PIECES": pieces}
@@ -76,11 +90,11 @@ def multiply(
     strides = list[int]()
     if packed.format in ("ct4", "ct8"):
         codes, scale = parts["packed"], parts["scale"]
-        tile |= {"BITS": bits, "GROUP": packed.group // CHUNK}
+        tile |= {"BITS": bits, "GROUP": packed.group // CHUNK, "AHEAD": ahead}
         beside, strides = [scale], [codes.stride(0) // bits, *scale.stride()]
     else:
         codes = parts["raw"]
-        tile |= {} if packed.format == "Q4_K" else {"BITS": bits}
+        tile |= {"AHEAD": ahead} if packed.format == "Q4_K" else {"BITS": bits}
     own.kernel[(triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))](
         codes,
         *beside,
@@ -99,11 +113,17 @@ def multiply(
     return y_TN
 
 
-def _rows_at_once(most: int, rows: int, at_once: int) -> int:
+def _rows_at_once(launch: Launch, rows: int, at_once: int) -> int:
     """How many rows a program has; the order of sums does not depend on it."""
-    while most > 1 and (rows < PROGRAMS * most or at_once * most > MOST_SUMS):
-        most //= 2
-    return most
+    height, pieces = launch.tile
+    threads = 32 * launch.warps
+    if at_once > 1:  # x, read by all rows of a thread, is what takes time
+        height = max(height, MANY_ROWS)
+    while height > 1 and (
+        rows * launch.warps < WARPS * height or at_once * height * pieces > MOST_SUMS * threads
+    ):
+        height //= 2
+    return max(height, threads // pieces)  # or threads would do the same
 
 
 WIDEST_TOKEN = 1 << 15

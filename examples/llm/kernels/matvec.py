@@ -8,6 +8,10 @@ width and the tile. Everything is float32 inside, so weights are not rounded.
 Tensors are (tokens, rows, pieces). With 32 pieces for each warp, a thread has all tokens and rows
 of its pieces, and nothing changes hands before the end. Past the last piece and row the last one
 is read again, and its sum not taken: that costs less than loads that may not be done.
+
+AHEAD, a step's codes and scales are asked for before the step before it is computed, so that memory
+is never waited for and computed with in turn. The barrier after them is for ptxas, which otherwise
+moves loads to where they are used, to save registers. No bit of a result depends on AHEAD.
 """
 
 from __future__ import annotations
@@ -15,8 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks256 import half_float
-from .code_floats import code, eight_x, four_words, signed_byte, sum_of_eight
+from .code_floats import code, eight_x, four, signed_byte
 
 
 @triton.jit
@@ -80,6 +83,52 @@ def add_bytes(
     return part
 
 
+@triton.jit
+def piece_words(
+    words: tl.tensor, piece: tl.tensor, BITS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The words of pieces of 32 codes: four, and the other four, or the same again of 4 bits."""
+    at = (words + piece * BITS)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+    held = tl.load(at)
+    more = held
+    if BITS == 8:
+        more = tl.load(at + 4)
+    return held, more
+
+
+@triton.jit
+def add_piece(  # noqa: PLR0913 - a kernel has no records
+    part: tl.tensor,
+    held: tl.tensor,
+    more: tl.tensor,
+    x: tl.tensor,
+    at: tl.tensor,
+    one: int,
+    BITS: tl.constexpr,
+) -> tl.tensor:
+    """part, plus the products of the codes in what ``piece_words`` gives with x from ``at`` on."""
+    word = four(held)
+    for q in tl.static_range(4):
+        numbers = eight_x(x, at + 8 * q)
+        if BITS == 4:
+            part = add_nibbles(part, word[q], numbers, one)
+        else:
+            if q == 2:
+                word = four(more)
+            part = add_bytes(part, word[q % 2 * 2], numbers, one, 0)
+            part = add_bytes(part, word[q % 2 * 2 + 1], numbers, one, 4)
+    return part
+
+
+@triton.jit
+def group_scale(
+    scales: tl.tensor, piece: tl.tensor, scale_group: int, GROUP: tl.constexpr
+) -> tl.tensor:
+    """The scales of pieces, GROUP of which share one, or all, if 0."""
+    group = piece // GROUP if GROUP else piece * 0
+    return tl.load(scales + group * scale_group)
+
+
 @triton.jit(do_not_specialize=["rows", "tokens", "one"])
 def multiply_words(  # noqa: PLR0913 - a kernel has no records
     codes: tl.tensor,
@@ -96,6 +145,7 @@ def multiply_words(  # noqa: PLR0913 - a kernel has no records
     scale_group: int,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
     BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -108,24 +158,26 @@ def multiply_words(  # noqa: PLR0913 - a kernel has no records
     scales = own_rows(scale, scale_row, rows, ROWS)
     x_token = own_tokens(tokens, TOKENS) * (32 * pieces)
     total = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
+    if AHEAD:
+        piece = tl.minimum(tl.arange(0, PIECES)[None, None, :], pieces - 1)
+        factor = group_scale(scales, piece, scale_group, GROUP)
+        held, more = piece_words(words, piece, BITS)
     for step in range(0, pieces, PIECES):
         own = step + tl.arange(0, PIECES)[None, None, :]
         piece = tl.minimum(own, pieces - 1)
-        group = piece // GROUP if GROUP else piece * 0
-        factor = tl.load(scales + group * scale_group).to(tl.float32)
+        if AHEAD:
+            later = tl.minimum(own + PIECES, pieces - 1)
+            next_factor = group_scale(scales, later, scale_group, GROUP)
+            next_held, next_more = piece_words(words, later, BITS)
+            tl.debug_barrier()
+        else:
+            factor = group_scale(scales, piece, scale_group, GROUP)
+            held, more = piece_words(words, piece, BITS)
         part = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
-        for q in tl.static_range(4):
-            numbers = eight_x(x, x_token + piece * 32 + 8 * q)
-            if BITS == 4:
-                if q == 0:
-                    word = four_words(words + piece * 4)
-                part = add_nibbles(part, word[q], numbers, one)
-            else:
-                if q % 2 == 0:
-                    word = four_words(words + piece * 8 + 2 * q)
-                part = add_bytes(part, word[q % 2 * 2], numbers, one, 0)
-                part = add_bytes(part, word[q % 2 * 2 + 1], numbers, one, 4)
-        total = tl.where(own < pieces, total + part * factor, total)
+        part = add_piece(part, held, more, x, x_token + piece * 32, one, BITS)
+        total = tl.where(own < pieces, total + part * factor.to(tl.float32), total)
+        if AHEAD:
+            factor, held, more = next_factor, next_held, next_more
     store_sums(y, bias, total, rows, tokens, BIAS)
 
 
@@ -175,92 +227,4 @@ def multiply_blocks(  # noqa: PLR0913 - a kernel has no records
                 part += signed_byte(pair, one, 0) * first[2 * i]
                 part += signed_byte(pair, one, 8) * first[2 * i + 1]
         total = tl.where(own < pieces, total + part * factor, total)
-    store_sums(y, bias, total, rows, tokens, BIAS)
-
-
-@triton.jit
-def scales_and_minima(
-    first: tl.tensor, second: tl.tensor, rest: tl.tensor, pair: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
-    """Of groups 2 * pair and 2 * pair + 1 of Q4_K blocks, ``pair`` 0 to 3: six bits each in bytes 0
-    and 1, of these words of their beginning. See ``blocks256.scale_and_minimum``."""
-    plain = pair < 2
-    shift = (pair % 2 * 16).to(tl.uint32)
-    low_bits = tl.where(plain, 0x3F3F, 0x0F0F).to(tl.uint32)
-    high_bits = tl.where(plain, 0, 0x3030).to(tl.uint32)
-    scale = (tl.where(plain, first, rest) >> shift) & low_bits
-    scale |= (first >> (shift + 2)) & high_bits
-    shifted = shift + tl.where(plain, 0, 4).to(tl.uint32)
-    minimum = (tl.where(plain, second, rest) >> shifted) & low_bits
-    minimum |= (second >> (shift + 2)) & high_bits
-    return scale, minimum
-
-
-@triton.jit
-def low_and_high(  # noqa: PLR0913 - a kernel has no records
-    low: tl.tensor,
-    high: tl.tensor,
-    word: tl.tensor,
-    x: tl.tuple,
-    x_high: tl.tuple,
-    one: int,
-    FIRST: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """low, plus products of the low nibbles of four bytes with four of x, from number FIRST on;
-    high, plus those of the high nibbles with four of x_high."""
-    upper = word >> 12
-    low += code(word, one, 0, 4, 0) * x[FIRST]
-    high += code(word, one, 4, 4, 0) * x_high[FIRST]
-    low += code(word, one, 8, 4, 0) * x[FIRST + 1]
-    high += code(word, one, 12, 4, 0) * x_high[FIRST + 1]
-    low += code(word, one, 16, 4, 0) * x[FIRST + 2]
-    high += code(upper, one, 8, 4, 0) * x_high[FIRST + 2]
-    low += code(upper, one, 12, 4, 0) * x[FIRST + 3]
-    high += code(upper, one, 16, 4, 0) * x_high[FIRST + 3]
-    return low, high
-
-
-@triton.jit(do_not_specialize=["rows", "tokens", "one"])
-def multiply_q4_k(  # noqa: PLR0913 - a kernel has no records
-    raw: tl.tensor,
-    x: tl.tensor,
-    bias: tl.tensor,
-    y: tl.tensor,
-    rows: int,
-    tokens: int,
-    pieces: int,
-    one: int,
-    BIAS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PIECES: tl.constexpr,
-) -> None:
-    """Q4_K: a piece is the 64 codes of two groups; minima meet the sums of x. x is
-    (tokens, 64 * pieces), y (tokens, rows)."""
-    words = own_rows(raw.to(tl.pointer_type(tl.uint32)), pieces // 4 * 36, rows, ROWS)
-    x_token = own_tokens(tokens, TOKENS) * (64 * pieces)
-    total = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
-    for step in range(0, pieces, PIECES):
-        own = step + tl.arange(0, PIECES)[None, None, :]
-        piece = tl.minimum(own, pieces - 1)
-        block = piece // 4
-        both, first, second, rest = four_words(words + block * 36)
-        scale, minimum = scales_and_minima(first, second, rest, piece % 4)
-        low = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
-        high = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
-        x_low = tl.zeros((TOKENS, 1, PIECES), tl.float32)
-        x_high = tl.zeros((TOKENS, 1, PIECES), tl.float32)
-        for half in tl.static_range(2):
-            word = four_words(words + block * 36 + 4 + piece % 4 * 8 + 4 * half)
-            at = x_token + piece * 64 + 16 * half
-            for q in tl.static_range(2):
-                lows, highs = eight_x(x, at + 8 * q), eight_x(x, at + 32 + 8 * q)
-                low, high = low_and_high(low, high, word[2 * q], lows, highs, one, 0)
-                low, high = low_and_high(low, high, word[2 * q + 1], lows, highs, one, 4)
-                x_low += sum_of_eight(lows)
-                x_high += sum_of_eight(highs)
-        part = code(scale, one, 0, 8, 0) * low + code(scale, one, 8, 8, 0) * high
-        taken = code(minimum, one, 0, 8, 0) * x_low + code(minimum, one, 8, 8, 0) * x_high
-        part = half_float(both) * part - half_float(both >> 16) * taken
-        total = tl.where(own < pieces, total + part, total)
     store_sums(y, bias, total, rows, tokens, BIAS)
