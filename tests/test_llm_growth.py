@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import interrupter
 import pytest
 import torch
-from assets import open_runner, tiny_checkpoint, tiny_model
+from assets import REPOSITORY, open_runner, tiny_checkpoint, tiny_model
 
 from llm.growth import Growth
 from llm.kv_host import HostTier
@@ -281,6 +282,45 @@ def test_closing_while_memory_is_taken_waits_for_what_is_being_taken(
     assert host.host_nbytes < 3 * 2 * 256 * host.token_nbytes, "no layer is begun any more"
 
 
+def forget(host: HostTier) -> None:
+    """The next pass takes all memory anew."""
+    host._growth.stop()
+    for layer in host._layers.values():
+        old = layer.memory
+        layer.memory = GrowingMemory(len(old._mapping), old._block, old._device)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "step"),
+    [("growth", "line", 1), ("growth", "opcode", 1), ("kv_host", "line", 1)],
+)
+def test_after_an_interrupt_anywhere_the_next_pass_is_right(
+    model: tuple[Path, Any],
+    expected: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    kind: str,
+    step: int,
+) -> None:
+    path = REPOSITORY / "examples" / "llm" / f"{module}.py"
+    monkeypatch.setattr(interrupter, "LIBRARY", str(path))
+    with open_host(model) as runner:
+        for number in range(0, 10_000, step):
+            forget(tier(runner))
+            row = add_row(runner)
+            try:
+                with interrupter.Interrupter(number, kind) as at:
+                    runner.forward([(row, PROMPT)])
+            except interrupter.Interrupt:
+                assert row.length == 0
+                assert torch.equal(runner.forward([(row, PROMPT)]), expected[0])
+            assert torch.equal(runner.forward([(row, MORE)]), expected[1])
+            runner.kv.rows.drop(row)
+            if not at.fired:
+                break
+    assert not at.fired and number > 10 * step
+
+
 class Steps:
     """Parts of a growth of which the first one waits for a gate."""
 
@@ -324,6 +364,23 @@ def test_what_stops_begins_nothing_more_and_ends_what_was_begun() -> None:
     growth.stop()
     assert steps.done == [0]
     opener.join()
+    growth.stop()
+
+
+def test_after_an_error_no_further_part_is_begun_and_the_one_who_needs_it_hears_of_it() -> None:
+    done: list[int] = []
+
+    def broken() -> None:
+        raise MemoryError("broken")
+
+    growth = Growth({0: broken, 1: lambda: done.append(1)})
+    growth.start()
+    for thread in threads():
+        thread.join(HANG_SECONDS)
+    assert done == []
+    growth.wait(1)
+    with pytest.raises(MemoryError, match="broken"):
+        growth.wait(0)
     growth.stop()
 
 
