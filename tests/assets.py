@@ -111,6 +111,7 @@ def open_runner(
     )
     kv = KVCache(config, layout, device)
     on_copy = kv.host.prefetch if kv.host is not None else None
+    runner = None
     try:
         with LayerStreamer.from_checkpoint(
             path, dtype=dtype, tail=[names.head], on_copy=on_copy, **options
@@ -119,8 +120,9 @@ def open_runner(
                 kv.host.allocate(streamer.plan.placement.device_slots[0].count)
             runner = Runner(streamer, config, names, kv, dtype=dtype, chunking=chunking)
             yield runner
-        runner.close()
     finally:
+        if runner is not None:
+            runner.close()
         kv.close()
 
 

@@ -1,4 +1,4 @@
-"""Rows of the embedding, gathered while the device computes: the same bits, however late that is."""
+"""Rows of the embedding, gathered while the device computes: the same bits, however late."""
 
 from __future__ import annotations
 
@@ -208,11 +208,11 @@ def test_the_plan_counts_no_less_than_the_stages_take(chunk: int) -> None:
         kv_tokens=2048, max_batch=1, dtype=torch.bfloat16, device_type="cuda", int8=False,
         packed_nbytes=0,
     )  # fmt: skip
-    table = floats(torch.float32)
-    narrow = Packed(format="F32", rows=VOCABULARY, width=config.hidden_size,
-                    parts={"weight": table.parts["weight"][:, : config.hidden_size].contiguous()})  # fmt: skip
-    staged = Embedding(narrow, config, unpacker_for(narrow, torch.float32), chunk=min(chunk, 2048),
-                       transfers=HostTransfers())  # fmt: skip
+    width = config.hidden_size
+    weight = floats(torch.float32).parts["weight"][:, :width].contiguous()
+    table = Packed(format="F32", rows=VOCABULARY, width=width, parts={"weight": weight})
+    unpacker, chunk_put = unpacker_for(table, torch.float32), min(chunk, 2048)
+    staged = Embedding(table, config, unpacker, chunk=chunk_put, transfers=HostTransfers())
     assert 0 < staged.host_nbytes <= Footprint(config, needs).gathered(chunk)
 
 
