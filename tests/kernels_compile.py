@@ -1,6 +1,6 @@
 """Every kernel compiled for GPUs that are not there: run by test_llm_kernels.py in a process.
 
-    python tests/kernels_compile.py MAJOR.MINOR
+    python tests/kernels_compile.py MAJOR.MINOR DTYPE
 
 Triton's launcher is told of a GPU of that compute capability, and stops after compiling, ptxas
 included. Prints the number of compiled variants.
@@ -72,6 +72,7 @@ def compile_all(dtype: torch.dtype) -> None:
             if launching.multiplies(packed, x):
                 launching.multiply(packed, x)
                 launching.multiply(packed, x, bias_N=x[0])
+            if launching.multiplies(packed, x) and tokens == 1:
                 tile, warps, ahead = launching.PRODUCT_ALTERNATIVES[packed.format][-1]
                 kernel = launching.PRODUCTS[packed.format].kernel
                 launching.multiply(packed, x, unpacking.Launch(kernel, tile, warps, ahead))
@@ -108,9 +109,7 @@ def main() -> None:
     major, minor = map(int, sys.argv[1].split("."))
     driver.set_active(AbsentGpu(10 * major + minor))
     JITFunction.run = compile_only(JITFunction.run)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        if dtype != torch.bfloat16 or major >= 8:
-            compile_all(dtype)
+    compile_all(getattr(torch, sys.argv[2]))
     print(len(compiled))
 
 

@@ -29,20 +29,18 @@ sums, are the same for any number of tokens."""
 _PIECE = {"ct4": 32, "ct8": 32, "Q4_0": 16, "Q8_0": 8, "Q4_K": 64}
 """Weights of a piece."""
 
-_IN_TURN = (((2, 32), 1), ((4, 32), 1), ((2, 64), 1), ((16, 16), 4))
+_IN_TURN = (((2, 32), 1), ((2, 64), 1), ((4, 64), 2), ((32, 16), 4))
 _AHEAD = (
     *(((1, 32), 1), ((2, 32), 1), ((4, 32), 1), ((2, 64), 1)),
     *(((2, 128), 4), ((8, 32), 4), ((16, 16), 4), ((16, 8), 2)),  # the last three side by side
 )
+_BLOCKS = (*_IN_TURN[:3], ((4, 32), 1), ((4, 64), 1), ((16, 16), 4))
 PRODUCT_ALTERNATIVES: dict[str, tuple[tuple[Tile, int, bool], ...]] = {
     **dict.fromkeys(
         ("ct4", "ct8", "Q4_K"),
         (*((*tile, False) for tile in _IN_TURN), *((*tile, True) for tile in _AHEAD)),
     ),
-    **dict.fromkeys(
-        ("Q4_0", "Q8_0"),
-        tuple((*tile, False) for tile in (*_IN_TURN, ((4, 64), 1), ((4, 64), 2), ((16, 32), 4))),
-    ),
+    **dict.fromkeys(("Q4_0", "Q8_0"), tuple((*tile, False) for tile in _BLOCKS)),
 }
 """By format, (tile, warps, ahead) that bench_kernels.py compares."""
 

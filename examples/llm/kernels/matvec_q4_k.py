@@ -122,9 +122,10 @@ def multiply_q4_k(  # noqa: PLR0913 - a kernel has no records
         scale, minimum = scales_and_minima(first, second, rest, piece % 4)
         at = x_token + piece * 64
         low, high, x_low, x_high = two_groups(codes, more, x, at, one)
-        part = code(scale, one, 0, 8, 0) * low + code(scale, one, 8, 8, 0) * high
-        taken = code(minimum, one, 0, 8, 0) * x_low + code(minimum, one, 8, 8, 0) * x_high
-        part = half_float(both) * part - half_float(both >> 16) * taken
+        # Which of two products is rounded is said here, or it would be the compiler's choice.
+        part = tl.fma(code(scale, one, 0, 8, 0), low, code(scale, one, 8, 8, 0) * high)
+        taken = tl.fma(code(minimum, one, 0, 8, 0), x_low, code(minimum, one, 8, 8, 0) * x_high)
+        part = tl.fma(half_float(both), part, -(half_float(both >> 16) * taken))
         total = tl.where(own < pieces, total + part, total)
         if AHEAD:
             head, codes, more = next_head, next_codes, next_more
