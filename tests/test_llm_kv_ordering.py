@@ -58,7 +58,7 @@ class LateEngine:
             rows = [row for row in self.texts if self._random.random() < 0.7]
             batch = [(row, self._random.choice([1, 1, 5])) for row in rows or self.texts]
             new = {row: [self._random.randrange(1 << 20) for _ in range(n)] for row, n in batch}
-            self.host.begin(batch)
+            self.host.begin([row for row, _ in batch])
             self.transfers.interrupts = self._random.choice([0.0, 0.0, 0.02])
             self._fails_at = self._random.choice([None, None, 0, 1, 3])
             try:

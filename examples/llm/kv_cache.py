@@ -34,8 +34,7 @@ class KVCache:
     so a pass that fails half way leaves the rows as they were. Token-major: one token's keys, then
     its values, so that the beginning of a row is one piece of memory.
 
-    Thread rules: one thread, but for ``host.prefetch``. What ``host`` takes of memory for a pass, a
-    thread takes beside it; :meth:`begin` and :meth:`close` wait for that of a pass that failed.
+    Thread rules: one thread, but for ``host.prefetch``.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class KVCache:
             row.reach = max(row.reach, row.length + number)
         self._batch = tuple(batch)
         if self.host is not None:
-            self.host.begin(self._batch)
+            self.host.begin([row for row, _ in batch])
 
     def open(self, layer_idx: int) -> torch.Tensor:
         """A layer's keys and values, (places, 2, G, E), while the pass is in it."""

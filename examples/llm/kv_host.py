@@ -12,22 +12,17 @@ pass has begun, and then only after all that was computed before. Whatever was n
 whatever reason, the caller's own stream fetches. A pass that fails may leave copies home under way
 from a slot that is then overwritten: they bring nothing that counts, and what replaces it follows
 on the same stream.
-
-What a pass will need of host memory is taken when it begins, by a thread of its own, layer by layer
-ahead of the computation: page-locking takes as long as a good part of a layer's prefill.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from math import gcd
 from typing import Any
 
 import torch
 
-from .growth import Growth
 from .kv_int8 import Int8Rows
 from .kv_rows import Row, Span
 from .kv_transfers import Pair, Transfers
@@ -84,7 +79,6 @@ class HostLayer:
 
     span: Span
     memory: GrowingMemory
-    """Grown by the pass's ``Growth`` until the caller's thread has waited for it."""
     rows: tuple[tuple[Row, int], ...] = field(default=())
     """The rows to prefetch, and up to which token they are here."""
 
@@ -93,8 +87,6 @@ class HostTier:
     """The layers whose keys and values are in host memory.
 
     Thread rules: :meth:`prefetch` on the copier's thread; all else on the thread that runs passes.
-    The thread of a pass's growth touches nothing but the memory of layers that it has claimed, and
-    has ended, or will claim none, before the next pass begins.
     """
 
     def __init__(
@@ -125,7 +117,6 @@ class HostTier:
         self._calls = 0
         self._fetched: dict[int, Fetch] = {}
         self._barrier = transfers.event()
-        self._growth = Growth({})
         self.late_nbytes = 0
         """Bytes that had not been prefetched, of all passes."""
 
@@ -166,17 +157,13 @@ class HostTier:
             lengths = {row.uid: length for row, length in rows}
         self._fetched[layer_idx] = Fetch(slot, lengths)
 
-    def begin(self, batch: Sequence[tuple[Row, int]]) -> None:
-        """Before a pass begins that appends so many tokens to each of these rows, of which each
-        layer gets its present length. Taking what memory they need begins, too."""
-        self._growth.stop()  # of a pass that failed
-        self._growth = Growth(self._needs(batch))
-        self._growth.start()
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Before a pass over these rows begins, of which each layer gets its present length."""
         self._transfers.record(self._barrier, self._transfers.current())
         # In this order: whoever sees a slot free has the barrier to wait for.
         for slot in self._slots:
             slot.in_use = False
-        present = tuple((row, row.length) for row, _ in batch)
+        present = tuple((row, row.length) for row in rows)
         for layer in self._layers.values():
             layer.rows = present
 
@@ -214,8 +201,9 @@ class HostTier:
         transfers = self._transfers
         transfers.record(slot.used, transfers.current())
         transfers.wait(slot.used, transfers.back)
-        self._growth.wait(layer_idx)
-        reach_all(layer.memory, self._bytes(layer, new))
+        for row, first, end in new:
+            for place, number in row.places(layer.span, first, end):
+                layer.memory.reach(place * self.token_nbytes, (place + number) * self.token_nbytes)
         pairs = [
             (home, here)
             for row, first, end in new
@@ -227,8 +215,7 @@ class HostTier:
         slot.in_use = False
 
     def close(self) -> None:
-        """Give page locks and slots back, once no transfer is under way and nothing grows."""
-        self._growth.stop()
+        """Give page locks and slots back, once no transfer is under way."""
         self._transfers.finish()
         self._fetched.clear()
         self._slots.clear()
@@ -236,35 +223,13 @@ class HostTier:
         for layer in self._layers.values():
             layer.memory.close()
 
-    def _needs(self, batch: Sequence[tuple[Row, int]]) -> dict[int, Callable[[], None]]:
-        """By layer, in order: how to take what the pass needs and is not there. Mostly nothing."""
-        # A row's regions are whole blocks, and the block that its last token is in is there.
-        new = [
-            (row, row.length, row.length + number)
-            for row, number in batch
-            if row.length + number > -(-row.length // BLOCK) * BLOCK
-        ]
-        needs: dict[int, Callable[[], None]] = {}
-        for layer_idx, layer in self._layers.items() if new else ():
-            pieces = list(self._bytes(layer, new))
-            if any(layer.memory.lacks(*piece) for piece in pieces):
-                needs[layer_idx] = partial(reach_all, layer.memory, pieces)
-        return needs
-
-    def _bytes(
-        self, layer: HostLayer, parts: Sequence[tuple[Row, int, int]]
-    ) -> Iterator[tuple[int, int]]:
-        """Where rows' tokens from first to end are at home."""
-        for row, first, end in parts:
-            for place, number in row.places(layer.span, first, end):
-                yield place * self.token_nbytes, (place + number) * self.token_nbytes
-
     def _inward(
         self, layer: HostLayer, slot: Slot, row: Row, first: int, end: int
     ) -> Iterator[Pair]:
         """Copies of a row's tokens from first to end: (in the slot, at home)."""
-        for start, stop in self._bytes(layer, [(row, first, end)]):
-            for i, j in layer.memory.pieces(start, stop):
+        for place, number in row.places(layer.span, first, end):
+            start = place * self.token_nbytes
+            for i, j in layer.memory.pieces(start, start + number * self.token_nbytes):
                 yield slot.raw[i:j], layer.memory.memory[i:j]
 
     def _tokens(self, slot: Slot) -> torch.Tensor:
@@ -278,9 +243,3 @@ class HostTier:
             for place, number in row.places(layer.span, first, end):
                 for offset in range(place, place + number, CODED):
                     yield offset, min(offset + CODED, place + number)
-
-
-def reach_all(memory: GrowingMemory, pieces: Iterable[tuple[int, int]]) -> None:
-    """Take the memory of all these bytes."""
-    for start, end in pieces:
-        memory.reach(start, end)

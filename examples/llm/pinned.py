@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import mmap
 import sys
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,10 +30,8 @@ HUGE_ARENA = 64 << 20
 class GrowingMemory:
     """An anonymous mapping of ``nbytes``, of which blocks are taken as they are reached.
 
-    Thread rules: :meth:`reach`, :meth:`lacks` and :meth:`close` by one thread at a time, each of
-    which has heard that the one before is done. Meanwhile others may copy what was reached before
-    they heard of it, and ask for its :meth:`pieces`, which stay as they are: no segment that is
-    taken later begins within. The mapping goes when the last view of it does.
+    Thread rules: :meth:`reach` and :meth:`close` from one thread; others may read and copy what
+    has been reached before they heard of it. The mapping goes when the last view of it does.
     """
 
     def __init__(self, nbytes: int, block_nbytes: int, device: torch.device) -> None:
@@ -44,11 +42,9 @@ class GrowingMemory:
         self._advise()
         with torch.inference_mode(False):
             self.memory = torch.from_numpy(np.frombuffer(self._mapping, dtype=np.uint8))
-        self._reached = bytearray(len(self._mapping) // block_nbytes)
-        """1 for each block that was taken."""
-        self._borders: tuple[int, ...] = ()
-        """Where each segment that was taken as one begins, in order: no copy may cross one.
-        Replaced, never changed: other threads look."""
+        self._reached = [False] * (len(self._mapping) // block_nbytes)
+        self._borders: list[int] = []
+        """Where each segment that was taken as one begins, in order: no copy may cross one."""
         self._locked: list[int] = []
         """Those of them that are page-locked."""
         self._pins = device.type == "cuda"
@@ -63,13 +59,9 @@ class GrowingMemory:
         """True unless page-locking has been refused, or is not needed (on a CPU)."""
         return self._pins
 
-    def lacks(self, start: int, end: int) -> bool:
-        """True if there are blocks of these bytes that have not been taken yet."""
-        return self._reached.find(0, *self._blocks(start, end)) >= 0
-
     def reach(self, start: int, end: int) -> None:
         """Take the blocks of these bytes that have not been taken yet."""
-        first, last = self._blocks(start, end)
+        first, last = start // self._block, -(-end // self._block)
         while first < last:
             if self._reached[first]:
                 first += 1
@@ -82,11 +74,10 @@ class GrowingMemory:
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """The bytes from start to end, cut where page-locked segments meet."""
-        borders = self._borders
-        index = bisect_right(borders, start)
-        while index < len(borders) and borders[index] < end:
-            yield start, borders[index]
-            start = borders[index]
+        index = bisect_right(self._borders, start)
+        while index < len(self._borders) and self._borders[index] < end:
+            yield start, self._borders[index]
+            start = self._borders[index]
             index += 1
         yield start, end
 
@@ -96,15 +87,12 @@ class GrowingMemory:
             offset = self._locked.pop()
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr() + offset)
 
-    def _blocks(self, start: int, end: int) -> tuple[int, int]:
-        return start // self._block, -(-end // self._block)
-
     def _take(self, first: int, after: int) -> None:
         offset, nbytes = first * self._block, (after - first) * self._block
         # Noted first: an interrupt in between leaves memory that is not locked, which only costs
         # time, and never a lock that is not given back.
-        self._borders = tuple(sorted({*self._borders, offset}))
-        self._reached[first:after] = b"\1" * (after - first)
+        insort(self._borders, offset)
+        self._reached[first:after] = [True] * (after - first)
         self.memory[offset : offset + nbytes].zero_()  # by several threads; locking uses one
         if self._pins:
             self._locked.append(offset)
