@@ -236,8 +236,7 @@ class RingCopier(Copier):
             self._attempt(self._begin, lane_run, n, self._orders.copied.number(n))
             self.crossing.stream = self.stream
             lane_run.begun = n + 1
-            for carrier in self.carriers:
-                carrier.bell.ring()
+            lane_run.wake()
 
     def carriers_left(self, run: Run) -> bool:
         """True if no carrier can enqueue anything of an earlier run any more."""

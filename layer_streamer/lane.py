@@ -244,10 +244,9 @@ class Lane:
         assert isinstance(ring, Ring)
         crossing = Crossing(parts, ring, self.pool, self.device, files, self.orders)
         crossing.stream = copier.stream
-        count = min(self.settings.num_readers, ring.count)
-        for i in range(count):
-            name, slots = f"layer-streamer-read-{i}", range(i, ring.count, count)
-            carrier = Carrier(name, control, lane_idx, schedule, crossing, slots)
+        for i in range(min(self.settings.num_readers, ring.count)):
+            name = f"layer-streamer-read-{i}"
+            carrier = Carrier(name, control, lane_idx, schedule, crossing)
             carrier.copier_bell, carrier.on_adopted = copier.bell, copier.bell.ring
             self.carriers.append(carrier)
         copier.carriers, copier.crossing = self.carriers, crossing

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,9 +21,11 @@ from support import open_checkpoint
 
 from layer_streamer import CheckpointChangedError, LayerStreamer
 from layer_streamer.copier import RingCopier
+from layer_streamer.device import CpuDevice
 from layer_streamer.files import OpenFiles
 from layer_streamer.layout import PAGE
-from layer_streamer.ring import RingRun
+from layer_streamer.memory import HostArena
+from layer_streamer.ring import Ring, RingRun
 from layer_streamer.schedule import Order, Orders
 from layer_streamer.worker import Progress, Run
 
@@ -53,13 +57,13 @@ class Held:
         self._number, self._last = number, crossing.orders.read.before(number + 1) - 1
         crossing.enqueue = self.enqueue
 
-    def enqueue(self, k: int, number: int, *where: Any) -> None:
-        if (k, number) != (self._last, self._number) or self.there.is_set():
-            self._enqueue(k, number, *where)
+    def enqueue(self, load: Any, *where: Any) -> None:
+        if (load.k, load.number) != (self._last, self._number) or self.there.is_set():
+            self._enqueue(load, *where)
             return
         self.there.set()
         self._until()
-        self._enqueue(k, number, *where)
+        self._enqueue(load, *where)
         self.sent.set()
 
 
@@ -190,11 +194,11 @@ def test_every_part_is_taken_once_and_a_step_ends_with_its_last(
                 assert number not in held
                 ended.append(number)
         else:
-            k, number, first = run.take()
-            assert first == (number not in taken)
-            assert (k, run.newest) == (len(taken), number)
-            taken.append(number)
-            held.append(number)
+            load = run.take(7)
+            assert load.place == taken.count(load.number)
+            assert (load.k, run.newest, load.slot) == (len(taken), load.number, 7)
+            taken.append(load.number)
+            held.append(load.number)
         assert run.held == len(held)
     expected = [
         p * length + i for p in range(passes) for i in range(length) for _ in range(parts[i])
@@ -204,15 +208,77 @@ def test_every_part_is_taken_once_and_a_step_ends_with_its_last(
 
 
 @pytest.mark.parametrize("read_threads", [1, 3, 64])
-def test_no_two_readers_have_a_slot_and_none_is_without(tmp_path: Path, read_threads: int) -> None:
+def test_there_are_no_more_readers_than_slots(tmp_path: Path, read_threads: int) -> None:
     tiny_checkpoint(tmp_path, 2, hidden=48)
     options = {**RING, "read_threads": read_threads}
     with open_checkpoint(FakeDevice(1), tmp_path, **options) as streamer:
         (lane,) = streamer._parts.pipeline.lanes
-        slots = [slot for carrier in lane.carriers for slot in carrier._slots]
-        assert sorted(slots) == list(range(lane.host_pools[0].count))
-        assert all(carrier._slots for carrier in lane.carriers)
-        assert len(lane.carriers) <= read_threads
+        assert len(lane.carriers) == min(read_threads, lane.host_pools[0].count)
+
+
+def at_rest(streamer: LayerStreamer) -> tuple[Ring, RingRun]:
+    """The ring of one lane once nothing more can be read, and the run."""
+    (lane,) = streamer._parts.pipeline.lanes
+    (run,) = streamer._parts.pipeline.control.run.lanes
+    deadline = time.monotonic() + HANG_SECONDS
+    while len(run.waiting) < lane.host_pools[0].count:
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    return lane.host_pools[0], run
+
+
+@pytest.mark.parametrize("read_threads", [1, 2, 5])
+def test_what_is_read_ahead_fills_the_ring(checkpoint: Path, read_threads: int) -> None:
+    options = {**RING, "read_threads": read_threads}
+    with open_checkpoint(FakeDevice(1), checkpoint, **options) as streamer:
+        streamer.run_pass(0, lambda x, w, i: x)
+        ring, run = at_rest(streamer)
+        assert sorted(load.slot for load in run.waiting) == list(range(ring.count))
+        assert ring.take() is None and not ring.can_take()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32), ends=st.lists(st.integers(0, NUM_LAYERS), max_size=8))
+def test_passes_that_are_left_anywhere_lose_no_slot_of_the_ring(seed: int, ends: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_safetensors(Path(folder) / "model.safetensors", TENSORS).parent
+        with open_checkpoint(FakeDevice(seed), path, read_threads=3, **RING) as streamer:
+            for end in ends:
+                for layer_idx, _ in streamer.sweep():
+                    if layer_idx == end:
+                        break
+            streamer.run_pass(0, lambda x, w, i: x)
+            ring, run = at_rest(streamer)
+            assert sorted(load.slot for load in run.waiting) == list(range(ring.count))
+
+
+def test_the_slot_that_came_free_last_is_filled_next() -> None:
+    device = FakeDevice(0, eager=0.0)
+    ring = Ring("ring", HostArena([PAGE] * 3, CpuDevice(), pinned=False, threads=1), device)
+    stream = device.new_stream()
+    first, second = ring.take(), ring.take()
+    assert first is not None and second is not None
+    for slot in (first, second):
+        ring.copy_enqueued(slot, stream)
+        ring.give_back(slot)
+    third = ring.take()
+    assert third not in (first, second), "the device has yet to read those"
+    stream.synchronize()
+    assert [ring.take(), ring.take(), ring.take()] == [second, first, None]
+
+
+def test_with_all_slots_on_their_way_the_oldest_is_waited_for() -> None:
+    device = FakeDevice(0, eager=0.0)
+    ring = Ring("ring", HostArena([PAGE] * 2, CpuDevice(), pinned=False, threads=1), device)
+    stream = device.new_stream()
+    taken = [ring.take(), ring.take()]
+    for slot in taken:
+        ring.copy_enqueued(slot, stream)
+        ring.give_back(slot)
+    assert ring.can_take()
+    assert [ring.take(), ring.take()] == taken
+    ring.wait_reusable(taken[1])
+    assert not stream.operations
 
 
 def test_files_are_looked_at_once_a_layer_not_once_a_part(

@@ -33,7 +33,7 @@ from layer_streamer.copier import Copier, Memcpy
 from layer_streamer.pipeline import Pipeline
 from layer_streamer.pool import DeviceSlot, Scratch
 from layer_streamer.reader import Feeder
-from layer_streamer.ring import RingRun
+from layer_streamer.ring import Ring, RingRun
 from layer_streamer.target import DeviceTarget
 from layer_streamer.worker import LaneRun, Stage
 
@@ -113,8 +113,9 @@ def all_parts_but_the_last(lane_run: RingRun, number: int) -> bool:
     return lane_run._left.get(number) == 1
 
 
-def the_same_slot(carrier: Carrier, *given: Any) -> None:
-    make(carrier, *given[:-1], [0])
+def give_back_twice(ring: Ring, slot: int) -> None:
+    give_back(ring, slot)
+    give_back(ring, slot)
 
 
 def change_stream_at_once(copier: Copier, fresh: FakeStream) -> None:
@@ -122,7 +123,7 @@ def change_stream_at_once(copier: Copier, fresh: FakeStream) -> None:
     copier._device.enter_thread(fresh)
 
 
-leave, make = RingRun.leave, Carrier.__init__
+leave, give_back = RingRun.leave, Ring.give_back
 MUTATIONS: dict[str, tuple[type, str, Any, str, Any]] = {
     "the caller's stream does not wait for the copy": (
         Caller, "order_after_copy", leave_out, "pinned", None),
@@ -151,11 +152,12 @@ MUTATIONS: dict[str, tuple[type, str, Any, str, Any]] = {
     "a copy takes its source too early": (
         Copier, "await_source", one_step_early(lambda run: run.staged.out), "pinned", None),
     "a part is sent before its layer's slot is free": (
-        Carrier, "await_device_slot", lambda *args: True, "ring", None),
+        Carrier, "may_send", lambda *args: True, "ring", None),
     "a read does not wait for the copy out of its slot of the ring": (
         Carrier, "wait_reusable", leave_out, "ring", None),
+    "readers that sleep are not woken": (RingRun, "wake", leave_out, "ring", None),
     "two readers have the same slot of the ring": (
-        Carrier, "__init__", the_same_slot, "wide ring", None),
+        Ring, "give_back", give_back_twice, "wide ring", None),
     "parts are copied before the caller's work on the device slot": (
         DeviceSlot, "order_after_uses", leave_out, "ring", None),
     "a layer is ready before its last part is copied": (

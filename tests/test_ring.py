@@ -205,11 +205,11 @@ def test_an_error_in_one_part_is_its_layers_and_the_next_pass_is_exact(
         crossing = streamer._parts.pipeline.lanes[0].carriers[0]._crossing
         enqueue, seen = crossing.enqueue, []
 
-        def refuse(k: int, number: int, *where: Any) -> None:
-            if number % 5 == 2 and not seen:
-                seen.append(k)
+        def refuse(load: Any, *where: Any) -> None:
+            if load.number % 5 == 2 and not seen:
+                seen.append(load)
                 raise RuntimeError("the device refuses a copy")
-            enqueue(k, number, *where)
+            enqueue(load, *where)
 
         monkeypatch.setattr(crossing, "enqueue", refuse)
         with pytest.raises(RuntimeError, match="refuses a copy"):
