@@ -67,7 +67,7 @@ class PassClock:
         self.copy_begin[index].record(stream)
 
     def add_copy(self, index: int, nbytes: int, seconds: float) -> None:
-        """The copies of a part of a step have ended. From one thread at a time."""
+        """The copies of a part of a step have ended. From the feeder's thread."""
         self._part_seconds[index] += seconds
         self._part_nbytes[index] += nbytes
 
@@ -121,7 +121,7 @@ class PassClock:
     def _condense(self, index: int, span: Span, nbytes: int) -> Span:
         """A step whose parts were copied as they came: as if all had been copied at the end.
 
-        Not all parts are timed; the others are taken to be as fast.
+        The last parts may not have been timed yet; they take as long as those that have.
         """
         timed = self._part_nbytes[index]
         if not timed:

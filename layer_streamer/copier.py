@@ -1,4 +1,4 @@
-"""Host to device: the stage that copies, with or without carriers, and the memcpy stage before it.
+"""Host to device: the stage that copies, and the memcpy stage before it.
 
 Rules that the order of events rests on: an event is waited on only after a count has been seen
 that is raised after its record; the copy stream waits for the caller's work on a slot before it
@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from .config import OnCopy
 from .device import Device, Stream
 from .pool import DeviceSlot, HostPool
-from .ring import Crossing, RingRun
 from .schedule import Order, Orders, Schedule
 from .target import Target
-from .worker import Bell, Control, LaneRun, Run, Stage
+from .worker import Bell, Control, LaneRun, Stage
 
 
 class Memcpy(Stage):
@@ -131,38 +130,47 @@ class Copier(Stage):
 
     def process(self, lane_run: LaneRun) -> None:
         n = 0
-        while self.await_source(lane_run, n) and self.await_target(lane_run, n):
+        while self.await_source(lane_run, n) and self._target.await_slot(self, lane_run, n):
             number = self._orders.copied.number(n)
             self._attempt(self._begin, lane_run, n, number)
-            if number % self._orders.length in self._orders.read:
-                self._take_read(lane_run, n, number)
+            if not self._take_reads(lane_run, n, number):
+                return
             self._attempt(self._end, lane_run, n, number)
             lane_run.copied.advance()
             self.target_bell.ring()
             n += 1
 
     def await_source(self, lane_run: LaneRun, n: int) -> bool:
-        """Wait until the step before has handed this step on, if it is read."""
+        """Wait until the step before has handed this step (its first part) on, if it is read."""
         number = self._orders.copied.number(n)
         if number % self._orders.length not in self._orders.read:
             return self.await_true(lane_run.run, lambda: True)
-        k = self._orders.read.before(number)
+        first = self._orders.read.before(number)
+        return self.await_true(lane_run.run, lambda: lane_run.staged.out > first)
+
+    def await_part(self, lane_run: LaneRun, k: int) -> bool:
+        """Wait until one more part of the step has been handed on, the lane's ``k``-th."""
         return self.await_true(lane_run.run, lambda: lane_run.staged.out > k)
 
-    def await_target(self, lane_run: LaneRun, n: int) -> bool:
-        """Wait until the slot that the step is copied to is free."""
-        return self.await_true(lane_run.run, lambda: self._target.slot_free(lane_run, n))
+    def _take_reads(self, lane_run: LaneRun, n: int, number: int) -> bool:
+        """Enqueue what comes from disk, part by part; False once the run is over.
 
-    def _take_read(self, lane_run: LaneRun, n: int, number: int) -> None:
-        """Enqueue what comes from disk; what has failed is counted as taken, too."""
-        run, k, index = lane_run.run, self._orders.read.before(number), self._schedule.index(number)
-        if number not in run.failures:
-            try:
-                self._target.enqueue_read(n, k, index, self.stream)
-            except BaseException as error:
-                run.failures.setdefault(number, error)
-        lane_run.taken = k + 1
-        self.source_bell.ring()
+        What has failed is counted as taken, too: its host slots are free again.
+        """
+        run, read = lane_run.run, self._orders.read
+        index, clock = self._schedule.index(number), self._schedule.clock(run, number)
+        first = read.before(number)
+        for k in range(first, read.before(number + 1)):
+            if k > first and not self.await_part(lane_run, k):
+                return False
+            if number not in run.failures:
+                try:
+                    self._target.enqueue_read(n, k, index, clock, self.stream)
+                except BaseException as error:
+                    run.failures.setdefault(number, error)
+            lane_run.taken = k + 1
+            self.source_bell.ring()
+        return True
 
     def _attempt(
         self, work: Callable[[LaneRun, int, int], None], lane_run: LaneRun, n: int, number: int
@@ -174,7 +182,7 @@ class Copier(Stage):
             lane_run.run.failures.setdefault(number, error)
 
     def _begin(self, lane_run: LaneRun, n: int, number: int) -> None:
-        if self._next_stream is not None and self.stream_unused(lane_run):
+        if self._next_stream is not None:
             self._change_stream(self._next_stream)
         run, index = lane_run.run, self._schedule.index(number)
         if self._target.pool_name is not None:
@@ -184,10 +192,6 @@ class Copier(Stage):
             )
         self._target.order_slot(n, self.stream)
         self._schedule.clock(run, number).begin_copy(index, self.stream)
-
-    def stream_unused(self, lane_run: LaneRun) -> bool:
-        """True if no other thread may be enqueueing copies on the stream."""
-        return True
 
     def _end(self, lane_run: LaneRun, n: int, number: int) -> None:
         run, index = lane_run.run, self._schedule.index(number)
@@ -205,66 +209,3 @@ class Copier(Stage):
         moved.wait(fresh)
         self.stream, self._next_stream = fresh, None
         self._device.enter_thread(fresh)
-
-
-class RingCopier(Copier):
-    """The copier where carriers enqueue what comes from disk: it says when they may, and hands on.
-
-    It begins a step when something of it is being read, perhaps before the last one is complete, so
-    that no carrier has to wait where steps meet; and it ends steps in order.
-    """
-
-    carriers: Sequence[Stage] = ()
-    crossing: Crossing
-
-    def process(self, lane_run: LaneRun) -> None:
-        assert isinstance(lane_run, RingRun)
-        if not self.await_true(lane_run.run, lambda: self.carriers_left(lane_run.run)):
-            return
-        while self.await_true(
-            lane_run.run, lambda: self.may_end(lane_run) or self.may_begin(lane_run)
-        ):
-            if self.may_end(lane_run):
-                n = lane_run.copied.done
-                number = self._orders.copied.number(n)
-                self._attempt(self._end, lane_run, n, number)
-                lane_run.complete.discard(number)
-                lane_run.copied.advance()
-                self.target_bell.ring()
-                continue
-            n = lane_run.begun
-            self._attempt(self._begin, lane_run, n, self._orders.copied.number(n))
-            self.crossing.stream = self.stream
-            lane_run.begun = n + 1
-            lane_run.wake()
-
-    def carriers_left(self, run: Run) -> bool:
-        """True if no carrier can enqueue anything of an earlier run any more."""
-        return all(carrier.run is run for carrier in self.carriers)
-
-    def may_end(self, lane_run: RingRun) -> bool:
-        """True if all copies of the oldest step that was begun are enqueued, or its own to do."""
-        n = lane_run.copied.done
-        if n == lane_run.begun:
-            return False
-        number = self._orders.copied.number(n)
-        return not self._reads(number) or number in lane_run.complete
-
-    def may_begin(self, lane_run: RingRun) -> bool:
-        """True if the next step's device slot is free, and wanted by now."""
-        n = lane_run.begun
-        number = self._orders.copied.number(n)
-        if not self._target.slot_free(lane_run, n):
-            return False
-        unused = self.stream_unused(lane_run)
-        if self._next_stream is not None and not unused:
-            return False
-        return lane_run.newest >= number or (unused and not self._reads(number))
-
-    def stream_unused(self, lane_run: LaneRun) -> bool:
-        """True if every step that was begun has ended, so that no carrier may enqueue."""
-        assert isinstance(lane_run, RingRun)
-        return lane_run.begun == lane_run.copied.done
-
-    def _reads(self, number: int) -> bool:
-        return number % self._orders.length in self._orders.read

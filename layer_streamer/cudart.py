@@ -112,15 +112,9 @@ class CudaEvent(torch.cuda.Event):
             return
         super().wait(stream)
 
-    def query(self) -> bool:
-        """True if the device has passed the latest record, or there is none."""
-        if self._handle and self._runtime is not None:
-            return self._runtime.done(self._handle)
-        return bool(super().query())  # type: ignore[no-untyped-call]
-
     def synchronize(self) -> None:
         """Block until the device has passed the latest record, if there is one."""
-        if not self.query():
+        if not self._handle or self._runtime is None or not self._runtime.done(self._handle):
             super().synchronize()
 
 

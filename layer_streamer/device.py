@@ -24,7 +24,6 @@ class Event(Protocol):
     def record(self, stream: Any = None) -> None: ...
     def wait(self, stream: Any = None) -> None: ...
     def synchronize(self) -> None: ...
-    def query(self) -> bool: ...
     def elapsed_time(self, end: Any) -> float: ...
 
 
@@ -101,9 +100,6 @@ class HostEvent:
 
     def synchronize(self) -> None:
         return
-
-    def query(self) -> bool:
-        return True
 
     def elapsed_time(self, end: HostEvent) -> float:
         """Milliseconds from this record to ``end``'s, as torch's events count."""

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .batches import plan_batches
-from .carrier import Carrier
 from .config import Settings
-from .copier import Copier, Memcpy, RingCopier
+from .copier import Copier, Memcpy
 from .device import Device, Stream
 from .files import OpenFiles
 from .layout import Layout
@@ -20,7 +19,7 @@ from .placement import LaneSlots
 from .pool import DevicePool, HostPool, Scratch, Weights
 from .reader import Feeder, Reader
 from .residents import Residents
-from .ring import Crossing, Parts, Ring, RingRun
+from .ring import Parts, Ring, RingJobs, RingTarget
 from .schedule import Order, Orders, Schedule
 from .target import DeviceTarget, Target, UnifiedTarget
 from .worker import Bell, Control, LaneRun, Progress, Run, Stage
@@ -53,7 +52,7 @@ class Lane:
         copied = Order(passes, len(layouts))
         in_slots = passes if device.unified else read
         self.parts: Parts | None = None
-        if settings.through_ring and not device.unified and read:
+        if settings.through_ring and not device.unified:
             aligned = settings.read_mode == "direct"
             self.parts = Parts(layouts, read, RingCutter(slots.host.nbytes, aligned=aligned))
         order = Order(in_slots, len(layouts)) if self.parts is None else self.parts.order
@@ -62,7 +61,6 @@ class Lane:
         self.scratch: Scratch | None = None
         self.stages: list[Stage] = []
         self.reader: Reader | None = None
-        self.carriers: list[Carrier] = []
         self.memcpy: Memcpy | None = None
         self.copier: Copier | None = None
         self.filler_bell = Bell()
@@ -96,8 +94,6 @@ class Lane:
     def new_run(self, run: Run) -> LaneRun:
         """The lane's part of a run that begins."""
         read_count, copied_count = self.orders.read.count, self.orders.copied.count
-        if self.parts is not None:
-            return RingRun(run, Progress(self.batches.copied, copied_count), self.orders)
         read = Progress(self.batches.read, read_count)
         # A stage that is left out shows the progress of the one before it.
         staged = Progress(self.batches.staged, read_count) if self.memcpy is not None else read
@@ -110,12 +106,6 @@ class Lane:
             self.reader.start(self.settings.num_readers)
         for stage in self.stages:
             stage.start()
-
-    def idle(self) -> bool:
-        """True if nothing is being read; a thread that was woken may be about to."""
-        if self.reader is not None:
-            return self.reader.idle()
-        return not any(carrier.reading for carrier in self.carriers)
 
     def weights_of(self, index: int, n: int, stream: Stream) -> Weights:
         """The tensors of a step, which is the lane's ``n``-th; casts are enqueued on ``stream``."""
@@ -192,13 +182,12 @@ class Lane:
     ) -> None:
         """Build the stages, as the pipeline's lane number ``lane_idx``."""
         feeder = None
-        if self.orders.read.count and self.parts is None:
+        if self.orders.read.count:
             feeder = self._build_reading(lane_idx, schedule, files, control)
         on_copy, unified = self.settings.on_copy, self.device.unified
         moves = any(self.orders.layouts[i].copies for i in self.orders.copied.indices)
         if self.orders.copied.count and (not unified or on_copy is not None or moves):
-            kind = Copier if self.parts is None else RingCopier
-            self.copier = kind(
+            self.copier = Copier(
                 control, lane_idx, schedule, self.orders, self.device, self._target()
             )
             self.copier.slots, self.copier.on_copy = self.pool.slots, on_copy
@@ -208,8 +197,6 @@ class Lane:
             feeder.others = later
             feeder.freed = self._freed()
         self._connect_bells(feeder, caller_bell)
-        if isinstance(self.copier, RingCopier) and self.parts is not None:
-            self._build_carriers(self.copier, self.parts, lane_idx, schedule, files, control)
 
     def name_pools(self, prefix: str) -> None:
         """Put ``prefix`` before the names of the pools, for reports."""
@@ -227,36 +214,21 @@ class Lane:
             self.memcpy.freed = taken
         feeder = Feeder(control, lane_idx, schedule, order, self.reader, pools[0])
         slots, faults = pools[0].arena.bytes, self.residents.jobs
-        cutter = SlotCutter(self.settings.chunk_nbytes, aligned=files.reads_direct)
-        feeder.jobs = SlotJobs(self.orders.layouts, slots, cutter, faults).jobs
+        if self.parts is None:
+            cutter = SlotCutter(self.settings.chunk_nbytes, aligned=files.reads_direct)
+            feeder.jobs = SlotJobs(self.orders.layouts, slots, cutter, faults).jobs
+        else:
+            feeder.jobs = RingJobs(self.parts, slots).jobs
         return feeder
-
-    def _build_carriers(
-        self,
-        copier: RingCopier,
-        parts: Parts,
-        lane_idx: int,
-        schedule: Schedule,
-        files: OpenFiles,
-        control: Control,
-    ) -> None:
-        ring = self.host_pools[0]
-        assert isinstance(ring, Ring)
-        crossing = Crossing(parts, ring, self.pool, self.device, files, self.orders)
-        crossing.stream = copier.stream
-        for i in range(min(self.settings.num_readers, ring.count)):
-            name = f"layer-streamer-read-{i}"
-            carrier = Carrier(name, control, lane_idx, schedule, crossing)
-            carrier.copier_bell, carrier.on_adopted = copier.bell, copier.bell.ring
-            self.carriers.append(carrier)
-        copier.carriers, copier.crossing = self.carriers, crossing
-        self.stages = [*self.carriers, copier]
 
     def _target(self) -> Target:
         if self.device.unified:
             return UnifiedTarget(self.orders, self.host_pools[0])
         source = self.host_pools[-1] if self.host_pools else None
-        return DeviceTarget(self.orders, self.residents.sources, source, self.pool, self.device)
+        what = (self.orders, self.residents.sources, source, self.pool, self.device)
+        if self.parts is not None and isinstance(source, Ring):
+            return RingTarget(self.parts, source, *what)
+        return DeviceTarget(*what)
 
     def _freed(self) -> Callable[[LaneRun], int]:
         """Steps that have been taken out of the pool that the readers fill."""

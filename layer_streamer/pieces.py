@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from .errors import StreamerError
 from .files import OpenFiles
-from .layout import PAGE, Copy, Layout, Read, Step, align_up
+from .layout import PAGE, Copy, Layout, Read, align_up
 
 
 class Piece(Protocol):
@@ -26,25 +25,6 @@ class Piece(Protocol):
 
     def make_ready(self, files: OpenFiles) -> None:
         """Bring them into memory. Raises ReadError, CheckpointChangedError."""
-
-
-def make_all_ready(pieces: Iterable[Piece], files: OpenFiles, step: Step) -> None:
-    """Bring bytes of a step into memory; an error names its layer and tensor."""
-    for piece in pieces:
-        try:
-            piece.make_ready(files)
-        except StreamerError as error:
-            raise type(error)(f"{_describe(step, piece)}: {error}") from error
-
-
-def _describe(step: Step, piece: Piece) -> str:
-    """The layer, and the first tensor that has bytes in the piece."""
-    end = piece.offset + piece.wanted
-    for spec in sorted(step.tensors.values(), key=lambda spec: spec.offset):
-        inside = spec.offset < end and piece.offset < spec.offset + spec.nbytes
-        if spec.path == piece.path and inside:
-            return f"layer {step.layer_idx}, tensor {spec.name!r}"
-    return f"layer {step.layer_idx}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+from .errors import StreamerError
 from .files import OpenFiles
-from .pieces import Piece, make_all_ready
+from .pieces import Piece
 from .pool import HostPool
 from .schedule import Order, Schedule
 from .worker import Bell, Control, LaneRun, Run, Stage
@@ -144,7 +145,11 @@ class Reader:
         index = self._schedule.index(job.number)
         if job.first:
             self._schedule.clock(run, job.number).read_begin[index] = time.perf_counter()
-        make_all_ready(job.pieces, self._files, self._schedule.steps[index])
+        for piece in job.pieces:
+            try:
+                piece.make_ready(self._files)
+            except StreamerError as error:
+                raise type(error)(f"{self._describe(index, piece)}: {error}") from error
 
     def _check_files(self, run: Run, number: int) -> None:
         if run.aborted or self._control.closing or number in run.failures:
@@ -155,6 +160,16 @@ class Reader:
             self._files.check_unchanged(paths)
         except BaseException as error:
             run.failures.setdefault(number, error)
+
+    def _describe(self, index: int, piece: Piece) -> str:
+        """The layer, and the first tensor that has bytes in the piece."""
+        step = self._schedule.steps[index]
+        end = piece.offset + piece.wanted
+        for spec in sorted(step.tensors.values(), key=lambda spec: spec.offset):
+            inside = spec.offset < end and piece.offset < spec.offset + spec.nbytes
+            if spec.path == piece.path and inside:
+                return f"layer {step.layer_idx}, tensor {spec.name!r}"
+        return f"layer {step.layer_idx}"
 
 
 class Feeder(Stage):

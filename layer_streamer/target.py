@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from .clock import PassClock
 from .device import Device, Stream
 from .pool import DevicePool, DeviceSlot, HostPool, Source
 from .schedule import Orders
-from .worker import LaneRun
+from .worker import LaneRun, Stage
 
 
 class Target(Protocol):
@@ -18,11 +19,11 @@ class Target(Protocol):
     def pool_name(self) -> str | None:
         """The pool that copies fill; None if they stay in the one that reads have filled."""
 
-    def slot_free(self, lane_run: LaneRun, n: int) -> bool: ...
+    def await_slot(self, stage: Stage, lane_run: LaneRun, n: int) -> bool: ...
     def order_slot(self, n: int, stream: Stream) -> None: ...
 
-    def enqueue_read(self, n: int, k: int, index: int, stream: Stream) -> None:
-        """Enqueue the copies of the lane's ``k``-th step from disk, of step ``index``."""
+    def enqueue_read(self, n: int, k: int, index: int, clock: PassClock, stream: Stream) -> None:
+        """Enqueue the copies of the lane's ``k``-th step (or part) from disk, of step ``index``."""
 
     def enqueue(self, n: int, index: int, stream: Stream) -> None:
         """Enqueue the copies of a step that comes from no disk."""
@@ -49,15 +50,16 @@ class DeviceTarget:
     def pool_name(self) -> str | None:
         return self._pool.name
 
-    def slot_free(self, lane_run: LaneRun, n: int) -> bool:
-        """True if the caller has given this slot's last step back."""
-        return self._orders.released(lane_run) > n - self._pool.count
+    def await_slot(self, stage: Stage, lane_run: LaneRun, n: int) -> bool:
+        """Wait until the caller has given this slot's last step back."""
+        run, before, count = lane_run.run, self._orders.copied.before, self._pool.count
+        return stage.await_true(run, lambda: before(run.released) > n - count)
 
     def order_slot(self, n: int, stream: Stream) -> None:
         """Let the copies wait for the caller's work on the slot."""
         self._pool.slots[n % self._pool.count].order_after_uses(stream)
 
-    def enqueue_read(self, n: int, k: int, index: int, stream: Stream) -> None:
+    def enqueue_read(self, n: int, k: int, index: int, clock: PassClock, stream: Stream) -> None:
         """Enqueue a step's copies; the host slot they come from is in use until they have run."""
         assert self._host_pool is not None
         slot = k % self._host_pool.count
@@ -88,14 +90,14 @@ class UnifiedTarget:
         self._orders = orders
         self._pool = pool
 
-    def slot_free(self, lane_run: LaneRun, n: int) -> bool:
-        """The step has been read into it."""
+    def await_slot(self, stage: Stage, lane_run: LaneRun, n: int) -> bool:
+        """The slot is free: the step has been read into it."""
         return True
 
     def order_slot(self, n: int, stream: Stream) -> None:
         """Nothing runs on the slot: work on the CPU is done when its call returns."""
 
-    def enqueue_read(self, n: int, k: int, index: int, stream: Stream) -> None:
+    def enqueue_read(self, n: int, k: int, index: int, clock: PassClock, stream: Stream) -> None:
         """Move the tensors that are misaligned for their dtype."""
         memory = self._pool.arena.slots[n % self._pool.count]
         for copy in self._orders.layouts[index].copies:

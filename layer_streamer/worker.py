@@ -66,9 +66,10 @@ class Progress:
 class LaneRun:
     """How far the stages of one lane have come in a run.
 
-    Each Progress belongs to its stage. ``read`` and ``staged`` count the steps that come from disk,
-    ``copied`` those that go through the device's slots. ``taken`` is the copier's as well: steps
-    from disk whose copies out of host memory have been enqueued.
+    Each Progress belongs to its stage. ``read`` and ``staged`` count the steps that come from disk
+    (their parts, where they pass through a ring), ``copied`` those that go through the device's
+    slots. ``taken`` is the copier's as well: the steps or parts from disk whose copies out of host
+    memory have been enqueued.
     """
 
     __slots__ = ("copied", "read", "run", "staged", "taken")

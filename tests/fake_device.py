@@ -49,10 +49,6 @@ class FakeEvent:
             if self.latest is not None:
                 self._device.force(self, self.latest)
 
-    def query(self) -> bool:
-        with self._device.lock:
-            return self.latest is None or self.latest in self.executed
-
     def elapsed_time(self, end: FakeEvent) -> float:
         return (end.seconds - self.seconds) * 1e3
 

@@ -28,12 +28,10 @@ from ordering import (
 )
 
 from layer_streamer.caller import Caller
-from layer_streamer.carrier import Carrier
 from layer_streamer.copier import Copier, Memcpy
 from layer_streamer.pipeline import Pipeline
 from layer_streamer.pool import DeviceSlot, Scratch
 from layer_streamer.reader import Feeder
-from layer_streamer.ring import Ring, RingRun
 from layer_streamer.target import DeviceTarget
 from layer_streamer.worker import LaneRun, Stage
 
@@ -86,8 +84,9 @@ def one_step_early(handed_on: Callable[[LaneRun], int]) -> Any:
     return await_source
 
 
-def device_slot_early(target: DeviceTarget, lane_run: LaneRun, n: int) -> bool:
-    return target._orders.released(lane_run) >= n - target._pool.count
+def device_slot_early(target: DeviceTarget, stage: Stage, lane_run: LaneRun, n: int) -> bool:
+    freed = target._orders.released
+    return stage.await_true(lane_run.run, lambda: freed(lane_run) >= n - target._pool.count)
 
 
 def record_hand_out_only(slot: DeviceSlot, current: FakeStream) -> None:
@@ -107,15 +106,27 @@ def abort_without_record(caller: Caller) -> None:
     caller._pipeline.publish(0 if run is None else run.base_pass)
 
 
-def all_parts_but_the_last(lane_run: RingRun, number: int) -> bool:
-    """Says that the step is complete before its last part has been sent."""
-    leave(lane_run, number)
-    return lane_run._left.get(number) == 1
+def one_part_early(copier: Copier, lane_run: LaneRun, k: int) -> bool:
+    return copier.await_true(lane_run.run, lambda: lane_run.staged.out >= k)
 
 
-def give_back_twice(ring: Ring, slot: int) -> None:
-    give_back(ring, slot)
-    give_back(ring, slot)
+def all_parts_but_the_last_in_time(copier: Copier, lane_run: LaneRun, n: int, number: int) -> bool:
+    """Says that the step is ready before its last part is copied."""
+    enqueue, last = copier._target.enqueue_read, copier._orders.read.before(number + 1) - 1
+
+    def enqueue_read(n: int, k: int, *where: Any) -> None:
+        if k == last:
+            copier.slots[n % len(copier.slots)].ready.record(copier.stream)
+            lane_run.copied.advance()
+            copier.target_bell.ring()
+            lane_run.copied.done -= 1
+        enqueue(n, k, *where)
+
+    copier._target.enqueue_read = enqueue_read  # type: ignore[method-assign]
+    try:
+        return take_reads(copier, lane_run, n, number)
+    finally:
+        copier._target.enqueue_read = enqueue  # type: ignore[method-assign]
 
 
 def change_stream_at_once(copier: Copier, fresh: FakeStream) -> None:
@@ -123,7 +134,7 @@ def change_stream_at_once(copier: Copier, fresh: FakeStream) -> None:
     copier._device.enter_thread(fresh)
 
 
-leave, give_back = RingRun.leave, Ring.give_back
+take_reads = Copier._take_reads
 MUTATIONS: dict[str, tuple[type, str, Any, str, Any]] = {
     "the caller's stream does not wait for the copy": (
         Caller, "order_after_copy", leave_out, "pinned", None),
@@ -151,21 +162,18 @@ MUTATIONS: dict[str, tuple[type, str, Any, str, Any]] = {
         one_slot_early(lambda s: s._target.count), "both", None),
     "a copy takes its source too early": (
         Copier, "await_source", one_step_early(lambda run: run.staged.out), "pinned", None),
-    "a part is sent before its layer's slot is free": (
-        Carrier, "may_send", lambda *args: True, "ring", None),
+    "a copy takes a part too early": (
+        Copier, "await_part", one_part_early, "ring", None),
     "a read does not wait for the copy out of its slot of the ring": (
-        Carrier, "wait_reusable", leave_out, "ring", None),
-    "readers that sleep are not woken": (RingRun, "wake", leave_out, "ring", None),
-    "two readers have the same slot of the ring": (
-        Ring, "give_back", give_back_twice, "wide ring", None),
+        Feeder, "wait_reusable", leave_out, "ring", None),
+    "a read takes a slot of the ring too early": (
+        Feeder, "await_slot", one_slot_early(lambda s: s._pool.count), "ring", None),
     "parts are copied before the caller's work on the device slot": (
         DeviceSlot, "order_after_uses", leave_out, "ring", None),
     "a layer is ready before its last part is copied": (
-        RingRun, "leave", all_parts_but_the_last, "ring", None),
-    "a layer is begun although its slot is not free": (
-        DeviceTarget, "slot_free", device_slot_early, "ring", None),
+        Copier, "_take_reads", all_parts_but_the_last_in_time, "ring", None),
     "a copy takes a slot too early": (
-        DeviceTarget, "slot_free", device_slot_early, "pinned", None),
+        DeviceTarget, "await_slot", device_slot_early, "pinned", None),
     "a cast does not wait for the work on the last cast": (
         Scratch, "order_after_uses", leave_out, "pinned", torch.bfloat16),
     "a run starts before the earlier ones are left": (

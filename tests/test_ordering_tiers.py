@@ -35,7 +35,7 @@ from layer_streamer.reader import Feeder
 from layer_streamer.residents import _Bounces
 from layer_streamer.schedule import Orders
 from layer_streamer.target import DeviceTarget
-from layer_streamer.worker import LaneRun, Run
+from layer_streamer.worker import LaneRun, Run, Stage
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +109,10 @@ def copies_of_the_first_lane(
     await_step(caller, run, run.lanes[0], n, number)
 
 
-def slots_of_all_lanes(target: DeviceTarget, lane_run: LaneRun, n: int) -> bool:
+def slots_of_all_lanes(target: DeviceTarget, stage: Stage, lane_run: LaneRun, n: int) -> bool:
     """Counts the releases of whatever lane as this lane's."""
-    return lane_run.run.released > n - target._pool.count
+    run, count = lane_run.run, target._pool.count
+    return stage.await_true(run, lambda: run.released > n - count)
 
 
 def wait_for_the_first_device(pipeline: Pipeline) -> None:
@@ -144,7 +145,7 @@ MUTATIONS: dict[str, tuple[type, str, Any, dict[str, Any], dict[str, int]]] = {
     "a layer is handed out when another lane has copied": (
         Caller, "_await", copies_of_the_first_lane, TWO, {}),
     "a lane takes a slot when a step of any lane is given back": (
-        DeviceTarget, "slot_free", slots_of_all_lanes, TWO, {}),
+        DeviceTarget, "await_slot", slots_of_all_lanes, TWO, {}),
 }  # fmt: skip
 
 

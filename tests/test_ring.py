@@ -115,7 +115,7 @@ def test_a_ring_tells_each_copy_to_the_clock_of_its_pass_once() -> None:
     stream = device.new_stream()
     for slot, nbytes in ((0, 100), (1, 200), (0, 300)):
         ring.wait_reusable(slot)
-        ring.time_copy(slot, nbytes, 7, clock, stream)  # type: ignore[arg-type]
+        ring.copy_begins(slot, nbytes, 7, clock, stream)  # type: ignore[arg-type]
         ring.copy_enqueued(slot, stream)
     assert clock.added == [(7, 100)]
     ring.wait_all()
@@ -202,16 +202,16 @@ def test_an_error_in_one_part_is_its_layers_and_the_next_pass_is_exact(
     device = FakeDevice(5)
     with open_checkpoint(device, path, n_cpu_pinned=None, read_chunk=PAGE) as streamer:
         streamer.run_pass(None, lambda x, w, i: x)
-        crossing = streamer._parts.pipeline.lanes[0].carriers[0]._crossing
-        enqueue, seen = crossing.enqueue, []
+        target = streamer._parts.pipeline.lanes[0].copier._target
+        enqueue, seen = target.enqueue_read, []
 
-        def refuse(load: Any, *where: Any) -> None:
-            if load.number % 5 == 2 and not seen:
-                seen.append(load)
+        def refuse(n: int, k: int, index: int, clock: Any, stream: Any) -> None:
+            if index == 2 and not seen:
+                seen.append(k)
                 raise RuntimeError("the device refuses a copy")
-            enqueue(load, *where)
+            enqueue(n, k, index, clock, stream)
 
-        monkeypatch.setattr(crossing, "enqueue", refuse)
+        monkeypatch.setattr(target, "enqueue_read", refuse)
         with pytest.raises(RuntimeError, match="refuses a copy"):
             for _ in range(3):
                 streamer.run_pass(None, lambda x, w, i: x)

@@ -233,7 +233,7 @@ def settle(streamer: LayerStreamer) -> None:
     quiet = 0
     while quiet < 2:
         # A stage that has been woken may be about to begin: looked at twice.
-        busy = not all(lane.idle() for lane in pipeline.lanes)
+        busy = any(lane.reader is not None and not lane.reader.idle() for lane in pipeline.lanes)
         quiet = 0 if busy else quiet + 1
         time.sleep(SETTLE_SECONDS)
     for device in pipeline.devices:
