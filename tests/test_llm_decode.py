@@ -11,7 +11,7 @@ import torch
 from assets import REPOSITORY, tiny_checkpoint, tiny_model
 from byte_model import byte_model
 from parts import PART, parts
-from test_llm_kernels import needs_triton, run_checks
+from test_llm_kernels import needs_triton, run_checks, run_together
 
 from llm.engine import StreamingEngine
 
@@ -19,9 +19,9 @@ CHECKS = ["decode_kernels_against_torch.py", "decode_against_streamed.py"]
 
 
 @needs_triton
-@pytest.mark.parametrize("checks", CHECKS)
-def test_captured_passes_and_their_kernels_are_right_in_the_interpreter(checks: str) -> None:
-    run_checks({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, REPOSITORY / "tests" / checks)
+def test_captured_passes_and_their_kernels_are_right_in_the_interpreter() -> None:
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run_together([(environment, REPOSITORY / "tests" / checks) for checks in CHECKS])
 
 
 @needs_triton

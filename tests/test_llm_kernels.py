@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import packed_cases as cases
@@ -29,23 +32,34 @@ needs_triton = pytest.mark.skipif(
 
 def run_checks(environment: dict[str, str], checks: Path = CHECKS) -> None:
     """In a process of its own: Triton reads its environment when it is imported."""
+    run_together([(environment, checks)])
+
+
+def run_together(runs: Sequence[tuple[dict[str, str], Path]]) -> None:
+    """Several such processes at a time."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
     command += ["--tb=short", "--maxfail=3"]  # what fails is often one cause, and is to be seen
-    result = subprocess.run(
-        [*command, str(checks)],
-        cwd=REPOSITORY,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    with ExitStack() as stack:
+        started = []
+        for environment, checks in runs:
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))
+            child = subprocess.Popen(
+                [*command, str(checks)], cwd=REPOSITORY, env=os.environ | environment,
+                stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            stack.callback(child.wait)
+            stack.callback(child.kill)
+            started.append((child, output))
+        for child, output in started:
+            code = child.wait()
+            output.seek(0)
+            assert code == 0, output.read()[-5000:]
 
 
 @needs_triton
-@pytest.mark.parametrize("part", parts(2))
-def test_every_kernel_gives_what_plain_torch_gives_in_the_interpreter(part):
-    run_checks({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", PART: part})
+def test_every_kernel_gives_what_plain_torch_gives_in_the_interpreter():
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run_together([(environment | {PART: part}, CHECKS) for part in parts(2)])
 
 
 @needs_triton
@@ -69,23 +83,23 @@ def test_a_part_that_is_none_is_refused(part):
         part_of([1, 2, 3], part)
 
 
-@needs_triton
-def test_a_process_for_a_part_of_the_checks_runs_no_others():
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    chosen = []
+def test_a_process_for_a_part_of_the_checks_runs_no_others(tmp_path):
+    (tmp_path / "conftest.py").write_text(
+        "from parts import keep_own_part as pytest_collection_modifyitems\n"
+    )
+    (tmp_path / "test_it.py").write_text("".join(f"def test_{i}(): pass\n" for i in range(5)))
+    ran = {}
     for part in ("", *parts(2)):
         result = subprocess.run(
-            [*command, "tests/decode_kernels_against_torch.py"],
-            cwd=REPOSITORY,
-            env=os.environ | {"TRITON_INTERPRET": "1", PART: part},
+            [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)],
+            env=os.environ | {PART: part, "PYTHONPATH": str(REPOSITORY / "tests")},
             capture_output=True,
             text=True,
             check=True,
         )
-        chosen.append({line for line in result.stdout.splitlines() if "::" in line})
-    every, first, second = chosen
-    assert len(every) > 20 and first and second
-    assert first | second == every and not first & second
+        ran[part] = set(re.findall(r"::(test_\d) PASSED", result.stdout))
+    assert ran["1/2"] == {"test_0", "test_2", "test_4"}
+    assert ran["1/2"] | ran["2/2"] == ran[""] and not ran["1/2"] & ran["2/2"]
 
 
 @needs_triton
