@@ -65,7 +65,7 @@ def opened(
 POOLED = pytest.mark.parametrize("route", ["cpu pools", "pools"])
 OTHERS = pytest.mark.parametrize(
     "route",
-    route_params("cpu mapped", "mapped", "two partial", slow=("cpu partial", "arena", "partial")),
+    route_params("cpu mapped", "mapped", slow=("cpu partial", "arena", "partial", "two partial")),
 )
 """What differs between routes is on few lines of the calling thread."""
 PARTS = 6

@@ -40,14 +40,18 @@ from layer_streamer import LayerStreamer
 ROUNDS = 200
 INTERRUPTS = 150
 MOMENTS = route_params(
-    "cpu pools", "cpu mapped", "pools", "mapped", "partial", "two partial",
-    "cuda pools", "cuda mapped", "cuda partial",
-    slow=("cpu direct", "cpu partial", "cpu two", "direct", "arena", "resident", "two"),
+    "cpu pools", "pools", "mapped", "two partial", "cuda pools", "cuda mapped", "cuda partial",
+    slow=(
+        "cpu direct", "cpu mapped", "cpu partial", "cpu two", "direct", "arena", "resident",
+        "partial", "two",
+    ),
 )  # fmt: skip
 ROUNDED = route_params(
-    "cpu pools", "cpu mapped", "direct", "mapped", "arena", "two partial",
-    "cuda pools", "cuda mapped", "cuda partial",
-    slow=("cpu direct", "cpu partial", "cpu two", "pools", "resident", "partial", "two"),
+    "cpu pools", "direct", "mapped", "two partial", "cuda pools", "cuda mapped", "cuda partial",
+    slow=(
+        "cpu direct", "cpu mapped", "cpu partial", "cpu two", "pools", "arena", "resident",
+        "partial", "two",
+    ),
 )  # fmt: skip
 
 

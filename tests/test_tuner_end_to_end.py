@@ -201,6 +201,7 @@ def test_the_example_prints_a_call_that_can_be_pasted(
     assert sorted(path.name for path in report.iterdir()) == ["tune.md", "tune.png"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_example_tells_the_best_so_far_and_the_rest_goes_on_later(
     checkpoint: Path, tmp_path: Path, marked: Marked
 ) -> None:
