@@ -18,8 +18,6 @@ logger = logging.getLogger(__name__)
 
 HOST_TO_DEVICE = 1
 """cudaMemcpyHostToDevice."""
-NOT_READY = 600
-"""cudaErrorNotReady."""
 
 
 class Runtime:
@@ -33,9 +31,6 @@ class Runtime:
         self._wait.argtypes = [handle, handle, ctypes.c_uint]
         self._memcpy = library.cudaMemcpyAsync
         self._memcpy.argtypes = [handle, handle, count, ctypes.c_int, handle]
-        self._query = library.cudaEventQuery
-        self._query.argtypes = [handle]
-        self._take_error = library.cudaGetLastError
         self._describe = library.cudaGetErrorString
         self._describe.restype = ctypes.c_char_p
 
@@ -46,15 +41,6 @@ class Runtime:
     def wait(self, event: int, stream: Any) -> None:
         """Let ``stream`` wait for the latest record of ``event``."""
         self._check(self._wait(stream.cuda_stream, event, 0))
-
-    def done(self, event: int) -> bool:
-        """True if the device has passed the latest record of ``event``."""
-        code = self._query(event)
-        if code == NOT_READY:
-            self._take_error()  # or the thread's next launch would report it
-            return False
-        self._check(code)
-        return True
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
         """Enqueue a copy from page-locked memory, of equal bytes, on ``stream``."""
@@ -111,11 +97,6 @@ class CudaEvent(torch.cuda.Event):
             self._runtime.wait(self._handle, stream)
             return
         super().wait(stream)
-
-    def synchronize(self) -> None:
-        """Block until the device has passed the latest record, if there is one."""
-        if not self._handle or self._runtime is None or not self._runtime.done(self._handle):
-            super().synchronize()
 
 
 def names_itself(stream: Any) -> bool:
