@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import pytest
 import torch
 from assets import one_torch_thread
 from checkpoints import random_tensor, tiny_checkpoint, write_safetensors
+from routes import RING
+from support import make_device, open_checkpoint
 from test_plan_command import BAD
 
 from layer_streamer import read_manifest
@@ -22,7 +24,8 @@ from layer_streamer.layout import Read
 from layer_streamer.tools import bench as bench_module
 from layer_streamer.tools import footprint
 from layer_streamer.tools.bench import Outcome
-from layer_streamer.tools.rawspeed import RawReads
+from layer_streamer.tools.limit_set import open_limits
+from layer_streamer.tools.rawspeed import Load, RawReads
 
 ROOT = Path(__file__).parents[1]
 CPU = ["--device", "cpu"]
@@ -37,6 +40,7 @@ FIGURES = {
 def few_threads(tmp_path_factory: Any, monkeypatch: Any) -> Any:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("layer_streamer.tools.rawspeed.READ_GRID", ((1, 8192), (2, 4096)))
+    monkeypatch.setattr(bench_module, "MOST_TRIES", 1)  # small passes drift
     with one_torch_thread():
         yield
 
@@ -157,6 +161,45 @@ def test_pairs_whose_limit_drifted_are_left_out() -> None:
     limits = {"a": [1.0, 1.0, 1.2, 1.2], "b": [0.5, 0.5, 0.5, 0.5]}
     shares, dropped = bench_module._pair([2.0, 2.0, 2.4], limits)
     assert (shares, dropped) == ([0.5, 0.5], 1)
+
+
+def drifting_reads(monkeypatch: Any, seconds: list[float]) -> None:
+    """Raw reads that take so long, one after the other."""
+    taken = iter([s for s in seconds for _ in range(2)])  # the second of two counts
+    monkeypatch.setattr(RawReads, "seconds", lambda self: next(taken))
+
+
+def test_a_pass_whose_limit_drifted_is_followed_by_another(
+    model: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(bench_module, "MOST_TRIES", 3)
+    drifting_reads(monkeypatch, [1.0, 2.0, 2.0, 3.0, 3.0])
+    _, document = benched(capsys, model, *FEW, "--tokens", 0)
+    assert len(document["pass_seconds"]) == 4
+    assert (len(document["shares"]), document["dropped"]) == (2, 2)
+    assert document["shares"][0] == 2.0 / document["pass_seconds"][1]
+
+
+def test_of_passes_that_drift_no_more_than_so_many_are_timed(
+    model: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(bench_module, "MOST_TRIES", 3)
+    drifting_reads(monkeypatch, [float(2**i) for i in range(7)])
+    _, document = benched(capsys, model, *FEW, "--tokens", 0)
+    assert (len(document["pass_seconds"]), document["dropped"]) == (6, 6)
+
+
+@pytest.mark.parametrize(("options", "compared"), [({"n_cpu_pinned": 2}, True), (RING, False)])
+def test_reads_into_as_much_memory_are_measured_where_there_are_pools_of_it(
+    model: Path, options: dict[str, Any], compared: bool
+) -> None:
+    with ExitStack() as stack:
+        streamer = stack.enter_context(
+            open_checkpoint(make_device("fake"), model, read_mode="direct", **options)
+        )
+        limits, comparisons = open_limits(streamer, Load(0), stack, cold=True)
+        assert set(limits) == {"copy", "read"}
+        assert [bool(measure() > 0) for measure in comparisons.values()] == [True] * compared
 
 
 def test_if_every_pair_drifted_the_share_is_of_all_together(

@@ -17,13 +17,17 @@ import torch
 from ..errors import ConfigError
 from ..streamer import LayerStreamer
 from .footprint import bytes_from_disk, device_peak, host_peak, reset_device_peak
-from .limit_set import open_limits
+from .limit_set import Measures, open_limits
 from .rawspeed import Load, synchronize
 
 DRIFT = 0.05
 """A pass is not counted if the limit before and after it differ by more than this."""
+MOST_TRIES = 3
+"""So many times as many passes as are wanted are timed at most, in place of those that drifted."""
 Show: TypeAlias = Callable[[str, int | None], object]
 """Called as each measurement begins, with its name and their number (None: not known yet)."""
+Measured: TypeAlias = dict[str, list[float]]
+"""By name, seconds."""
 PREPARATIONS = 3
 """Measurements before those that are counted by passes and limits."""
 SETTLE_SECONDS = 0.02
@@ -38,6 +42,7 @@ class Bench:
     """What is measured: ``passes`` passes of a load of ``tokens`` vectors (0: no compute)."""
 
     passes: int = 5
+    """That count: in place of one whose limit drifted, another is timed. See MOST_TRIES."""
     tokens: int = 1
     cold: bool = False
     """Each pass begins with nothing prefetched; else right after an untimed one."""
@@ -129,8 +134,7 @@ def run_bench(
         show("preparing the limits", None)
         run.settle()
         limits, comparisons = open_limits(streamer, load, stack, cold=bench.cold)
-        seconds, taken = _measure_in_turn(run, limits | comparisons, bench.passes, show)
-        measured = {name: taken[name] for name in limits}
+        seconds, measured, beside = _measure_in_turn(run, limits, comparisons, bench.passes, show)
         report = streamer.last_pass
         assert report is not None
         shares, dropped = _pair(seconds, measured)
@@ -147,7 +151,7 @@ def run_bench(
             open_seconds=open_seconds,
             pass_seconds=tuple(seconds),
             limits={name: tuple(values) for name, values in measured.items()},
-            comparisons={name: tuple(taken[name]) for name in comparisons},
+            comparisons={name: tuple(values) for name, values in beside.items()},
             shares=tuple(shares),
             dropped=dropped,
             stalled_seconds={name: step.stalled_seconds for name, step in report.steps.items()},
@@ -206,25 +210,33 @@ class _Runner:
 
 
 def _measure_in_turn(
-    run: _Runner, limits: Mapping[str, Callable[[], float]], passes: int, show: Show
-) -> tuple[list[float], dict[str, list[float]]]:
-    """Seconds of each pass, and by name those of the limits before the first and after each."""
-    seconds, measured = list[float](), {name: list[float]() for name in limits}
-    total = PREPARATIONS + passes + len(limits) * (passes + 1)
+    run: _Runner, limits: Measures, comparisons: Measures, passes: int, show: Show
+) -> tuple[list[float], Measured, Measured]:
+    """Seconds of each pass, and by name those of both kinds before the first and after each."""
+    seconds = list[float]()
+    measured, beside = (
+        {name: list[float]() for name in measures} for measures in (limits, comparisons)
+    )
+    each = 1 + len(limits) + len(comparisons)
+    total = PREPARATIONS + passes * each + each - 1
 
-    def measure_limits() -> None:
-        for name, measure in limits.items():
-            show(f"alone: {name}", total)
-            # Prefetch goes on after a pass, over the same disk and link.
-            run.settle()
-            measured[name].append(measure())
+    def measure_beside() -> None:
+        for measures, taken in ((limits, measured), (comparisons, beside)):
+            for name, measure in measures.items():
+                show(f"alone: {name}", total)
+                # Prefetch goes on after a pass, over the same disk and link.
+                run.settle()
+                taken[name].append(measure())
 
-    measure_limits()
-    for number in range(passes):
-        show(f"pass {number + 1}", total)
+    measure_beside()
+    dropped = 0
+    while len(seconds) < min(passes + dropped, MOST_TRIES * passes):
+        total = PREPARATIONS + (passes + dropped) * each + each - 1
+        show(f"pass {len(seconds) + 1}", total)
         seconds.append(run.timed())
-        measure_limits()
-    return seconds, measured
+        measure_beside()
+        _, dropped = _pair(seconds, measured)
+    return seconds, measured, beside
 
 
 def settle(streamer: LayerStreamer) -> None:

@@ -10,8 +10,9 @@ from ..streamer import LayerStreamer
 from .rawspeed import BareCompute, Load, RawCopies, RawReads
 
 SPREAD_READS = "read into memory as large as the slots"
-"""A comparison beside the limits: raw reads that do not fall into the same small memory each time.
-What a hypervisor copies into the CPU's cache arrives faster than what goes on to memory."""
+"""A comparison beside the limits where whole layers are read into pools: raw reads that do not fall
+into the same small memory each time, as those through a ring do. What a hypervisor copies into the
+CPU's cache arrives faster than what goes on to memory."""
 Measures: TypeAlias = dict[str, Callable[[], float]]
 """By name, what measures once and returns seconds."""
 
@@ -36,12 +37,15 @@ def open_limits(
         limits["copy"] = stack.enter_context(closing(RawCopies(devices, copied))).seconds
     reads = [read for layout in layouts for read in layout.reads]
     if reads:
-        slots = sum(pool.arena.nbytes for lane in pipeline.lanes for pool in lane.host_pools)
+        pools = [pool for lane in pipeline.lanes if lane.parts is None for pool in lane.host_pools]
+        slots = sum(pool.arena.nbytes for pool in pools)
         direct = pipeline.files.reads_direct
         opened = RawReads(streamer.manifest, reads, direct=direct, spread_nbytes=slots)
         raw = stack.enter_context(closing(opened))
         limits["read"] = raw.seconds if cold else _second(raw.seconds)
-        comparisons[SPREAD_READS] = raw.spread_seconds if cold else _second(raw.spread_seconds)
+        if slots:
+            spread = raw.spread_seconds
+            comparisons[SPREAD_READS] = spread if cold else _second(spread)
     return limits, comparisons
 
 
