@@ -26,6 +26,7 @@ from llm.quants import BLOCK_TYPES  # noqa: E402
 from llm.splits import block_of, splits_of  # noqa: E402
 
 compiled: dict[str, Any] = {}
+PRODUCTS = {"multiply_words", "multiply_blocks", "multiply_q4_k"}
 
 
 class AbsentGpu:
@@ -50,6 +51,9 @@ def compile_only(run: Any) -> Any:
     def stop_after_compiling(self: Any, *args: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, warmup=True, **options)
         compiled[kernel.hash] = kernel
+        # Or rows and tokens that a program has would decide the order of sums, and cost much.
+        moves = kernel.metadata.name in PRODUCTS and "convert_layout" in kernel.asm["ttgir"]
+        assert not moves, f"{kernel.metadata.name} moves numbers between threads: {options}"
         return kernel
 
     return stop_after_compiling
@@ -72,7 +76,7 @@ def compile_all(dtype: torch.dtype) -> None:
             if launching.multiplies(packed, x):
                 launching.multiply(packed, x)
                 launching.multiply(packed, x, bias_N=x[0])
-            if launching.multiplies(packed, x) and tokens == 1:
+            if launching.multiplies(packed, x) and tokens < 4:
                 tile, warps, ahead = launching.PRODUCT_ALTERNATIVES[packed.format][-1]
                 kernel = launching.PRODUCTS[packed.format].kernel
                 launching.multiply(packed, x, unpacking.Launch(kernel, tile, warps, ahead))

@@ -35,8 +35,8 @@ def signed_byte(word: tl.tensor, one: int, AT: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def four(words: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """What lies along the last of four dimensions, of 4: a thread that loaded it keeps it."""
-    halves = tl.reshape(words, (words.shape[0], words.shape[1], words.shape[2], 2, 2))
+    """What lies along the last of two dimensions, of 4: a thread that loaded it keeps it."""
+    halves = tl.reshape(words, (words.shape[0], 2, 2))
     even, odd = tl.split(halves)
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -46,7 +46,7 @@ def four(words: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
 @triton.jit
 def four_words(base: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Four words from each of these pointers on, in one load."""
-    words = tl.load(base[:, :, :, None] + tl.arange(0, 4)[None, None, None, :])
+    words = tl.load(base[:, None] + tl.arange(0, 4)[None, :])
     first, second, third, fourth = four(words)
     return first, second, third, fourth
 

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from ..packed import Packed
-from . import matvec, matvec_q4_k, pointwise
+from . import matvec, matvec_blocks, matvec_q4_k, pointwise
 from .code_floats import ONE
 from .unpacking import CHUNK, EXACT, Launch, Tile
 
@@ -19,28 +19,25 @@ TOKENS_AT_ONCE = 4
 PRODUCTS = {
     "ct4": Launch(matvec.multiply_words, (2, 32), warps=1),
     "ct8": Launch(matvec.multiply_words, (2, 32), warps=1),
-    "Q4_0": Launch(matvec.multiply_blocks, (4, 32), warps=1),
-    "Q8_0": Launch(matvec.multiply_blocks, (2, 32), warps=1),
+    "Q4_0": Launch(matvec_blocks.multiply_blocks, (4, 32), warps=1),
+    "Q8_0": Launch(matvec_blocks.multiply_blocks, (2, 32), warps=1),
     "Q4_K": Launch(matvec_q4_k.multiply_q4_k, (2, 32), warps=1),
 }
-"""Tiles are (rows for one token, pieces of a step). Pieces and warps, and with them the order of
-sums, are the same for any number of tokens."""
+"""Tiles are (rows for one token, pieces of a step): 32 pieces or more for each warp. Pieces and
+warps, and with them the order of sums, are the same for any number of tokens."""
 
 _PIECE = {"ct4": 32, "ct8": 32, "Q4_0": 16, "Q8_0": 8, "Q4_K": 64}
 """Weights of a piece."""
 
-_IN_TURN = (((2, 32), 1), ((2, 64), 1), ((4, 64), 2), ((32, 16), 4))
-_AHEAD = (
-    *(((1, 32), 1), ((2, 32), 1), ((4, 32), 1), ((2, 64), 1)),
-    *(((2, 128), 4), ((8, 32), 4), ((16, 16), 4), ((16, 8), 2)),  # the last three side by side
+_TILES = (
+    *(((1, 32), 1), ((2, 32), 1), ((4, 32), 1), ((1, 64), 1), ((2, 64), 1)),
+    *(((1, 64), 2), ((2, 64), 2), ((4, 64), 2), ((1, 128), 4), ((2, 128), 4)),
 )
-_BLOCKS = (*_IN_TURN[:3], ((4, 32), 1), ((4, 64), 1), ((16, 16), 4))
+_IN_TURN = tuple((*tile, False) for tile in _TILES)
+_AHEAD = tuple((*tile, True) for tile in _TILES)
 PRODUCT_ALTERNATIVES: dict[str, tuple[tuple[Tile, int, bool], ...]] = {
-    **dict.fromkeys(
-        ("ct4", "ct8", "Q4_K"),
-        (*((*tile, False) for tile in _IN_TURN), *((*tile, True) for tile in _AHEAD)),
-    ),
-    **dict.fromkeys(("Q4_0", "Q8_0"), tuple((*tile, False) for tile in _BLOCKS)),
+    **dict.fromkeys(("ct4", "ct8", "Q4_K"), (*_IN_TURN, *_AHEAD)),
+    **dict.fromkeys(("Q4_0", "Q8_0"), _IN_TURN),
 }
 """By format, (tile, warps, ahead) that bench_kernels.py compares."""
 
@@ -121,7 +118,7 @@ def _rows_at_once(launch: Launch, rows: int, at_once: int) -> int:
         rows * launch.warps < WARPS * height or at_once * height * pieces > MOST_SUMS * threads
     ):
         height //= 2
-    return max(height, threads // pieces)  # or threads would do the same
+    return height
 
 
 WIDEST_TOKEN = 1 << 15

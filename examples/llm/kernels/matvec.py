@@ -3,11 +3,13 @@
 A program computes ROWS numbers of each of TOKENS tokens. It goes along its rows in steps of PIECES
 pieces, which are what a thread takes at a time: it sums up what a piece gives and multiplies that
 by the scale. At the end threads add up their sums, in an order that depends on nothing but the
-width and the tile. Everything is float32 inside, so weights are not rounded.
+width and PIECES. Everything is float32 inside, so weights are not rounded.
 
-Tensors are (tokens, rows, pieces). With 32 pieces for each warp, a thread has all tokens and rows
-of its pieces, and nothing changes hands before the end. Past the last piece and row the last one
-is read again, and its sum not taken: that costs less than loads that may not be done.
+Tensors have pieces alone; rows and tokens are tuples of them: number t * ROWS + r is of token t and
+row r. So a thread has all tokens and rows of its pieces, and nothing changes hands before the end.
+In tensors of three dimensions, compilers of before Triton 3.7 move words between threads in each
+step, and the order of sums depends on ROWS and TOKENS. Past the last piece and row the last one is
+read again, and its sum not taken: that costs less than loads that may not be done.
 
 AHEAD, a step's codes and scales are asked for before the step before it is computed, so that memory
 is never waited for and computed with in turn. The barrier after them is for ptxas, which otherwise
@@ -19,44 +21,61 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .code_floats import code, eight_x, four, signed_byte
+from .code_floats import code, eight_x, four
 
 
 @triton.jit
-def own_rows(base: tl.tensor, stride: int, rows: int, ROWS: tl.constexpr) -> tl.tensor:
+def own_rows(base: tl.tensor, stride: int, rows: int, ROWS: tl.constexpr) -> tl.tuple:
     """Pointers to the program's rows, of ``stride`` elements each."""
-    first = tl.program_id(0) * ROWS
-    row = tl.minimum(tl.arange(0, ROWS), rows - 1 - first)[None, :, None]
-    return base + first.to(tl.int64) * stride + row * stride
+    found: tl.tuple = ()
+    for r in tl.static_range(ROWS):
+        row = tl.minimum(tl.program_id(0) * ROWS + r, rows - 1)
+        found += (base + row.to(tl.int64) * stride,)
+    return found
 
 
 @triton.jit
-def own_tokens(tokens: int, TOKENS: tl.constexpr) -> tl.tensor:
-    """Numbers of the program's tokens."""
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
-    return tl.minimum(token, tokens - 1)
+def own_tokens(x: tl.tensor, width: int, tokens: int, TOKENS: tl.constexpr) -> tl.tuple:
+    """Pointers to the program's tokens, of ``width`` numbers each."""
+    found: tl.tuple = ()
+    for t in tl.static_range(TOKENS):
+        token = tl.minimum(tl.program_id(1) * TOKENS + t, tokens - 1)
+        found += (x + token * width,)
+    return found
 
 
 @triton.jit
-def store_sums(
+def zeros(COUNT: tl.constexpr, PIECES: tl.constexpr) -> tl.tuple:
+    """As many sums of pieces as are said."""
+    found: tl.tuple = ()
+    for _ in tl.static_range(COUNT):
+        found += (tl.zeros((PIECES,), tl.float32),)
+    return found
+
+
+@triton.jit
+def store_sums(  # noqa: PLR0913 - a kernel has no records
     y: tl.tensor,
     bias: tl.tensor,
-    total: tl.tensor,
+    total: tl.tuple,
     rows: int,
     tokens: int,
     BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
 ) -> None:
     """Of each token and row, the sum over pieces; rounded, and the bias added to that, if BIAS."""
-    TOKENS: tl.constexpr = total.shape[0]
-    ROWS: tl.constexpr = total.shape[1]
-    sums = tl.sum(total, axis=2).to(y.dtype.element_ty)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    if BIAS:
-        added = tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
-        sums = (sums.to(tl.float32) + added).to(y.dtype.element_ty)
-    inside = (row < rows) & (token < tokens)
-    tl.store(y + token.to(tl.int64) * rows + row, sums, mask=inside)
+    for r in tl.static_range(ROWS):
+        row = tl.program_id(0) * ROWS + r
+        if BIAS:
+            added = tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
+        for t in tl.static_range(TOKENS):
+            token = tl.program_id(1) * TOKENS + t
+            one = tl.sum(total[t * ROWS + r], axis=0).to(y.dtype.element_ty)
+            if BIAS:
+                one = (one.to(tl.float32) + added).to(y.dtype.element_ty)
+            inside = (row < rows) & (token < tokens)
+            tl.store(y + token.to(tl.int64) * rows + row, one, mask=inside)
 
 
 @triton.jit
@@ -84,53 +103,107 @@ def add_bytes(
 
 
 @triton.jit
-def piece_words(
-    words: tl.tensor, piece: tl.tensor, BITS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """The words of pieces of 32 codes: four, and the other four, or the same again of 4 bits."""
-    at = (words + piece * BITS)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
-    held = tl.load(at)
-    more = held
-    if BITS == 8:
-        more = tl.load(at + 4)
+def load_words(
+    words: tl.tuple, piece: tl.tensor, BITS: tl.constexpr, ROWS: tl.constexpr
+) -> tuple[tl.tuple, tl.tuple]:
+    """Of rows, the words of pieces of 32 codes: four, and the other four, or the same again of 4
+    bits."""
+    held: tl.tuple = ()
+    more: tl.tuple = ()
+    for r in tl.static_range(ROWS):
+        at = (words[r] + piece * BITS)[:, None] + tl.arange(0, 4)[None, :]
+        first = tl.load(at)
+        second = first
+        if BITS == 8:
+            second = tl.load(at + 4)
+        held += (first,)
+        more += (second,)
     return held, more
 
 
 @triton.jit
-def add_piece(  # noqa: PLR0913 - a kernel has no records
+def load_scales(
+    scales: tl.tuple,
+    piece: tl.tensor,
+    scale_group: int,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tl.tuple:
+    """Of rows, the scales of pieces, GROUP of which share one, or all, if 0."""
+    group = piece // GROUP if GROUP else piece * 0
+    found: tl.tuple = ()
+    for r in tl.static_range(ROWS):
+        found += (tl.load(scales[r] + group * scale_group),)
+    return found
+
+
+@triton.jit
+def add_eight(  # noqa: PLR0913
     part: tl.tensor,
     held: tl.tensor,
     more: tl.tensor,
-    x: tl.tensor,
-    at: tl.tensor,
+    x: tl.tuple,
     one: int,
     BITS: tl.constexpr,
+    Q: tl.constexpr,
 ) -> tl.tensor:
-    """part, plus the products of the codes in what ``piece_words`` gives with x from ``at`` on."""
-    word = four(held)
-    for q in tl.static_range(4):
-        numbers = eight_x(x, at + 8 * q)
-        if BITS == 4:
-            part = add_nibbles(part, word[q], numbers, one)
-        else:
-            if q == 2:
-                word = four(more)
-            part = add_bytes(part, word[q % 2 * 2], numbers, one, 0)
-            part = add_bytes(part, word[q % 2 * 2 + 1], numbers, one, 4)
+    """part, plus the products of eight codes of pieces, from 8 * Q on, with eight of x."""
+    if BITS == 4:
+        part = add_nibbles(part, four(held)[Q], x, one)
+    else:
+        word = four(held if Q < 2 else more)
+        part = add_bytes(part, word[Q % 2 * 2], x, one, 0)
+        part = add_bytes(part, word[Q % 2 * 2 + 1], x, one, 4)
     return part
 
 
 @triton.jit
-def group_scale(
-    scales: tl.tensor, piece: tl.tensor, scale_group: int, GROUP: tl.constexpr
-) -> tl.tensor:
-    """The scales of pieces, GROUP of which share one, or all, if 0."""
-    group = piece // GROUP if GROUP else piece * 0
-    return tl.load(scales + group * scale_group)
+def piece_products(  # noqa: PLR0913
+    held: tl.tuple,
+    more: tl.tuple,
+    x: tl.tuple,
+    at: tl.tensor,
+    one: int,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tl.tuple:
+    """Of tokens and rows, the products of the codes that ``load_words`` gives with x from ``at``
+    on."""
+    PIECES: tl.constexpr = at.shape[0]
+    parts = zeros(TOKENS * ROWS, PIECES)
+    for q in tl.static_range(4):
+        added: tl.tuple = ()
+        for t in tl.static_range(TOKENS):
+            numbers = eight_x(x[t], at + 8 * q)
+            for r in tl.static_range(ROWS):
+                part = add_eight(parts[t * ROWS + r], held[r], more[r], numbers, one, BITS, q)
+                added += (part,)
+        parts = added
+    return parts
+
+
+@triton.jit
+def add_scaled(
+    total: tl.tuple,
+    parts: tl.tuple,
+    factors: tl.tuple,
+    inside: tl.tensor,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tl.tuple:
+    """total, plus parts times the factors of their rows where that is inside."""
+    added: tl.tuple = ()
+    for t in tl.static_range(TOKENS):
+        for r in tl.static_range(ROWS):
+            before = total[t * ROWS + r]
+            more = before + parts[t * ROWS + r] * factors[r].to(tl.float32)
+            added += (tl.where(inside, more, before),)
+    return added
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "one"])
-def multiply_words(  # noqa: PLR0913 - a kernel has no records
+def multiply_words(  # noqa: PLR0913
     codes: tl.tensor,
     scale: tl.tensor,
     x: tl.tensor,
@@ -156,75 +229,25 @@ def multiply_words(  # noqa: PLR0913 - a kernel has no records
     (tokens, rows)."""
     words = own_rows(codes.to(tl.pointer_type(tl.uint32)), code_pieces * BITS, rows, ROWS)
     scales = own_rows(scale, scale_row, rows, ROWS)
-    x_token = own_tokens(tokens, TOKENS) * (32 * pieces)
-    total = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
+    numbers = own_tokens(x, 32 * pieces, tokens, TOKENS)
+    total = zeros(TOKENS * ROWS, PIECES)
     if AHEAD:
-        piece = tl.minimum(tl.arange(0, PIECES)[None, None, :], pieces - 1)
-        factor = group_scale(scales, piece, scale_group, GROUP)
-        held, more = piece_words(words, piece, BITS)
+        piece = tl.minimum(tl.arange(0, PIECES), pieces - 1)
+        factors = load_scales(scales, piece, scale_group, GROUP, ROWS)
+        held, more = load_words(words, piece, BITS, ROWS)
     for step in range(0, pieces, PIECES):
-        own = step + tl.arange(0, PIECES)[None, None, :]
+        own = step + tl.arange(0, PIECES)
         piece = tl.minimum(own, pieces - 1)
         if AHEAD:
             later = tl.minimum(own + PIECES, pieces - 1)
-            next_factor = group_scale(scales, later, scale_group, GROUP)
-            next_held, next_more = piece_words(words, later, BITS)
+            next_factors = load_scales(scales, later, scale_group, GROUP, ROWS)
+            next_held, next_more = load_words(words, later, BITS, ROWS)
             tl.debug_barrier()
         else:
-            factor = group_scale(scales, piece, scale_group, GROUP)
-            held, more = piece_words(words, piece, BITS)
-        part = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
-        part = add_piece(part, held, more, x, x_token + piece * 32, one, BITS)
-        total = tl.where(own < pieces, total + part * factor.to(tl.float32), total)
+            factors = load_scales(scales, piece, scale_group, GROUP, ROWS)
+            held, more = load_words(words, piece, BITS, ROWS)
+        parts = piece_products(held, more, numbers, piece * 32, one, BITS, TOKENS, ROWS)
+        total = add_scaled(total, parts, factors, own < pieces, TOKENS, ROWS)
         if AHEAD:
-            factor, held, more = next_factor, next_held, next_more
-    store_sums(y, bias, total, rows, tokens, BIAS)
-
-
-@triton.jit(do_not_specialize=["rows", "tokens", "one"])
-def multiply_blocks(  # noqa: PLR0913 - a kernel has no records
-    raw: tl.tensor,
-    x: tl.tensor,
-    bias: tl.tensor,
-    y: tl.tensor,
-    rows: int,
-    tokens: int,
-    pieces: int,
-    one: int,
-    BITS: tl.constexpr,
-    BIAS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PIECES: tl.constexpr,
-) -> None:
-    """Q4_0 and Q8_0: a float16 scale and 32 codes, of which 8 bytes are a piece. They are aligned
-    to no more than two. x is (tokens, 64 / BITS * pieces), y (tokens, rows)."""
-    IN_BLOCK: tl.constexpr = BITS // 2  # pieces
-    HALVES: tl.constexpr = 1 + 2 * BITS  # 16 bits each
-    halves = raw.to(tl.pointer_type(tl.uint16))
-    halves = own_rows(halves, pieces // IN_BLOCK * HALVES, rows, ROWS)
-    x_token = own_tokens(tokens, TOKENS) * (64 // BITS * pieces)
-    total = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
-    for step in range(0, pieces, PIECES):
-        own = step + tl.arange(0, PIECES)[None, None, :]
-        piece = tl.minimum(own, pieces - 1)
-        block, place = piece // IN_BLOCK, piece % IN_BLOCK
-        head = halves + block * HALVES
-        factor = tl.load(head).to(tl.float16, bitcast=True).to(tl.float32)
-        part = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
-        at = x_token + block * 32 + place * 8
-        first = eight_x(x, at)
-        if BITS == 4:
-            second = eight_x(x, at + 16)
-        for i in tl.static_range(4):
-            pair = tl.load(head + place * 4 + (1 + i)).to(tl.uint32)
-            if BITS == 4:
-                part += code(pair, one, 0, 4, 8) * first[2 * i]
-                part += code(pair, one, 4, 4, 8) * second[2 * i]
-                part += code(pair, one, 8, 4, 8) * first[2 * i + 1]
-                part += code(pair, one, 12, 4, 8) * second[2 * i + 1]
-            else:
-                part += signed_byte(pair, one, 0) * first[2 * i]
-                part += signed_byte(pair, one, 8) * first[2 * i + 1]
-        total = tl.where(own < pieces, total + part * factor, total)
-    store_sums(y, bias, total, rows, tokens, BIAS)
+            factors, held, more = next_factors, next_held, next_more
+    store_sums(y, bias, total, rows, tokens, BIAS, TOKENS, ROWS)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .blocks256 import half_float
 from .code_floats import code, eight_x, four, sum_of_eight
-from .matvec import own_rows, own_tokens, store_sums
+from .matvec import own_rows, own_tokens, store_sums, zeros
 
 
 @triton.jit
@@ -53,36 +53,89 @@ def low_and_high(  # noqa: PLR0913 - a kernel has no records
 
 
 @triton.jit
-def block_words(words: tl.tensor, piece: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Of pieces of Q4_K: the first four words of the block, and the eight with the codes."""
-    place = tl.arange(0, 4)[None, None, None, :]
-    block = (words + piece // 4 * 36)[:, :, :, None] + place
-    codes = (words + (piece // 4 * 36 + piece % 4 * 8 + 4))[:, :, :, None] + place
-    return tl.load(block), tl.load(codes), tl.load(codes + 4)
+def load_blocks(
+    words: tl.tuple, piece: tl.tensor, ROWS: tl.constexpr
+) -> tuple[tl.tuple, tl.tuple, tl.tuple]:
+    """Of rows, of pieces of Q4_K: the first four words of the block, and the eight with the
+    codes."""
+    place = tl.arange(0, 4)[None, :]
+    heads: tl.tuple = ()
+    codes: tl.tuple = ()
+    more: tl.tuple = ()
+    for r in tl.static_range(ROWS):
+        block = words[r] + piece // 4 * 36
+        at = (block + (piece % 4 * 8 + 4))[:, None] + place
+        heads += (tl.load(block[:, None] + place),)
+        codes += (tl.load(at),)
+        more += (tl.load(at + 4),)
+    return heads, codes, more
 
 
 @triton.jit
-def two_groups(
-    codes: tl.tensor, more: tl.tensor, x: tl.tensor, at: tl.tensor, one: int
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Of the low nibbles of pieces and of the high ones the products with x from ``at`` on, and
-    the sums of that x."""
-    TOKENS: tl.constexpr = at.shape[0]
-    PIECES: tl.constexpr = at.shape[2]
-    low = tl.zeros((TOKENS, codes.shape[1], PIECES), tl.float32)
-    high = tl.zeros((TOKENS, codes.shape[1], PIECES), tl.float32)
-    x_low = tl.zeros((TOKENS, 1, PIECES), tl.float32)
-    x_high = tl.zeros((TOKENS, 1, PIECES), tl.float32)
-    for half in tl.static_range(2):
-        word = four(codes if half == 0 else more)
-        for q in tl.static_range(2):
-            first = at + 16 * half + 8 * q
-            lows, highs = eight_x(x, first), eight_x(x, first + 32)
-            low, high = low_and_high(low, high, word[2 * q], lows, highs, one, 0)
-            low, high = low_and_high(low, high, word[2 * q + 1], lows, highs, one, 4)
-            x_low += sum_of_eight(lows)
-            x_high += sum_of_eight(highs)
+def two_groups(  # noqa: PLR0913
+    codes: tl.tuple,
+    more: tl.tuple,
+    x: tl.tuple,
+    at: tl.tensor,
+    one: int,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tuple[tl.tuple, tl.tuple, tl.tuple, tl.tuple]:
+    """Of tokens and rows, the products of the low nibbles of pieces and of the high ones with x
+    from ``at`` on; and of tokens the sums of that x."""
+    PIECES: tl.constexpr = at.shape[0]
+    low, high = zeros(TOKENS * ROWS, PIECES), zeros(TOKENS * ROWS, PIECES)
+    x_low, x_high = zeros(TOKENS, PIECES), zeros(TOKENS, PIECES)
+    for q in tl.static_range(4):
+        lower: tl.tuple = ()
+        higher: tl.tuple = ()
+        sums: tl.tuple = ()
+        high_sums: tl.tuple = ()
+        for t in tl.static_range(TOKENS):
+            lows, highs = eight_x(x[t], at + 8 * q), eight_x(x[t], at + 8 * q + 32)
+            for r in tl.static_range(ROWS):
+                word = four(codes[r] if q < 2 else more[r])
+                one_low, one_high = low_and_high(
+                    low[t * ROWS + r], high[t * ROWS + r], word[q % 2 * 2], lows, highs, one, 0
+                )
+                one_low, one_high = low_and_high(
+                    one_low, one_high, word[q % 2 * 2 + 1], lows, highs, one, 4
+                )
+                lower += (one_low,)
+                higher += (one_high,)
+            sums += (x_low[t] + sum_of_eight(lows),)
+            high_sums += (x_high[t] + sum_of_eight(highs),)
+        low, high, x_low, x_high = lower, higher, sums, high_sums
     return low, high, x_low, x_high
+
+
+@triton.jit
+def add_blocks(  # noqa: PLR0913
+    total: tl.tuple,
+    heads: tl.tuple,
+    products: tl.tuple,
+    piece: tl.tensor,
+    inside: tl.tensor,
+    one: int,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tl.tuple:
+    """total, plus what ``two_groups`` gives, times the scales of the groups, where inside."""
+    low, high, x_low, x_high = products
+    added: tl.tuple = ()
+    for t in tl.static_range(TOKENS):
+        for r in tl.static_range(ROWS):
+            both, first, second, rest = four(heads[r])
+            scale, minimum = scales_and_minima(first, second, rest, piece % 4)
+            # Which of two products is rounded is said here, or it would be the compiler's choice.
+            part = code(scale, one, 8, 8, 0) * high[t * ROWS + r]
+            part = tl.fma(code(scale, one, 0, 8, 0), low[t * ROWS + r], part)
+            taken = code(minimum, one, 8, 8, 0) * x_high[t]
+            taken = tl.fma(code(minimum, one, 0, 8, 0), x_low[t], taken)
+            part = tl.fma(half_float(both), part, -(half_float(both >> 16) * taken))
+            before = total[t * ROWS + r]
+            added += (tl.where(inside, before + part, before),)
+    return added
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "one"])
@@ -104,29 +157,22 @@ def multiply_q4_k(  # noqa: PLR0913 - a kernel has no records
     """Q4_K: a piece is the 64 codes of two groups; minima meet the sums of x. x is
     (tokens, 64 * pieces), y (tokens, rows)."""
     words = own_rows(raw.to(tl.pointer_type(tl.uint32)), pieces // 4 * 36, rows, ROWS)
-    x_token = own_tokens(tokens, TOKENS) * (64 * pieces)
-    total = tl.zeros((TOKENS, ROWS, PIECES), tl.float32)
+    numbers = own_tokens(x, 64 * pieces, tokens, TOKENS)
+    total = zeros(TOKENS * ROWS, PIECES)
     if AHEAD:
-        piece = tl.minimum(tl.arange(0, PIECES)[None, None, :], pieces - 1)
-        head, codes, more = block_words(words, piece)
+        piece = tl.minimum(tl.arange(0, PIECES), pieces - 1)
+        heads, codes, more = load_blocks(words, piece, ROWS)
     for step in range(0, pieces, PIECES):
-        own = step + tl.arange(0, PIECES)[None, None, :]
+        own = step + tl.arange(0, PIECES)
         piece = tl.minimum(own, pieces - 1)
         if AHEAD:
             later = tl.minimum(own + PIECES, pieces - 1)
-            next_head, next_codes, next_more = block_words(words, later)
+            next_heads, next_codes, next_more = load_blocks(words, later, ROWS)
             tl.debug_barrier()
         else:
-            head, codes, more = block_words(words, piece)
-        both, first, second, rest = four(head)
-        scale, minimum = scales_and_minima(first, second, rest, piece % 4)
-        at = x_token + piece * 64
-        low, high, x_low, x_high = two_groups(codes, more, x, at, one)
-        # Which of two products is rounded is said here, or it would be the compiler's choice.
-        part = tl.fma(code(scale, one, 0, 8, 0), low, code(scale, one, 8, 8, 0) * high)
-        taken = tl.fma(code(minimum, one, 0, 8, 0), x_low, code(minimum, one, 8, 8, 0) * x_high)
-        part = tl.fma(half_float(both), part, -(half_float(both >> 16) * taken))
-        total = tl.where(own < pieces, total + part, total)
+            heads, codes, more = load_blocks(words, piece, ROWS)
+        products = two_groups(codes, more, numbers, piece * 64, one, TOKENS, ROWS)
+        total = add_blocks(total, heads, products, piece, own < pieces, one, TOKENS, ROWS)
         if AHEAD:
-            head, codes, more = next_head, next_codes, next_more
-    store_sums(y, bias, total, rows, tokens, BIAS)
+            heads, codes, more = next_heads, next_codes, next_more
+    store_sums(y, bias, total, rows, tokens, BIAS, TOKENS, ROWS)
