@@ -18,14 +18,14 @@ from routes import RING
 from support import make_device, open_checkpoint
 from test_plan_command import BAD
 
-from layer_streamer import read_manifest
+from layer_streamer import LayerStreamer, read_manifest
 from layer_streamer.__main__ import main
 from layer_streamer.layout import Read
 from layer_streamer.tools import bench as bench_module
 from layer_streamer.tools import footprint
-from layer_streamer.tools.bench import Outcome
+from layer_streamer.tools.bench import Bench, Outcome, run_bench
 from layer_streamer.tools.limit_set import open_limits
-from layer_streamer.tools.rawspeed import Load, RawReads
+from layer_streamer.tools.rawspeed import Load, RawCopies, RawReads
 
 ROOT = Path(__file__).parents[1]
 CPU = ["--device", "cpu"]
@@ -41,6 +41,7 @@ def few_threads(tmp_path_factory: Any, monkeypatch: Any) -> Any:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("layer_streamer.tools.rawspeed.READ_GRID", ((1, 8192), (2, 4096)))
     monkeypatch.setattr(bench_module, "MOST_TRIES", 1)  # small passes drift
+    monkeypatch.setattr(bench_module, "REST_SECONDS", 0.01)
     with one_torch_thread():
         yield
 
@@ -106,6 +107,57 @@ def test_a_cold_pass_begins_with_nothing_prefetched(
     _, document = benched(capsys, model, *FEW, *cold)
     assert len(times) == discarded
     assert document["cold"] is bool(cold)
+
+
+class Clock:
+    """Stands for the module ``time``: seconds pass when they are slept or said to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_the_disk_rests_as_long_before_cold_passes_as_before_raw_reads(
+    model: Path, monkeypatch: Any
+) -> None:
+    clock, rests, ended = Clock(), list[float](), [0.0]
+
+    def read(raw: RawReads) -> float:
+        rests.append(clock.now - ended[0])
+        clock.sleep(5.0)
+        ended[0] = clock.now
+        return 5.0
+
+    def run_pass(streamer: LayerStreamer, *args: Any) -> None:
+        streamer_pass(streamer, *args)
+        clock.sleep(7.0)
+        ended[0] = clock.now
+
+    def copy(copies: RawCopies) -> float:
+        clock.sleep(0.25)
+        return 0.25
+
+    def discard(streamer: LayerStreamer) -> None:
+        rests.append(clock.now - ended[0])
+
+    streamer_pass = LayerStreamer.run_pass
+    monkeypatch.setattr(LayerStreamer, "run_pass", run_pass)
+    monkeypatch.setattr(RawReads, "seconds", read)
+    monkeypatch.setattr(RawCopies, "seconds", copy)
+    monkeypatch.setattr(bench_module, "discard_prefetched", discard)
+    monkeypatch.setattr(bench_module, "time", clock)
+    monkeypatch.setattr(bench_module, "REST_SECONDS", 1.0)
+    monkeypatch.setattr(bench_module, "SETTLE_SECONDS", 0.0)
+    run_bench(
+        lambda: open_checkpoint(make_device("fake"), model, read_mode="direct", **RING),
+        Bench(passes=2, tokens=1, cold=True),
+    )
+    assert rests[1:] == pytest.approx([1.0] * 4)
 
 
 @pytest.mark.parametrize("mode", ["direct", "mapped"])

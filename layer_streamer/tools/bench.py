@@ -17,7 +17,7 @@ import torch
 from ..errors import ConfigError
 from ..streamer import LayerStreamer
 from .footprint import bytes_from_disk, device_peak, host_peak, reset_device_peak
-from .limit_set import Measures, open_limits
+from .limit_set import READS, Measures, open_limits
 from .rawspeed import Load, synchronize
 
 DRIFT = 0.05
@@ -32,9 +32,10 @@ PREPARATIONS = 3
 """Measurements before those that are counted by passes and limits."""
 SETTLE_SECONDS = 0.02
 """Between two looks at whether prefetch has ended."""
-REST_SECONDS = 0.2
-"""Of disk and links before a pass that is to begin cold, and before its limits alike: storage whose
-rate is kept by an allowance that fills up again serves whoever comes after a rest faster."""
+REST_SECONDS = 1.0
+"""Of the disk, before cold passes and the raw reads beside them alike: storage whose rate is kept
+by an allowance that fills up again serves whoever comes after a rest faster. The limits without
+reads are measured meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,7 @@ def run_bench(
         show("preparing the limits", None)
         run.settle()
         limits, comparisons = open_limits(streamer, load, stack, cold=bench.cold)
+        run.disk_was_read()
         seconds, measured, beside = _measure_in_turn(run, limits, comparisons, bench.passes, show)
         report = streamer.last_pass
         assert report is not None
@@ -170,6 +172,8 @@ class _Runner:
         self._load = load
         self._bench = bench
         self._x = torch.zeros(1, device=streamer.device)
+        self._prefetches = False
+        self._disk_rests_since = 0.0
 
     def warm_up(self) -> None:
         """Two passes: the first finds slots empty, the second is as all later ones are."""
@@ -180,6 +184,7 @@ class _Runner:
         """Seconds of a pass, from its begin to the end of its last work on the device."""
         if self._bench.cold:
             self.settle()
+            self.rest()
             discard_prefetched(self._streamer)
         else:
             self._run()
@@ -198,15 +203,27 @@ class _Runner:
         return (after - before) / self._bench.passes
 
     def settle(self) -> None:
-        """Wait until disk and links are at rest; before what is cold, for a while."""
+        """Wait until what is prefetched after a pass is there, and disk and links are at rest."""
         settle(self._streamer)
+        if self._prefetches:
+            self._prefetches = False
+            self.disk_was_read()
+
+    def rest(self) -> None:
+        """If passes begin cold, wait until the disk was at rest for REST_SECONDS."""
         if self._bench.cold:
-            time.sleep(REST_SECONDS)
+            until = self._disk_rests_since + REST_SECONDS
+            time.sleep(max(0.0, until - time.perf_counter()))
+
+    def disk_was_read(self) -> None:
+        """The disk's rest begins."""
+        self._disk_rests_since = time.perf_counter()
 
     def _run(self) -> None:
         self._streamer.run_pass(self._x, self._load)
         for device in self._streamer.devices:
             synchronize(device)
+        self._prefetches = True
 
 
 def _measure_in_turn(
@@ -226,7 +243,11 @@ def _measure_in_turn(
                 show(f"alone: {name}", total)
                 # Prefetch goes on after a pass, over the same disk and link.
                 run.settle()
+                if name in READS:
+                    run.rest()
                 taken[name].append(measure())
+                if name in READS:
+                    run.disk_was_read()
 
     measure_beside()
     dropped = 0

@@ -13,6 +13,8 @@ SPREAD_READS = "read into memory as large as the slots"
 """A comparison beside the limits where whole layers are read into pools: raw reads that do not fall
 into the same small memory each time, as those through a ring do. What a hypervisor copies into the
 CPU's cache arrives faster than what goes on to memory."""
+READS = frozenset(("read", SPREAD_READS))
+"""The measures that read from disk."""
 Measures: TypeAlias = dict[str, Callable[[], float]]
 """By name, what measures once and returns seconds."""
 
