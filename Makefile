@@ -31,7 +31,7 @@ demo: $(VENV)/.examples-installed
 	$(BIN)/python examples/generate.py "$$model" --prompt "$(PROMPT)"
 
 test: venv
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: venv
 	@$(BIN)/python -m pytest -m "slow and not gpu"
