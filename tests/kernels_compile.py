@@ -60,7 +60,9 @@ def compile_only(run: Any) -> Any:
 
 
 def compile_all(dtype: torch.dtype) -> None:
-    """What the engine launches, with the shapes of real matrices in few rows."""
+    """What the engine launches, with the shapes of real matrices in few rows, and as many of these
+    in a program as of real ones."""
+    launching.WARPS = 1
     matrices = [cases.blocks(kind, 16, 3584) for kind in unpacking.LAUNCHES if kind in BLOCK_TYPES]
     matrices += [cases.integers(kind, 16, 3584, 128) for kind in ("ct4", "ct8")]
     matrices += [cases.integers(kind, 16, 96) for kind in ("ct4", "ct8", "int8")]

@@ -136,7 +136,8 @@ def run_bench(
         run.settle()
         limits, comparisons = open_limits(streamer, load, stack, cold=bench.cold)
         run.disk_was_read()
-        seconds, measured, beside = _measure_in_turn(run, limits, comparisons, bench.passes, show)
+        seconds, taken = _measure_in_turn(run, limits, comparisons, bench.passes, show)
+        measured = {name: taken[name] for name in limits}
         report = streamer.last_pass
         assert report is not None
         shares, dropped = _pair(seconds, measured)
@@ -153,7 +154,7 @@ def run_bench(
             open_seconds=open_seconds,
             pass_seconds=tuple(seconds),
             limits={name: tuple(values) for name, values in measured.items()},
-            comparisons={name: tuple(values) for name, values in beside.items()},
+            comparisons={name: tuple(taken[name]) for name in comparisons},
             shares=tuple(shares),
             dropped=dropped,
             stalled_seconds={name: step.stalled_seconds for name, step in report.steps.items()},
@@ -228,36 +229,33 @@ class _Runner:
 
 def _measure_in_turn(
     run: _Runner, limits: Measures, comparisons: Measures, passes: int, show: Show
-) -> tuple[list[float], Measured, Measured]:
+) -> tuple[list[float], Measured]:
     """Seconds of each pass, and by name those of both kinds before the first and after each."""
-    seconds = list[float]()
-    measured, beside = (
-        {name: list[float]() for name in measures} for measures in (limits, comparisons)
-    )
-    each = 1 + len(limits) + len(comparisons)
-    total = PREPARATIONS + passes * each + each - 1
+    measures = limits | comparisons
+    seconds, taken, wanted = list[float](), Measured({name: [] for name in measures}), passes
+
+    def total() -> int:
+        return PREPARATIONS + wanted + len(measures) * (wanted + 1)
 
     def measure_beside() -> None:
-        for measures, taken in ((limits, measured), (comparisons, beside)):
-            for name, measure in measures.items():
-                show(f"alone: {name}", total)
-                # Prefetch goes on after a pass, over the same disk and link.
-                run.settle()
-                if name in READS:
-                    run.rest()
-                taken[name].append(measure())
-                if name in READS:
-                    run.disk_was_read()
+        for name, measure in measures.items():
+            show(f"alone: {name}", total())
+            # Prefetch goes on after a pass, over the same disk and link.
+            run.settle()
+            if name in READS:
+                run.rest()
+            taken[name].append(measure())
+            if name in READS:
+                run.disk_was_read()
 
     measure_beside()
-    dropped = 0
-    while len(seconds) < min(passes + dropped, MOST_TRIES * passes):
-        total = PREPARATIONS + (passes + dropped) * each + each - 1
-        show(f"pass {len(seconds) + 1}", total)
+    while len(seconds) < wanted:
+        show(f"pass {len(seconds) + 1}", total())
         seconds.append(run.timed())
         measure_beside()
-        _, dropped = _pair(seconds, measured)
-    return seconds, measured, beside
+        _, dropped = _pair(seconds, {name: taken[name] for name in limits})
+        wanted = min(passes + dropped, MOST_TRIES * passes)
+    return seconds, taken
 
 
 def settle(streamer: LayerStreamer) -> None:

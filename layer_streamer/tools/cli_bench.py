@@ -30,7 +30,13 @@ def register(commands: Any) -> None:
     plan.set_defaults(run=run_plan)
     bench = commands.add_parser("bench", help="measured passes, beside what the hardware needs")
     _add_settings(bench)
-    bench.add_argument("--passes", type=int, default=5, metavar="N", help="timed passes (5)")
+    bench.add_argument(
+        "--passes",
+        type=int,
+        default=5,
+        metavar="N",
+        help="timed passes (5); in place of those beside which the limit drifted, up to 2 N more",
+    )
     bench.add_argument(
         "--tokens",
         type=int,
