@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # main imports torch where Ctrl-C is caught
     from llm.packed import Packed
 
 TABLES = ("unpack", "product", "pointwise", "tiles", "product_tiles")
-TOKENS = (1, 2, 3, 4, 6, 8)
+TOKENS = (1, 2, 4, 6, 8, 12, 16)
 MORE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 GATE = (18944, 3584)
 """The largest matrix of a 7B model: 68M weights."""
@@ -208,24 +208,21 @@ def measure_product_tiles(
     from llm.kernels.launching import PRODUCT_ALTERNATIVES, PRODUCTS, multiply
     from llm.kernels.unpacking import Launch
 
-    say(
-        bar, f"\n{'product':8} {'tile':>10} {'warps':>6} {'ahead':>6} {'tall GB/s':>10} {'wide':>6}"
-    )
+    say(bar, f"\n{'product':8} {'tile':>10} {'warps':>6} {'tall GB/s':>10} {'wide':>6}")
     xs = [torch.randn(1, shape[1], device=device).bfloat16() for shape in (GATE, DOWN)]
     for kind, own in PRODUCTS.items():
         shapes = (GATE, DOWN) if kind in formats else ()
         both = [timing.rotated(kind, *shape, device) for shape in shapes]
-        for tile, warps, ahead in PRODUCT_ALTERNATIVES[kind] if both else ():
-            launch = Launch(own.kernel, tile, warps, ahead)
+        for tile, warps in PRODUCT_ALTERNATIVES if both else ():
+            launch = Launch(own.kernel, tile, warps)
             rates = []
             for matrices, x_TD in zip(both, xs, strict=True):
                 calls = [partial(multiply, packed, x_TD, launch) for packed in matrices]
                 seconds = timing.graph_seconds(calls, args.repeats)
                 rates.append(timing.packed_nbytes(matrices[0]) / seconds / 1e9)
             mark, name = "  (in use)" if launch == own else "", "x".join(map(str, tile))
-            say(bar, f"{kind:8} {name:>10} {warps:6} {'yes' if ahead else 'no':>6} "
-                f"{rates[0]:10.0f} {rates[1]:6.0f}{mark}")  # fmt: skip
-            row = {"format": kind, "tile": list(tile), "warps": warps, "ahead": ahead}
+            say(bar, f"{kind:8} {name:>10} {warps:6} {rates[0]:10.0f} {rates[1]:6.0f}{mark}")
+            row = {"format": kind, "tile": list(tile), "warps": warps}
             yield row | {"gb_s": rates[0], "wide_gb_s": rates[1]}
         bar.update()
 

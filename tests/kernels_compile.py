@@ -79,9 +79,9 @@ def compile_all(dtype: torch.dtype) -> None:
                 launching.multiply(packed, x)
                 launching.multiply(packed, x, bias_N=x[0])
             if launching.multiplies(packed, x) and tokens < 4:
-                tile, warps, ahead = launching.PRODUCT_ALTERNATIVES[packed.format][-1]
                 kernel = launching.PRODUCTS[packed.format].kernel
-                launching.multiply(packed, x, unpacking.Launch(kernel, tile, warps, ahead))
+                launch = unpacking.Launch(kernel, *launching.PRODUCT_ALTERNATIVES[-1])
+                launching.multiply(packed, x, launch)
     x, weight = torch.zeros(2, 3584, dtype=dtype), torch.zeros(3584, dtype=dtype)
     launching.launch_norm(x, x, weight, 1e-6)
     launching.launch_norm(x, None, weight.float(), 1e-6)

@@ -17,11 +17,11 @@ TOKENS_AT_ONCE = 4
 """A program keeps the sums of that many tokens; more are other programs' work."""
 
 PRODUCTS = {
-    "ct4": Launch(matvec.multiply_words, (2, 32), warps=1),
-    "ct8": Launch(matvec.multiply_words, (2, 32), warps=1),
-    "Q4_0": Launch(matvec_blocks.multiply_blocks, (4, 32), warps=1),
-    "Q8_0": Launch(matvec_blocks.multiply_blocks, (2, 32), warps=1),
-    "Q4_K": Launch(matvec_q4_k.multiply_q4_k, (2, 32), warps=1),
+    "ct4": Launch(matvec.multiply_words, (4, 64), warps=2),
+    "ct8": Launch(matvec.multiply_words, (2, 64), warps=2),
+    "Q4_0": Launch(matvec_blocks.multiply_blocks, (4, 64), warps=2),
+    "Q8_0": Launch(matvec_blocks.multiply_blocks, (2, 64), warps=2),
+    "Q4_K": Launch(matvec_q4_k.multiply_q4_k, (4, 64), warps=2),
 }
 """Tiles are (rows for one token, pieces of a step): 32 pieces or more for each warp. Pieces and
 warps, and with them the order of sums, are the same for any number of tokens."""
@@ -29,17 +29,11 @@ warps, and with them the order of sums, are the same for any number of tokens.""
 _PIECE = {"ct4": 32, "ct8": 32, "Q4_0": 16, "Q8_0": 8, "Q4_K": 64}
 """Weights of a piece."""
 
-_TILES = (
+PRODUCT_ALTERNATIVES: tuple[tuple[Tile, int], ...] = (
     *(((1, 32), 1), ((2, 32), 1), ((4, 32), 1), ((1, 64), 1), ((2, 64), 1)),
     *(((1, 64), 2), ((2, 64), 2), ((4, 64), 2), ((1, 128), 4), ((2, 128), 4)),
 )
-_IN_TURN = tuple((*tile, False) for tile in _TILES)
-_AHEAD = tuple((*tile, True) for tile in _TILES)
-PRODUCT_ALTERNATIVES: dict[str, tuple[tuple[Tile, int, bool], ...]] = {
-    **dict.fromkeys(("ct4", "ct8", "Q4_K"), (*_IN_TURN, *_AHEAD)),
-    **dict.fromkeys(("Q4_0", "Q8_0"), _IN_TURN),
-}
-"""By format, (tile, warps, ahead) that bench_kernels.py compares."""
+"""(tile, warps) that bench_kernels.py compares."""
 
 WARPS = 1600
 """A matrix of fewer rows than give work to so many warps has fewer of them in each: about twelve
@@ -74,10 +68,9 @@ def multiply(
     tokens = x_TD.shape[0]
     at_once = min(triton.next_power_of_2(tokens), TOKENS_AT_ONCE)
     own = launch or PRODUCTS[packed.format]
-    (height, pieces), ahead = own.tile, own.ahead
+    height, pieces = own.tile
     if launch is None:
         height = _rows_at_once(own, packed.rows, at_once)
-        ahead &= at_once == 1  # registers
     y_TN = x_TD.new_empty(tokens, packed.rows)
     parts, bits = packed.parts, 8 if "8" in packed.format else 4
     tile: dict[str, Any] = {"TOKENS": at_once, "ROWS": height, "PIECES": pieces}
@@ -85,11 +78,11 @@ def multiply(
     strides = list[int]()
     if packed.format in ("ct4", "ct8"):
         codes, scale = parts["packed"], parts["scale"]
-        tile |= {"BITS": bits, "GROUP": packed.group // CHUNK, "AHEAD": ahead}
+        tile |= {"BITS": bits, "GROUP": packed.group // CHUNK}
         beside, strides = [scale], [codes.stride(0) // bits, *scale.stride()]
     else:
         codes = parts["raw"]
-        tile |= {"AHEAD": ahead} if packed.format == "Q4_K" else {"BITS": bits}
+        tile |= {} if packed.format == "Q4_K" else {"BITS": bits}
     own.kernel[(triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))](
         codes,
         *beside,

@@ -10,10 +10,6 @@ row r. So a thread has all tokens and rows of its pieces, and nothing changes ha
 In tensors of three dimensions, compilers of before Triton 3.7 move words between threads in each
 step, and the order of sums depends on ROWS and TOKENS. Past the last piece and row the last one is
 read again, and its sum not taken: that costs less than loads that may not be done.
-
-AHEAD, a step's codes and scales are asked for before the step before it is computed, so that memory
-is never waited for and computed with in turn. The barrier after them is for ptxas, which otherwise
-moves loads to where they are used, to save registers. No bit of a result depends on AHEAD.
 """
 
 from __future__ import annotations
@@ -218,7 +214,6 @@ def multiply_words(  # noqa: PLR0913
     scale_group: int,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    AHEAD: tl.constexpr,
     BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -231,23 +226,11 @@ def multiply_words(  # noqa: PLR0913
     scales = own_rows(scale, scale_row, rows, ROWS)
     numbers = own_tokens(x, 32 * pieces, tokens, TOKENS)
     total = zeros(TOKENS * ROWS, PIECES)
-    if AHEAD:
-        piece = tl.minimum(tl.arange(0, PIECES), pieces - 1)
-        factors = load_scales(scales, piece, scale_group, GROUP, ROWS)
-        held, more = load_words(words, piece, BITS, ROWS)
     for step in range(0, pieces, PIECES):
         own = step + tl.arange(0, PIECES)
         piece = tl.minimum(own, pieces - 1)
-        if AHEAD:
-            later = tl.minimum(own + PIECES, pieces - 1)
-            next_factors = load_scales(scales, later, scale_group, GROUP, ROWS)
-            next_held, next_more = load_words(words, later, BITS, ROWS)
-            tl.debug_barrier()
-        else:
-            factors = load_scales(scales, piece, scale_group, GROUP, ROWS)
-            held, more = load_words(words, piece, BITS, ROWS)
+        factors = load_scales(scales, piece, scale_group, GROUP, ROWS)
+        held, more = load_words(words, piece, BITS, ROWS)
         parts = piece_products(held, more, numbers, piece * 32, one, BITS, TOKENS, ROWS)
         total = add_scaled(total, parts, factors, own < pieces, TOKENS, ROWS)
-        if AHEAD:
-            factors, held, more = next_factors, next_held, next_more
     store_sums(y, bias, total, rows, tokens, BIAS, TOKENS, ROWS)

@@ -148,7 +148,6 @@ def multiply_q4_k(  # noqa: PLR0913 - a kernel has no records
     tokens: int,
     pieces: int,
     one: int,
-    AHEAD: tl.constexpr,
     BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -159,20 +158,10 @@ def multiply_q4_k(  # noqa: PLR0913 - a kernel has no records
     words = own_rows(raw.to(tl.pointer_type(tl.uint32)), pieces // 4 * 36, rows, ROWS)
     numbers = own_tokens(x, 64 * pieces, tokens, TOKENS)
     total = zeros(TOKENS * ROWS, PIECES)
-    if AHEAD:
-        piece = tl.minimum(tl.arange(0, PIECES), pieces - 1)
-        heads, codes, more = load_blocks(words, piece, ROWS)
     for step in range(0, pieces, PIECES):
         own = step + tl.arange(0, PIECES)
         piece = tl.minimum(own, pieces - 1)
-        if AHEAD:
-            later = tl.minimum(own + PIECES, pieces - 1)
-            next_heads, next_codes, next_more = load_blocks(words, later, ROWS)
-            tl.debug_barrier()
-        else:
-            heads, codes, more = load_blocks(words, piece, ROWS)
+        heads, codes, more = load_blocks(words, piece, ROWS)
         products = two_groups(codes, more, numbers, piece * 64, one, TOKENS, ROWS)
         total = add_blocks(total, heads, products, piece, own < pieces, one, TOKENS, ROWS)
-        if AHEAD:
-            heads, codes, more = next_heads, next_codes, next_more
     store_sums(y, bias, total, rows, tokens, BIAS, TOKENS, ROWS)

@@ -26,8 +26,6 @@ class Launch:
     tile: Tile
     """Blocks; (rows, chunks); or for AWQ (words of eight rows, columns)."""
     warps: int = 4
-    ahead: bool = False
-    """Of products: a step's codes and scales are loaded while the step before it is computed."""
 
 
 LAUNCHES = {
