@@ -39,9 +39,11 @@ READING = default_params(
 )
 """The routes on which a pass reads."""
 reading = pytest.mark.parametrize("route", READING)
-# The fake device copies with the CPU, which a look at the missing pages of a mapped file kills.
+# The fake device copies with the CPU, which a look at the missing pages of a mapped file kills. So
+# does a GPU's driver where layers are as small as these.
 shrinkable = pytest.mark.parametrize(
-    "route", default_params(*(name for name in ROUTES if name not in ("mapped", "two mapped")))
+    "route",
+    default_params(*(n for n in ROUTES if n not in ("mapped", "two mapped", "cuda mapped"))),
 )
 
 

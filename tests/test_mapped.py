@@ -200,7 +200,7 @@ def shrink(path, when):
             os.truncate(path, 4096)
         return x + total
 
-    with LayerStreamer.from_checkpoint(path, device="cpu", read_mode="mapped") as streamer:
+    with LayerStreamer.from_checkpoint(path, device=DEVICE, read_mode="mapped") as streamer:
         assert streamer.plan.read_mode == "mapped"
         for number in range(3):
             streamer.run_pass(0.0, layer_fn)
@@ -217,12 +217,16 @@ for path, when in zip(sys.argv[1:], WHEN, strict=True):
 
 
 @linux
-def test_a_mapped_file_that_shrinks_ends_the_pass_and_does_not_kill(tmp_path: Path) -> None:
-    # Eight layers, of which prefetch has all but the one in use ready.
-    tensors = {f"model.layers.{i}.w": random_tensor((20_000,), torch.int8, i) for i in range(8)}
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_mapped_file_that_shrinks_ends_the_pass_and_does_not_kill(
+    tmp_path: Path, device: str
+) -> None:
+    # Eight layers, of which prefetch has some ready, or all but the one in use (CPU). Not so small
+    # that a GPU's driver has them copied by the processor.
+    tensors = {f"model.layers.{i}.w": random_tensor((100_000,), torch.int8, i) for i in range(8)}
     paths = [write_safetensors(tmp_path / f"{n}.safetensors", tensors) for n in range(len(WHEN))]
     child = subprocess.run(
-        [sys.executable, "-c", f"WHEN = {WHEN}\n{SHRINK}", *map(str, paths)],
+        [sys.executable, "-c", f"WHEN, DEVICE = {WHEN}, {device!r}\n{SHRINK}", *map(str, paths)],
         capture_output=True, text=True, timeout=100, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )  # fmt: skip

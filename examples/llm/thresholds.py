@@ -15,7 +15,7 @@ from .cache import cache_root
 
 logger = logging.getLogger(__name__)
 
-PRODUCT_TOKENS = {"ct4": 4, "ct8": 4, "Q4_0": 4, "Q8_0": 4, "Q4_K": 4}
+PRODUCT_TOKENS = {"ct4": 8, "ct8": 8, "Q4_0": 8, "Q8_0": 8, "Q4_K": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
