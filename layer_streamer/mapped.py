@@ -1,10 +1,10 @@
 """The checkpoint's own pages as host memory: mapped files, faulted in, page-locked or viewed.
 
 The page cache is then the only copy of the model in host memory. A mapped file that shrinks kills
-whoever touches the missing pages, on the CPU, which takes small copies to a GPU itself, too; larger
-ones a device goes on making from pages that no longer belong to the file. So every pass checks the
-files (files.OpenFiles), on the CPU each hand-out does too, and populates before it looks: what
-remains is the time from there to the look.
+the process when the CPU touches the missing pages, as it does to make a small copy to a GPU; larger
+ones the device goes on making from the pages that it holds. So every pass checks the files
+(files.OpenFiles), on the CPU each hand-out does too, and populates before it looks: what remains is
+the time from there to the look.
 """
 
 from __future__ import annotations
