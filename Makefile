@@ -27,7 +27,7 @@ $(VENV)/.examples-installed: $(PACKAGING)
 	@touch $@
 
 demo: $(VENV)/.examples-installed
-	@model="$$($(BIN)/python examples/fetch_model.py)" && \
+	@model="$$($(BIN)/python examples/make/fetch_model.py)" && \
 	$(BIN)/python examples/generate.py "$$model" --prompt "$(PROMPT)"
 
 test: venv

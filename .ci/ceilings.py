@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FILE_LINES = {"layer_streamer": 300, "tuner": 300, "examples": 300, ".ci": 300, "tests": 400}
+LINKS = (("layer_streamer", "tuner"), ("layer_streamer", "llm"))
+"""To folders that are looked at where they lie."""
 FUNCTION_LINES = 50
 PARAMETERS = 6
 
@@ -19,8 +21,8 @@ def violations(root: Path) -> Iterator[str]:
     """One line for each ceiling that a file below ``root`` breaks."""
     for folder, ceiling in FILE_LINES.items():
         for path in sorted((root / folder).rglob("*.py")):
-            if path.relative_to(root).parts[:2] == ("layer_streamer", "tuner"):
-                continue  # the link to tuner/
+            if path.relative_to(root).parts[:2] in LINKS:
+                continue
             text = path.read_text(encoding="utf-8")
             lines = text.splitlines()
             place = path.relative_to(root)

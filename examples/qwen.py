@@ -1,6 +1,6 @@
 """Qwen2.5-7B-Instruct, 15 GB of weights, in 6 GiB of a GPU's memory."""
 
-from llm.engine import StreamingEngine
+from layer_streamer.llm import StreamingEngine
 
 with StreamingEngine("Qwen/Qwen2.5-7B-Instruct", device_budget="6GiB") as engine:
     question = [{"role": "user", "content": "Why is the sky blue?"}]

@@ -1,23 +1,31 @@
-"""Stream a model's layers from disk through host memory to the GPU while it computes."""
+"""Stream a model's layers from disk through host memory to the GPU while it computes.
 
-from .budget import format_bytes, parse_bytes
-from .errors import (
-    CheckpointChangedError,
-    CheckpointError,
-    ClosedError,
-    ConfigError,
-    ReadError,
-    StreamerError,
-    SupersededError,
-    TuneError,
-)
-from .formats import read_manifest
-from .manifest import LayerSpec, Manifest, TensorSpec
-from .plan import Plan
-from .preview import plan_checkpoint
-from .stats import PassReport, StepReport
-from .streamer import LayerStreamer
-from .tuner import LayerStreamerTuner
+Public names are imported when they are first asked for, so that a command that only says what it
+can do, or what is wrong, need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint.formats import read_manifest
+    from .checkpoint.manifest import LayerSpec, Manifest, TensorSpec
+    from .errors import (
+        CheckpointChangedError,
+        CheckpointError,
+        ClosedError,
+        ConfigError,
+        ReadError,
+        StreamerError,
+        SupersededError,
+        TuneError,
+    )
+    from .planning.budget import format_bytes, parse_bytes
+    from .planning.plan import Plan
+    from .preview import plan_checkpoint
+    from .streamer import LayerStreamer
+    from .transport.stats import PassReport, StepReport
+    from .tuner import LayerStreamerTuner
 
 __version__ = "0.1.0"
 
@@ -43,3 +51,27 @@ __all__ = [
     "plan_checkpoint",
     "read_manifest",
 ]
+
+_PLACES = {
+    "read_manifest": "checkpoint.formats",
+    **dict.fromkeys(("LayerSpec", "Manifest", "TensorSpec"), "checkpoint.manifest"),
+    **dict.fromkeys(("format_bytes", "parse_bytes"), "planning.budget"),
+    "Plan": "planning.plan",
+    "plan_checkpoint": "preview",
+    "LayerStreamer": "streamer",
+    **dict.fromkeys(("PassReport", "StepReport"), "transport.stats"),
+    "LayerStreamerTuner": "tuner",
+}
+"""Where public names are; those that are not here are errors."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_PLACES.get(name, 'errors')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .config import Settings
-from .device import Device
-from .files import OpenFiles
-from .hostmem import available_host_bytes
-from .layout import Layout, Step, plan_steps
-from .limits import MachineLimits, load_limits
-from .manifest import Manifest
-from .pipeline import Pipeline
-from .placement import Rates
-from .plan import Machine, Plan
-from .planner import make_plan, measure_steps
-from .schedule import lay_out_all
-from .statics import Statics
+from .checkpoint.manifest import Manifest
+from .devices.device import Device
+from .machine.hostmem import available_host_bytes
+from .machine.limits import MachineLimits, load_limits
+from .passes.statics import Statics
+from .planning.layout import Layout, Step, plan_steps
+from .planning.placement import Rates
+from .planning.plan import Machine, Plan
+from .planning.planner import make_plan, measure_steps
+from .planning.settings import Settings
+from .transport.files import OpenFiles
+from .transport.pipeline import Pipeline
+from .transport.schedule import lay_out_all
 
 
 def assemble(

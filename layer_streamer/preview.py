@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .accelerator import open_devices
 from .assembly import draw_plan
-from .config import Settings
-from .formats import read_manifest
-from .plan import Plan
+from .checkpoint.formats import read_manifest
+from .devices.accelerator import open_devices
+from .planning.plan import Plan
+from .planning.settings import Settings
 
 
 def plan_checkpoint(path: str | Path, *, layer_pattern: str | None = None, **options: Any) -> Plan:

@@ -9,20 +9,20 @@ from typing import Any, TypeVar
 
 import torch
 
-from .accelerator import open_devices
 from .assembly import assemble
-from .caller import Caller
-from .config import UNSET, Bytes, DeviceName, OnCopy, ReadMode, Settings, Unset
+from .checkpoint.formats import read_manifest
+from .checkpoint.manifest import Manifest, manifest_from_tensor_info
+from .devices.accelerator import open_devices
 from .errors import ClosedError
-from .formats import read_manifest
-from .manifest import Manifest, manifest_from_tensor_info
-from .memory import MemoryUse
-from .plan import Plan
-from .pool import Weights
-from .stats import PassReport
-from .sweep import Parts, Sweep, sweep
-from .tree import move
-from .turn import Turns
+from .passes.caller import Caller
+from .passes.claims import Turns
+from .passes.inputs import move
+from .passes.sweep import Parts, Sweep, sweep
+from .planning.plan import Plan
+from .planning.settings import UNSET, Bytes, DeviceName, OnCopy, ReadMode, Settings, Unset
+from .transport.memory import MemoryUse
+from .transport.pool import Weights
+from .transport.stats import PassReport
 
 X = TypeVar("X")
 LayerFn = Callable[[Any, Weights, int], Any]

@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from assets import REPOSITORY
+from paths import ROOT
 
 
 def check(root) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / ".ci" / "ceilings.py"), str(root)]
+    command = [sys.executable, str(ROOT / ".ci" / "ceilings.py"), str(root)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -3,113 +3,91 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from assets import tiny_checkpoint, tiny_model
+from paths import ROOT
 
 import layer_streamer
-from layer_streamer.config import RING_CHUNKS, Settings
+from layer_streamer.planning.settings import RING_CHUNKS, Settings
 
-ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "layer_streamer"
-ORDER = [
-    "errors",
-    "manifest",
-    "inspect",
-    "formats",
-    "budget",
-    "knapsack",
-    "residency",
-    "layout",
-    "placement",
-    "config",
-    "plan",
-    "planner",
-    "stats",
-    "machine",
-    "limits",
-    "libc",
-    "hostmem",
-    "tasks",
-    "device",
-    "cudart",
-    "accelerator",
-    "clock",
-    "memory",
-    "direct",
-    "files",
-    "pieces",
-    "worker",
-    "pool",
-    "schedule",
-    "batches",
-    "mapped",
-    "residents",
-    "reader",
-    "target",
-    "copier",
-    "ring",
-    "lane",
-    "progress",
-    "pipeline",
-    "caller",
-    "turn",
-    "statics",
-    "assembly",
-    "preview",
-    "tree",
-    "sweep",
-    "streamer",
-    "tools",
-]
-FOLDERS = ("formats", "tools")
+WINGS = (
+    "errors", "progress", "machine", "checkpoint", "planning", "devices", "transport", "passes",
+    "assembly", "preview", "streamer", "measuring", "tuner", "llm", "tools",
+)  # fmt: skip
+"""Folders and files of the library. Each imports only what stands before it; tuner and llm, which
+stand side by side, know nothing of each other."""
+MOST_MODULES = 20
+"""In one folder."""
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def modules(folder: Path) -> list[Path]:
+    """Its Python files, those behind links (tuner, llm) included."""
+    return sorted(Path(at) / name for at, _, names in os.walk(folder, followlinks=True)
+                  for name in names if name.endswith(".py"))  # fmt: skip
+
+
+def module_of(path: Path) -> list[str]:
+    """``["layer_streamer", "planning", "plan"]``."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
 def imported(path: Path) -> Iterator[str]:
-    """Names of the library's modules that a file of the library imports."""
+    """Full names of what a module of the library imports of the library: modules, names in them."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            # Inside formats/ or tools/, one dot is the folder itself.
-            folder = path.parent.name
-            inside = folder in FOLDERS and node.level == 1
-            yield folder if inside else (node.module or "").split(".")[0]
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{module}.{name.name}" for name in node.names)
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
-    path = LIBRARY / f"{module}.py"
-    files = [path] if path.exists() else sorted((LIBRARY / module).glob("*.py"))
-    for file in files:
-        for name in set(imported(file)):
-            assert name in ORDER[: ORDER.index(module) + (module in FOLDERS)], f"{file}: {name}"
+def wing_of(name: str) -> str | None:
+    """The wing of a module, or of a name in it; None outside of all wings."""
+    root, *rest = name.split(".")
+    return rest[0] if root == "layer_streamer" and rest and rest[0] in WINGS else None
 
 
-def test_every_module_of_the_library_has_its_place_in_the_order() -> None:
-    modules = {path.stem for path in LIBRARY.glob("*.py")} - {"__init__", "__main__"}
-    assert modules | set(FOLDERS) == set(ORDER)
+@pytest.mark.parametrize("wing", WINGS)
+def test_no_wing_imports_upward(wing: str) -> None:
+    below = {*WINGS[: WINGS.index(wing) + 1]} - ({"tuner"} if wing == "llm" else set())
+    place = LIBRARY / wing
+    for path in modules(place) if place.is_dir() else [place.with_suffix(".py")]:
+        for name in imported(path):
+            assert wing_of(name) is None or wing_of(name) in below, f"{path}: {name}"
 
 
-def test_design_md_lists_the_modules_in_the_order_of_their_dependencies() -> None:
-    text = (ROOT / "docs" / "design.md").read_text()
-    listed = re.findall(r"^  ([a-z]+(?:, [a-z]+)*)  ", text, re.MULTILINE)
-    assert [name for line in listed for name in line.split(", ")] == ORDER
+def test_every_module_of_the_library_has_its_wing() -> None:
+    wings = {module_of(path)[1] for path in modules(LIBRARY) if len(module_of(path)) > 1}
+    assert wings == {*WINGS, "__main__"}
 
 
-def test_only_the_packages_own_init_imports_the_tuner() -> None:
-    for path in sorted(LIBRARY.rglob("*.py")):
-        if path.parent.name != "tuner" and path != LIBRARY / "__init__.py":
-            assert "tuner" not in set(imported(path)), path
+def test_no_folder_holds_more_than_a_person_can_look_through() -> None:
+    folders = Counter(path.parent for path in [*modules(LIBRARY), *modules(ROOT / "tests")])
+    assert {f: count for f, count in folders.items() if count > MOST_MODULES + 1} == {}
+
+
+def test_every_folder_says_in_one_sentence_what_is_known_there() -> None:
+    for folder in {path.parent for path in modules(LIBRARY)}:
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert text and text.splitlines()[0].endswith((".", ":")), folder
 
 
 def test_inside_the_tuner_imports_are_relative() -> None:
     # So that "import tuner" in the repository's root fails at once, and makes no second class.
     # A child that is started by its path is the exception: it imports when it has a sys.path.
-    for path in sorted((ROOT / "tuner").glob("*.py")):
+    for path in sorted((ROOT / "tuner").rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 assert not (node.module or "").startswith("layer_streamer"), path
@@ -117,14 +95,19 @@ def test_inside_the_tuner_imports_are_relative() -> None:
                 assert not any(name.name.startswith("layer_streamer") for name in node.names), path
 
 
-def test_examples_use_the_public_surface_only() -> None:
-    for path in sorted((ROOT / "examples").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                assert not any(name.name.startswith("layer_streamer.") for name in node.names)
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layer_str"):
-                assert node.module == "layer_streamer", path
-                assert {name.name for name in node.names} <= set(layer_streamer.__all__), path
+def test_the_engine_uses_the_public_surface_only() -> None:
+    public = {f"layer_streamer.{name}" for name in layer_streamer.__all__}
+    for path in modules(LIBRARY / "llm"):
+        for name in imported(path):
+            if name.startswith("layer_streamer") and not name.startswith("layer_streamer.llm."):
+                assert name in public, f"{path}: {name}"
+
+
+def test_nothing_imports_the_engine_by_a_name_that_belongs_to_another_package() -> None:
+    folders = ("layer_streamer", "examples", "tests", "docs", ".ci")
+    for path in [path for folder in folders for path in modules(ROOT / folder)]:
+        for name in imported(path):
+            assert name.split(".")[0] != "llm", path
 
 
 def readme_code() -> list[str]:

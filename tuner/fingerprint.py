@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..manifest import Manifest
-from .record import FunctionName, TrialSpec
+from ..checkpoint.manifest import Manifest
+from .trials.record import FunctionName, TrialSpec
 
 
 def describe_tune(

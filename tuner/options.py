@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, get_args
 
-from ..budget import parse_bytes
-from ..config import Bytes
 from ..errors import ConfigError
-from .race import Strategy
-from .record import CacheState, TrialLimits
+from ..planning.budget import parse_bytes
+from ..planning.settings import Bytes
+from .search.race import Strategy
+from .trials.record import CacheState, TrialLimits
 
 MAX_RUNS = 1000
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from ..progress import ProgressBar
-from .record import Settings
+from .trials.record import Settings
 
 
 class Progress:

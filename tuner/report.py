@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..budget import format_bytes
-from ..stats import write_atomically
+from ..machine.atomic import write_atomically
+from ..planning.budget import format_bytes
 from .progress import format_settings
-from .record import TrialRecord
+from .trials.record import TrialRecord
 
 TABLE, PICTURE = "tune.md", "tune.png"
 MOST_DETAIL = 100

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import ConfigError
-from .record import Ending, TrialLimits, TrialRecord
+from .trials.record import Ending, TrialLimits, TrialRecord
 
 logger = logging.getLogger(__name__)
 

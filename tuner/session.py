@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.manifest import Manifest
 from ..errors import TuneError
-from ..manifest import Manifest
 from .fingerprint import describe_tune, digest
-from .model_args import encode_model
 from .options import TuneOptions
-from .predict import Costs
 from .progress import Progress, format_seconds
-from .race import Race, enter
-from .record import TrialRecord, TrialSpec
 from .results import ResultsFile, cache_folder, default_path, lock
-from .screen import Bounds, Screened, Screener
-from .search import RunTrial, Search, Task, endings
-from .setup_fn import name_function
-from .space import Grants, Values, candidates, check_axes, default_axes
+from .search.predict import Costs
+from .search.race import Race, enter
+from .search.screen import Bounds, Screened, Screener
+from .search.search import RunTrial, Search, Task, endings
+from .search.space import Grants, Values, candidates, check_axes, default_axes
 from .survey import Survey, take_survey
+from .trials.model_args import encode_model
+from .trials.record import TrialRecord, TrialSpec
+from .trials.setup_fn import name_function
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ class Session:
     def _trial_runner(self) -> RunTrial:
         if self._run_trial is not None:
             return self._run_trial
-        from .trial import run_trial
+        from .trials.trial import run_trial
 
         return run_trial
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..limits import MachineLimits, decode
-from ..placement import Rates
-from ..plan import Machine
+from ..machine.limits import MachineLimits, decode
+from ..planning.placement import Rates
+from ..planning.plan import Machine
 
 SECONDS = 300
 """A GPU that has been asleep takes a while to open."""

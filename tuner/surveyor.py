@@ -13,12 +13,12 @@ from typing import Any
 
 import psutil
 
-from ..accelerator import open_devices
 from ..assembly import look_at_machine
+from ..devices.accelerator import open_devices
 from ..errors import ConfigError, StreamerError
-from ..limits import encode, load_limits
-from ..machine import this_machine
-from ..placement import Rates
+from ..machine.identity import this_machine
+from ..machine.limits import encode, load_limits
+from ..planning.placement import Rates
 
 
 def look(device: Any, path: Path) -> dict[str, Any]:

@@ -9,16 +9,16 @@ from typing import Any, Unpack
 
 import torch
 
-from ..config import Bytes, DeviceName
+from ..checkpoint.formats import read_manifest
+from ..checkpoint.manifest import manifest_from_tensor_info
 from ..errors import TuneError
-from ..formats import read_manifest
-from ..manifest import manifest_from_tensor_info
+from ..planning.settings import Bytes, DeviceName
 from .options import MoreOptions, Options, TuneOptions
-from .record import TrialRecord
 from .report import Findings, write_report
+from .search.space import AXES, Values, check_axes, complete
 from .session import Model, Session
-from .setup_fn import end_import_in_child
-from .space import AXES, Values, check_axes, complete
+from .trials.record import TrialRecord
+from .trials.setup_fn import end_import_in_child
 
 logger = logging.getLogger(__name__)
 

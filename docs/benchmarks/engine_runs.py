@@ -16,17 +16,15 @@ import torch
 import torch.nn.functional as F
 from measure import describe_machine
 
-ROOT = Path(__file__).resolve().parents[2]
-# The engine is no installed package.
-sys.path.insert(0, str(ROOT / "examples"))
-from llm import engine as engine_module  # noqa: E402
-from llm.attention import fast_kernels  # noqa: E402
-from llm.batch import pack  # noqa: E402
-from llm.engine import StreamingEngine  # noqa: E402
-from llm.kv_rows import Row  # noqa: E402
-from llm.model import decoder_layer  # noqa: E402
-from llm.weights import StepWeights  # noqa: E402
+from layer_streamer.llm import engine as engine_module
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.kv.rows import Row
+from layer_streamer.llm.models.model import decoder_layer
+from layer_streamer.llm.passes.attention import fast_kernels
+from layer_streamer.llm.passes.batch import pack
+from layer_streamer.llm.weights.weights import StepWeights
 
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 COPY_NBYTES = 256 * MIB
 SPARE = 96 * MIB

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from llm.engine import StreamingEngine
+from layer_streamer.llm.engine import StreamingEngine
 
 WARM_EVENTS = 3
 NAME_WIDTH = 60

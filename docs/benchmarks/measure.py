@@ -1,6 +1,6 @@
 """Measure every regime of the benchmark page, each beside its limit in the same run.
 
-    python examples/make_checkpoint.py /tmp/q7 --shape qwen2.5-7b
+    python examples/make/make_checkpoint.py /tmp/q7 --shape qwen2.5-7b
     python docs/benchmarks/measure.py /tmp/q7 results.jsonl [--only NAME ...]
 
 Appends one JSON line a regime; docs/benchmarks/tables.py makes the page's tables from them.
@@ -29,8 +29,8 @@ import psutil
 import torch
 
 from layer_streamer import LayerStreamer
-from layer_streamer.tools.bench import Bench, run_bench
-from layer_streamer.tools.rawspeed import Load, synchronize
+from layer_streamer.measuring.bench import Bench, run_bench
+from layer_streamer.measuring.rawspeed import Load, synchronize
 
 GIB = 1 << 30
 TINY_LAYERS, TINY_NBYTES = 1000, 64 << 10

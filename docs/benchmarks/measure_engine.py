@@ -1,6 +1,6 @@
 """Measure the engine with its keys and values in host memory, beside the limits in the same run.
 
-    python examples/make_checkpoint.py /tmp/q7 --shape qwen2.5-7b
+    python examples/make/make_checkpoint.py /tmp/q7 --shape qwen2.5-7b
     python docs/benchmarks/measure_engine.py /tmp/q7 [--cap 4GiB] [--only context|batch]
 
 Prints one JSON line for each of: ``context``, one row of 32,768 tokens, prefilled and continued;
@@ -31,7 +31,7 @@ from engine_runs import (
 )
 
 from layer_streamer import parse_bytes
-from llm.engine import StreamingEngine
+from layer_streamer.llm.engine import StreamingEngine
 
 
 def main() -> int:

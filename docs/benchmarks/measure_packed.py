@@ -43,9 +43,11 @@ from engine_runs import (
 )
 
 from layer_streamer import parse_bytes
-from llm.kernel_timing import copy_rate
-from llm.made import FORMATS, is_file
-from llm.shapes import SHAPES
+from layer_streamer.llm.kernels.kernel_timing import copy_rate
+
+sys.path.insert(0, str(ROOT / "examples" / "make"))
+from made import FORMATS, is_file
+from shapes import SHAPES
 
 RESIDENT_FORMAT = "ct4"
 PROMPT = 64

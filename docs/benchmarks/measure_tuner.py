@@ -1,6 +1,6 @@
 """The autotuner's race beside the exhaustive search over the same candidates, on this machine.
 
-    python examples/make_checkpoint.py /tmp/q7cut --shape qwen2.5-7b --layers 4
+    python examples/make/make_checkpoint.py /tmp/q7cut --shape qwen2.5-7b --layers 4
     python docs/benchmarks/measure_tuner.py /tmp/q7cut OUT [--seconds 500]
 
 The exhaustive search tries every candidate to its end (no killing, no pauses) and may be spread
@@ -24,9 +24,9 @@ from typing import Any
 from measure import describe_machine
 
 from layer_streamer import LayerStreamerTuner
-from layer_streamer.tuner.record import TrialLimits, TrialRecord, TrialSpec
-from layer_streamer.tuner.space import make_key
-from layer_streamer.tuner.trial import run_trial
+from layer_streamer.tuner.search.space import make_key
+from layer_streamer.tuner.trials.record import TrialLimits, TrialRecord, TrialSpec
+from layer_streamer.tuner.trials.trial import run_trial
 
 MIB = 1 << 20
 VALUES: dict[str, Any] = {

@@ -11,15 +11,15 @@ import torch
 
 from layer_streamer import LayerStreamer
 
-from .completion import Asked, Completion, in_order
-from .config import id_set
-from .kv_rows import Row
-from .memory_plan import MemoryPlan, Wishes
+from .kv.rows import Row
+from .memory.plan import MemoryPlan, Wishes
+from .models.config import id_set
 from .opening import Limits, Model, open_runner, place, plan_memory
-from .prompts import Prompt, PromptEncoder, is_batch
-from .sampling import Sampler, default_sampling, merge_options
 from .scheduler import Event, Request, Scheduler
-from .stopping import TextStream
+from .text.completion import Asked, Completion, in_order
+from .text.prompts import Prompt, PromptEncoder, is_batch
+from .text.sampling import Sampler, default_sampling, merge_options
+from .text.stopping import TextStream
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class StreamingEngine:
     ``with`` block returns everything. Thread rules: one thread at a time.
 
     ``model_path`` is a safetensors directory, a GGUF file, or a repository on the Hugging Face hub,
-    which is downloaded (:mod:`llm.hub`). Options:
+    which is downloaded (:mod:`.hub`). Options:
 
     * ``max_length``: the most tokens of one row, prompt and text (4096, or the model's context
       if that is shorter).

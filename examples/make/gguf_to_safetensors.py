@@ -1,6 +1,6 @@
 """Write the model in a GGUF file as a directory with safetensors, config and tokenizer.
 
-    python examples/gguf_to_safetensors.py MODEL.gguf OUT
+    python examples/make/gguf_to_safetensors.py MODEL.gguf OUT
 
 Packed weights become floats, so OUT is several times larger; it has the names and the order of
 rows that transformers expects. The path of OUT is all of stdout. Exit code 2 is an error, 130 is
@@ -18,12 +18,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.shards import DTYPES, Shard, plan_shards, shard_index
+from shards import DTYPES, Shard, plan_shards, shard_index
 
 if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
     from collections.abc import Mapping
 
-    from llm.converted import Reader, Source
+    from layer_streamer.llm.weights.converted import Reader, Source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,9 +57,9 @@ def convert(model: str, out: Path, *, dtype: str, shard_nbytes: float) -> None:
     import torch
 
     from layer_streamer import read_manifest
-    from llm.converted import Reader, converted_config, sources
-    from llm.metadata import load_config, metadata_directory
-    from llm.names import weight_names
+    from layer_streamer.llm.metadata import load_config, metadata_directory
+    from layer_streamer.llm.models.names import weight_names
+    from layer_streamer.llm.weights.converted import Reader, converted_config, sources
 
     if os.path.lexists(out):
         raise ValueError(f"{out}: exists")

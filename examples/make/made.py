@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from . import made_formats, made_gguf
-from .random_packed import Fill, PackedValues
-from .random_values import RandomValues
-from .shapes import tensor_shapes
-from .shards import BLOCK_NBYTES, Shard, plan_entries, plan_shards, shard_index
+import made_formats
+import made_gguf
+from random_packed import Fill, PackedValues
+from random_values import RandomValues
+from shapes import tensor_shapes
+from shards import BLOCK_NBYTES, Shard, plan_entries, plan_shards, shard_index
 
 FORMATS = (*made_gguf.FORMATS, *made_formats.FORMATS, "bf16")
 MARK = "random_values"

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .random_packed import Fill, code_scale
-from .shards import DTYPES, Entry
+from random_packed import Fill, code_scale
+from shards import DTYPES, Entry
 
 FORMATS = ("ct4", "ct8", "fp8")
 """Of safetensors; for those of GGUF see ``made_gguf``."""

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from .gguf_names import GGUF_MODULES, GGUF_STATIC
-from .random_packed import Fill
-from .shards import Shard
+from random_packed import Fill
+from shards import Shard
+
+from layer_streamer.llm.models.gguf_names import GGUF_MODULES, GGUF_STATIC
 
 FORMATS = {"q4_k": ("Q4_K", "Q5_0"), "q8_0": ("Q8_0",)}
 """Of each format, the type of matrices, and that of widths which its blocks do not divide."""

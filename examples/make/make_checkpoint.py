@@ -1,6 +1,6 @@
 """Write a checkpoint with the shape of a known model and random values, to measure with.
 
-    python examples/make_checkpoint.py OUT --shape qwen2.5-7b [--layers 4] [--format ct4]
+    python examples/make/make_checkpoint.py OUT --shape qwen2.5-7b [--layers 4] [--format ct4]
 
 OUT becomes a directory as transformers writes it: config.json and safetensors, no tokenizer; with
 --format q4_k or q8_0, a GGUF file with a tokenizer of bytes. The path goes to stdout; progress goes
@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from made import FORMATS, MARK, Made, Values, is_file, plan_made
+from shapes import SHAPES
+from shards import DTYPES, Shard
 from tqdm import tqdm
 
-from llm.command import Parser
-from llm.made import FORMATS, MARK, Made, Values, is_file, plan_made
-from llm.shapes import SHAPES
-from llm.shards import DTYPES, Shard
+from layer_streamer.tools.command import Parser
 
 NUM_WRITERS = 4
 SYNC_NBYTES = 256 << 20

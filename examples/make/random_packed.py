@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from .random_values import CHUNK_NBYTES, SCALE, RandomValues, encode
+from random_values import CHUNK_NBYTES, SCALE, RandomValues, encode
 
 Bytes = npt.NDArray[np.uint8]
 MIN_POOL_NBYTES = 1 << 24

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-
-from .shards import DTYPES
+from shards import DTYPES
 
 SCALE = 0.02
 MIN_POOL_ELEMENTS = 1 << 23

@@ -6,9 +6,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import CheckpointError
-from ..manifest import Manifest, group_layers
 from .gguf import GGUFArray, read_gguf, split_name
 from .header import MAX_HEADER_BYTES, list_directory, open_header
+from .manifest import Manifest, group_layers
 from .safetensors import read_safetensors
 from .shards import INDEX_SUFFIX
 

@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError
-from ..manifest import FileStamp, TensorSpec, check_extents, checked_nbytes
 from .ggml_types import GGML_TYPES, GGMLType
 from .gguf_values import U32, Cursor, GGUFArray, Scalar, read_value
 from .header import (
@@ -31,6 +30,7 @@ from .header import (
     open_header,
     shown,
 )
+from .manifest import FileStamp, TensorSpec, check_extents, checked_nbytes
 
 __all__ = ["GGUFArray", "read_gguf", "split_name"]
 

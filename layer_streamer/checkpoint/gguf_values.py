@@ -9,8 +9,8 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 
 from ..errors import CheckpointChangedError, CheckpointError
-from ..manifest import FileStamp
 from .header import MAX_HEADER_BYTES, MAX_WALKED, WINDOW_BYTES, Budget, HeaderFile, open_header
+from .manifest import FileStamp
 
 Scalar: TypeAlias = int | float | bool | str
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..manifest import FileStamp, TensorSpec
+from .manifest import FileStamp, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header of one file. The format's own limit in safetensors; the largest GGUF vocabularies

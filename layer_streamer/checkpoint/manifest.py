@@ -1,7 +1,7 @@
 """What is in a checkpoint: layers, their tensors, and where each tensor's bytes lie.
 
-Pure records, no file is opened here: :mod:`layer_streamer.formats` reads headers into a
-:class:`Manifest`, :func:`manifest_from_tensor_info` builds one from tables that a caller has.
+Pure records, no file is opened here: :mod:`.formats` reads headers into a :class:`Manifest`,
+:func:`manifest_from_tensor_info` builds one from tables that a caller has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError
 
 LAYER_PATTERNS = ("model.layers.{i}.", "transformer.h.{i}.", "blk.{i}.")
 """Prefixes by which layers are found when no pattern is given; ``{i}`` is the layer index."""

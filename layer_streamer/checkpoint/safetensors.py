@@ -18,7 +18,6 @@ from typing import Any, TypeAlias
 import torch
 
 from ..errors import CheckpointError
-from ..manifest import FileStamp, TensorSpec, check_extents, checked_nbytes
 from .header import (
     MAX_DIMS,
     MAX_FILE_TENSORS,
@@ -36,6 +35,7 @@ from .header import (
     shown,
 )
 from .json_members import JsonMembers
+from .manifest import FileStamp, TensorSpec, check_extents, checked_nbytes
 from .shards import INDEX_SUFFIX, check_parts, find_index, read_index
 
 DTYPES = {

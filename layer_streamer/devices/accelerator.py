@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from .config import DeviceName
+from ..errors import ConfigError, StreamerError
+from ..planning.settings import DeviceName
 from .cudart import CudaEvent, load_runtime
 from .device import PIN_SEGMENT, CpuDevice, Device, Event, Stream
-from .errors import ConfigError, StreamerError
 
 logger = logging.getLogger(__name__)
 

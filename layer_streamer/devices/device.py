@@ -1,7 +1,7 @@
 """What the streamer needs from a device: memory, streams, events, asynchronous copies.
 
-:class:`CpuDevice` computes where the bytes are read; :mod:`layer_streamer.accelerator` has the
-devices with memory of their own.
+:class:`CpuDevice` computes where the bytes are read; :mod:`.accelerator` has the devices with
+memory of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .hostmem import available_host_bytes
+from ..machine.hostmem import available_host_bytes
 
 # Registering fails beyond some hundred GiB a call; segments of this size work everywhere.
 PIN_SEGMENT = 64 << 30

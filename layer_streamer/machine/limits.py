@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from .machine import FileSystem, MachineIdentity, file_system, this_machine
-from .stats import write_atomically
+from .atomic import write_atomically
+from .identity import FileSystem, MachineIdentity, file_system, this_machine
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from ..accelerator import open_device
-from ..device import Device
-from ..limits import DiskPart, MachineLimits, MachinePart
-from ..machine import file_system, this_machine
+from ..devices.accelerator import open_device
+from ..devices.device import Device
+from ..machine.identity import file_system, this_machine
+from ..machine.limits import DiskPart, MachineLimits, MachinePart
 from .probe_config import Journal, ProbeConfig, buffer_budget
 from .probe_copy import measure_device, measure_memcpy, measure_together
 from .probe_disk import DiskProbe

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..hostmem import available_host_bytes
+from ..machine.hostmem import available_host_bytes
 from .sampling import Effort
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30

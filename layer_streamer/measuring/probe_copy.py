@@ -13,10 +13,10 @@ from statistics import median
 import numpy as np
 import torch
 
-from ..device import CpuDevice, Device, Stream
+from ..devices.device import CpuDevice, Device, Stream
 from ..errors import StreamerError
-from ..limits import DeviceLimits, SizeRate, ThreadRate
-from ..memory import HostArena, allocate
+from ..machine.limits import DeviceLimits, SizeRate, ThreadRate
+from ..transport.memory import HostArena, allocate
 from .probe_config import MIB, Journal, ProbeConfig
 from .sampling import Sampler, run_together
 

@@ -7,9 +7,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
-from ..device import CpuDevice
-from ..limits import ReadRate, ThreadRate
-from ..memory import HostArena
+from ..devices.device import CpuDevice
+from ..machine.limits import ReadRate, ThreadRate
+from ..transport.memory import HostArena
 from .probe_config import Journal, ProbeConfig
 from .probe_files import Chunk, ProbeFiles, drop_from_cache, is_cached
 from .sampling import Job, Sampler, run_jobs
@@ -23,7 +23,7 @@ class ReadPoint:
     """One measurement of the disk."""
 
     mode: str
-    """As in :class:`~layer_streamer.limits.ReadRate`, and "cached"."""
+    """As in :class:`~..machine.limits.ReadRate`, and "cached"."""
     threads: int
     chunk_nbytes: int
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..direct import open_direct
 from ..errors import ConfigError, ReadError
-from ..files import read_direct, read_exactly
-from ..layout import PAGE
+from ..planning.layout import PAGE
+from ..transport.direct import open_direct
+from ..transport.files import read_direct, read_exactly
 
 WRITE_NBYTES = 16 << 20
 FLUSH_NBYTES = 256 << 20

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ..device import CpuDevice, Device
-from ..files import OpenFiles
-from ..layout import CASTABLE, PAGE, Read, align_up
-from ..manifest import Manifest
-from ..mapped import merge_ranges
-from ..memory import HostArena, allocate
+from ..checkpoint.manifest import Manifest
+from ..devices.device import CpuDevice, Device
+from ..planning.layout import CASTABLE, PAGE, Read, align_up
 from ..streamer import LayerStreamer
+from ..transport.files import OpenFiles
+from ..transport.mapped import merge_ranges
+from ..transport.memory import HostArena, allocate
 from .sampling import run_jobs
 
 COPY_NBYTES = 512 << 20

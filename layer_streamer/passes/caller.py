@@ -7,14 +7,14 @@ when the next pass begins.
 
 from __future__ import annotations
 
-from .clock import PassClock
-from .device import Event, Stream
-from .errors import ClosedError, StreamerError
-from .lane import Lane
-from .pipeline import Pipeline
-from .pool import Weights
-from .stats import PassReport
-from .worker import LaneRun, Run
+from ..devices.device import Event, Stream
+from ..errors import ClosedError, StreamerError
+from ..transport.clock import PassClock
+from ..transport.lane import Lane
+from ..transport.pipeline import Pipeline
+from ..transport.pool import Weights
+from ..transport.stage import LaneRun, Run
+from ..transport.stats import PassReport
 
 
 class Caller:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 
-from .errors import StreamerError
+from ..errors import StreamerError
 
 
 class Pass:

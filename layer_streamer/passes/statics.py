@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .device import Device
-from .files import OpenFiles
-from .layout import CASTABLE, View
-from .manifest import Manifest, TensorSpec
-from .memory import view_tensor
+from ..checkpoint.manifest import Manifest, TensorSpec
+from ..devices.device import Device
+from ..planning.layout import CASTABLE, View
+from ..transport.files import OpenFiles
+from ..transport.memory import view_tensor
 
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 """Linux's flag, which the mmap module of Python 3.11 does not name."""

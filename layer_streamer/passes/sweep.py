@@ -7,13 +7,13 @@ from collections.abc import Generator
 from contextlib import nullcontext
 from typing import NamedTuple, TypeAlias
 
+from ..errors import SupersededError
+from ..progress import ProgressBar
+from ..transport.pipeline import Pipeline
+from ..transport.pool import Weights
 from .caller import Caller
-from .errors import SupersededError
-from .pipeline import Pipeline
-from .pool import Weights
-from .progress import ProgressBar
+from .claims import Pass, Turns
 from .statics import Statics
-from .turn import Pass, Turns
 
 Sweep: TypeAlias = Generator[tuple[int, Weights], None, None]
 

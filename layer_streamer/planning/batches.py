@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .config import Settings, cap_batch, note_unused_batch
+from .settings import Settings, cap_batch, note_unused_batch
 
 
 @dataclass(frozen=True, slots=True)

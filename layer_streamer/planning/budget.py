@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 DECIMAL = ("B", "kB", "MB", "GB", "TB")
 """Units in powers of 1000."""

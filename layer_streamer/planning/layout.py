@@ -16,8 +16,8 @@ from typing import TypeAlias
 
 import torch
 
-from .errors import CheckpointError, ConfigError
-from .manifest import LayerSpec, Manifest, TensorSpec
+from ..checkpoint.manifest import LayerSpec, Manifest, TensorSpec
+from ..errors import CheckpointError, ConfigError
 
 PAGE = 4096
 """Alignment of reads and of slots, bytes."""

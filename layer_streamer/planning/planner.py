@@ -11,18 +11,18 @@ from dataclasses import replace
 
 import torch
 
+from ..errors import ConfigError
 from .budget import format_bytes, parse_bytes
-from .config import (
+from .layout import PAGE, Layout, Step, lay_out_resident
+from .placement import Budget, Placement, StepSize, place, predict
+from .plan import Machine, Plan
+from .settings import (
     RING_CHUNKS,
     RING_SLOTS_PER_READER,
     UNSET,
     Bytes,
     Settings,
 )
-from .errors import ConfigError
-from .layout import PAGE, Layout, Step, lay_out_resident
-from .placement import Budget, Placement, StepSize, place, predict
-from .plan import Machine, Plan
 
 logger = logging.getLogger(__name__)
 

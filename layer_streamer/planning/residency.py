@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from operator import mul
 
+from ..errors import ConfigError
 from .budget import format_bytes
-from .errors import ConfigError
 from .knapsack import Stock, bound_gain, fill, sum_gain
 
 MAX_TRIED = 50_000

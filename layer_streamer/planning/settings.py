@@ -10,8 +10,8 @@ from typing import Literal, get_args
 
 import torch
 
+from ..errors import ConfigError
 from .budget import parse_bytes
-from .errors import ConfigError
 from .layout import CASTABLE
 
 OnCopy = Callable[[int, object], None]

@@ -11,14 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..accelerator import open_devices
 from ..assembly import draw_plan
-from ..config import Settings
+from ..checkpoint.formats import read_manifest
+from ..devices.accelerator import open_devices
 from ..errors import ConfigError
-from ..formats import read_manifest
+from ..measuring.bench import Bench, run_bench
+from ..planning.settings import Settings
 from ..progress import ProgressBar
 from ..streamer import LayerStreamer
-from .bench import Bench, run_bench
 
 
 def register(commands: Any) -> None:

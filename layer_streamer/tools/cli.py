@@ -10,9 +10,9 @@ import os
 import sys
 
 from ..errors import ConfigError, StreamerError
-from .cli_bench import register as register_bench
-from .cli_inspect import register as register_inspect
-from .cli_probe import register as register_probe
+from .bench_command import register as register_bench
+from .inspect_command import register as register_inspect
+from .probe_command import register as register_probe
 
 COMMANDS = (register_inspect, register_probe, register_bench)
 """Each adds the parser of a command or two, with the function that does the work as ``run``."""

@@ -25,7 +25,7 @@ def library_errors() -> Iterator[None]:
         import torch
         import transformers  # noqa: F401 - imported later, where it is used
 
-        from layer_streamer import StreamerError
+        from .. import StreamerError
     except ImportError as error:
         raise ImportError(f"{error} (pip install 'layer-streamer[examples]')") from error
     try:

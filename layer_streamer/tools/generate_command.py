@@ -1,8 +1,8 @@
 """Generate text with a language model whose layers stream through bounded memory.
 
-    python examples/generate.py MODEL --prompt "What is the capital of France?"
-    python examples/generate.py MODEL --chat
-    python examples/generate.py MODEL --prompts questions.jsonl --output answers.jsonl
+    layer-streamer generate MODEL --prompt "What is the capital of France?"
+    layer-streamer generate MODEL --chat
+    layer-streamer generate MODEL --prompts questions.jsonl --output answers.jsonl
 
 MODEL is a GGUF file, a directory with safetensors, or the name of a Hugging Face repository (for
 GGUF owner/name:file-or-quantization), which is downloaded. Only the generated text goes to stdout;
@@ -21,11 +21,11 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm.command import Parser, library_errors
+from .command import Parser, library_errors
 
 if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
-    from llm.engine import StreamingEngine
-    from llm.opening import Model
+    from ..llm.engine import StreamingEngine
+    from ..llm.opening import Model
 
 DTYPES = ("float32", "bfloat16", "float16")
 POOLS = ("n_gpu", "n_cpu_pinned", "n_cpu")
@@ -126,9 +126,9 @@ def run(args: argparse.Namespace) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model's own files
     import torch
 
-    from llm.engine import StreamingEngine
-    from llm.opening import Model
-    from llm.threads import leave_a_core
+    from ..llm.engine import StreamingEngine
+    from ..llm.kv.threads import leave_a_core
+    from ..llm.opening import Model
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
@@ -179,7 +179,7 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def room_for(model: Model, text: str, args: argparse.Namespace) -> int:
     """Tokens of the prompt and its answer, as far as the model's context goes."""
-    from llm.prompts import PromptEncoder
+    from ..llm.text.prompts import PromptEncoder
 
     encoder = PromptEncoder(lambda: model.tokenizer, model.config.vocab_size, lambda _: None)
     ids = encoder.encode(as_prompt(text, args), template_options(args))
@@ -191,7 +191,7 @@ def answer(engine: StreamingEngine, text: str, args: argparse.Namespace) -> None
     """Generate, each token's text on stdout as soon as it is known."""
     from tqdm import tqdm
 
-    from llm.totals import Totals
+    from ..llm.memory.totals import Totals
 
     ids = engine.encode(as_prompt(text, args), template_options(args))
     totals, layers = Totals(prompt_tokens=len(ids)), engine.config.num_layers
@@ -209,7 +209,7 @@ def answer(engine: StreamingEngine, text: str, args: argparse.Namespace) -> None
 
 def chat(engine: StreamingEngine, args: argparse.Namespace) -> None:
     """Answer what is typed, until the end of the input."""
-    from llm.chat import Chat, read_lines, run_chat
+    from ..llm.text.chat import Chat, read_lines, run_chat
 
     options = given(args, GENERATION) | {"chat_template_kwargs": template_options(args)}
     mark = "> " if sys.stdin.isatty() else ""
@@ -218,7 +218,7 @@ def chat(engine: StreamingEngine, args: argparse.Namespace) -> None:
 
 def answer_file(engine: StreamingEngine, args: argparse.Namespace) -> None:
     """A line of JSON for each line of prompts, to stdout or appended to a file."""
-    from llm.prompt_file import PromptFile, open_results, write_record
+    from ..llm.text.prompt_file import PromptFile, open_results, write_record
 
     prompts = PromptFile(
         engine, raw=args.raw, template_options=template_options(args), complain=say

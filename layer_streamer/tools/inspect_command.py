@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..formats import read_manifest
-from ..inspect import describe, document
+from ..checkpoint.formats import read_manifest
+from ..checkpoint.summary import describe, document
 
 
 def register(commands: Any) -> None:

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..device import Device
+from ..devices.device import Device
 from ..errors import ConfigError
-from ..limits import MachineLimits, MachinePart, load_limits, save_limits
+from ..machine.limits import MachineLimits, MachinePart, load_limits, save_limits
+from ..measuring.probe import Target, choose_devices, is_known, probe
+from ..measuring.probe_config import Journal, ProbeConfig, quick_config
 from ..progress import ProgressBar
-from .probe import Target, choose_devices, is_known, probe
-from .probe_config import Journal, ProbeConfig, quick_config
 from .probe_table import describe, document
 
 

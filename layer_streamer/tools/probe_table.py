@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..limits import DeviceLimits, DiskPart, MachineLimits, MachinePart, ReadRate, encode
+from ..machine.limits import DeviceLimits, DiskPart, MachineLimits, MachinePart, ReadRate, encode
 
 LABEL = 24
 

@@ -1,6 +1,6 @@
 """Quantize a model to 4 or 8 bits, in the format that transformers and vLLM load.
 
-    python examples/quantize.py MODEL OUT --bits 4 --calibrate TEXT
+    layer-streamer quantize MODEL OUT --bits 4 --calibrate TEXT
 
 MODEL is a directory with safetensors, a GGUF file, or the name of a Hugging Face repository. OUT
 becomes a directory with compressed-tensors weights (pack-quantized, symmetric), config and
@@ -19,14 +19,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.command import Parser, library_errors
+from .command import Parser, library_errors
 
 if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
     import torch
 
-    from llm.opening import Model
-    from llm.quantize.errors import Errors
-    from llm.quantize.job import Job
+    from ..llm.opening import Model
+    from ..llm.quantize.errors import Errors
+    from ..llm.quantize.job import Job
 
 DTYPES = ("bfloat16", "float16", "float32")
 CALIBRATION_TOKENS = 8192
@@ -62,14 +62,14 @@ def run(args: argparse.Namespace) -> None:
     """Read what describes the model, quantize it, and say what that did."""
     if Path(args.model).expanduser().exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model's own files
-    from llm.opening import Model
-    from llm.placing import choose_device
-    from llm.quantize.errors import error_table
-    from llm.quantize.grouping import choose_groups
-    from llm.quantize.job import Job
-    from llm.quantize.layers import Recipe
-    from llm.quantize.scales import Rounding
-    from llm.threads import leave_a_core
+    from ..llm.kv.threads import leave_a_core
+    from ..llm.memory.placing import choose_device
+    from ..llm.opening import Model
+    from ..llm.quantize.errors import error_table
+    from ..llm.quantize.grouping import choose_groups
+    from ..llm.quantize.job import Job
+    from ..llm.quantize.layers import Recipe
+    from ..llm.quantize.scales import Rounding
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     model = Model.read(args.model, say)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
 def read_tokens(model: Model, path: Path, most: int) -> list[int]:
     """The first tokens of a text; ValueError if there are too few to say anything."""
-    from llm.tokenizer import raw_ids
+    from ..llm.text.tokenizer import raw_ids
 
     try:
         content = path.read_text(encoding="utf-8")
@@ -126,7 +126,7 @@ def run_job(job: Job) -> dict[str, Errors]:
     """Quantize with a progress bar; of layers that are done already, it says how many."""
     from tqdm import tqdm
 
-    from llm.quantize.job import quantize
+    from ..llm.quantize.job import quantize
 
     partial = check_room(job)
     each, layers = job.layer_weights(), job.model.config.num_layers
@@ -160,9 +160,9 @@ def compare(model: Model, job: Job, path: Path, ids: list[int]) -> None:
     """The perplexities of both models on a text."""
     from tqdm import tqdm
 
-    from llm.opening import Model
-    from llm.quantize.perplexity import perplexity
-    from llm.quantize.texts import WINDOW
+    from ..llm.opening import Model
+    from ..llm.quantize.perplexity import perplexity
+    from ..llm.quantize.texts import WINDOW
 
     with tqdm(total=2 * model.config.num_layers, leave=False, disable=None, bar_format=BAR) as bar:
         before = perplexity(model, ids, job.device, lambda _: bar.update())

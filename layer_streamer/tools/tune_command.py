@@ -1,6 +1,6 @@
 """Find the fastest settings for a checkpoint on this machine, and print them as a call to paste.
 
-    python examples/tune.py MODEL [--max-device-bytes 6GiB] [--max-host-bytes 16GiB]
+    layer-streamer tune MODEL [--max-device-bytes 6GiB] [--max-host-bytes 16GiB]
 
 MODEL is a safetensors directory or file, or a GGUF file. The compute is a stand-in: each matrix of
 a layer times --tokens vectors; to tune your own, call LayerStreamerTuner with a setup_fn. Only the
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
-    from layer_streamer import LayerStreamerTuner
+    from .. import LayerStreamerTuner
 
 COUNTS = ("n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu",
           "read_threads", "read_chunk")  # fmt: skip
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     tuners: list[LayerStreamerTuner] = []
     try:
         args = parse_args(argv)
-        from layer_streamer import LayerStreamerTuner
+        from .. import LayerStreamerTuner
 
         tuners.append(LayerStreamerTuner.from_checkpoint(args.model, **options_of(args)))
         tune(tuners[0], args)

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from .device import Device, Event, Stream
-from .layout import Layout, Step
+from ..devices.device import Device, Event, Stream
+from ..planning.layout import Layout, Step
 from .stats import PassReport, Span, StepReport, report_step
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from .config import OnCopy
-from .device import Device, Stream
+from ..devices.device import Device, Stream
+from ..planning.settings import OnCopy
 from .pool import DeviceSlot, HostPool
 from .schedule import Order, Orders, Schedule
+from .stage import Bell, Control, LaneRun, Stage
 from .target import Target
-from .worker import Bell, Control, LaneRun, Stage
 
 
 class Memcpy(Stage):

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from .layout import PAGE
-from .libc import direct_alignment
+from ..machine.libc import direct_alignment
+from ..planning.layout import PAGE
 
 
 def open_direct(path: Path) -> int:

@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..checkpoint.manifest import FileStamp
+from ..errors import CheckpointChangedError, CheckpointError, ClosedError, ReadError
+from ..planning.layout import PAGE
 from .direct import open_direct
-from .errors import CheckpointChangedError, CheckpointError, ClosedError, ReadError
-from .layout import PAGE
-from .manifest import FileStamp
 
 logger = logging.getLogger(__name__)
 

@@ -7,22 +7,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .batches import plan_batches
-from .config import Settings
+from ..devices.device import Device, Stream
+from ..planning.batches import plan_batches
+from ..planning.layout import Layout
+from ..planning.placement import LaneSlots
+from ..planning.settings import Settings
 from .copier import Copier, Memcpy
-from .device import Device, Stream
 from .files import OpenFiles
-from .layout import Layout
 from .memory import HostArena, allocate, device_slots
 from .pieces import RingCutter, SlotCutter, SlotJobs
-from .placement import LaneSlots
 from .pool import DevicePool, HostPool, Scratch, Weights
 from .reader import Feeder, Reader
 from .residents import Residents
 from .ring import Parts, Ring, RingJobs, RingTarget
 from .schedule import Order, Orders, Schedule
+from .stage import Bell, Control, LaneRun, Progress, Run, Stage
 from .target import DeviceTarget, Target, UnifiedTarget
-from .worker import Bell, Control, LaneRun, Progress, Run, Stage
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .device import Device
-from .errors import ReadError
+from ..checkpoint.manifest import TensorSpec
+from ..devices.device import Device
+from ..errors import ReadError
+from ..machine.libc import populate
+from ..planning.layout import PAGE, Copy, Layout, Read, View
 from .files import OpenFiles
-from .layout import PAGE, Copy, Layout, Read, View
-from .libc import populate
-from .manifest import TensorSpec
 from .memory import view_tensor
 from .pool import Source, cut_source
 from .tasks import run_all

@@ -17,9 +17,9 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from .device import Device
-from .layout import COPY_ALIGNMENT, PAGE, View, align_up
-from .libc import populate
+from ..devices.device import Device
+from ..machine.libc import populate
+from ..planning.layout import COPY_ALIGNMENT, PAGE, View, align_up
 from .tasks import run_all
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ..planning.layout import PAGE, Copy, Layout, Read, align_up
 from .files import OpenFiles
-from .layout import PAGE, Copy, Layout, Read, align_up
 
 
 class Piece(Protocol):

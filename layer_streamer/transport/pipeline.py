@@ -11,19 +11,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..devices.device import Device
+from ..errors import ClosedError, StreamerError
+from ..planning.layout import Layout, Step
+from ..planning.plan import Plan
+from ..planning.settings import Settings
+from ..progress import ProgressBar
 from .clock import Routes
-from .config import Settings
-from .device import Device
-from .errors import ClosedError, StreamerError
 from .files import OpenFiles
 from .lane import Lane
-from .layout import Layout, Step
 from .memory import MemoryUse
-from .plan import Plan
-from .progress import ProgressBar
 from .residents import Loader, Residents
 from .schedule import Schedule
-from .worker import Bell, Control, Run
+from .stage import Bell, Control, Run
 
 logger = logging.getLogger(__name__)
 

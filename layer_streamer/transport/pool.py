@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from .device import Device, Stream
-from .layout import Copy, Layout
+from ..devices.device import Device, Stream
+from ..planning.layout import Copy, Layout
 from .memory import HostArena, view_tensor
 
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from .errors import StreamerError
+from ..errors import StreamerError
 from .files import OpenFiles
 from .pieces import Piece
 from .pool import HostPool
 from .schedule import Order, Schedule
-from .worker import Bell, Control, LaneRun, Run, Stage
+from .stage import Bell, Control, LaneRun, Run, Stage
 
 
 @dataclass(slots=True)

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .device import Device, Event, Stream
-from .errors import StreamerError
+from ..checkpoint.manifest import TensorSpec
+from ..devices.device import Device, Event, Stream
+from ..errors import StreamerError
+from ..planning.layout import PAGE, Layout, Step, align_up, lay_out_resident
 from .files import OpenFiles
-from .layout import PAGE, Layout, Step, align_up, lay_out_resident
-from .manifest import TensorSpec
 from .mapped import MappedFiles, cut_mapped_jobs
 from .memory import HostArena, allocate, view_tensor
 from .pieces import Piece, SlotCutter

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from ..devices.device import Device, Stream
+from ..planning.layout import Layout
 from .clock import PassClock
-from .device import Device, Stream
-from .layout import Layout
 from .memory import HostArena
 from .pieces import Part, RingCutter, SlotPiece
 from .pool import HostPool

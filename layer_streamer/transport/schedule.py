@@ -9,9 +9,9 @@ from itertools import accumulate
 
 import torch
 
+from ..planning.layout import Copy, Layout, Step, View, lay_out
 from .clock import PassClock, Routes
-from .layout import Copy, Layout, Step, View, lay_out
-from .worker import LaneRun, Run
+from .stage import LaneRun, Run
 
 
 def lay_out_all(

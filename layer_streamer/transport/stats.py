@@ -8,11 +8,11 @@ is read only when somebody asks for the report.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ..machine.atomic import write_atomically
 
 STEP_NAMES = ("read", "memcpy", "copy", "compute")
 """The steps on a byte's way, in order."""
@@ -133,18 +133,6 @@ def report_step(name: str, nbytes: int, spans: Sequence[Span], begin: float = 0.
         busy += max(0.0, span.end - max(span.begin, end))
         end = max(end, span.end)
     return StepReport(name, nbytes, busy, stalled, tuple(spans))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step, so that no reader sees half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _rows(spans: Iterable[Span]) -> list[list[Span]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from ..devices.device import Device, Stream
 from .clock import PassClock
-from .device import Device, Stream
 from .pool import DevicePool, DeviceSlot, HostPool, Source
 from .schedule import Orders
-from .worker import LaneRun, Stage
+from .stage import LaneRun, Stage
 
 
 class Target(Protocol):

@@ -18,11 +18,11 @@ from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layer_streamer.checkpoint.formats import GGUFArray, read_manifest
+from layer_streamer.checkpoint.ggml_types import GGML_TYPES, NATIVE_DTYPES
+from layer_streamer.checkpoint.gguf import read_gguf
+from layer_streamer.checkpoint.manifest import stamp_file
 from layer_streamer.errors import CheckpointChangedError, CheckpointError
-from layer_streamer.formats import GGUFArray, read_manifest
-from layer_streamer.formats.ggml_types import GGML_TYPES, NATIVE_DTYPES
-from layer_streamer.formats.gguf import read_gguf
-from layer_streamer.manifest import stamp_file
 
 PACKED = [kind for kind in GGML_TYPES.values() if not kind.is_native and kind.name != "Q8_1"]
 NATIVE = [np.float32, np.float16, np.float64, np.int8, np.int16, np.int32, np.int64]

@@ -13,7 +13,7 @@ import pytest
 from checkpoints import gguf_bytes, gguf_kv, write_raw_safetensors
 from hostile import array, entry, record, rejection
 
-from layer_streamer.formats.header import MAX_FILE_TENSORS, MAX_WALKED
+from layer_streamer.checkpoint.header import MAX_FILE_TENSORS, MAX_WALKED
 
 SECONDS, BYTES = 1.0, 100_000_000
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from checkpoints import tiny_checkpoint, write_safetensors
 
-from layer_streamer.errors import CheckpointError, ConfigError
-from layer_streamer.formats import read_manifest
-from layer_streamer.manifest import (
+from layer_streamer.checkpoint.formats import read_manifest
+from layer_streamer.checkpoint.manifest import (
     MAX_LAYERS,
     TensorSpec,
     check_extents,
@@ -20,6 +19,7 @@ from layer_streamer.manifest import (
     manifest_from_tensor_info,
     stamp_file,
 )
+from layer_streamer.errors import CheckpointError, ConfigError
 
 HERE = Path("model.safetensors")
 

@@ -22,10 +22,10 @@ from checkpoints import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layer_streamer.checkpoint.formats import read_manifest
+from layer_streamer.checkpoint.manifest import TensorSpec, stamp_file
+from layer_streamer.checkpoint.safetensors import read_safetensors
 from layer_streamer.errors import CheckpointError
-from layer_streamer.formats import read_manifest
-from layer_streamer.formats.safetensors import read_safetensors
-from layer_streamer.manifest import TensorSpec, stamp_file
 
 
 def stored_bytes(spec: TensorSpec) -> bytes:

@@ -12,8 +12,8 @@ from checkpoints import tiny_checkpoint
 from support import Witness, make_device, open_checkpoint
 
 from layer_streamer import LayerStreamer, StreamerError
-from layer_streamer.accelerator import CudaDevice
-from layer_streamer.memory import HostArena
+from layer_streamer.devices.accelerator import CudaDevice
+from layer_streamer.transport.memory import HostArena
 
 pytestmark = pytest.mark.gpu
 NUM_LAYERS = 6

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from layer_streamer import ConfigError, accelerator
-from layer_streamer.accelerator import check_architecture, open_device
+from layer_streamer import ConfigError
+from layer_streamer.devices import accelerator
+from layer_streamer.devices.accelerator import check_architecture, open_device
 
 
 @pytest.fixture

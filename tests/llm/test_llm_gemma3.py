@@ -10,7 +10,7 @@ from fetch_model import fetch
 from forward import open_forward
 
 from layer_streamer import read_manifest
-from llm.metadata import load_config, load_tokenizer, metadata_directory
+from layer_streamer.llm.metadata import load_config, load_tokenizer, metadata_directory
 
 PROMPT_IDS = [2, 818, 5279, 529, 7001, 563]
 NEW_IDS = [

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from assets import REPOSITORY
 from gguf_models import write_gguf
 from hub_server import COMMIT, REPO, serve
+from paths import ROOT
 from zoo import zoo_model
 
-from llm.hub import BESIDES, INDEX, HubError, choose, choose_gguf, find_model
+from layer_streamer.llm.hub import BESIDES, INDEX, HubError, choose, choose_gguf, find_model
 
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 SPLIT = [f"big/tiny-Q8_0-0000{i}-of-00002.gguf" for i in (1, 2)]
@@ -131,7 +131,7 @@ def test_a_choice_that_fits_no_file_or_several_is_answered_with_those_there_are(
 
 FIND = """
 import json, sys
-from llm.hub import HubError, find_model
+from layer_streamer.llm.hub import HubError, find_model
 for name in sys.argv[1:]:
     try:
         print(json.dumps(str(find_model(name))))
@@ -142,11 +142,11 @@ for name in sys.argv[1:]:
 
 def find(home: Path, endpoint: str, *names: str, **environment: str) -> list[str]:
     """What another process, with a cache of its own, finds under these names."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": "examples"}
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": "."}
     result = subprocess.run(
         [sys.executable, "-c", FIND, *names],
         env=os.environ | settings | environment,
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+        cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return [json.loads(line) for line in result.stdout.splitlines()]
 
@@ -221,8 +221,8 @@ def test_an_index_that_lists_what_is_not_there_is_an_error(tmp_path):
 LOAD = """
 import sys
 from pathlib import Path
-from llm.hub import find_model
-from llm.metadata import load_config, load_tokenizer, metadata_directory
+from layer_streamer.llm.hub import find_model
+from layer_streamer.llm.metadata import load_config, load_tokenizer, metadata_directory
 from layer_streamer import read_manifest
 directory = metadata_directory(read_manifest(find_model(sys.argv[1])), print)
 load_config(directory)
@@ -235,8 +235,8 @@ def test_a_model_that_is_here_is_described_without_any_network(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, zoo_model("llama"), tokenizer=True)
     with serve({}) as (endpoint, asked):
-        settings = {"HF_ENDPOINT": endpoint, "PYTHONPATH": f"examples{os.pathsep}."}
+        settings = {"HF_ENDPOINT": endpoint, "PYTHONPATH": "."}
         settings |= {"XDG_CACHE_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
         command = [sys.executable, "-c", LOAD, str(path)]
-        subprocess.run(command, env=os.environ | settings, cwd=REPOSITORY, check=True)
+        subprocess.run(command, env=os.environ | settings, cwd=ROOT, check=True)
         assert asked == []

@@ -7,11 +7,11 @@ import pytest
 from assets import TINY, smollm2, smollm2_metadata, tiny_checkpoint, tiny_model
 from gguf_models import write_gguf
 
-from layer_streamer.formats import read_manifest
-from llm import metadata
-from llm.config import UnsupportedModelError
-from llm.gguf_config import gguf_config
-from llm.metadata import load_config, load_tokenizer, metadata_directory
+from layer_streamer.checkpoint.formats import read_manifest
+from layer_streamer.llm import metadata
+from layer_streamer.llm.metadata import load_config, load_tokenizer, metadata_directory
+from layer_streamer.llm.models.config import UnsupportedModelError
+from layer_streamer.llm.models.gguf_config import gguf_config
 
 
 def quiet(_: str) -> None:

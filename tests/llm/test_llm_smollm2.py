@@ -3,17 +3,11 @@
 import gguf_to_safetensors
 import pytest
 import torch
-from assets import GOLDEN, one_torch_thread, smollm2
+from assets import AGREED, GOLDEN, one_torch_thread, prompt_ids, smollm2
 from one_sequence import OneSequence, mean_nll
 
-from llm.engine import StreamingEngine
-from llm.tokenizer import chat_ids, raw_ids
-
-AGREED = [
-    key
-    for key, value in GOLDEN.items()
-    if isinstance(value, dict) and value.get("llama.cpp") == "identical text"
-]
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.text.tokenizer import raw_ids
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +23,6 @@ def as_prompt(key: str):
     """A text, or messages."""
     kind, _, text = key.partition(":")
     return text if kind == "raw" else [{"role": "user", "content": text}]
-
-
-def prompt_ids(tokenizer, key: str) -> list[int]:
-    kind, _, text = key.partition(":")
-    return (raw_ids if kind == "raw" else chat_ids)(tokenizer, text)
 
 
 def golden_ids(engine: StreamingEngine) -> list[list[int]]:

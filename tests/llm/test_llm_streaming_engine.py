@@ -14,11 +14,11 @@ from fetch_model import fetch
 from safetensors.torch import load_file, save_file
 from test_llm_gemma3 import NEW_IDS
 
-from llm.completion import Completion
-from llm.engine import StreamingEngine
-from llm.errors import UnsupportedModelError
-from llm.metadata import load_tokenizer
-from llm.opening import Model
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.errors import UnsupportedModelError
+from layer_streamer.llm.metadata import load_tokenizer
+from layer_streamer.llm.opening import Model
+from layer_streamer.llm.text.completion import Completion
 
 TEXTS = ["The sky is", "One, two,", "Hello", "To be or not to be, that is the"]
 

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import write_raw_safetensors
 
-from layer_streamer import hostmem
-from layer_streamer.hostmem import available_host_bytes
+from layer_streamer.machine import hostmem
+from layer_streamer.machine.hostmem import available_host_bytes
 
 FREE = 64 << 30
 GIB = 1 << 30
@@ -31,7 +31,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     monkeypatch.setattr(hostmem, "CGROUP_ROOT", tmp_path / "cgroup")
     monkeypatch.setattr(hostmem, "MEMBERSHIP", tmp_path / "membership")
     free = SimpleNamespace(available=FREE)
-    monkeypatch.setattr("layer_streamer.hostmem.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("layer_streamer.machine.hostmem.psutil.virtual_memory", lambda: free)
 
     def look(membership: str | bytes, files: dict[str, object]) -> int:
         raw = membership.encode() if isinstance(membership, str) else membership
@@ -171,8 +171,8 @@ import json, sys
 from pathlib import Path
 Path(sys.argv[2], "cgroup.procs").write_text("0")
 from layer_streamer import LayerStreamer
-from layer_streamer.hostmem import available_host_bytes
-from layer_streamer.planner import margin
+from layer_streamer.machine.hostmem import available_host_bytes
+from layer_streamer.planning.planner import margin
 import fake_device, support
 device = fake_device.FakeDevice(seed=1)
 device.maps_files = False

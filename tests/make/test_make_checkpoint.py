@@ -10,18 +10,18 @@ from pathlib import Path
 import make_checkpoint
 import numpy as np
 import pytest
+import random_values
 import torch
-from assets import REPOSITORY
-from made import LLAMA, TIED, UNTIED, add_tiny_shapes, contents, make
+from fabricated import LLAMA, TIED, UNTIED, add_tiny_shapes, contents, make
+from paths import MAKE
+from random_values import encode
 from safetensors import safe_open
+from shapes import SHAPES, tensor_shapes
+from shards import plan_shards, shard_index
 from support import raw
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from layer_streamer import LayerStreamer
-from llm import random_values
-from llm.random_values import encode
-from llm.shapes import SHAPES, tensor_shapes
-from llm.shards import plan_shards, shard_index
 
 DTYPES = ["bfloat16", "float16", "float32"]
 
@@ -239,7 +239,7 @@ def test_a_terminal_sees_a_progress_bar_in_bytes(place, monkeypatch):
 
 
 def test_the_script_runs_by_itself_without_importing_torch(place):
-    script = [sys.executable, "-X", "importtime", str(REPOSITORY / "examples/make_checkpoint.py")]
+    script = [sys.executable, "-X", "importtime", str(MAKE / "make_checkpoint.py")]
     command = [*script, "out", "--shape", "smollm2-135m", "--layers", "1"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=place)
     assert result.stdout == "out\n"

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import make_checkpoint
 import pytest
-from assets import REPOSITORY, tiny_checkpoint, tiny_model
-from made import TINY, UNTIED, add_tiny_shapes, contents, main, make
-
-from llm.random_values import RandomValues
-from llm.shapes import SHAPES, tensor_shapes
-from llm.shards import plan_shards
+from assets import tiny_checkpoint, tiny_model
+from fabricated import TINY, UNTIED, add_tiny_shapes, contents, main, make
+from paths import PYTHONPATH
+from random_values import RandomValues
+from shapes import SHAPES, tensor_shapes
+from shards import plan_shards
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,7 @@ sys.exit(make_checkpoint.main(sys.argv[1:] + ["--shape", "tiny"]))
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_middle_of_a_file_ends_with_130_and_leaves_nothing(place, number):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "examples")}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-c", HELD, str(place / "out")]
     pipe = subprocess.PIPE
     with subprocess.Popen(

@@ -7,20 +7,21 @@ import sys
 import gguf
 import numpy as np
 import pytest
+import random_packed
 import torch
-from assets import REPOSITORY, relative_error
-from made import LLAMA, TIED, TINY, UNTIED, add_tiny_shapes, contents, main, make
+from assets import relative_error
+from fabricated import LLAMA, TIED, TINY, UNTIED, add_tiny_shapes, contents, main, make
+from paths import MAKE
+from random_packed import code_scale, fp8_numbers
+from shapes import SHAPES
 from transformers import AutoModelForCausalLM
 from zoo import reference
 
 from layer_streamer import read_manifest
-from llm import random_packed
-from llm.engine import StreamingEngine
-from llm.metadata import load_config, load_tokenizer, metadata_directory
-from llm.names import weight_names
-from llm.packed import unpack_rows
-from llm.random_packed import code_scale, fp8_numbers
-from llm.shapes import SHAPES
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.metadata import load_config, load_tokenizer, metadata_directory
+from layer_streamer.llm.models.names import weight_names
+from layer_streamer.llm.weights.packed import unpack_rows
 
 FORMATS = ["q4_k", "q8_0", "ct4", "ct8", "fp8"]
 IDS = [3, 141, 59, 26, 5, 35]
@@ -204,7 +205,7 @@ def test_force_replaces_a_file_of_this_script_and_no_other(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["q4_k", "fp8"])
 def test_the_script_needs_no_torch_for_any_format(tmp_path, kind):
-    script = [sys.executable, "-X", "importtime", str(REPOSITORY / "examples/make_checkpoint.py")]
+    script = [sys.executable, "-X", "importtime", str(MAKE / "make_checkpoint.py")]
     options = ["--shape", "smollm2-135m", "--layers", "1", "--format", kind]
     command = [*script, name_of(kind), *options]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from probing import KIB, TINY, refuse, settle_on_a_disk, write_model
 
 from layer_streamer import ConfigError, ReadError
-from layer_streamer.limits import MachineLimits
-from layer_streamer.tools import probe_config, probe_disk, probe_files
-from layer_streamer.tools.probe import Target, choose_devices, is_known, probe
-from layer_streamer.tools.probe_config import Journal, ProbeConfig
-from layer_streamer.tools.probe_files import (
+from layer_streamer.machine.limits import MachineLimits
+from layer_streamer.measuring import probe_config, probe_disk, probe_files
+from layer_streamer.measuring.probe import Target, choose_devices, is_known, probe
+from layer_streamer.measuring.probe_config import Journal, ProbeConfig
+from layer_streamer.measuring.probe_files import (
     Chunk,
     ProbeFiles,
     choose_files,

@@ -11,9 +11,9 @@ from fake_device import FakeDevice
 from probing import KIB, TINY
 
 from layer_streamer import StreamerError
-from layer_streamer.tools import probe_copy
-from layer_streamer.tools.probe_config import Journal, ProbeConfig
-from layer_streamer.tools.probe_copy import measure_device, measure_memcpy, measure_together
+from layer_streamer.measuring import probe_copy
+from layer_streamer.measuring.probe_config import Journal, ProbeConfig
+from layer_streamer.measuring.probe_copy import measure_device, measure_memcpy, measure_together
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -47,7 +47,7 @@ def test_a_full_device_is_measured_with_what_is_free_there(monkeypatch: Any) -> 
         return allocate(nbytes)
 
     monkeypatch.setattr(device, "allocate", bounded)
-    monkeypatch.setattr("layer_streamer.tools.probe_copy.MIB", 4 * KIB)
+    monkeypatch.setattr("layer_streamer.measuring.probe_copy.MIB", 4 * KIB)
     limit = 40 * KIB
     limits = measure_device(device, TINY, 256 * KIB, Journal())
     assert asked == [64 * KIB, 32 * KIB]

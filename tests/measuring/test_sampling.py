@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layer_streamer.tools.sampling import Effort, Job, Sampler, run_jobs, run_together, window_rates
+from layer_streamer.measuring.sampling import (
+    Effort,
+    Job,
+    Sampler,
+    run_jobs,
+    run_together,
+    window_rates,
+)
 
 
 def probe_threads() -> list[threading.Thread]:

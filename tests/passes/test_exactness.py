@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import SAFETENSORS_NAMES, random_tensor, tiny_tensors, write_safetensors
+from checkpoints import (
+    SAFETENSORS_NAMES,
+    odd_checkpoint,
+    random_tensor,
+    tiny_tensors,
+    write_safetensors,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairs import pairwise
 from support import Witness, make_device, open_checkpoint, raw
-
-from layer_streamer.layout import CASTABLE
 
 SETTINGS: dict[str, list[int | None]] = {
     "n_gpu": [0, 1, 2, 5],
@@ -28,53 +32,6 @@ SETTINGS: dict[str, list[int | None]] = {
 }
 DEVICES = ["cpu", "fake", pytest.param("cuda", marks=pytest.mark.gpu)]
 PASSES = 3
-
-
-def pairwise(factors: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """Rows that together hold every pair of values of every two factors (greedy, seeded)."""
-    names, rng = list(factors), random.Random(0)
-    pairs = {
-        ((a, x), (b, y))
-        for a, b in itertools.combinations(names, 2)
-        for x in factors[a]
-        for y in factors[b]
-    }
-    rows = []
-    while pairs:
-        tries = [{n: rng.choice(factors[n]) for n in names} for _ in range(60)]
-        (a, x), (b, y) = next(iter(sorted(pairs, key=repr)))
-        for row in tries:
-            row[a], row[b] = x, y
-        best = max(tries, key=lambda row: len(pairs & covered(row)))
-        rows.append(best)
-        pairs -= covered(best)
-    return rows
-
-
-def covered(row: Mapping[str, Any]) -> set[Any]:
-    return set(itertools.combinations(row.items(), 2))
-
-
-def odd_checkpoint(directory: Path, *, finite: bool = False) -> dict[str, torch.Tensor]:
-    """Layers that differ in keys, shapes and dtypes, at odd offsets, split over two files.
-
-    ``finite``: without NaNs, of which CPUs and GPUs make different ones when they cast.
-    """
-    tensors = {"embed": random_tensor((5, 3), torch.float16)}
-    dtypes = list(SAFETENSORS_NAMES)
-    for i in range(7):
-        for j in range(1 + i % 4):
-            dtype = dtypes[(3 * i + j) % len(dtypes)]
-            shape = [(), (7, 301), (0, 4), (4099,)][(i + j) % 4]
-            tensor = random_tensor(shape, dtype, seed=i)
-            tensors[f"model.layers.{i}.w{j}"] = (
-                tensor.nan_to_num() if finite and dtype in CASTABLE else tensor
-            )
-    names = list(tensors)
-    for part, some in enumerate((names[::2], names[1::2])):
-        path = directory / f"model-{part}.safetensors"
-        write_safetensors(path, {n: tensors[n] for n in some}, padding=1 + part, gap=part)
-    return tensors
 
 
 def run_passes(kind: str, path: Path, tensors: Mapping[str, Any], **options: Any) -> None:

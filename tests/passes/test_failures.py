@@ -22,7 +22,7 @@ from routes import (
     open_route,
     raises_at,
 )
-from support import FailingDisk, in_thread, open_checkpoint
+from support import FailingDisk, in_thread, open_checkpoint, rewrite_in_place
 
 from layer_streamer import (
     CheckpointChangedError,
@@ -31,7 +31,7 @@ from layer_streamer import (
     ReadError,
     StreamerError,
 )
-from layer_streamer.worker import Stage
+from layer_streamer.transport.stage import Stage
 
 SECONDS = 10.0
 READING = default_params(
@@ -45,15 +45,6 @@ shrinkable = pytest.mark.parametrize(
     "route",
     default_params(*(n for n in ROUTES if n not in ("mapped", "two mapped", "cuda mapped"))),
 )
-
-
-def rewrite_in_place(path: Path) -> None:
-    """Other bytes of the same length, with the same time of modification."""
-    info = path.stat()
-    with path.open("r+b") as file:
-        file.seek(-8, os.SEEK_END)
-        file.write(b"\x11" * 8)
-    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
 
 
 def test_a_truncated_shard_is_refused_when_it_is_opened(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from checkpoints import tiny_checkpoint, tiny_tensors
 from fake_device import FakeDevice
 from interpreters import run_scripts
+from paths import ROOT
 from routes import (
     NUM_LAYERS,
     ROUTES,
@@ -305,7 +306,7 @@ def test_a_real_sigint_ends_a_child_in_a_pass_with_keyboard_interrupt(tmp_path: 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import tiny_tensors
+from paths import ROOT
 from safetensors.torch import save_file
 
 import layer_streamer
 
-ROOT = Path(__file__).parents[1]
 NUM_LAYERS = 28
 
 
@@ -102,14 +104,21 @@ def test_the_constructor_takes_the_reading_and_device_options_too(tables: dict[s
 
 
 def test_all_public_names_are_listed_and_only_those() -> None:
-    public = {
-        name
-        for name, value in vars(layer_streamer).items()
-        if not name.startswith("_")
-        and getattr(value, "__module__", "").startswith("layer_streamer")
+    tree = ast.parse(Path(layer_streamer.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    named = {
+        (f"layer_streamer.{node.module}", name.name) for node in imports for name in node.names
     }
-    assert set(layer_streamer.__all__) == public
+    assert {name for _, name in named} == set(layer_streamer.__all__)
     assert list(layer_streamer.__all__) == sorted(layer_streamer.__all__)
+    for module, name in named:  # what type checkers see is what there is
+        assert getattr(layer_streamer, name) is getattr(import_module(module), name)
+        assert name in dir(layer_streamer)
+
+
+def test_a_name_that_is_not_public_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match="'layer_streamer' has no attribute 'LayerStreamers'"):
+        layer_streamer.LayerStreamers  # noqa: B018
 
 
 def test_importing_changes_nothing_and_starts_nothing() -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layer_streamer.budget import MAX_BYTES, format_bytes, parse_bytes
 from layer_streamer.errors import ConfigError
+from layer_streamer.planning.budget import MAX_BYTES, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layer_streamer.knapsack import Stock, bound_gain, fill, sum_gain
+from layer_streamer.planning.knapsack import Stock, bound_gain, fill, sum_gain
 
 STOCKS = st.lists(
     st.builds(Stock, st.integers(0, 30), st.integers(0, 30), st.integers(0, 5)),

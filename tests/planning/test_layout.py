@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layer_streamer.layout import (
+from layer_streamer.checkpoint.manifest import TensorSpec
+from layer_streamer.planning.layout import (
     COPY_ALIGNMENT,
     PAGE,
     TENSOR_ALIGNMENT,
@@ -20,8 +21,7 @@ from layer_streamer.layout import (
     lay_out,
     split_rows,
 )
-from layer_streamer.manifest import TensorSpec
-from layer_streamer.pieces import SlotCutter
+from layer_streamer.transport.pieces import SlotCutter
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 FILES = [Path("a"), Path("b")]

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layer_streamer.errors import ConfigError
-from layer_streamer.placement import (
+from layer_streamer.planning.placement import (
     Budget,
     Placement,
     Slots,
     StepSize,
     place,
 )
-from layer_streamer.residency import spread_evenly
+from layer_streamer.planning.residency import spread_evenly
 
 LAYER = StepSize(*[100] * 5)
 NO_LIMIT = Budget(device=(None,), host=None, device_slots=3, host_slots=5)

@@ -11,10 +11,10 @@ import pytest
 from disks import warnings_of
 
 from layer_streamer import ConfigError
-from layer_streamer.config import Settings
-from layer_streamer.placement import Rates, StepSize
-from layer_streamer.plan import Machine, Plan
-from layer_streamer.planner import make_plan, margin
+from layer_streamer.planning.placement import Rates, StepSize
+from layer_streamer.planning.plan import Machine, Plan
+from layer_streamer.planning.planner import make_plan, margin
+from layer_streamer.planning.settings import Settings
 
 GIB = 1 << 30
 STEP = StepSize(GIB, GIB, GIB, GIB, GIB)

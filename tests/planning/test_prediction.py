@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layer_streamer.errors import ConfigError
-from layer_streamer.placement import Budget, Placement, Prediction, Rates, StepSize, place, predict
+from layer_streamer.planning.placement import (
+    Budget,
+    Placement,
+    Prediction,
+    Rates,
+    StepSize,
+    place,
+    predict,
+)
 
 LAYER = StepSize(
     device_nbytes=100, host_nbytes=110, read_nbytes=80, copy_nbytes=60, slot_nbytes=100

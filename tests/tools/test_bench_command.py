@@ -14,20 +14,20 @@ import pytest
 import torch
 from assets import one_torch_thread
 from checkpoints import random_tensor, tiny_checkpoint, write_safetensors
+from paths import ROOT
 from routes import RING
 from support import make_device, open_checkpoint
 from test_plan_command import BAD
 
 from layer_streamer import LayerStreamer, read_manifest
 from layer_streamer.__main__ import main
-from layer_streamer.layout import Read
-from layer_streamer.tools import bench as bench_module
-from layer_streamer.tools import footprint
-from layer_streamer.tools.bench import Bench, Outcome, run_bench
-from layer_streamer.tools.limit_set import open_limits
-from layer_streamer.tools.rawspeed import Load, RawCopies, RawReads
+from layer_streamer.measuring import bench as bench_module
+from layer_streamer.measuring import footprint
+from layer_streamer.measuring.bench import Bench, Outcome, run_bench
+from layer_streamer.measuring.limit_set import open_limits
+from layer_streamer.measuring.rawspeed import Load, RawCopies, RawReads
+from layer_streamer.planning.layout import Read
 
-ROOT = Path(__file__).parents[1]
 CPU = ["--device", "cpu"]
 FEW = [*CPU, "--passes", "2"]
 FIGURES = {
@@ -39,7 +39,7 @@ FIGURES = {
 @pytest.fixture(autouse=True)
 def few_threads(tmp_path_factory: Any, monkeypatch: Any) -> Any:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("layer_streamer.tools.rawspeed.READ_GRID", ((1, 8192), (2, 4096)))
+    monkeypatch.setattr("layer_streamer.measuring.rawspeed.READ_GRID", ((1, 8192), (2, 4096)))
     monkeypatch.setattr(bench_module, "MOST_TRIES", 1)  # small passes drift
     monkeypatch.setattr(bench_module, "REST_SECONDS", 0.01)
     with one_torch_thread():
@@ -314,7 +314,7 @@ def test_a_file_that_changes_during_the_bench_is_an_error(
 def test_an_interrupt_at_any_measurement_ends_with_130_and_prints_nothing(
     model: Path, monkeypatch: Any, capsys: Any, at: int
 ) -> None:
-    import layer_streamer.tools.cli_bench as cli
+    from layer_streamer.tools import bench_command as cli
 
     real = cli.run_bench
 

@@ -8,21 +8,21 @@ import signal
 import subprocess
 import sys
 
-import generate
 import pytest
 import torch
 from assets import (
     GOLDEN,
-    REPOSITORY,
     smollm2,
     smollm2_metadata,
     tiny_checkpoint,
     tiny_model,
 )
+from paths import ROOT
 
-from llm.metadata import load_tokenizer
+from layer_streamer.llm.metadata import load_tokenizer
+from layer_streamer.tools import generate_command as generate
 
-SCRIPT = [sys.executable, "-u", str(REPOSITORY / "examples" / "generate.py")]
+SCRIPT = [sys.executable, "-u", str(ROOT / "examples" / "generate.py")]
 NUMBERS = "raw:1, 2, 3, 4, 5, 6,"
 
 
@@ -32,7 +32,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # The subprocess needs no installation.
-    path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from assets import smollm2
 from checkpoints import tiny_checkpoint, tiny_tensors, write_safetensors
+from paths import ROOT
 
 from layer_streamer.__main__ import main
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_the_last_line_is_json_with_every_tensors_extent(

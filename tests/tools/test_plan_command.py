@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from checkpoints import tiny_checkpoint
+from paths import ROOT
 
 from layer_streamer.__main__ import main
 
-ROOT = Path(__file__).parents[1]
 CPU = ["--device", "cpu"]
 
 
@@ -90,8 +90,8 @@ def test_nothing_is_allocated_for_a_plan(model: Path, monkeypatch: Any, capsys: 
     def refuse(*arguments: Any, **options: Any) -> None:
         pytest.fail("memory was allocated")
 
-    monkeypatch.setattr("layer_streamer.memory.HostArena.__init__", refuse)
-    monkeypatch.setattr("layer_streamer.device.CpuDevice.allocate", refuse)
+    monkeypatch.setattr("layer_streamer.transport.memory.HostArena.__init__", refuse)
+    monkeypatch.setattr("layer_streamer.devices.device.CpuDevice.allocate", refuse)
     planned(capsys, model, *CPU)
 
 

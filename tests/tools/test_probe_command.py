@@ -14,21 +14,22 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 from probing import KIB, TINY, refuse, settle_on_a_disk, write_model
 
-from layer_streamer import limits
 from layer_streamer.__main__ import main
-from layer_streamer.limits import (
+from layer_streamer.machine import limits
+from layer_streamer.machine.limits import (
     DeviceLimits,
     MachineLimits,
     SizeRate,
     decode,
     load_limits,
 )
-from layer_streamer.tools import cli_probe, probe_files
+from layer_streamer.measuring import probe_files
+from layer_streamer.tools import probe_command as cli_probe
 from layer_streamer.tools.probe_table import describe
 
-ROOT = Path(__file__).parents[1]
 CPU = ["--device", "cpu", "--quick"]
 
 

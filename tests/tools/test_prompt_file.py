@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import generate
 import pytest
-from assets import REPOSITORY
 from byte_model import byte_model
+from paths import ROOT
+
+from layer_streamer.tools import generate_command as generate
 
 OPTIONS = ["--max-new-tokens", "5", "--device", "cpu", "--raw"]
 
@@ -22,7 +23,7 @@ OPTIONS = ["--max-new-tokens", "5", "--device", "cpu", "--raw"]
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
 
 
@@ -140,7 +141,7 @@ def test_the_plan_is_said_before_the_text(model: Path, capfd: Any) -> None:
 @pytest.mark.slow
 def test_ctrl_c_ends_an_answer_and_the_end_of_the_input_the_chat(model: Path) -> None:
     command = [
-        sys.executable, "-u", str(REPOSITORY / "examples" / "generate.py"), str(model), "--chat",
+        sys.executable, "-u", str(ROOT / "examples" / "generate.py"), str(model), "--chat",
         "--device", "cpu", "--max-new-tokens", "200", "--temperature", "1", "--seed", "1",
     ]  # fmt: skip
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

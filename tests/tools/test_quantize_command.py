@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from assets import REPOSITORY
 from gguf_models import write_gguf
+from paths import ROOT
 from quantizing import contents, run, save
 from zoo import zoo_model
 
@@ -125,7 +125,7 @@ def test_a_terminal_sees_a_progress_bar_with_the_time_left(place, tmp_path, monk
 
 @pytest.mark.slow
 def test_the_script_runs_by_itself(place, tmp_path):
-    script = str(REPOSITORY / "examples" / "quantize.py")
+    script = str(ROOT / "examples" / "quantize.py")
     command = [sys.executable, script, "bare", str(tmp_path / "out"), "--bits", "4"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=place)
     assert result.stdout == f"{tmp_path / 'out'}\n"

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layer_streamer import CheckpointChangedError
-from layer_streamer.files import OpenFiles
-from layer_streamer.layout import PAGE
+from layer_streamer.planning.layout import PAGE
+from layer_streamer.transport.files import OpenFiles
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from checkpoints import random_tensor, write_safetensors
 from disks import Disk, open_descriptors, pages, refuse, stamp, warnings_of
 from support import Witness, make_device, open_checkpoint
 
-from layer_streamer import CheckpointChangedError, LayerStreamer, ReadError, files
-from layer_streamer.direct import open_direct
-from layer_streamer.files import OpenFiles
-from layer_streamer.layout import PAGE
+from layer_streamer import CheckpointChangedError, LayerStreamer, ReadError
+from layer_streamer.planning.layout import PAGE
+from layer_streamer.transport import files
+from layer_streamer.transport.direct import open_direct
+from layer_streamer.transport.files import OpenFiles
 
 SHM = Path("/dev/shm")
 TENSORS = {f"model.layers.{i}.w": random_tensor((9001,), seed=i) for i in range(4)}
@@ -158,7 +159,9 @@ def test_a_file_is_read_direct_unless_its_file_system_needs_more_than_pages(
     checkpoint: Path, monkeypatch: Any, caplog: Any, alignment: int | None, mode: str
 ) -> None:
     real = os.open
-    monkeypatch.setattr("layer_streamer.direct.direct_alignment", lambda descriptor: alignment)
+    monkeypatch.setattr(
+        "layer_streamer.transport.direct.direct_alignment", lambda descriptor: alignment
+    )
     monkeypatch.setattr(os, "open", lambda path, flags: real(path, flags & ~os.O_DIRECT))
     before = open_descriptors()
     with open_checkpoint(None, checkpoint, read_mode="direct") as streamer:

@@ -23,14 +23,13 @@ from routes import (
     open_route,
     route_params,
 )
-from support import FailingDisk, footprint, in_thread
-from test_failures import rewrite_in_place
+from support import FailingDisk, footprint, in_thread, rewrite_in_place
 
-import layer_streamer.mapped
 from layer_streamer import CheckpointChangedError, LayerStreamer, ReadError
-from layer_streamer.device import CpuDevice
-from layer_streamer.lane import HostArena
+from layer_streamer.devices.device import CpuDevice
 from layer_streamer.progress import ProgressBar
+from layer_streamer.transport import mapped
+from layer_streamer.transport.lane import HostArena
 
 LOADING = [name for name, route in ROUTES.items() if route.tiers != {"disk"}]
 """Routes on which something is brought into memory while the streamer is opened."""
@@ -82,7 +81,7 @@ def test_pages_that_cannot_be_read_while_mapping_are_named_and_leave_nothing(
     def refuse(address: int, nbytes: int, *, write: bool) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(layer_streamer.mapped, "populate", refuse)
+    monkeypatch.setattr(mapped, "populate", refuse)
     with nothing_left(device), pytest.raises(ReadError, match=r"model\.safetensors.*Input/output"):
         open_route(route, tmp_path, device)
 
@@ -135,8 +134,8 @@ def refuse_at(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_host(patch: pytest.MonkeyPatch, number: int) -> None:
     refusing = refuse_at(number, HostArena)
-    patch.setattr("layer_streamer.lane.HostArena", refusing)
-    patch.setattr("layer_streamer.residents.HostArena", refusing)
+    patch.setattr("layer_streamer.transport.lane.HostArena", refusing)
+    patch.setattr("layer_streamer.transport.residents.HostArena", refusing)
 
 
 def refuse_device(patch: pytest.MonkeyPatch, number: int) -> None:

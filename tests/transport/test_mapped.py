@@ -19,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import Witness, make_device, open_checkpoint, raw
 
-from layer_streamer import CheckpointChangedError, ReadError, mapped
-from layer_streamer.files import OpenFiles
-from layer_streamer.layout import PAGE, Read
-from layer_streamer.manifest import TensorSpec
-from layer_streamer.mapped import MERGE_GAP, MappedFiles, MappedPiece, merge_ranges
+from layer_streamer import CheckpointChangedError, ReadError
+from layer_streamer.checkpoint.manifest import TensorSpec
+from layer_streamer.planning.layout import PAGE, Read
+from layer_streamer.transport import mapped
+from layer_streamer.transport.files import OpenFiles
+from layer_streamer.transport.mapped import MERGE_GAP, MappedFiles, MappedPiece, merge_ranges
 
 FILES = [Path("a"), Path("b")]
 MAPS = Path("/proc/self/maps")

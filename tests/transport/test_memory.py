@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import make_device
 
-from layer_streamer import memory
-from layer_streamer.device import CpuDevice
-from layer_streamer.layout import PAGE, align_up
-from layer_streamer.memory import HUGE_PAGE, POPULATE_CHUNK, HostArena, populate_memory
+from layer_streamer.devices.device import CpuDevice
+from layer_streamer.planning.layout import PAGE, align_up
+from layer_streamer.transport import memory
+from layer_streamer.transport.memory import HUGE_PAGE, POPULATE_CHUNK, HostArena, populate_memory
 
 
 class Locks(CpuDevice):
@@ -85,7 +85,7 @@ def test_advice_that_is_refused_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(memory.mmap, "mmap", Unadvised)
-    with caplog.at_level(logging.DEBUG, "layer_streamer.memory"):
+    with caplog.at_level(logging.DEBUG, "layer_streamer.transport.memory"):
         arena = HostArena([3 * HUGE_PAGE], Locks(), pinned=True, threads=2)
     assert arena.pinned
     assert (arena.memory == 0).all()

@@ -27,13 +27,13 @@ from ordering import (
     time_without_errors,
 )
 
-from layer_streamer.caller import Caller
-from layer_streamer.copier import Copier, Memcpy
-from layer_streamer.pipeline import Pipeline
-from layer_streamer.pool import DeviceSlot, Scratch
-from layer_streamer.reader import Feeder
-from layer_streamer.target import DeviceTarget
-from layer_streamer.worker import LaneRun, Stage
+from layer_streamer.passes.caller import Caller
+from layer_streamer.transport.copier import Copier, Memcpy
+from layer_streamer.transport.pipeline import Pipeline
+from layer_streamer.transport.pool import DeviceSlot, Scratch
+from layer_streamer.transport.reader import Feeder
+from layer_streamer.transport.stage import LaneRun, Stage
+from layer_streamer.transport.target import DeviceTarget
 
 
 @pytest.fixture(scope="module")

@@ -28,14 +28,14 @@ from ordering import (
 from routes import budgets
 
 from layer_streamer import ClosedError
-from layer_streamer.caller import Caller
-from layer_streamer.copier import Copier
-from layer_streamer.pipeline import Pipeline
-from layer_streamer.reader import Feeder
-from layer_streamer.residents import _Bounces
-from layer_streamer.schedule import Orders
-from layer_streamer.target import DeviceTarget
-from layer_streamer.worker import LaneRun, Run, Stage
+from layer_streamer.passes.caller import Caller
+from layer_streamer.transport.copier import Copier
+from layer_streamer.transport.pipeline import Pipeline
+from layer_streamer.transport.reader import Feeder
+from layer_streamer.transport.residents import _Bounces
+from layer_streamer.transport.schedule import Orders
+from layer_streamer.transport.stage import LaneRun, Run, Stage
+from layer_streamer.transport.target import DeviceTarget
 
 
 @pytest.fixture(scope="module")

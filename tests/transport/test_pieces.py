@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import Witness, make_device, open_checkpoint
 
-from layer_streamer.layout import PAGE, Layout, Read, Step, align_up, lay_out
-from layer_streamer.manifest import TensorSpec
-from layer_streamer.pieces import SlotCutter
+from layer_streamer.checkpoint.manifest import TensorSpec
+from layer_streamer.planning.layout import PAGE, Layout, Read, Step, align_up, lay_out
+from layer_streamer.transport.pieces import SlotCutter
 
 FILES = [Path("a"), Path("b")]
 CHUNKS = [4096, 5000, 8191, 8192, 3 * PAGE, 1 << 20]

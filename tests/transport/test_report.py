@@ -18,8 +18,8 @@ from routes import nothing
 from support import make_device, open_checkpoint
 
 from layer_streamer import LayerStreamer
-from layer_streamer.placement import Rates
-from layer_streamer.stats import PassReport, Span, report_step
+from layer_streamer.planning.placement import Rates
+from layer_streamer.transport.stats import PassReport, Span, report_step
 
 NUM_LAYERS = 5
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_tensors, write_safetensors
+from checkpoints import odd_checkpoint, tiny_tensors, write_safetensors
 from fake_device import FakeDevice
+from pairs import pairwise as pairwise_rows
 from support import Witness, make_device, make_devices, open_checkpoint, raw
-from test_exactness import odd_checkpoint
-from test_exactness import pairwise as pairwise_rows
 
 from layer_streamer import ConfigError, LayerStreamer
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from support import Witness, open_checkpoint
 from test_pieces import file_byte, layouts
 
-from layer_streamer.device import CpuDevice
-from layer_streamer.layout import PAGE, Layout, align_up
-from layer_streamer.memory import HostArena
-from layer_streamer.pieces import Part, RingCutter
-from layer_streamer.ring import Parts, Ring
+from layer_streamer.devices.device import CpuDevice
+from layer_streamer.planning.layout import PAGE, Layout, align_up
+from layer_streamer.transport.memory import HostArena
+from layer_streamer.transport.pieces import Part, RingCutter
+from layer_streamer.transport.ring import Parts, Ring
 
 SLOTS = [PAGE, 2 * PAGE, 5 * PAGE, 1 << 20]
 

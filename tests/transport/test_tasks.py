@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layer_streamer.tasks import run_all
+from layer_streamer.transport.tasks import run_all
 
 SECONDS = 10.0
 

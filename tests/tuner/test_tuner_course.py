@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layer_streamer.tuner.course import DELIVERY_SECONDS, START_SECONDS, Course
-from layer_streamer.tuner.record import TrialLimits
+from layer_streamer.tuner.trials.course import DELIVERY_SECONDS, START_SECONDS, Course
+from layer_streamer.tuner.trials.record import TrialLimits
 
 SECONDS = st.floats(0.001, 1e4)
 

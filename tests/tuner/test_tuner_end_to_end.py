@@ -15,7 +15,8 @@ import pytest
 import torch
 import tuner_setups
 from checkpoints import tiny_checkpoint
-from tuner_support import ROOT, Marked, checkpoint, marked, run_script
+from paths import ROOT
+from tuner_support import Marked, checkpoint, marked, run_script
 
 from layer_streamer import LayerStreamer, LayerStreamerTuner, TuneError
 

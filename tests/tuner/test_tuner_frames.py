@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layer_streamer.tuner.frames import (
+from layer_streamer.tuner.trials.frames import (
     HEAD_NBYTES,
     DescriptorLostError,
     FrameReader,

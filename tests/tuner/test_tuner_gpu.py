@@ -8,7 +8,7 @@ import pytest
 import tuner_setups as setups
 from tuner_support import Marked, checkpoint, marked, run_script, try_setup
 
-from layer_streamer.tuner.model_args import encode_model
+from layer_streamer.tuner.trials.model_args import encode_model
 
 __all__ = ["checkpoint", "marked"]
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("marked")]
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import tuner_setups
 from tuner_support import try_setup
-from layer_streamer.tuner.model_args import encode_model
+from layer_streamer.tuner.trials.model_args import encode_model
 
 model = encode_model({"path": sys.argv[1], "device": "cuda"})
 print(try_setup(Path(sys.argv[1]), tuner_setups.healthy, model=model).ending)

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tuning import all_candidates, machine, screener
 
-from layer_streamer.tuner.predict import Costs, Work
-from layer_streamer.tuner.race import Entry, Race, enter
-from layer_streamer.tuner.record import TrialRecord
-from layer_streamer.tuner.space import Grants, check_axes, default_axes
+from layer_streamer.tuner.search.predict import Costs, Work
+from layer_streamer.tuner.search.race import Entry, Race, enter
+from layer_streamer.tuner.search.space import Grants, check_axes, default_axes
+from layer_streamer.tuner.trials.record import TrialRecord
 
 START_RUNS = 50
 """How many runs of the best candidate a trial takes beside its own runs."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from layer_streamer.manifest import stamp_file
-from layer_streamer.tuner import pagecache
-from layer_streamer.tuner.pagecache import PageCache
+from layer_streamer.checkpoint.manifest import stamp_file
+from layer_streamer.tuner.trials import pagecache
+from layer_streamer.tuner.trials.pagecache import PageCache
 
 NBYTES = (20 << 20) + 5
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tuning import NO_COSTS, entry, run_race
 
-from layer_streamer.tuner.bounds import COMMON, REACH, SIZES, LowerBounds
-from layer_streamer.tuner.race import LEAST_TRIALS, Race
-from layer_streamer.tuner.record import TrialRecord
+from layer_streamer.tuner.search.bounds import COMMON, REACH, SIZES, LowerBounds
+from layer_streamer.tuner.search.race import LEAST_TRIALS, Race
+from layer_streamer.tuner.trials.record import TrialRecord
 
 VALUES = {
     "n_gpu": (1, 2, 3),

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layer_streamer.tuner.record import TrialRecord
 from layer_streamer.tuner.report import Findings, frontier, is_wide, make_table, write_report
+from layer_streamer.tuner.trials.record import TrialRecord
 
 WELL = [
     TrialRecord(

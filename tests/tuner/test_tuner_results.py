@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layer_streamer import ConfigError
-from layer_streamer.tuner.record import Ending, TrialLimits, TrialRecord
 from layer_streamer.tuner.results import Result, ResultsFile
+from layer_streamer.tuner.trials.record import Ending, TrialLimits, TrialRecord
 
 LIMITS = TrialLimits(best_seconds=2.0, margin=0.1)
 

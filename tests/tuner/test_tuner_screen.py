@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from tuning import GIB, all_candidates, machine, screener
 
 from layer_streamer import LayerStreamer
-from layer_streamer.tuner.predict import (
+from layer_streamer.tuner.search.predict import (
     Costs,
     floor_seconds,
     learn,
     predict_seconds,
     work_of,
 )
-from layer_streamer.tuner.race import enter
-from layer_streamer.tuner.record import TrialRecord
-from layer_streamer.tuner.screen import Bounds, Planned
+from layer_streamer.tuner.search.race import enter
+from layer_streamer.tuner.search.screen import Bounds, Planned
+from layer_streamer.tuner.trials.record import TrialRecord
 
 AXES: dict[str, list[Any]] = {
     "n_gpu": [0, 1, 2],

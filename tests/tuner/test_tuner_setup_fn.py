@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import tuner_setups
-from tuner_support import ROOT, Marked, checkpoint, marked, run_script
+from paths import ROOT
+from tuner_support import Marked, checkpoint, marked, run_script
 
 from layer_streamer import ConfigError
-from layer_streamer.tuner.record import FunctionName
-from layer_streamer.tuner.setup_fn import (
+from layer_streamer.tuner.trials.record import FunctionName
+from layer_streamer.tuner.trials.setup_fn import (
     TRIAL_VARIABLE,
     EndOfImport,
     end_import_in_child,
@@ -28,9 +29,9 @@ __all__ = ["checkpoint", "marked"]
 
 TUNE = """
 import sys
-from layer_streamer.tuner.record import TrialLimits, TrialSpec
-from layer_streamer.tuner.setup_fn import end_import_in_child, name_function
-from layer_streamer.tuner.trial import run_trial
+from layer_streamer.tuner.trials.record import TrialLimits, TrialSpec
+from layer_streamer.tuner.trials.setup_fn import end_import_in_child, name_function
+from layer_streamer.tuner.trials.trial import run_trial
 
 def tune(setup_fn):
     end_import_in_child()
@@ -158,7 +159,7 @@ def test_a_function_whose_module_is_gone_is_refused() -> None:
 )
 def test_a_main_without_a_file_is_refused(way: list[str], marked: Marked) -> None:
     code = (
-        "from layer_streamer.tuner.setup_fn import name_function\n"
+        "from layer_streamer.tuner.trials.setup_fn import name_function\n"
         "def setup(streamer): ...\n"
         "try: name_function(setup)\n"
         "except ValueError as error: print(error)\n"
@@ -224,7 +225,7 @@ def test_a_module_that_tunes_when_it_is_imported_keeps_what_it_has_defined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tunes_at_import.py").write_text(
-        "from layer_streamer.tuner.setup_fn import end_import_in_child\n"
+        "from layer_streamer.tuner.trials.setup_fn import end_import_in_child\n"
         "def setup(streamer): return 7\n"
         "end_import_in_child()\n"
         "raise AssertionError('went on')\n"

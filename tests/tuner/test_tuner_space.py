@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tuning import GIB, all_candidates
 
 from layer_streamer import ConfigError, LayerStreamer
-from layer_streamer.config import Settings
-from layer_streamer.lane import plan_batches
-from layer_streamer.tuner.space import (
+from layer_streamer.planning.settings import Settings
+from layer_streamer.transport.lane import plan_batches
+from layer_streamer.tuner.search.space import (
     AXES,
     Grants,
     check_axes,

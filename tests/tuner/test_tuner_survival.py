@@ -10,11 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from paths import TUNING
 from tuner_support import DEADLINE_SECONDS, Marked, checkpoint, marked, start_script, wait_until
 
 __all__ = ["checkpoint", "marked"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervised on Linux alone")
-PARENT = Path(__file__).with_name("tuner_parent.py")
+PARENT = TUNING / "tuner_parent.py"
 
 
 def await_stage(parent: subprocess.Popen[str], stage: str) -> None:

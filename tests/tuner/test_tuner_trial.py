@@ -16,9 +16,9 @@ from support import footprint
 from tuner_support import Marked, checkpoint, marked, try_setup
 
 from layer_streamer import ConfigError, read_manifest
-from layer_streamer.tuner import trial
-from layer_streamer.tuner.model_args import decode_model, encode_model
-from layer_streamer.tuner.record import TrialLimits, TrialSpec
+from layer_streamer.tuner.trials import trial
+from layer_streamer.tuner.trials.model_args import decode_model, encode_model
+from layer_streamer.tuner.trials.record import TrialLimits, TrialSpec
 
 __all__ = ["checkpoint", "marked"]
 pytestmark = [

@@ -15,8 +15,8 @@ from checkpoints import tiny_checkpoint
 from tuning import GIB, Simulation, machine, simulated
 
 from layer_streamer import ConfigError, LayerStreamer, LayerStreamerTuner, TuneError
-from layer_streamer.tuner.record import TrialRecord
 from layer_streamer.tuner.results import cache_folder
+from layer_streamer.tuner.trials.record import TrialRecord
 
 AXES = {"n_gpu_values": [1, 2, 4], "read_threads_values": [1, 2], "read_chunk_values": [1 << 20]}
 FIXED = {"device": "cpu", "read_mode_values": ["buffered"], "track_progress": False}

@@ -12,9 +12,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from ..limits import MachineLimits
-from ..placement import Rates, predict
-from .record import CacheState, TrialRecord
+from ...machine.limits import MachineLimits
+from ...planning.placement import Rates, predict
+from ..trials.record import CacheState, TrialRecord
 from .screen import Planned
 
 Class = tuple[str, str, int, int, bool]

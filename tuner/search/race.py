@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..trials.record import TrialRecord
 from .bounds import LowerBounds, to_log
 from .predict import Costs, Work, floor_seconds, learn, predict_seconds, work_of
-from .record import TrialRecord
 from .screen import Planned
 
 Strategy = Literal["grid", "race"]

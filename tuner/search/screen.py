@@ -8,18 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import planner
-from ..batches import Batches, plan_batches
-from ..budget import format_bytes
-from ..config import Settings as StreamerSettings
-from ..errors import ConfigError
-from ..layout import plan_steps
-from ..manifest import Manifest
-from ..placement import StepSize
-from ..plan import Machine, Plan
-from ..planner import make_plan, measure_steps
-from ..schedule import lay_out_all
-from .record import TrialRecord
+from ...checkpoint.manifest import Manifest
+from ...errors import ConfigError
+from ...planning import planner
+from ...planning.batches import Batches, plan_batches
+from ...planning.budget import format_bytes
+from ...planning.layout import plan_steps
+from ...planning.placement import StepSize
+from ...planning.plan import Machine, Plan
+from ...planning.planner import make_plan, measure_steps
+from ...planning.settings import Settings as StreamerSettings
+from ...transport.schedule import lay_out_all
+from ..trials.record import TrialRecord
 from .space import Candidate
 
 
@@ -169,7 +169,7 @@ def _quiet() -> Iterator[None]:
     def drop(record: logging.LogRecord) -> bool:
         return False
 
-    loggers = (planner.logger, logging.getLogger("layer_streamer.config"))
+    loggers = (planner.logger, logging.getLogger("layer_streamer.planning.settings"))
     for logger in loggers:
         logger.addFilter(drop)
     try:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from ..errors import ConfigError
-from .progress import Progress
+from ...errors import ConfigError
+from ..progress import Progress
+from ..results import Result, ResultsFile
+from ..trials.record import TrialLimits, TrialRecord, TrialSpec
 from .race import Race
-from .record import TrialLimits, TrialRecord, TrialSpec
-from .results import Result, ResultsFile
 from .screen import Bounds
 from .space import Candidate, make_key
 

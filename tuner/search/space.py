@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..budget import parse_bytes
-from ..config import Settings as StreamerSettings
-from ..errors import ConfigError
-from .record import Settings
+from ...errors import ConfigError
+from ...planning.budget import parse_bytes
+from ...planning.settings import Settings as StreamerSettings
+from ..trials.record import Settings
 
 MIB = 1 << 20
 POOLS = (

@@ -19,8 +19,8 @@ def main() -> None:
     sys.argv[:] = request["argv"]
     sys.path[:] = request["sys_path"]
     # Only now can the package be found.
-    from layer_streamer.tuner.frames import FrameWriter
-    from layer_streamer.tuner.measure import run_candidate
+    from layer_streamer.tuner.trials.frames import FrameWriter
+    from layer_streamer.tuner.trials.measure import run_candidate
 
     run_candidate(request["spec"], FrameWriter(results, bytes.fromhex(request["secret"])))
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from ..accelerator import open_devices
-from ..errors import ConfigError
-from ..streamer import LayerStreamer
-from ..tools.bench import discard_prefetched, settle
-from ..tools.footprint import device_peak
-from ..tools.rawspeed import synchronize
+from ...devices.accelerator import open_devices
+from ...errors import ConfigError
+from ...measuring.bench import discard_prefetched, settle
+from ...measuring.footprint import device_peak
+from ...measuring.rawspeed import synchronize
+from ...streamer import LayerStreamer
 from .course import Timed
 from .failures import describe
 from .frames import CANNOT_TELL, DescriptorLostError, FrameWriter

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
 PATHS = ("path", "model_dir")
 """Arguments that name files: a child may have another current directory."""

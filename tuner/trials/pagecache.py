@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..files import OpenFiles
-from ..hostmem import available_host_bytes
-from ..manifest import FileStamp
-from ..tools.sampling import run_jobs
+from ...checkpoint.manifest import FileStamp
+from ...machine.hostmem import available_host_bytes
+from ...measuring.sampling import run_jobs
+from ...transport.files import OpenFiles
 
 CHUNK_NBYTES = 8 << 20
 WINDOW_NBYTES = 1 << 30

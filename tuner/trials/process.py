@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import StreamerError
+from ...errors import StreamerError
 from .frames import SECRET_NBYTES, FrameReader
 from .setup_fn import TRIAL_VARIABLE
 

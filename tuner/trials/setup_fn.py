@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 from .record import FunctionName
 
 TRIAL_VARIABLE = "LAYER_STREAMER_TRIAL"

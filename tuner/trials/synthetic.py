@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..streamer import LayerStreamer
-from ..tools.rawspeed import Load
+from ...measuring.rawspeed import Load
+from ...streamer import LayerStreamer
 
 
 def synthetic_setup(tokens: int) -> Callable[[LayerStreamer], Callable[[], None]]:

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, fields
 
-from ..errors import ConfigError, StreamerError
-from ..worker import Bell
+from ...errors import ConfigError, StreamerError
+from ...transport.stage import Bell
 from .course import Course
 from .outcome import make_record
 from .process import CandidateProcess
@@ -29,7 +29,7 @@ def run_trial(
 
     The candidate is measured in a fresh process, so that nothing it does harms this one; CUDA is
     not used here. However it ends, that is told in the record. docs/tuning.md says when a trial is
-    ended early; :class:`~layer_streamer.tuner.course.Course` has the rule on slow runs.
+    ended early; :class:`~.course.Course` has the rule on slow runs.
 
     ``on_event`` is called on this thread as each stage begins: "start", "import", "device",
     "open", "setup", "cache", "run 1", "sleep", "before run 2", "run 2" and so on. What it raises

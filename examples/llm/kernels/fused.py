@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from .packed import Packed, unpack_rows
-from .scratch import Scratch
+from ..weights.packed import Packed, unpack_rows
+from ..weights.scratch import Scratch
 from .thresholds import Thresholds, thresholds
 from .triton_support import triton_serves
 
@@ -156,4 +156,4 @@ def _current(x: torch.Tensor) -> AbstractContextManager[None]:
 @cache
 def _kernels(name: str) -> ModuleType:
     """A module of kernels, imported when Triton is known to serve, and not looked up again."""
-    return import_module(f".kernels.{name}", __package__)
+    return import_module(f".{name}", __package__)

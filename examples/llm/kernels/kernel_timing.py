@@ -13,11 +13,11 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from .dequant import ROW_STEP, Unpacker, Widest
+from ..weights.dequant import ROW_STEP, Unpacker, Widest
+from ..weights.packed import Packed, scratch_nbytes, unpack_rows
+from ..weights.quants import BLOCK_TYPES
+from ..weights.scratch import Scratch
 from .fused import plain_rms_norm
-from .packed import Packed, scratch_nbytes, unpack_rows
-from .quants import BLOCK_TYPES
-from .scratch import Scratch
 
 Call = Callable[[], object]
 
@@ -176,7 +176,7 @@ def product_seconds(
     matrices: Sequence[Packed], x_TD: torch.Tensor, repeats: int
 ) -> tuple[float, float]:
     """Of x times one matrix: by the kernel that does not unpack it, and unpacked first."""
-    from .kernels.launching import multiply
+    from .launching import multiply
 
     first = matrices[0]
     widest = Widest.of([(first.format, first.width, True)])
@@ -193,7 +193,7 @@ def product_seconds(
 
 def norm_seconds(tokens: int, width: int, device: torch.device, repeats: int) -> Pair:
     """Of an addition and a norm, launched from Python: one kernel, several of torch's; bytes."""
-    from .kernels.launching import launch_norm
+    from .launching import launch_norm
 
     x, added = torch.randn(2, tokens, width, device=device).bfloat16().unbind(0)
     weight = torch.ones(width, dtype=torch.bfloat16, device=device)
@@ -204,7 +204,7 @@ def norm_seconds(tokens: int, width: int, device: torch.device, repeats: int) ->
 
 def swiglu_seconds(tokens: int, width: int, device: torch.device, repeats: int) -> Pair:
     """The same of SwiGLU."""
-    from .kernels.launching import launch_swiglu
+    from .launching import launch_swiglu
 
     gate, up = torch.randn(2, tokens, width, device=device).bfloat16().unbind(0)
     one = loop_seconds(lambda: launch_swiglu(gate, up), LOOP, repeats)

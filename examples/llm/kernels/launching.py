@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from ..packed import Packed
+from ..weights.packed import Packed
 from . import matvec, matvec_blocks, matvec_q4_k, pointwise
 from .code_floats import ONE
 from .unpacking import CHUNK, EXACT, Launch, Tile

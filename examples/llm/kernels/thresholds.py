@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .cache import cache_root
+from ..cache import cache_root
 
 logger = logging.getLogger(__name__)
 

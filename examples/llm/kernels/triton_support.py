@@ -59,8 +59,8 @@ def _problem(device: torch.device) -> str | None:
 
 def _unpacks_one_block(device: torch.device) -> bool:
     """Compile, launch and check the smallest kernel."""
-    from .kernels.unpacking import launch_unpack
-    from .packed import Packed
+    from ..weights.packed import Packed
+    from .unpacking import launch_unpack
 
     raw = torch.arange(34, dtype=torch.uint8)
     raw[:2] = torch.tensor([1.0], dtype=torch.float16).view(torch.uint8)

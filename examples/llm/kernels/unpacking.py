@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import triton
 
-from ..packed import Packed
-from ..quants import BLOCK_TYPES
+from ..weights.packed import Packed
+from ..weights.quants import BLOCK_TYPES
 from . import awq, blocks32, blocks256, grouped
 
 CHUNK = 32

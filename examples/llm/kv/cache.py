@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import ModelConfig
-from .kv_host import HostTier, TokenShape
-from .kv_rows import Row, Rows, Span, make_spans
-from .kv_transfers import Transfers, open_transfers
+from ..models.config import ModelConfig
+from .host import HostTier, TokenShape
+from .rows import Row, Rows, Span, make_spans
+from .transfers import Transfers, open_transfers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

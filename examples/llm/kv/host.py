@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from .kv_int8 import Int8Rows
-from .kv_rows import Row, Span
-from .kv_transfers import Pair, Transfers
+from .int8 import Int8Rows
 from .pinned import GrowingMemory
 from .regions import BLOCK
+from .rows import Row, Span
+from .transfers import Pair, Transfers
 
 PAGE = 4096
 CODED = 4096

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import ModelConfig
-from .embedding import NUM_STAGES, PAGE, STAGE_NBYTES
-from .kv_host import CODED, TokenShape
-from .kv_int8 import Int8Rows
-from .kv_rows import Span, make_spans
-from .row_attention import GATHER_NBYTES
-from .splits import STATS, block_of, splits_of
+from ..kv.host import CODED, TokenShape
+from ..kv.int8 import Int8Rows
+from ..kv.rows import Span, make_spans
+from ..models.config import ModelConfig
+from ..passes.embedding import NUM_STAGES, PAGE, STAGE_NBYTES
+from ..passes.row_attention import GATHER_NBYTES
+from ..passes.splits import STATS, block_of, splits_of
 
 FLOAT = 4
 """Bytes of a float32, in which norms, rotations and logits are computed."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UnsupportedModelError
-from .quantization import Quantization, read_quantization
+from ..errors import UnsupportedModelError
+from ..weights.quantization import Quantization, read_quantization
 from .rope_config import Rope, rope_of
 
 __all__ = ["ModelConfig", "UnsupportedModelError", "check_model_type", "id_set", "model_config"]

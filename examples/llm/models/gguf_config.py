@@ -11,7 +11,7 @@ from typing import Any
 
 from layer_streamer import Manifest
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 from .rope_config import check_rope_types, yarn_magnitude
 
 MODEL_TYPES = {

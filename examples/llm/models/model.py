@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..kernels.fused import add_rms_norm, rms_norm, swiglu
+from ..weights.weights import StepWeights
 from .config import ModelConfig
-from .fused import add_rms_norm, rms_norm, swiglu
 from .rope import rotate_both
-from .weights import StepWeights
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer_idx, q_HTE, k_GTE, v_GTE) -> mixed_HTE. Gets one layer's new queries, keys and values,

@@ -13,13 +13,13 @@ import torch
 
 from layer_streamer import LayerSpec, Manifest
 
+from ..errors import UnsupportedModelError
+from ..weights.dequant import Widest
+from ..weights.finder import Finder
+from ..weights.packed import FLOATS
+from ..weights.stored import Stored, check_plain
 from .config import ModelConfig
-from .dequant import Widest
-from .errors import UnsupportedModelError
-from .finder import Finder
 from .gguf_names import GGUF_MODULES, GGUF_OUTPUT_NORMS
-from .packed import FLOATS
-from .stored import Stored, check_plain
 
 IGNORED_KEYS = frozenset(
     {"self_attn.rotary_emb.inv_freq", "self_attn.k_scale", "self_attn.v_scale"}

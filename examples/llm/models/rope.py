@@ -6,8 +6,8 @@ import math
 
 import torch
 
+from ..kernels.fused import kernel_rotates, rotate_heads
 from .config import ModelConfig
-from .fused import kernel_rotates, rotate_heads
 from .rope_config import (
     DynamicScaling,
     LinearScaling,

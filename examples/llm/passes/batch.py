@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import torch
 
-from .kv_rows import Row
+from ..kv.rows import Row
 
 Entry = tuple[Row, Sequence[int]]
 """A row and the tokens that a pass appends to it."""

@@ -15,18 +15,18 @@ import torch
 
 from layer_streamer import LayerStreamer
 
+from ..kernels.triton_support import triton_serves
+from ..kv.cache import KVCache
+from ..kv.rows import Span
+from ..models.config import ModelConfig
+from ..models.rope import Rotary
+from ..models.rope_config import Rope
 from .batch import Batch, Chunk, Entry
-from .config import ModelConfig
 from .graphs import Graphs
-from .kv_cache import KVCache
-from .kv_rows import Span
-from .rope import Rotary
-from .rope_config import Rope
 from .splits import STATS, block_of, fits_kernels, splits_of
-from .triton_support import triton_serves
 
 if TYPE_CHECKING:
-    from .kernels.decode_launching import Look
+    from ..kernels.decode_launching import Look
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Decoder:
 
     def attention(self, batch: Batch) -> DecodeAttention:
         """How the rows of a pass look back."""
-        from .kernels.decode_launching import Look
+        from ..kernels.decode_launching import Look
 
         numbers = self._numbers[: len(batch.ids)]
         looks = {
@@ -173,7 +173,7 @@ class DecodeAttention:
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """As ``RowAttention``, of queries and keys that have not been rotated."""
-        from .kernels.decode_launching import launch_attention, launch_rotate_and_store
+        from ..kernels.decode_launching import launch_attention, launch_rotate_and_store
 
         look, table = self._looks[span], self._table(layer_idx)
         turned_THE = launch_rotate_and_store(

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import torch
 
-from .config import ModelConfig
-from .dequant import Unpacker
-from .kv_transfers import Transfers, open_transfers
-from .packed import FLOATS, Packed, take_rows
-from .pinned import GrowingMemory
-from .weights import embed_tokens, fill_embedding
+from ..kv.pinned import GrowingMemory
+from ..kv.transfers import Transfers, open_transfers
+from ..models.config import ModelConfig
+from ..weights.dequant import Unpacker
+from ..weights.packed import FLOATS, Packed, take_rows
+from ..weights.weights import embed_tokens, fill_embedding
 
 STAGE_NBYTES = 16 << 20
 """A stage, at most: 2,340 tokens of 3,584 numbers in 16 bits."""

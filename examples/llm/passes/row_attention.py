@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kv.rows import Row, Span
+from ..models.config import ModelConfig
 from .attention import attend, attend_rows
 from .batch import Chunk, Piece
-from .config import ModelConfig
-from .kv_rows import Row, Span
 
 GATHER_NBYTES = 64 << 20
 """Keys and values that are gathered at a time."""

@@ -9,23 +9,23 @@ import torch
 
 from layer_streamer import LayerStreamer
 
+from ..kernels.fused import rms_norm
+from ..kernels.triton_support import triton_serves
+from ..kv.cache import KVCache
+from ..memory.placing import require_finite
+from ..models.config import ModelConfig
+from ..models.model import decoder_layer
+from ..models.names import WeightNames
+from ..models.rope import Rotary
+from ..models.rope_config import Rope
+from ..weights.dequant import Unpacker
+from ..weights.scale_check import ScaleCheck
+from ..weights.weights import StepWeights, norm_weight, project
 from .attention import fast_kernels
 from .batch import Batch, Chunk, Entry, pack
-from .config import ModelConfig
 from .decode import DecodeAttention, open_decoder
-from .dequant import Unpacker
 from .embedding import Embedding
-from .fused import rms_norm
-from .kv_cache import KVCache
-from .model import decoder_layer
-from .names import WeightNames
-from .placing import require_finite
-from .rope import Rotary
-from .rope_config import Rope
 from .row_attention import GATHER_NBYTES, RowAttention
-from .scale_check import ScaleCheck
-from .triton_support import triton_serves
-from .weights import StepWeights, norm_weight, project
 
 DEFAULT_CHUNK = 2048
 """Tokens that go through a layer at a time."""
@@ -40,7 +40,7 @@ class Chunking:
     group_rows: bool = False
     """Attend to rows that decode together: for devices where a call costs more than its work."""
     captured_rows: int = 0
-    """Passes in which up to so many rows take one token each go through ``llm.decode``, where
+    """Passes in which up to so many rows take one token each go through ``decode``, where
     nothing streams."""
 
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..converted import converted_config
 from ..hub import BESIDES
 from ..opening import Model
+from ..weights.converted import converted_config
 from .grouping import quantization_config
 from .layers import Recipe
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import ModelConfig
-from ..names import weight_shapes
+from ..models.config import ModelConfig
+from ..models.names import weight_shapes
 
 GROUPS = (128, 64, 32)
 """Sizes that kernels of other engines know, the smallest file first."""

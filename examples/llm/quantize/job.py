@@ -12,8 +12,8 @@ import torch
 
 from layer_streamer import LayerSpec
 
-from ..attention import fast_kernels
 from ..opening import Model
+from ..passes.attention import fast_kernels
 from .description import description, source_stamp
 from .errors import Errors
 from .layers import LayerQuantizer, Recipe

@@ -10,10 +10,10 @@ import torch
 
 from layer_streamer import LayerSpec
 
-from ..converted import in_order, permuted_heads
-from ..dequant import Unpacker
 from ..errors import UnsupportedModelError
 from ..opening import Model
+from ..weights.converted import in_order, permuted_heads
+from ..weights.dequant import Unpacker
 from .errors import Errors
 from .matrix import Quantized
 from .scales import Rounding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..converted import in_order
+from ..weights.converted import in_order
 from .codes import decode, pack_codes
 from .errors import Errors
 from .scales import Rounding, search_scales

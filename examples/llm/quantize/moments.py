@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..weights import StepWeights
+from ..weights.weights import StepWeights
 
 LEAST_SHARE = 1e-4
 """What a channel counts for at least, of the mean of all: a text may never use it, others may."""

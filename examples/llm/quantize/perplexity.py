@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from ..attention import fast_kernels
 from ..opening import Model
-from ..scale_check import ScaleCheck
-from ..weights import StepWeights, project
+from ..passes.attention import fast_kernels
+from ..weights.scale_check import ScaleCheck
+from ..weights.weights import StepWeights, project
 from .texts import TextPass, float_unpacker, open_streamer
 
 LOGIT_TOKENS = 256

@@ -11,7 +11,7 @@ import torch
 from layer_streamer import TensorSpec
 
 from ..opening import Model
-from ..stored import Stored
+from ..weights.stored import Stored
 from .shards import Entry
 from .texts import float_unpacker
 

@@ -12,13 +12,13 @@ import torch
 
 from layer_streamer import LayerStreamer
 
-from ..attention import attend
-from ..dequant import Unpacker, Widest
-from ..fused import rms_norm
-from ..model import decoder_layer
+from ..kernels.fused import rms_norm
+from ..models.model import decoder_layer
+from ..models.rope import Rotary
 from ..opening import Model
-from ..rope import Rotary
-from ..weights import StepWeights, embed_tokens, norm_weight
+from ..passes.attention import attend
+from ..weights.dequant import Unpacker, Widest
+from ..weights.weights import StepWeights, embed_tokens, norm_weight
 
 WINDOW = 1024
 """Tokens that see each other."""

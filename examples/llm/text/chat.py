@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .engine import StreamingEngine
+from ..engine import StreamingEngine
 
 NEW = "/new"
 HELP = f"an empty line or {NEW} starts over, Ctrl-C ends an answer, Ctrl-D ends the chat"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..scheduler import Event, Request
 from .sampling import Sampling
-from .scheduler import Event, Request
 from .stopping import StopStrings
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from ..engine import StreamingEngine
 from .completion import Completion, in_order
-from .engine import StreamingEngine
 from .prompts import Prompt
 
 

@@ -11,13 +11,13 @@ import torch
 
 from layer_streamer import Manifest, TensorSpec
 
-from .config import ModelConfig
+from ..errors import UnsupportedModelError
+from ..models.config import ModelConfig
+from ..models.names import WeightNames
+from ..models.rope import rope_frequencies
+from ..models.rope_config import Llama3Scaling, Rope
 from .dequant import Unpacker, ggml_matrix, row_width
-from .errors import UnsupportedModelError
-from .names import WeightNames
 from .quants import BLOCK_TYPES
-from .rope import rope_frequencies
-from .rope_config import Llama3Scaling, Rope
 
 CPU = torch.device("cpu")
 

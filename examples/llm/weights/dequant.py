@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .fused import KERNEL_FORMATS, unpack
+from ..kernels.fused import KERNEL_FORMATS, unpack
 from .packed import Packed, scratch_nbytes
 from .quants import BLOCK_TYPES
 from .scratch import Scratch

@@ -13,7 +13,7 @@ import torch
 
 from layer_streamer import TensorSpec
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 from .quantization import Scheme
 from .quants import BLOCK_TYPES
 from .stored import FLOATS, Stored, check_plain, read_values

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 
 METHODS = ("compressed-tensors", "awq", "gptq", "fp8", "fbgemm_fp8")
 CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")

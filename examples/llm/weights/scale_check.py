@@ -6,7 +6,7 @@ import torch
 
 from layer_streamer import TensorSpec
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 from .packed import Packed, scales
 
 EXPONENTS = {

@@ -9,8 +9,8 @@ import torch
 
 from layer_streamer import TensorSpec
 
+from ..errors import UnsupportedModelError
 from .dequant import FLOAT_TYPES, row_width
-from .errors import UnsupportedModelError
 from .packed import Packed
 from .quants import BLOCK_TYPES
 

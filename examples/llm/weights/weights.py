@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from layer_streamer import LayerSpec
 
-from .config import ModelConfig
+from ..kernels.fused import kernel_multiplies, multiply
+from ..models.config import ModelConfig
+from ..models.names import WeightNames
 from .dequant import Unpacker
-from .fused import kernel_multiplies, multiply
-from .names import WeightNames
 from .packed import FLOATS, Packed, take_rows
 from .scale_check import ScaleCheck
 

@@ -16,6 +16,8 @@ import gguf
 import numpy as np
 import torch
 
+from layer_streamer.planning.layout import CASTABLE
+
 SAFETENSORS_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -229,3 +231,25 @@ def gguf_bytes(
     )
     head = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(kvs) + b"".join(tensors)
     return head + bytes(-len(head) % alignment) + data
+
+
+def odd_checkpoint(directory: Path, *, finite: bool = False) -> dict[str, torch.Tensor]:
+    """Layers that differ in keys, shapes and dtypes, at odd offsets, split over two files.
+
+    ``finite``: without NaNs, of which CPUs and GPUs make different ones when they cast.
+    """
+    tensors = {"embed": random_tensor((5, 3), torch.float16)}
+    dtypes = list(SAFETENSORS_NAMES)
+    for i in range(7):
+        for j in range(1 + i % 4):
+            dtype = dtypes[(3 * i + j) % len(dtypes)]
+            shape = [(), (7, 301), (0, 4), (4099,)][(i + j) % 4]
+            tensor = random_tensor(shape, dtype, seed=i)
+            tensors[f"model.layers.{i}.w{j}"] = (
+                tensor.nan_to_num() if finite and dtype in CASTABLE else tensor
+            )
+    names = list(tensors)
+    for part, some in enumerate((names[::2], names[1::2])):
+        path = directory / f"model-{part}.safetensors"
+        write_safetensors(path, {n: tensors[n] for n in some}, padding=1 + part, gap=part)
+    return tensors

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from layer_streamer import files
-from layer_streamer.direct import open_direct
-from layer_streamer.layout import PAGE
-from layer_streamer.manifest import FileStamp
+from layer_streamer.checkpoint.manifest import FileStamp
+from layer_streamer.planning.layout import PAGE
+from layer_streamer.transport import files
+from layer_streamer.transport.direct import open_direct
 
 
 def stamp(path: Path) -> FileStamp:

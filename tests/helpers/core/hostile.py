@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from checkpoints import gguf_kv, gguf_tensor
 
+from layer_streamer.checkpoint.formats import read_manifest
 from layer_streamer.errors import CheckpointError
-from layer_streamer.formats import read_manifest
 
 
 def rejection(path: Path) -> str:

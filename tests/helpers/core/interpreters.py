@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from paths import ROOT
+
 HANG_SECONDS = 20
 """For one script; the kernel ends those that take longer."""
 

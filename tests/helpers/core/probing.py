@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from layer_streamer.direct import open_direct
-from layer_streamer.tools import probe_disk, probe_files
-from layer_streamer.tools.probe_config import ProbeConfig
+from layer_streamer.measuring import probe_disk, probe_files
+from layer_streamer.measuring.probe_config import ProbeConfig
+from layer_streamer.transport.direct import open_direct
 
 KIB = 1 << 10
 TINY = ProbeConfig(
@@ -36,7 +36,7 @@ TINY = ProbeConfig(
 def settle_on_a_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make ``folder`` a disk's that lets go of its cache, wherever the tests run."""
     (folder / "mountinfo").write_text("1 0 8:1 / / rw - ext4 /dev/sda1 rw\n")
-    monkeypatch.setattr("layer_streamer.machine.MOUNTS", folder / "mountinfo")
+    monkeypatch.setattr("layer_streamer.machine.identity.MOUNTS", folder / "mountinfo")
     monkeypatch.setattr(probe_disk, "is_cached", lambda chunk: False)
     try:
         os.close(open_direct(folder / "mountinfo"))

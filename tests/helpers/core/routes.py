@@ -13,7 +13,7 @@ from fake_device import FakeDevice
 from support import Witness, make_device, open_checkpoint
 
 from layer_streamer import LayerStreamer
-from layer_streamer.device import CpuDevice
+from layer_streamer.devices.device import CpuDevice
 
 NUM_LAYERS = 6
 POOLS = {"n_gpu": 1, "n_cpu_pinned": 1, "n_cpu": 1}

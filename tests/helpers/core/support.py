@@ -15,8 +15,8 @@ from fake_device import FakeDevice
 
 import layer_streamer.streamer
 from layer_streamer import LayerStreamer
-from layer_streamer.accelerator import CudaDevice
-from layer_streamer.device import CpuDevice
+from layer_streamer.devices.accelerator import CudaDevice
+from layer_streamer.devices.device import CpuDevice
 
 POISON = 0xDB
 HANG_SECONDS = 10.0
@@ -178,3 +178,12 @@ class Witness:
             self.errors.append("a layer's bytes on the GPU were not the file's")
         self._flags.clear()
         assert not self.errors, self.errors[:5]
+
+
+def rewrite_in_place(path: Path) -> None:
+    """Other bytes of the same length, with the same time of modification."""
+    info = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\x11" * 8)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from fetch_model import fetch
 from one_sequence import OneSequence
+from paths import ROOT
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from layer_streamer import LayerStreamer, read_manifest
-from llm.config import ModelConfig, model_config
-from llm.kv_cache import KVCache, KVLayout
-from llm.metadata import metadata_directory
-from llm.names import weight_names
-from llm.runner import Chunking, Runner
+from layer_streamer.llm.kv.cache import KVCache, KVLayout
+from layer_streamer.llm.metadata import metadata_directory
+from layer_streamer.llm.models.config import ModelConfig, model_config
+from layer_streamer.llm.models.names import weight_names
+from layer_streamer.llm.passes.runner import Chunking, Runner
+from layer_streamer.llm.text.tokenizer import chat_ids, raw_ids
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-GOLDEN = json.loads((REPOSITORY / "tests/data/smollm2.json").read_text())
+GOLDEN = json.loads((ROOT / "tests/data/smollm2.json").read_text())
 
 TINY = {
     "hidden_size": 64,
@@ -144,3 +146,24 @@ def reference_logits(model: Any, ids: list[int]) -> torch.Tensor:
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over largest magnitude."""
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrite a checkpoint's tensors after ``edit(tensors)`` has changed them."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+AGREED = [
+    key
+    for key, value in GOLDEN.items()
+    if isinstance(value, dict) and value.get("llama.cpp") == "identical text"
+]
+
+
+def prompt_ids(tokenizer: Any, key: str) -> list[int]:
+    """Tokens of one of the golden prompts."""
+    kind, _, text = key.partition(":")
+    return (raw_ids if kind == "raw" else chat_ids)(tokenizer, text)

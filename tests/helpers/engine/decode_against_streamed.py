@@ -1,4 +1,4 @@
-"""Passes of ``llm.decode`` against those of the streamer: run by test_llm_decode.py in a process.
+"""Passes of ``llm.passes.decode`` against those of the streamer: run by test_llm_decode.py.
 
 With TRITON_INTERPRET=1 on the CPU, where kernels are interpreted and nothing is captured; otherwise
 on a GPU, where every such pass is captured and replayed.
@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint
-from gguf_models import write_gguf
-from test_llm_gguf import file_config
+from gguf_models import file_config, write_gguf
 from zoo import CASES, IDS, zoo_model
 
-from llm.config import model_config
-from llm.runner import Chunking, Runner
-from llm.triton_support import interpreted
+from layer_streamer.llm.kernels.triton_support import interpreted
+from layer_streamer.llm.models.config import model_config
+from layer_streamer.llm.passes.runner import Chunking, Runner
 
 DEVICE = "cpu" if interpreted() else "cuda"
 TOLERANCE = 1e-5

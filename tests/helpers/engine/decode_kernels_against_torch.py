@@ -8,10 +8,14 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from llm.kernels.decode_launching import Look, launch_attention, launch_rotate_and_store
-from llm.rope import rotate
-from llm.splits import block_of, fits_kernels, splits_of
-from llm.triton_support import interpreted
+from layer_streamer.llm.kernels.decode_launching import (
+    Look,
+    launch_attention,
+    launch_rotate_and_store,
+)
+from layer_streamer.llm.kernels.triton_support import interpreted
+from layer_streamer.llm.models.rope import rotate
+from layer_streamer.llm.passes.splits import block_of, fits_kernels, splits_of
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
 DTYPES = [torch.float32, torch.float16] + ([] if interpreted() else [torch.bfloat16])

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import make_checkpoint
 import pytest
-
-from llm import random_values
-from llm.shapes import SHAPES
+import random_values
+from shapes import SHAPES
 
 TINY = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,

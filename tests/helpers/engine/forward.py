@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from layer_streamer import LayerStreamer, read_manifest
-from llm.config import ModelConfig, model_config
-from llm.dequant import Unpacker
-from llm.fused import rms_norm
-from llm.model import decoder_layer
-from llm.names import WeightNames, weight_names
-from llm.rope import Rotary
-from llm.weights import StepWeights, embed_tokens, norm_weight, project
+from layer_streamer.llm.kernels.fused import rms_norm
+from layer_streamer.llm.models.config import ModelConfig, model_config
+from layer_streamer.llm.models.model import decoder_layer
+from layer_streamer.llm.models.names import WeightNames, weight_names
+from layer_streamer.llm.models.rope import Rotary
+from layer_streamer.llm.weights.dequant import Unpacker
+from layer_streamer.llm.weights.weights import StepWeights, embed_tokens, norm_weight, project
 
 
 class Forward:

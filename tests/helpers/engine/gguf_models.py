@@ -8,10 +8,14 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from transformers import AutoConfig
 
-from llm.gguf_names import GGUF_MODULES, GGUF_OUTPUT_NORMS
-from llm.rope import rope_frequencies
-from llm.rope_config import Rope, rope_of
+from layer_streamer import read_manifest
+from layer_streamer.llm.models.config import ModelConfig, model_config
+from layer_streamer.llm.models.gguf_config import gguf_config
+from layer_streamer.llm.models.gguf_names import GGUF_MODULES, GGUF_OUTPUT_NORMS
+from layer_streamer.llm.models.rope import rope_frequencies
+from layer_streamer.llm.models.rope_config import Rope, rope_of
 
 MIXED = {
     "self_attn.q_proj": "Q4_1",
@@ -153,3 +157,9 @@ def _permuted_heads(config: Any, key: str) -> int:
         return 0
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(key.rpartition(".")[2], 0)
+
+
+def file_config(path: Path) -> ModelConfig:
+    """What the engine makes of a file's own keys."""
+    fields = gguf_config(read_manifest(path))
+    return model_config(AutoConfig.for_model(**fields))

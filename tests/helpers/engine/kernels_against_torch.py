@@ -12,13 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm import fused
-from llm.dequant import Unpacker, Widest
-from llm.kernels import launching, unpacking
-from llm.kernels.unpacking import Launch
-from llm.packed import Packed, unpack_rows
-from llm.rope import plain_rotate
-from llm.triton_support import interpreted
+from layer_streamer.llm.kernels import fused, launching, unpacking
+from layer_streamer.llm.kernels.triton_support import interpreted
+from layer_streamer.llm.kernels.unpacking import Launch
+from layer_streamer.llm.models.rope import plain_rotate
+from layer_streamer.llm.weights.dequant import Unpacker, Widest
+from layer_streamer.llm.weights.packed import Packed, unpack_rows
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
 DTYPES = [torch.float32, torch.float16] + ([] if interpreted() else [torch.bfloat16])

@@ -1,6 +1,6 @@
 """Every kernel compiled for GPUs that are not there: run by test_llm_kernels.py in a process.
 
-    python tests/kernels_compile.py MAJOR.MINOR DTYPE
+    python tests/helpers/engine/kernels_compile.py MAJOR.MINOR DTYPE
 
 Triton's launcher is told of a GPU of that compute capability, and stops after compiling, ptxas
 included. Prints the number of compiled variants.
@@ -9,21 +9,17 @@ included. Prints the number of compiled variants.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+import packed_cases as cases
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-import packed_cases as cases  # noqa: E402
-import torch  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
-from llm.kernels import decode_launching, launching, unpacking  # noqa: E402
-from llm.quants import BLOCK_TYPES  # noqa: E402
-from llm.splits import block_of, splits_of  # noqa: E402
+from layer_streamer.llm.kernels import decode_launching, launching, unpacking
+from layer_streamer.llm.passes.splits import block_of, splits_of
+from layer_streamer.llm.weights.quants import BLOCK_TYPES
 
 compiled: dict[str, Any] = {}
 PRODUCTS = {"multiply_words", "multiply_blocks", "multiply_q4_k"}

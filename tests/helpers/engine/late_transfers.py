@@ -9,7 +9,7 @@ from typing import Any
 
 from fake_device import FakeDevice
 
-from llm.kv_transfers import Pair
+from layer_streamer.llm.kv.transfers import Pair
 
 
 class Interrupted(Exception):

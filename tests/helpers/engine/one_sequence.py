@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
-from llm.kv_cache import KVCache
-from llm.runner import Runner
-from llm.sampling import Sampler
+from layer_streamer.llm.kv.cache import KVCache
+from layer_streamer.llm.passes.runner import Runner
+from layer_streamer.llm.text.sampling import Sampler
 
 
 class OneSequence:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from llm.packed import Packed
-from llm.quants import BLOCK_TYPES
+from layer_streamer.llm.weights.packed import Packed
+from layer_streamer.llm.weights.quants import BLOCK_TYPES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

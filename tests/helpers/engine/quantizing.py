@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import quantize
 import torch
 from safetensors.torch import load_file
 
-from llm.quantize.codes import decode, unpack_codes
-from llm.quantize.unfinished import INDEX
+from layer_streamer.llm.quantize.codes import decode, unpack_codes
+from layer_streamer.llm.quantize.unfinished import INDEX
+from layer_streamer.tools import quantize_command as quantize
 
 
 def run(*arguments: object) -> int:

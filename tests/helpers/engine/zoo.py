@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from assets import TINY
-from test_llm_rope import LLAMA3, YARN
 from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
@@ -27,6 +26,21 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 20_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

@@ -17,13 +17,13 @@ from uuid import uuid4
 import psutil
 import pytest
 from checkpoints import tiny_checkpoint
+from paths import PYTHONPATH
 
-from layer_streamer.tuner.model_args import encode_model
-from layer_streamer.tuner.record import TrialLimits, TrialRecord, TrialSpec
-from layer_streamer.tuner.setup_fn import name_function
-from layer_streamer.tuner.trial import run_trial
+from layer_streamer.tuner.trials.model_args import encode_model
+from layer_streamer.tuner.trials.record import TrialLimits, TrialRecord, TrialSpec
+from layer_streamer.tuner.trials.setup_fn import name_function
+from layer_streamer.tuner.trials.trial import run_trial
 
-ROOT = Path(__file__).parents[1]
 DEADLINE_SECONDS = 60.0
 MARK = "LAYER_STREAMER_TEST"
 LIMITS: dict[str, Any] = {"hang_seconds": 30.0, "trial_seconds": 100.0}
@@ -38,7 +38,7 @@ class Marked:
     @property
     def environment(self) -> dict[str, str]:
         known = [path for path in [os.environ.get("PYTHONPATH")] if path]
-        return {MARK: self.value, "PYTHONPATH": ":".join([str(ROOT), f"{ROOT / 'tests'}", *known])}
+        return {MARK: self.value, "PYTHONPATH": ":".join([PYTHONPATH, *known])}
 
     def processes(self) -> list[str]:
         """Command lines of what there is, zombies of our own included."""

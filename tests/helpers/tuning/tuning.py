@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from layer_streamer import LayerStreamerTuner
-from layer_streamer.formats import read_manifest
-from layer_streamer.placement import Rates
-from layer_streamer.plan import Machine
-from layer_streamer.tuner.predict import Costs
-from layer_streamer.tuner.race import Entry, Race
-from layer_streamer.tuner.record import TrialLimits, TrialRecord, TrialSpec
-from layer_streamer.tuner.screen import Bounds, Screener
-from layer_streamer.tuner.space import Candidate, candidates
+from layer_streamer.checkpoint.formats import read_manifest
+from layer_streamer.planning.placement import Rates
+from layer_streamer.planning.plan import Machine
+from layer_streamer.tuner.search.predict import Costs
+from layer_streamer.tuner.search.race import Entry, Race
+from layer_streamer.tuner.search.screen import Bounds, Screener
+from layer_streamer.tuner.search.space import Candidate, candidates
 from layer_streamer.tuner.survey import Survey
+from layer_streamer.tuner.trials.record import TrialLimits, TrialRecord, TrialSpec
 
 GIB = 1 << 30
 MODEL = Path("/nowhere/model")

@@ -1,59 +1,26 @@
 """Triton kernels, in Triton's interpreter or, with -m gpu, compiled; and who serves without."""
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 
 import packed_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
-from assets import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 from parts import PART, part_of, parts
+from paths import ENGINE, PYTHONPATH, ROOT
+from triton_runs import CHECKS, needs_triton, run_checks, run_together
 
-from llm import fused, triton_support
-from llm.packed import unpack_rows
+from layer_streamer.llm.kernels import fused, triton_support
+from layer_streamer.llm.weights.packed import unpack_rows
 
-CHECKS = REPOSITORY / "tests" / "kernels_against_torch.py"
 COMPILED = [("7.5", "float32"), ("7.5", "float16")]  # which has no bfloat16
 COMPILED += [(gpu, dtype) for gpu in ("8.0", "9.0") for dtype in ("float32", "float16", "bfloat16")]
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
-
-
-def run_checks(environment: dict[str, str], checks: Path = CHECKS) -> None:
-    """In a process of its own: Triton reads its environment when it is imported."""
-    run_together([(environment, checks)])
-
-
-def run_together(runs: Sequence[tuple[dict[str, str], Path]]) -> None:
-    """Several such processes at a time."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
-    command += ["--tb=short", "--maxfail=3"]  # what fails is often one cause, and is to be seen
-    with ExitStack() as stack:
-        started = []
-        for environment, checks in runs:
-            output = stack.enter_context(tempfile.TemporaryFile("w+"))
-            child = subprocess.Popen(
-                [*command, str(checks)], cwd=REPOSITORY, env=os.environ | environment,
-                stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            stack.callback(child.wait)
-            stack.callback(child.kill)
-            started.append((child, output))
-        for child, output in started:
-            code = child.wait()
-            output.seek(0)
-            assert code == 0, output.read()[-5000:]
 
 
 @needs_triton
@@ -92,7 +59,7 @@ def test_a_process_for_a_part_of_the_checks_runs_no_others(tmp_path):
     for part in ("", *parts(2)):
         result = subprocess.run(
             [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)],
-            env=os.environ | {PART: part, "PYTHONPATH": str(REPOSITORY / "tests")},
+            env=os.environ | {PART: part, "PYTHONPATH": PYTHONPATH},
             capture_output=True,
             text=True,
             check=True,
@@ -107,8 +74,9 @@ def test_a_process_for_a_part_of_the_checks_runs_no_others(tmp_path):
 @pytest.mark.parametrize(("capability", "dtype"), COMPILED)
 def test_every_kernel_compiles_for_a_gpu_that_is_not_there(capability, dtype, tmp_path):
     result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests" / "kernels_compile.py"), capability, dtype],
-        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"},
+        [sys.executable, str(ENGINE / "kernels_compile.py"), capability, dtype],
+        env=os.environ
+        | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0", "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         check=False,
@@ -184,6 +152,7 @@ def test_without_kernels_everything_is_what_plain_torch_gives(monkeypatch, kind)
 @needs_triton
 def test_the_formats_that_take_no_scratch_are_those_that_have_a_kernel():
     """In a process of its own: kernels are compiled or interpreted for good once imported."""
-    code = "from llm.fused import *; from llm.kernels.unpacking import *; "
+    code = "from layer_streamer.llm.kernels.fused import *\n"
+    code += "from layer_streamer.llm.kernels.unpacking import *\n"
     code += "assert KERNEL_FORMATS == set(LAUNCHES) == set(ALTERNATIVES)"
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY / "examples", check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llm.thresholds import (
+from layer_streamer.llm.kernels.thresholds import (
     NEVER,
     PRODUCT_TOKENS,
     Thresholds,

@@ -14,8 +14,8 @@ from fake_device import FakeDevice
 from late_transfers import Interrupted, LateTransfers
 from ordering import HANG_SECONDS, NUM_LAYERS, TENSORS, open_on
 
-from llm.kv_host import HostTier, Slot, TokenShape
-from llm.kv_rows import Row, Rows, make_spans
+from layer_streamer.llm.kv.host import HostTier, Slot, TokenShape
+from layer_streamer.llm.kv.rows import Row, Rows, make_spans
 
 TOKENS = 1024
 WAITS = [

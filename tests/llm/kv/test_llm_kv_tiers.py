@@ -10,8 +10,8 @@ import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint, tiny_model
 
-from llm.kv_rows import Row
-from llm.runner import Chunking, Runner
+from layer_streamer.llm.kv.rows import Row
+from layer_streamer.llm.passes.runner import Chunking, Runner
 
 VOCABULARY = 512
 WINDOW = {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 1}

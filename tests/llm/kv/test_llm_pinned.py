@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.kv_int8 import Int8Rows
-from llm.pinned import GrowingMemory
+from layer_streamer.llm.kv.int8 import Int8Rows
+from layer_streamer.llm.kv.pinned import GrowingMemory
 
 PAGE = 4096
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.batch import pack
-from llm.kv_rows import SLACK, Row, Rows, Span, make_spans, ring_size
-from llm.regions import BLOCK
+from layer_streamer.llm.kv.regions import BLOCK
+from layer_streamer.llm.kv.rows import SLACK, Row, Rows, Span, make_spans, ring_size
+from layer_streamer.llm.passes.batch import pack
 
 
 @settings(max_examples=50)

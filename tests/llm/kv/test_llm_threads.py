@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from llm.threads import leave_a_core
+from layer_streamer.llm.kv.threads import leave_a_core
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from assets import tiny_checkpoint, tiny_model
 from fake_device import FakeDevice
 
 from layer_streamer import preview
-from llm.engine import StreamingEngine
-from llm.footprint import Footprint, Needs
-from llm.memory_plan import MemoryPlan, Planner, Wishes
-from llm.opening import Limits, Model, place, plan_memory
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.memory.footprint import Footprint, Needs
+from layer_streamer.llm.memory.plan import MemoryPlan, Planner, Wishes
+from layer_streamer.llm.opening import Limits, Model, place, plan_memory
 
 MIB = 1 << 20
 WINDOWS = {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 5}

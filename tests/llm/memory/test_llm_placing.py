@@ -7,8 +7,8 @@ import torch
 from assets import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm.engine import StreamingEngine
-from llm.placing import require_finite, suited_dtype
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.memory.placing import require_finite, suited_dtype
 
 
 @pytest.mark.parametrize(

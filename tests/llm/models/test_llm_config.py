@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 from assets import TINY
-from test_llm_rope import LLAMA3
 from transformers import LlamaConfig, Qwen2Config
-from zoo import CASES, zoo_config
+from zoo import CASES, LLAMA3, zoo_config
 
-from llm.config import UnsupportedModelError, id_set, model_config
-from llm.metadata import load_config
+from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.models.config import UnsupportedModelError, id_set, model_config
 
 
 def plain(**changes: object) -> SimpleNamespace:

@@ -13,11 +13,11 @@ from assets import (
 from gguf_models import MIXED, write_gguf
 from one_sequence import generate, mean_nll
 from safetensors.torch import load_file, save_file
-from test_llm_rope import LLAMA3
+from zoo import LLAMA3
 
-from llm.config import UnsupportedModelError, model_config
-from llm.rope import rope_frequencies
-from llm.rope_config import Rope
+from layer_streamer.llm.models.config import UnsupportedModelError, model_config
+from layer_streamer.llm.models.rope import rope_frequencies
+from layer_streamer.llm.models.rope_config import Rope
 
 DEFAULT = {"rope_type": "default"}
 IDS = [1, 17, 300, 44, 511, 9, 9, 120, 63, 2, 250, 31]

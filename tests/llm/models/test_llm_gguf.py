@@ -8,14 +8,14 @@ import pytest
 import torch
 from assets import relative_error
 from forward import open_forward
-from gguf_models import write_gguf
+from gguf_models import file_config, write_gguf
 from transformers import AutoConfig
 from zoo import reference, stepwise, zoo_model
 
 from layer_streamer import read_manifest
-from llm.config import ModelConfig, UnsupportedModelError, model_config
-from llm.gguf_config import gguf_config, window_note
-from llm.names import weight_names
+from layer_streamer.llm.models.config import ModelConfig, UnsupportedModelError, model_config
+from layer_streamer.llm.models.gguf_config import gguf_config, window_note
+from layer_streamer.llm.models.names import weight_names
 
 GEMMA_FILE = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 24}
 """What GGUF files of Gemma 3 cannot say is as it is in the published models."""
@@ -26,11 +26,6 @@ CASES = {
         "qwen2-tied", "qwen2-yarn", "qwen3", "qwen3-tied", "qwen3-yarn", "mistral", "mistral-full",
     )
 } | {"gemma3_text": GEMMA_FILE}  # fmt: skip
-
-
-def file_config(path) -> ModelConfig:
-    fields = gguf_config(read_manifest(path))
-    return model_config(AutoConfig.for_model(**fields))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,19 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from assets import relative_error, tiny_checkpoint
+from assets import edit_weights, relative_error, tiny_checkpoint
 from forward import Forward, open_forward
-from safetensors.torch import load_file, save_file
 from zoo import CASES, CLASSES, reference, stepwise, zoo_model
 
 from layer_streamer import read_manifest
-from llm import model as model_functions
-from llm.config import model_config
-from llm.fused import plain_rms_norm
-from llm.metadata import load_config
-from llm.names import weight_names
-from llm.rope import rotate
-from llm.rope_config import Rope
+from layer_streamer.llm.kernels.fused import plain_rms_norm
+from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.models import model as model_functions
+from layer_streamer.llm.models.config import model_config
+from layer_streamer.llm.models.names import weight_names
+from layer_streamer.llm.models.rope import rotate
+from layer_streamer.llm.models.rope_config import Rope
 
 TOLERANCE = 1e-5
 VISIBLE = 100 * TOLERANCE
@@ -54,14 +53,6 @@ def test_a_gpu_gives_the_logits_of_transformers(tmp_path, name):
     model = zoo_model(name)
     with open_forward(tiny_checkpoint(tmp_path, model), model.config, device="cuda") as forward:
         assert relative_error(stepwise(forward), reference(model)) <= TOLERANCE
-
-
-def edit_weights(directory, edit) -> None:
-    """Rewrite a checkpoint's tensors after ``edit(tensors)`` has changed them."""
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path)
 
 
 def mutated_error(tmp_path, name: str, **changes) -> float:

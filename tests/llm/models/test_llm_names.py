@@ -4,16 +4,15 @@ import json
 
 import pytest
 import torch
-from assets import tiny_checkpoint
+from assets import edit_weights, tiny_checkpoint
 from gguf_models import MIXED, write_gguf
-from test_llm_models import edit_weights
+from shapes import SHAPES, tensor_shapes
 from zoo import zoo_config, zoo_model
 
 from layer_streamer import read_manifest
-from llm.config import UnsupportedModelError, model_config
-from llm.metadata import load_config
-from llm.names import weight_names, weight_shapes
-from llm.shapes import SHAPES, tensor_shapes
+from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.models.config import UnsupportedModelError, model_config
+from layer_streamer.llm.models.names import weight_names, weight_shapes
 
 
 def refuse(path, hf_config, message: str) -> None:

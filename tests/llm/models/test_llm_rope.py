@@ -6,26 +6,13 @@ from assets import TINY
 from transformers import Gemma3TextConfig, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from zoo import LLAMA3, YARN
 
-from llm.config import model_config
-from llm.rope import Rotary, rope_frequencies, rotate
-from llm.rope_config import Rope
+from layer_streamer.llm.models.config import model_config
+from layer_streamer.llm.models.rope import Rotary, rope_frequencies, rotate
+from layer_streamer.llm.models.rope_config import Rope
 
 CPU = torch.device("cpu")
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 20_000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 ROPES = {
     "default": TINY["rope_parameters"],
     "llama3": LLAMA3,

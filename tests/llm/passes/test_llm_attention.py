@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from llm.attention import attend, attend_rows, fast_kernels
+from layer_streamer.llm.passes.attention import attend, attend_rows, fast_kernels
 
 
 def naive(

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from assets import REPOSITORY, tiny_checkpoint, tiny_model
+from assets import tiny_checkpoint, tiny_model
 from byte_model import byte_model
 from parts import PART, parts
-from test_llm_kernels import needs_triton, run_checks, run_together
+from paths import ENGINE
+from triton_runs import needs_triton, run_checks, run_together
 
-from llm.engine import StreamingEngine
+from layer_streamer.llm.engine import StreamingEngine
 
 CHECKS = ["decode_kernels_against_torch.py", "decode_against_streamed.py"]
 
@@ -21,7 +22,7 @@ CHECKS = ["decode_kernels_against_torch.py", "decode_against_streamed.py"]
 @needs_triton
 def test_captured_passes_and_their_kernels_are_right_in_the_interpreter() -> None:
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run_together([(environment, REPOSITORY / "tests" / checks) for checks in CHECKS])
+    run_together([(environment, ENGINE / checks) for checks in CHECKS])
 
 
 @needs_triton
@@ -29,7 +30,7 @@ def test_captured_passes_and_their_kernels_are_right_in_the_interpreter() -> Non
 @pytest.mark.parametrize("part", parts(5))
 def test_captured_passes_of_every_architecture_are_right_in_the_interpreter(part: str) -> None:
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "EVERY_CASE": "1", PART: part}
-    run_checks(environment, REPOSITORY / "tests" / "decode_against_streamed.py")
+    run_checks(environment, ENGINE / "decode_against_streamed.py")
 
 
 @needs_triton
@@ -37,7 +38,7 @@ def test_captured_passes_of_every_architecture_are_right_in_the_interpreter(part
 @pytest.mark.parametrize("part", parts(3))
 @pytest.mark.parametrize("checks", CHECKS)
 def test_captured_passes_and_their_kernels_are_right_on_a_gpu(checks: str, part: str) -> None:
-    run_checks({"TRITON_INTERPRET": "0", PART: part}, REPOSITORY / "tests" / checks)
+    run_checks({"TRITON_INTERPRET": "0", PART: part}, ENGINE / checks)
 
 
 gpu = pytest.mark.gpu

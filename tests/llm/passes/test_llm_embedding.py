@@ -12,15 +12,15 @@ from assets import open_runner, tiny_checkpoint, tiny_model
 from fake_device import FakeDevice
 from late_transfers import Interrupted, LateTransfers
 
-from llm import embedding as embedding_module
-from llm.config import model_config
-from llm.dequant import Unpacker, Widest
-from llm.embedding import Embedding
-from llm.footprint import Footprint, Needs
-from llm.kv_transfers import HostTransfers
-from llm.packed import Packed
-from llm.runner import Chunking, Runner
-from llm.weights import embed_tokens
+from layer_streamer.llm.kv.transfers import HostTransfers
+from layer_streamer.llm.memory.footprint import Footprint, Needs
+from layer_streamer.llm.models.config import model_config
+from layer_streamer.llm.passes import embedding as embedding_module
+from layer_streamer.llm.passes.embedding import Embedding
+from layer_streamer.llm.passes.runner import Chunking, Runner
+from layer_streamer.llm.weights.dequant import Unpacker, Widest
+from layer_streamer.llm.weights.packed import Packed
+from layer_streamer.llm.weights.weights import embed_tokens
 
 CPU = torch.device("cpu")
 VOCABULARY, WIDTH = 96, 512

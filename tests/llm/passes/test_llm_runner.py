@@ -13,11 +13,11 @@ from assets import open_runner, relative_error, tiny_checkpoint
 from torch.nn.attention.bias import causal_upper_left
 from zoo import CASES, CLASSES, IDS, reference, zoo_model
 
-from llm import row_attention
-from llm.attention import window_mask
-from llm.batch import pack
-from llm.metadata import load_config
-from llm.runner import Chunking, Runner
+from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.passes import row_attention
+from layer_streamer.llm.passes.attention import window_mask
+from layer_streamer.llm.passes.batch import pack
+from layer_streamer.llm.passes.runner import Chunking, Runner
 
 TOLERANCE, STEPS = 1e-5, 32
 LENGTHS = (50, 23, 1)
@@ -113,16 +113,18 @@ def shifted(change: int) -> Any:
     return wrong
 
 
+PASSES = "layer_streamer.llm.passes"
 MUTATIONS = {
     "a mask that starts at the first position": (
         "llama", "torch.nn.attention.bias.causal_lower_right", causal_upper_left
     ),
-    "positions that go on from chunk to chunk": ("llama", "llm.runner.pack", shifted(1)),
+    "positions that go on from chunk to chunk": ("llama", f"{PASSES}.runner.pack", shifted(1)),
     "new tokens that stay away from home": (
-        "llama", "llm.kv_host.HostTier.close_layer", lambda *_: None
+        "llama", "layer_streamer.llm.kv.host.HostTier.close_layer", lambda *_: None
     ),
     "a mask of a window that is one off": (
-        "mistral", "llm.attention.window_mask", lambda t, p, w, d: window_mask(t, p, w + 1, d)
+        "mistral", f"{PASSES}.attention.window_mask",
+        lambda t, p, w, d: window_mask(t, p, w + 1, d)
     ),
 }  # fmt: skip
 

@@ -12,14 +12,20 @@ from hypothesis import strategies as st
 from quantizing import save, weights
 from zoo import zoo_model
 
-from llm.opening import Model
-from llm.quantize.grouping import choose_groups
-from llm.quantize.job import Job, quantize
-from llm.quantize.layers import Recipe
-from llm.quantize.moments import LEAST_SHARE, Watched
-from llm.quantize.perplexity import perplexity
-from llm.quantize.scales import Rounding
-from llm.quantize.texts import WINDOW, TextPass, float_unpacker, open_streamer, windows
+from layer_streamer.llm.opening import Model
+from layer_streamer.llm.quantize.grouping import choose_groups
+from layer_streamer.llm.quantize.job import Job, quantize
+from layer_streamer.llm.quantize.layers import Recipe
+from layer_streamer.llm.quantize.moments import LEAST_SHARE, Watched
+from layer_streamer.llm.quantize.perplexity import perplexity
+from layer_streamer.llm.quantize.scales import Rounding
+from layer_streamer.llm.quantize.texts import (
+    WINDOW,
+    TextPass,
+    float_unpacker,
+    open_streamer,
+    windows,
+)
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 512, (300,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -75,7 +81,7 @@ def test_moments_are_those_of_the_inputs_that_transformers_modules_get(tmp_path,
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("logit_tokens", [256, 7])
 def test_perplexity_is_that_of_transformers(tmp_path, monkeypatch, name, logit_tokens):
-    monkeypatch.setattr("llm.quantize.perplexity.LOGIT_TOKENS", logit_tokens)
+    monkeypatch.setattr("layer_streamer.llm.quantize.perplexity.LOGIT_TOKENS", logit_tokens)
     model = zoo_model(name)
     total, count = 0.0, 0
     for ids in parts(model):

@@ -7,11 +7,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.config import ModelConfig
-from llm.quantize.codes import code_range, decode, pack_codes, unpack_codes
-from llm.quantize.grouping import choose_groups, quantization_config
-from llm.quantize.matrix import Quantized
-from llm.quantize.scales import GRIDS, Rounding, search_scales
+from layer_streamer.llm.models.config import ModelConfig
+from layer_streamer.llm.quantize.codes import code_range, decode, pack_codes, unpack_codes
+from layer_streamer.llm.quantize.grouping import choose_groups, quantization_config
+from layer_streamer.llm.quantize.matrix import Quantized
+from layer_streamer.llm.quantize.scales import GRIDS, Rounding, search_scales
 
 BITS = (4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -86,7 +86,7 @@ def test_weights_that_the_format_can_hold_come_back_exactly(bits, rows, group, d
 def test_rows_that_are_added_in_pieces_give_the_same_words(monkeypatch):
     rows, importance, found = torch.randn(37, 64), torch.rand(64), []
     for block, cuts in ((1 << 18, (37,)), (64 * 3, (5, 1, 31))):
-        monkeypatch.setattr("llm.quantize.matrix.CPU_BLOCK", block)
+        monkeypatch.setattr("layer_streamer.llm.quantize.matrix.CPU_BLOCK", block)
         quantized = Quantized(32, Rounding(4, torch.bfloat16), importance)
         for part in rows.split(cuts):
             quantized.add(part)

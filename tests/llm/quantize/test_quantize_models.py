@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import quantize
 import torch
 from assets import relative_error
 from forward import open_forward
@@ -14,9 +13,10 @@ from quantizing import contents, run, save, tensors, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import reference, stepwise, zoo_model
 
-from llm.metadata import load_config
-from llm.quantization import read_quantization
-from llm.quantize.shards import Entry, is_whole, write_shard
+from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.quantize.shards import Entry, is_whole, write_shard
+from layer_streamer.llm.weights.quantization import read_quantization
+from layer_streamer.tools import quantize_command as quantize
 
 CASES = {
     "llama": {},

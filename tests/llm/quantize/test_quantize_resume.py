@@ -8,15 +8,15 @@ import subprocess
 import sys
 
 import pytest
-import quantize
-from assets import REPOSITORY
 from gguf_models import write_gguf
+from paths import PYTHONPATH, ROOT
 from quantizing import contents, run
 from zoo import zoo_model
 
-from llm.metadata import load_config
-from llm.quantize import shards
-from llm.quantize.unfinished import INDEX, OPTIONS, Unfinished
+from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.quantize import shards
+from layer_streamer.llm.quantize.unfinished import INDEX, OPTIONS, Unfinished
+from layer_streamer.tools import quantize_command as quantize
 
 OPTS = ("--bits", 4, "--dtype", "float32")
 
@@ -94,7 +94,7 @@ def test_an_interrupted_run_is_gone_on_with_at_every_file(
 
 def test_an_interrupt_at_any_line_leaves_all_or_nothing_that_looks_finished(case, tmp_path):
     source, arguments, expected = case
-    folder, outcomes = str(REPOSITORY / "examples" / "llm" / "quantize"), set()
+    folder, outcomes = str(ROOT / "layer_streamer" / "llm" / "quantize"), set()
     for number in (1, 30, 200, 700, 1500, 2600, 100_000):
         out, left = tmp_path / str(number), number
 
@@ -210,14 +210,13 @@ def test_what_somebody_else_made_is_left_alone(made, tmp_path, capsys):
 
 
 KILLED = """
-import json, os, random, signal, sys
+import os, random, signal, sys
 from pathlib import Path
-sys.path[:0] = json.loads(sys.argv[1])
-import quantize
+from layer_streamer.tools import quantize_command as quantize
 from quantizing import contents
-from llm.quantize.unfinished import OPTIONS
+from layer_streamer.llm.quantize.unfinished import OPTIONS
 
-source, place, *arguments = sys.argv[2:]
+source, place, *arguments = sys.argv[1:]
 place, generator, ended = Path(place), random.Random(0), []
 run = lambda out: quantize.main([source, str(out), *arguments, "--device", "cpu"])
 assert run(place / "whole") == 0  # which imports everything
@@ -248,11 +247,11 @@ print(ended.count(-signal.SIGPROF), ended.count(0))
 @pytest.mark.slow
 def test_runs_that_are_killed_at_random_moments_are_gone_on_with(case, tmp_path):
     source, arguments, _ = case
-    folders = json.dumps([str(REPOSITORY / name) for name in ("examples", "tests", ".")])
-    command = [sys.executable, "-c", KILLED, folders, source, tmp_path, *arguments]
+    command = [sys.executable, "-c", KILLED, source, tmp_path, *arguments]
     result = subprocess.run(
         [str(part) for part in command],
-        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     kills, finished = map(int, result.stdout.splitlines()[-1].split())

@@ -6,22 +6,23 @@ import sys
 
 import make_checkpoint
 import pytest
-import quantize
 import torch
-from assets import REPOSITORY, one_torch_thread, relative_error, smollm2
+from assets import one_torch_thread, relative_error, smollm2
 from forward import open_forward
+from paths import ROOT
 from quantizing import run, weights
+from shapes import SHAPES
 from transformers import AutoModelForCausalLM
 
-from llm.engine import StreamingEngine
-from llm.metadata import load_config
-from llm.opening import Model
-from llm.quantize.perplexity import perplexity
-from llm.shapes import SHAPES
-from llm.tokenizer import raw_ids
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.opening import Model
+from layer_streamer.llm.quantize.perplexity import perplexity
+from layer_streamer.llm.text.tokenizer import raw_ids
+from layer_streamer.tools import quantize_command as quantize
 
 CPU = torch.device("cpu")
-EVALUATION = REPOSITORY / "tests/data/evaluation.txt"
+EVALUATION = ROOT / "tests/data/evaluation.txt"
 
 
 def read(path) -> Model:
@@ -107,14 +108,13 @@ def test_transformers_loads_it_with_weights_equal_to_ours(tmp_path, bits, dtype)
 
 MEASURED = """
 import resource, sys
-sys.path[:0] = sys.argv[4:]
 import torch
 from pathlib import Path
-from llm.opening import Model
-from llm.quantize.grouping import choose_groups
-from llm.quantize.job import Job, quantize
-from llm.quantize.layers import Recipe
-from llm.quantize.scales import Rounding
+from layer_streamer.llm.opening import Model
+from layer_streamer.llm.quantize.grouping import choose_groups
+from layer_streamer.llm.quantize.job import Job, quantize
+from layer_streamer.llm.quantize.layers import Recipe
+from layer_streamer.llm.quantize.scales import Rounding
 
 model = Model.read(sys.argv[1], print)
 recipe = Recipe(Rounding(8, torch.bfloat16), choose_groups(model.config, None))
@@ -133,8 +133,7 @@ def test_quantizing_the_shape_of_a_7b_model_takes_less_than_4_gib(tmp_path, monk
     made, tokens = tmp_path / "in", 1024
     monkeypatch.setitem(SHAPES, "qwen2.5-7b", SHAPES["qwen2.5-7b"] | {"vocab_size": 65536})
     assert make_checkpoint.main([str(made), "--shape", "qwen2.5-7b", "--layers", "2"]) == 0
-    folders = [str(REPOSITORY / "examples"), str(REPOSITORY)]
-    arguments = [str(made), str(tmp_path / "out"), str(tokens), *folders]
+    arguments = [str(made), str(tmp_path / "out"), str(tokens)]
     command = [sys.executable, "-c", MEASURED, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     peak = int(result.stdout.splitlines()[-1]) * 1024

@@ -10,11 +10,11 @@ from typing import Any
 
 import interrupter
 import pytest
-from assets import REPOSITORY
 from byte_model import byte_model
+from paths import ROOT
 
-from llm.chat import Chat, read_lines, run_chat
-from llm.engine import StreamingEngine
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.text.chat import Chat, read_lines, run_chat
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 1.3, "seed": 4}
 
@@ -126,7 +126,7 @@ def test_a_question_that_does_not_fit_is_forgotten_and_the_chat_goes_on(
 def test_after_an_interrupt_at_any_line_the_next_turn_is_right(
     engine: StreamingEngine, monkeypatch: pytest.MonkeyPatch, stride: int, kv: str
 ) -> None:
-    monkeypatch.setattr(interrupter, "LIBRARY", str(REPOSITORY / "examples" / "llm"))
+    monkeypatch.setattr(interrupter, "LIBRARY", str(ROOT / "layer_streamer" / "llm"))
     options = OPTIONS | {"max_new_tokens": 4}
     right = engine.generate([{"role": "user", "content": "Hello"}], **options)
     number, fired = stride // 2, True

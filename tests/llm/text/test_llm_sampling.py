@@ -13,7 +13,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llm.sampling import Sampler, Sampling, choose_tokens, default_sampling, merge_options
+from layer_streamer.llm.text.sampling import (
+    Sampler,
+    Sampling,
+    choose_tokens,
+    default_sampling,
+    merge_options,
+)
 
 
 def draws(sampler: Sampler, logits: torch.Tensor, count: int = 200) -> list[int]:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_llm_tokenizer import ByteTokenizer
 
-from llm.stopping import StopStrings, TextStream
+from layer_streamer.llm.text.stopping import StopStrings, TextStream
 
 
 def push_all(stops, pieces) -> list[str]:

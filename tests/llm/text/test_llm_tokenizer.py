@@ -3,8 +3,8 @@
 import pytest
 from assets import smollm2_metadata
 
-from llm.metadata import load_tokenizer
-from llm.tokenizer import (
+from layer_streamer.llm.metadata import load_tokenizer
+from layer_streamer.llm.text.tokenizer import (
     MAX_HELD_TOKENS,
     StreamingDetokenizer,
     chat_ids,

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm import dequant
-from llm.dequant import ROW_STEP, Unpacker, Widest, ggml_matrix, row_width
-from llm.quants import BLOCK_TYPES
+from layer_streamer.llm.weights import dequant
+from layer_streamer.llm.weights.dequant import ROW_STEP, Unpacker, Widest, ggml_matrix, row_width
+from layer_streamer.llm.weights.quants import BLOCK_TYPES
 
 CPU = torch.device("cpu")
 packed_types = st.sampled_from(sorted(BLOCK_TYPES))

@@ -9,18 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packings import FP8, PACKINGS, Packing, Tensors
+from paths import TESTS
 from safetensors.torch import load_file, save_file
 from test_llm_dequant import equal_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layer_streamer import read_manifest
-from llm import dequant
-from llm.dequant import Unpacker, Widest
-from llm.finder import Finder
-from llm.packed import Packed, scales, take_rows, unpack_rows
-from llm.quantization import read_quantization
-from llm.stored import Stored
+from layer_streamer.llm.weights import dequant
+from layer_streamer.llm.weights.dequant import Unpacker, Widest
+from layer_streamer.llm.weights.finder import Finder
+from layer_streamer.llm.weights.packed import Packed, scales, take_rows, unpack_rows
+from layer_streamer.llm.weights.quantization import read_quantization
+from layer_streamer.llm.weights.stored import Stored
 
 CPU = torch.device("cpu")
 MODULE = "self_attn.q_proj"
@@ -137,7 +138,7 @@ def test_every_power_of_two_of_a_scale_is_what_its_byte_says():
     assert found[255].isnan()
 
 
-GPTQ = load_file(Path(__file__).parent / "data/gptq.safetensors")
+GPTQ = load_file(TESTS / "data/gptq.safetensors")
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from zoo import CLASSES, reference, stepwise, zoo_model
 
 from layer_streamer import read_manifest
-from llm.engine import StreamingEngine
-from llm.metadata import load_config
-from llm.names import weight_names
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.models.names import weight_names
 
 TOLERANCE = 1e-5
 IDS = list(range(3, 300, 7))

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from assets import edit_weights
 from packed_models import write_packed
 from packings import PACKINGS, ct_config
-from test_llm_models import edit_weights
 from zoo import zoo_model
 
 from layer_streamer import read_manifest
-from llm.engine import StreamingEngine
-from llm.errors import UnsupportedModelError
-from llm.metadata import load_config
-from llm.names import weight_names
-from llm.quantization import read_quantization
-from llm.scale_check import not_finite
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.errors import UnsupportedModelError
+from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.models.names import weight_names
+from layer_streamer.llm.weights.quantization import read_quantization
+from layer_streamer.llm.weights.scale_check import not_finite
 
 LAYER = "model.layers.1.self_attn.q_proj."
 Edit = Callable[[dict[str, torch.Tensor]], Any]
@@ -200,7 +200,9 @@ def test_scales_that_are_finite_are_looked_at_once(tmp_path, monkeypatch):
         runner = engine._runner
         row = runner.kv.rows.add(32)
         runner.forward([(row, torch.tensor([3, 4]))])
-        monkeypatch.setattr("llm.scale_check.scales", None)  # to be called no more
+        monkeypatch.setattr(
+            "layer_streamer.llm.weights.scale_check.scales", None
+        )  # to be called no more
         runner.forward([(row, torch.tensor([5]))])
 
 

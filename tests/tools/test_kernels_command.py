@@ -1,4 +1,4 @@
-"""bench_kernels.py: what it refuses, and on a GPU what it prints."""
+"""kernels_command.py: what it refuses, and on a GPU what it prints."""
 
 import json
 import os
@@ -6,16 +6,16 @@ import signal
 import subprocess
 import sys
 
-import bench_kernels
 import pytest
 import torch
-from assets import REPOSITORY
 
-SCRIPT = REPOSITORY / "examples" / "bench_kernels.py"
+from layer_streamer.tools import kernels_command
+
+COMMAND = [sys.executable, "-m", "layer_streamer.tools.kernels_command"]
 
 
 def error_of(capsys, *argv: str) -> str:
-    assert bench_kernels.main(list(argv)) == 2
+    assert kernels_command.main(list(argv)) == 2
     found = capsys.readouterr()
     assert found.out == ""
     (line,) = found.err.splitlines()
@@ -46,7 +46,7 @@ def test_options_that_cannot_be_are_refused_by_name(capsys, argv, message):
 def test_the_last_line_is_json_of_what_the_tables_say(tmp_path):
     options = ["--rows", "512", "--width", "1024", "--repeats", "3", "--formats", "Q4_K,ct4"]
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), *options, "--save"],
+        [*COMMAND, *options, "--save"],
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -64,7 +64,7 @@ def test_the_last_line_is_json_of_what_the_tables_say(tmp_path):
 
 @pytest.mark.gpu
 def test_ctrl_c_ends_it_with_130():
-    process = subprocess.Popen([sys.executable, str(SCRIPT)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()  # it measures
     process.send_signal(signal.SIGINT)

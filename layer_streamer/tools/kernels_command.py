@@ -1,6 +1,6 @@
 """Measure the Triton kernels of examples/llm beside the device's own copy bandwidth.
 
-    python examples/bench_kernels.py [--save]
+    layer-streamer kernels [--save]
 
 Three tables: unpacking, each format over memory that no cache holds; products of a packed matrix
 with few tokens, against unpacking it first; norms and SwiGLU, against plain torch. GB/s are bytes
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # main imports torch where Ctrl-C is caught
     import torch
     from tqdm import tqdm
 
-    from llm.packed import Packed
+    from layer_streamer.llm.weights.packed import Packed
 
 TABLES = ("unpack", "product", "pointwise", "tiles", "product_tiles")
 TOKENS = (1, 2, 4, 6, 8, 12, 16)
@@ -75,7 +75,7 @@ def open_device(name: str) -> torch.device:
     """The GPU to measure; ValueError where there is none that Triton serves."""
     import torch
 
-    from llm.triton_support import installed, triton_serves
+    from layer_streamer.llm.kernels.triton_support import installed, triton_serves
 
     try:
         device = torch.device(name)
@@ -101,8 +101,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 
-    from llm.fused import KERNEL_FORMATS
-    from llm.kernel_timing import copy_rate
+    from layer_streamer.llm.kernels.fused import KERNEL_FORMATS
+    from layer_streamer.llm.kernels.kernel_timing import copy_rate
 
     formats = args.formats.split(",") if args.formats else sorted(KERNEL_FORMATS)
     for kind in formats:
@@ -145,8 +145,8 @@ def measure_unpack(
     """Each format to bfloat16, by its kernel and by torch operations."""
     import torch
 
-    from llm import kernel_timing as timing
-    from llm.kernels.unpacking import launch_unpack
+    from layer_streamer.llm.kernels import kernel_timing as timing
+    from layer_streamer.llm.kernels.unpacking import launch_unpack
 
     say(bar, f"\n{'unpack':8} {'us':>8} {'GB/s':>7} {'of copy':>8} {'torch us':>9}")
     for kind in formats:
@@ -174,8 +174,8 @@ def measure_tiles(
     """Each format with other tiles than its own."""
     import torch
 
-    from llm import kernel_timing as timing
-    from llm.kernels.unpacking import ALTERNATIVES, LAUNCHES, Launch, launch_unpack
+    from layer_streamer.llm.kernels import kernel_timing as timing
+    from layer_streamer.llm.kernels.unpacking import ALTERNATIVES, LAUNCHES, Launch, launch_unpack
 
     say(bar, f"\n{'tiles':8} {'tile':>10} {'warps':>6} {'GB/s':>7} {'of copy':>8}")
     for kind in formats:
@@ -204,9 +204,9 @@ def measure_product_tiles(
     """Products with one token, with other tiles than their own, of a tall and of a wide matrix."""
     import torch
 
-    from llm import kernel_timing as timing
-    from llm.kernels.launching import PRODUCT_ALTERNATIVES, PRODUCTS, multiply
-    from llm.kernels.unpacking import Launch
+    from layer_streamer.llm.kernels import kernel_timing as timing
+    from layer_streamer.llm.kernels.launching import PRODUCT_ALTERNATIVES, PRODUCTS, multiply
+    from layer_streamer.llm.kernels.unpacking import Launch
 
     say(bar, f"\n{'product':8} {'tile':>10} {'warps':>6} {'tall GB/s':>10} {'wide':>6}")
     xs = [torch.randn(1, shape[1], device=device).bfloat16() for shape in (GATE, DOWN)]
@@ -233,8 +233,8 @@ def measure_products(
     """Each format that can be multiplied as it is, by tokens."""
     import torch
 
-    from llm import kernel_timing as timing
-    from llm.thresholds import PRODUCT_TOKENS
+    from layer_streamer.llm.kernels import kernel_timing as timing
+    from layer_streamer.llm.kernels.thresholds import PRODUCT_TOKENS
 
     say(bar, f"\n{'product':8} {'tokens':>6} {'us':>8} {'GB/s':>7} {'unpacked first us':>18}")
     for kind in PRODUCT_TOKENS:
@@ -254,7 +254,7 @@ def measure_pointwise(
     args: argparse.Namespace, device: torch.device, bar: tqdm[Any]
 ) -> Iterable[dict[str, Any]]:
     """Norms and SwiGLU of a 7B model by tokens, launched from Python as the engine does."""
-    from llm import kernel_timing as timing
+    from layer_streamer.llm.kernels import kernel_timing as timing
 
     say(bar, f"\n{'kernel':8} {'tokens':>6} {'us':>8} {'GB/s':>7} {'torch us':>9}")
     for kind, seconds, width in (
@@ -276,7 +276,7 @@ def conclude(args: argparse.Namespace, report: dict[str, Any], bar: tqdm[Any]) -
     """The token counts that follow."""
     from dataclasses import asdict
 
-    from llm.thresholds import find_thresholds, save_thresholds
+    from layer_streamer.llm.kernels.thresholds import find_thresholds, save_thresholds
 
     found = find_thresholds(report["product"], report["pointwise"])
     counts = ", ".join(f"{kind} {count}" for kind, count in found.product.items())

@@ -1,0 +1,1 @@
+"""One pass over the layers: batches, embedding, attention, captured decoding."""

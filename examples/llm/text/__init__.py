@@ -1,0 +1,1 @@
+"""Prompts and answers: tokens, templates, sampling, stopping, chat."""

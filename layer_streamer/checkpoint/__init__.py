@@ -1,0 +1,1 @@
+"""What is in a checkpoint's files: headers, parsed and bounded, become a manifest."""

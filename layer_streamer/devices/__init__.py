@@ -1,0 +1,1 @@
+"""What is needed of a device: the CPU, CUDA, any accelerator of torch."""

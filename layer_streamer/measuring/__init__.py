@@ -1,0 +1,1 @@
+"""What is measured: the machine's limits, and timed passes beside them."""

@@ -1,0 +1,1 @@
+"""The calling thread: it begins passes, takes layers and gives them back."""

@@ -1,0 +1,1 @@
+"""Which byte goes where: settings, layout, residency, tiers, the predicted seconds. Pure."""

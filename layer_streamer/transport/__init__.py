@@ -1,0 +1,1 @@
+"""Bytes on their way: memory, files, slots, stages, lanes, clocks. All threads live here."""

@@ -1,0 +1,1 @@
+"""One candidate, measured in processes of its own."""
