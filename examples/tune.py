@@ -1,10 +1,10 @@
-"""The command ``layer-streamer tune``, as a script."""
-
-from __future__ import annotations
+"""``layer-streamer tune`` as a script."""
 
 import sys
 
-from layer_streamer.tools.tune_command import main
+try:
+    from layer_streamer.tools.cli import main
+except ImportError as error:
+    sys.exit(f"error: {error} (pip install 'layer-streamer[llm]', or pip install -e '.[llm]')")
 
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(main(["tune", *sys.argv[1:]]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import os
 import re
 from collections import Counter
@@ -16,6 +17,8 @@ from assets import tiny_checkpoint, tiny_model
 from paths import ROOT
 
 import layer_streamer
+from layer_streamer import LayerStreamer
+from layer_streamer.planning.options import OPTIONS, markdown_table
 from layer_streamer.planning.settings import RING_CHUNKS, Settings
 
 LIBRARY = ROOT / "layer_streamer"
@@ -131,16 +134,29 @@ def test_the_readmes_example_runs_as_it_stands(
     assert "bound by" in capsys.readouterr().out
 
 
-def test_the_readmes_table_has_every_option_and_its_default() -> None:
-    rows = re.findall(r"^\| (`[^|]+) \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    table = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
-    assert set(table) >= {field.name for field in fields(Settings)}
+def test_the_readmes_table_of_options_is_the_one_in_code() -> None:
+    assert f"\n{markdown_table()}\n" in (ROOT / "README.md").read_text()
+
+
+def test_every_option_is_in_the_table_once_and_only_options_are() -> None:
+    parameters = set(inspect.signature(LayerStreamer.from_checkpoint).parameters) - {"path"}
+    named = [name for option in OPTIONS for name in option.names]
+    assert (
+        set(named) == parameters == {field.name for field in fields(Settings)} | {"layer_pattern"}
+    )
+    assert len(named) == len(set(named))
+
+
+def test_defaults_in_the_table_are_those_of_the_settings() -> None:
+    table = {name: option.default for option in OPTIONS for name in option.names}
     defaults = Settings()
     assert table["n_gpu"] == str(defaults.num_device)
-    for name in ("device_budget", "host_budget", "reserve_bytes", "read_mode"):
-        assert table[name] == str(getattr(defaults, name))
+    assert table["reserve_bytes"] == str(defaults.reserve_bytes)
+    assert table["read_mode"] == defaults.read_mode
+    assert defaults.device_budget is defaults.host_budget is None
+    assert table["device_budget"] == table["host_budget"] == "none"
     assert defaults.through_ring
-    assert table["n_cpu_pinned"] == table["n_cpu"] == "None"
+    assert table["n_cpu_pinned"] == table["n_cpu"] == "0"
     assert table["read_threads"] == str(defaults.num_readers)
     chunks = sorted({defaults.chunk_nbytes, *RING_CHUNKS.values()})
     assert table["read_chunk"] == " or ".join(str(chunk >> 20) for chunk in chunks) + " MiB"

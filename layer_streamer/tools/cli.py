@@ -1,38 +1,114 @@
-"""``python -m layer_streamer``: tools for people.
+"""The command ``layer-streamer``, or ``python -m layer_streamer``.
 
-The table is for the reader; the last line of stdout is one JSON document.
+A module of this folder named ``x_command`` is the command ``x``: ``add_arguments(parser)`` and
+``run(args)``. It is imported when it is asked for, and imports torch when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 
-from ..errors import ConfigError, StreamerError
-from .bench_command import register as register_bench
-from .inspect_command import register as register_inspect
-from .probe_command import register as register_probe
+from .. import __version__
+from ..errors import StreamerError
+from .command import Parser, say
 
-COMMANDS = (register_inspect, register_probe, register_bench)
-"""Each adds the parser of a command or two, with the function that does the work as ``run``."""
+GROUPS = {
+    "Language models": {
+        "chat": "talk with a model",
+        "generate": "answer a prompt, or a file of prompts",
+        "quantize": "make a model of 4 or 8 bits a weight",
+    },
+    "Checkpoints": {
+        "inspect": "layers, tensors and their bytes",
+        "plan": "where each layer would live; the predicted seconds a pass",
+        "bench": "measured passes, beside what the hardware needs",
+        "tune": "the fastest settings for this machine",
+    },
+    "This machine": {
+        "probe": "measure the limits of disk, memory and links, and keep them",
+        "kernels": "measure the GPU kernels of packed weights",
+    },
+}
+COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
+HELP = ("-h", "--help", "help")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m layer_streamer", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for register in COMMANDS:
-        register(commands)
-    args = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 2 after an error (one line on stderr), 130 after Ctrl-C or SIGTERM."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args.run(args)
-    except (StreamerError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with sigterm_as_ctrl_c():
+            if not argv or argv[0] in (*HELP, "--version"):
+                print(f"layer-streamer {__version__}" if argv[:1] == ["--version"] else overview())
+                return 0 if argv else 2
+            name = argv[0]
+            if name not in COMMANDS:
+                raise ValueError(unknown(name))
+            command = import_module(f".{name}_command", __package__)
+            parser = Parser(
+                prog=f"layer-streamer {name}",
+                usage=argparse.SUPPRESS,  # the description begins with an example
+                description=command.__doc__,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+            command.add_arguments(parser)
+            command.run(parser.parse_args(argv[1:]))
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            say("")  # after the terminal's ^C
         return 130
     except BrokenPipeError:
         # The reader has gone. Python would flush stdout once more at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if not is_the_users(error):
+            raise
+        say(f"error: {' '.join(str(error).split())}")
+        return 2
     return 0
+
+
+def overview() -> str:
+    """What ``layer-streamer --help`` prints."""
+    lines = ["usage: layer-streamer COMMAND ...", ""]
+    lines += ["Run models that are larger than the memory of your device: their layers stream."]
+    for title, commands in GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:<10}{text}" for name, text in commands.items())]
+    lines += ["", "layer-streamer COMMAND --help says more; --version says which this is."]
+    return "\n".join(lines)
+
+
+def unknown(name: str) -> str:
+    """What to say of a command that is none."""
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f", did you mean {close[0]}?" if close else ""
+    return f"there is no command {name!r}{hint} (see layer-streamer --help)"
+
+
+def is_the_users(error: Exception) -> bool:
+    """True for what arguments, files and the machine can be the cause of: one line will do."""
+    if isinstance(error, StreamerError | OSError | ValueError | ImportError):
+        return True
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Context in which SIGTERM raises KeyboardInterrupt, so that files are cleaned up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,34 +1,113 @@
-"""What the command lines of the examples share. Imports nothing large: --help is to be quick."""
+"""What the commands share: arguments, and how results are printed. Imports nothing large."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+from ..planning.options import OPTIONS
 
 
 class Parser(argparse.ArgumentParser):
     """Raises ValueError, in one line, for arguments that make no sense."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
-@contextmanager
-def library_errors() -> Iterator[None]:
-    """Context in which a model is used: what its libraries raise for users becomes ValueError.
+def at_least(least: int) -> Callable[[str], int]:
+    """What argparse calls with an argument that is a whole number from there on."""
 
-    ImportError, which says what to install, if they are not there.
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value}: must be at least {least}")
+        return value
+
+    return number
+
+
+def count(text: str) -> int:
+    """Layers of a pool; "none" is 0."""
+    return 0 if text.lower() == "none" else int(text)
+
+
+KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "layers": (count, "N"), "number": (int, "N"), "bytes": (str, "BYTES"), "word": (str, ""),
+}  # fmt: skip
+"""How options of a streamer are read from a command line, and what stands for the value."""
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint that a command is about."""
+    help_text = "a safetensors directory or file, or a GGUF file"
+    parser.add_argument("model", metavar="MODEL", help=help_text)
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Devices, of which there may be several."""
+    help_text = "such as cuda:0; may be repeated (default: the GPU, else the CPU)"
+    parser.add_argument("--device", action="append", metavar="D", help=help_text)
+
+
+def add_streamer_options(parser: argparse.ArgumentParser, *but: str) -> None:
+    """What a streamer can be told, but for ``but``: a group of the help."""
+    group = parser.add_argument_group("the streamer (docs/concepts.md)")
+    for name, option in _given_on_command_lines(but):
+        meaning = option.meaning.replace("`", "").replace("%", "%%")
+        kind, metavar = KINDS[option.kind or "word"]
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            metavar=metavar or name.rpartition("_")[2].upper(),
+            help=f"{meaning} ({option.default})",
+        )
+
+
+def streamer_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that were named, as keywords."""
+    given = {name: getattr(args, name, None) for name, _ in _given_on_command_lines(())}
+    given["device"] = getattr(args, "device", None)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _given_on_command_lines(but: Sequence[str]) -> list[tuple[str, Any]]:
+    return [
+        (name, option)
+        for option in OPTIONS
+        for name in option.names
+        if option.kind is not None and name not in but
+    ]
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """How results are to be printed: see :func:`publish`."""
+    help_text = "print one JSON document, and nothing else"
+    parser.add_argument("--json", action="store_true", help=help_text)
+
+
+def publish(args: argparse.Namespace, text: str, document: str) -> None:
+    """A text for people, and for programs a JSON document: the last line of stdout.
+
+    Alone with ``--json``; not at all where stdout is a terminal.
     """
-    try:
-        import torch
-        import transformers  # noqa: F401 - imported later, where it is used
+    if not args.json:
+        print(text)
+    if args.json or not sys.stdout.isatty():
+        print(document)
+    sys.stdout.flush()
 
-        from .. import StreamerError
-    except ImportError as error:
-        raise ImportError(f"{error} (pip install 'layer-streamer[examples]')") from error
-    try:
-        yield
-    except (StreamerError, torch.OutOfMemoryError) as error:
-        raise ValueError(str(error)) from error
+
+def say(message: str) -> None:
+    """A line on stderr: results alone go to stdout."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def require_engine() -> None:
+    """ImportError, with what to install, if what the engine cannot do without is missing."""
+    for name in ("transformers", "tokenizers", "jinja2"):
+        if find_spec(name) is None:
+            raise ImportError(f"{name} is not installed (pip install 'layer-streamer[llm]')")

@@ -1,24 +1,28 @@
-"""``python -m layer_streamer inspect``: what a checkpoint holds."""
+"""What a checkpoint holds: its layers, their tensors and bytes.
+
+    layer-streamer inspect MODEL
+
+Only headers are read.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from ..checkpoint.formats import read_manifest
-from ..checkpoint.summary import describe, document
+from .command import add_json, add_model, publish
 
 
-def register(commands: Any) -> None:
-    """Add the command to ``commands``, argparse's subparsers."""
-    parser = commands.add_parser("inspect", help="what a checkpoint holds")
-    parser.add_argument("path", help="a safetensors directory or file, or a GGUF file")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add_model(parser)
     parser.add_argument("--layer-pattern", metavar="P", help="a layer's prefix, with {i}")
-    parser.set_defaults(run=run)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """The table and the document, to stdout."""
-    manifest = read_manifest(args.path, args.layer_pattern)
-    print(describe(manifest))
-    print(document(manifest), flush=True)
+    from ..checkpoint.formats import read_manifest
+    from ..checkpoint.summary import describe, document
+
+    manifest = read_manifest(args.model, args.layer_pattern)
+    publish(args, describe(manifest), document(manifest))

@@ -1,12 +1,11 @@
-"""Measure the Triton kernels of examples/llm beside the device's own copy bandwidth.
+"""Measure the Triton kernels of the engine beside the device's own copy bandwidth.
 
     layer-streamer kernels [--save]
 
 Three tables: unpacking, each format over memory that no cache holds; products of a packed matrix
 with few tokens, against unpacking it first; norms and SwiGLU, against plain torch. GB/s are bytes
 read and written. From the last two follow token counts from which one way is faster, which --save
-keeps for this GPU: the engine goes by them. The last line of stdout is one JSON document. Exit code
-2 is an error, 130 is Ctrl-C.
+keeps for this GPU: the engine goes by them.
 """
 
 from __future__ import annotations
@@ -14,15 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # main imports torch where Ctrl-C is caught
+from .command import add_json
+
+if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
-    from layer_streamer.llm.weights.packed import Packed
+    from ..llm.weights.packed import Packed
 
 TABLES = ("unpack", "product", "pointwise", "tiles", "product_tiles")
 TOKENS = (1, 2, 4, 6, 8, 12, 16)
@@ -33,24 +35,8 @@ DOWN = GATE[::-1]
 """That of as many weights in few rows."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of the program."""
-    try:
-        args = parse_args(argv)
-        report = measure(args, open_device(args.device))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(json.dumps(report), flush=True)
-    return 0
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     add = parser.add_argument
     add("--device", default="cuda", metavar="D", help="an NVIDIA GPU, such as cuda:0")
     add("--only", choices=TABLES, action="append", help="one table; may be repeated")
@@ -59,7 +45,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--width", type=int, default=4096, metavar="N", help="of an unpacked matrix (4096)")
     add("--repeats", type=int, default=20, metavar="N", help="the median is of so many (20)")
     add("--save", action="store_true", help="keep the token counts for this GPU")
-    args = parser.parse_args(argv)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    check(args)
+    # Rows are printed as they come, above the bar.
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        report = measure(args, open_device(args.device))
+    if args.json or not sys.stdout.isatty():
+        print(json.dumps(report), flush=True)
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError for arguments that make no sense together."""
     for name in ("rows", "width", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -68,14 +68,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args.only = args.only or TABLES[:3]
     if args.save and not {"product", "pointwise"} <= set(args.only):
         raise ValueError("--save: needs the tables product and pointwise")
-    return args
 
 
 def open_device(name: str) -> torch.device:
     """The GPU to measure; ValueError where there is none that Triton serves."""
     import torch
 
-    from layer_streamer.llm.kernels.triton_support import installed, triton_serves
+    from ..llm.kernels.triton_support import installed, triton_serves
 
     try:
         device = torch.device(name)
@@ -101,8 +100,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 
-    from layer_streamer.llm.kernels.fused import KERNEL_FORMATS
-    from layer_streamer.llm.kernels.kernel_timing import copy_rate
+    from ..llm.kernels.fused import KERNEL_FORMATS
+    from ..llm.kernels.kernel_timing import copy_rate
 
     formats = args.formats.split(",") if args.formats else sorted(KERNEL_FORMATS)
     for kind in formats:
@@ -145,8 +144,8 @@ def measure_unpack(
     """Each format to bfloat16, by its kernel and by torch operations."""
     import torch
 
-    from layer_streamer.llm.kernels import kernel_timing as timing
-    from layer_streamer.llm.kernels.unpacking import launch_unpack
+    from ..llm.kernels import kernel_timing as timing
+    from ..llm.kernels.unpacking import launch_unpack
 
     say(bar, f"\n{'unpack':8} {'us':>8} {'GB/s':>7} {'of copy':>8} {'torch us':>9}")
     for kind in formats:
@@ -174,8 +173,8 @@ def measure_tiles(
     """Each format with other tiles than its own."""
     import torch
 
-    from layer_streamer.llm.kernels import kernel_timing as timing
-    from layer_streamer.llm.kernels.unpacking import ALTERNATIVES, LAUNCHES, Launch, launch_unpack
+    from ..llm.kernels import kernel_timing as timing
+    from ..llm.kernels.unpacking import ALTERNATIVES, LAUNCHES, Launch, launch_unpack
 
     say(bar, f"\n{'tiles':8} {'tile':>10} {'warps':>6} {'GB/s':>7} {'of copy':>8}")
     for kind in formats:
@@ -204,9 +203,9 @@ def measure_product_tiles(
     """Products with one token, with other tiles than their own, of a tall and of a wide matrix."""
     import torch
 
-    from layer_streamer.llm.kernels import kernel_timing as timing
-    from layer_streamer.llm.kernels.launching import PRODUCT_ALTERNATIVES, PRODUCTS, multiply
-    from layer_streamer.llm.kernels.unpacking import Launch
+    from ..llm.kernels import kernel_timing as timing
+    from ..llm.kernels.launching import PRODUCT_ALTERNATIVES, PRODUCTS, multiply
+    from ..llm.kernels.unpacking import Launch
 
     say(bar, f"\n{'product':8} {'tile':>10} {'warps':>6} {'tall GB/s':>10} {'wide':>6}")
     xs = [torch.randn(1, shape[1], device=device).bfloat16() for shape in (GATE, DOWN)]
@@ -233,8 +232,8 @@ def measure_products(
     """Each format that can be multiplied as it is, by tokens."""
     import torch
 
-    from layer_streamer.llm.kernels import kernel_timing as timing
-    from layer_streamer.llm.kernels.thresholds import PRODUCT_TOKENS
+    from ..llm.kernels import kernel_timing as timing
+    from ..llm.kernels.thresholds import PRODUCT_TOKENS
 
     say(bar, f"\n{'product':8} {'tokens':>6} {'us':>8} {'GB/s':>7} {'unpacked first us':>18}")
     for kind in PRODUCT_TOKENS:
@@ -254,7 +253,7 @@ def measure_pointwise(
     args: argparse.Namespace, device: torch.device, bar: tqdm[Any]
 ) -> Iterable[dict[str, Any]]:
     """Norms and SwiGLU of a 7B model by tokens, launched from Python as the engine does."""
-    from layer_streamer.llm.kernels import kernel_timing as timing
+    from ..llm.kernels import kernel_timing as timing
 
     say(bar, f"\n{'kernel':8} {'tokens':>6} {'us':>8} {'GB/s':>7} {'torch us':>9}")
     for kind, seconds, width in (
@@ -276,7 +275,7 @@ def conclude(args: argparse.Namespace, report: dict[str, Any], bar: tqdm[Any]) -
     """The token counts that follow."""
     from dataclasses import asdict
 
-    from layer_streamer.llm.kernels.thresholds import find_thresholds, save_thresholds
+    from ..llm.kernels.thresholds import find_thresholds, save_thresholds
 
     found = find_thresholds(report["product"], report["pointwise"])
     counts = ", ".join(f"{kind} {count}" for kind, count in found.product.items())
@@ -291,7 +290,3 @@ def say(bar: tqdm[Any], line: str) -> None:
     """A line of stdout, above the bar."""
     bar.write(line, file=sys.stdout)
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

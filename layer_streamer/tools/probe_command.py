@@ -1,29 +1,31 @@
-"""``python -m layer_streamer probe``: the machine's limits, measured and put on record."""
+"""This machine's limits: disk, memory, and the links to the devices, measured and put on record.
+
+    layer-streamer probe [PATH]
+
+Plans and reports go by them. PATH is a file or a folder with large files on the disk to measure.
+"""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..devices.device import Device
 from ..errors import ConfigError
-from ..machine.limits import MachineLimits, MachinePart, load_limits, save_limits
-from ..measuring.probe import Target, choose_devices, is_known, probe
-from ..measuring.probe_config import Journal, ProbeConfig, quick_config
-from ..progress import ProgressBar
-from .probe_table import describe, document
+from .command import add_json, publish, say
+
+if TYPE_CHECKING:
+    from ..devices.device import Device
+    from ..machine.limits import MachineLimits, MachinePart
+    from ..measuring.probe import Target
+    from ..measuring.probe_config import ProbeConfig
 
 
-def register(commands: Any) -> None:
-    """Add the command to ``commands``, argparse's subparsers."""
-    parser = commands.add_parser(
-        "probe", help="measure this machine's limits: disk, memory, links to the devices"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     parser.add_argument(
         "path",
         nargs="?",
@@ -46,11 +48,16 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--force", action="store_true", help="measure also what is on record for this machine"
     )
-    parser.set_defaults(run=run)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, save, and print the table and the document. ConfigError, StreamerError."""
+    from ..measuring.probe import choose_devices, probe
+    from ..measuring.probe_config import Journal
+    from ..progress import ProgressBar
+    from .probe_table import describe, document
+
     target, config = _target(args), _config(args)
     devices = choose_devices(args.device)
     known = None if args.force else _known(devices, config)
@@ -68,11 +75,13 @@ def run(args: argparse.Namespace) -> None:
         journal.note(
             f"memory and devices: as measured at {known.measured_at}; --force measures them again"
         )
-    print(describe(limits, journal.notes))
-    print(document(limits, journal.notes, _save(limits)), flush=True)
+    table = describe(limits, journal.notes)
+    publish(args, table, document(limits, journal.notes, _save(limits)))
 
 
 def _target(args: argparse.Namespace) -> Target:
+    from ..measuring.probe import Target
+
     if args.path is None:
         return Target(args.dir or Path(), temporary=True)
     if args.dir is not None:
@@ -81,11 +90,16 @@ def _target(args: argparse.Namespace) -> Target:
 
 
 def _config(args: argparse.Namespace) -> ProbeConfig:
+    from ..measuring.probe_config import ProbeConfig, quick_config
+
     config = quick_config() if args.quick else ProbeConfig()
     return config if args.seconds is None else replace(config, seconds=args.seconds)
 
 
 def _known(devices: Sequence[Device], config: ProbeConfig) -> MachinePart | None:
+    from ..machine.limits import load_limits
+    from ..measuring.probe import is_known
+
     recorded = load_limits()
     if recorded is None or not is_known(recorded.machine, devices, config):
         return None
@@ -93,8 +107,10 @@ def _known(devices: Sequence[Device], config: ProbeConfig) -> MachinePart | None
 
 
 def _save(limits: MachineLimits) -> tuple[Path, ...]:
+    from ..machine.limits import save_limits
+
     try:
         return save_limits(limits)
     except OSError as error:
-        print(f"warning: the limits were not saved: {error}", file=sys.stderr)
+        say(f"warning: the limits were not saved: {error}")
         return ()

@@ -11,24 +11,21 @@ progress and what quantizing did go to stderr. Exit code 2 is an error, 130 is C
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Parser, library_errors
+from .command import say
+from .engine_options import DTYPES, add_language_model, read_model
 
-if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
+if TYPE_CHECKING:
     import torch
 
     from ..llm.opening import Model
     from ..llm.quantize.errors import Errors
     from ..llm.quantize.job import Job
 
-DTYPES = ("bfloat16", "float16", "float32")
 CALIBRATION_TOKENS = 8192
 TEXT_TOKENS = 16384
 """Of --text at most: what they take is kept for all of them at once."""
@@ -36,11 +33,10 @@ LEAST_TOKENS = 2
 BAR = "{l_bar}{bar}| {elapsed} so far, {remaining} left"
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; ValueError for one that makes no sense."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add_language_model(parser)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a path, or the name of a Hugging Face repository")
     add("out", metavar="OUT", type=Path, help="the directory to make; its parent must be there")
     add("--bits", type=int, choices=(4, 8), required=True)
     group_help = "weights that share a scale; auto (default): the most that divides each width"
@@ -52,27 +48,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     dtype_help = "of scales and what is not quantized; default: as MODEL if that has 16 bits"
     add("--dtype", choices=DTYPES, help=dtype_help)
     add("--device", metavar="D", help="a torch device; default: the GPU if there is one")
-    args = parser.parse_args(argv)
-    if args.tokens < LEAST_TOKENS:
-        raise ValueError(f"--tokens {args.tokens}: must be at least {LEAST_TOKENS}")
-    return args
 
 
 def run(args: argparse.Namespace) -> None:
     """Read what describes the model, quantize it, and say what that did."""
-    if Path(args.model).expanduser().exists():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model's own files
+    if args.tokens < LEAST_TOKENS:
+        raise ValueError(f"--tokens {args.tokens}: must be at least {LEAST_TOKENS}")
+    model = read_model(args.model)
     from ..llm.kv.threads import leave_a_core
     from ..llm.memory.placing import choose_device
-    from ..llm.opening import Model
     from ..llm.quantize.errors import error_table
     from ..llm.quantize.grouping import choose_groups
     from ..llm.quantize.job import Job
     from ..llm.quantize.layers import Recipe
     from ..llm.quantize.scales import Rounding
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    model = Model.read(args.model, say)
     groups = choose_groups(model.config, None if args.group == "auto" else int(args.group))
     calibration = text = None
     if args.calibrate is not None:
@@ -95,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"{before / 1e9:.3f} GB before, {after / 1e9:.3f} GB after ({after / before:.1%})")
     if text is not None:
         compare(model, job, args.text, text)
+    print(args.out, flush=True)
 
 
 def read_tokens(model: Model, path: Path, most: int) -> list[int]:
@@ -171,31 +162,3 @@ def compare(model: Model, job: Job, path: Path, ids: list[int]) -> None:
         f"{path}: perplexity {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%}) on "
         f"{len(ids):,} tokens in windows of {min(WINDOW, model.config.max_positions)}"
     )
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code of the program: 0, 2 after an error, 130 after Ctrl-C or SIGTERM."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        args = parse_args(argv)
-        with library_errors():
-            run(args)
-        print(args.out)
-    except KeyboardInterrupt:
-        say("")
-        return 130
-    except (OSError, ValueError, ImportError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

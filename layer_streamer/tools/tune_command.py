@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
+from .command import add_model, say
+
+if TYPE_CHECKING:
     from .. import LayerStreamerTuner
 
 COUNTS = ("n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu",
@@ -30,35 +30,10 @@ MARGIN = "a run is ended once it is slower than the best by this share; or none 
 TOLERANCE = "a race ends once no candidate can be better by more than this share (0.02)"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code of the program: 0, 2 after an error, 130 after Ctrl-C."""
-    tuners: list[LayerStreamerTuner] = []
-    try:
-        args = parse_args(argv)
-        from .. import LayerStreamerTuner
-
-        tuners.append(LayerStreamerTuner.from_checkpoint(args.model, **options_of(args)))
-        tune(tuners[0], args)
-    except KeyboardInterrupt:
-        say_best_so_far(tuners)
-        return 130
-    except BrokenPipeError:
-        # The reader has gone. Python would flush stdout once more at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, RuntimeError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
-    return 0
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
-        epilog="Values are lists, such as --n-gpu-values 1,2,4 or --n-cpu-values none,2; what is "
-        "not named gets values that suit the machine.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add_model(parser)
     add = parser.add_argument
-    add("model", help="a safetensors directory or file, or a GGUF file")
     add("--device", metavar="D", help="such as cuda:0 or cpu")
     add("--max-device-bytes", metavar="BYTES", help='of each device: "6GiB"')
     add("--max-host-bytes", metavar="BYTES", help='of host memory: "16GiB"')
@@ -72,10 +47,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tolerance", type=float, metavar="X", help=TOLERANCE)
     add("--results", dest="results_path", metavar="FILE", help="where trials are kept")
     add("--report", type=Path, metavar="DIR", help="write a table and a picture there")
+    values = parser.add_argument_group(
+        "values to try", "lists, such as 1,2,4 or none,2; what is not named gets what suits here"
+    )
     for name in COUNTS + WORDS:
         kind = _counts if name in COUNTS else _words
-        add(f"--{name.replace('_', '-')}-values", type=kind, metavar="V,V,...")
-    return parser.parse_args(argv)
+        values.add_argument(f"--{name.replace('_', '-')}-values", type=kind, metavar="V,V,...")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tune; after Ctrl-C, say what is known by then."""
+    from .. import LayerStreamerTuner
+
+    tuner = LayerStreamerTuner.from_checkpoint(args.model, **options_of(args))
+    try:
+        tune(tuner, args)
+    except KeyboardInterrupt:
+        say_best_so_far(tuner)
+        raise
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -108,18 +97,13 @@ def format_call(model: str, device: str | None, settings: Mapping[str, Any]) -> 
     )
 
 
-def say_best_so_far(tuners: list[LayerStreamerTuner]) -> None:
+def say_best_so_far(tuner: LayerStreamerTuner) -> None:
     """After Ctrl-C, what is known by now."""
-    best = tuners[0].best if tuners else None
+    best = tuner.best
     if best is None:
-        say("")
         return
     settings = ", ".join(f"{name}={_quote(value)}" for name, value in best.settings.items())
     say(f"\nbest so far: {best.seconds:.4f} s a run: {settings}")
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def _quote(value: Any) -> str:
@@ -143,7 +127,3 @@ def _margin(text: str) -> float | None:
         return None if text.lower() == "none" else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a number, or none") from None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

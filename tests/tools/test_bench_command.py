@@ -314,9 +314,9 @@ def test_a_file_that_changes_during_the_bench_is_an_error(
 def test_an_interrupt_at_any_measurement_ends_with_130_and_prints_nothing(
     model: Path, monkeypatch: Any, capsys: Any, at: int
 ) -> None:
-    from layer_streamer.tools import bench_command as cli
+    from layer_streamer.measuring import bench
 
-    real = cli.run_bench
+    real = bench.run_bench
 
     def run(open_streamer: Any, bench: Any, show: Any) -> Outcome:
         numbers = iter(range(100))
@@ -328,7 +328,7 @@ def test_an_interrupt_at_any_measurement_ends_with_130_and_prints_nothing(
 
         return real(open_streamer, bench, interrupted)
 
-    monkeypatch.setattr(cli, "run_bench", run)
+    monkeypatch.setattr(bench, "run_bench", run)
     assert main(["bench", str(model), *FEW]) == 130
     assert capsys.readouterr().out == ""
 

@@ -20,9 +20,9 @@ from assets import (
 from paths import ROOT
 
 from layer_streamer.llm.metadata import load_tokenizer
-from layer_streamer.tools import generate_command as generate
+from layer_streamer.tools import cli
 
-SCRIPT = [sys.executable, "-u", str(ROOT / "examples" / "generate.py")]
+SCRIPT = [sys.executable, "-u", "-m", "layer_streamer", "generate"]
 NUMBERS = "raw:1, 2, 3, 4, 5, 6,"
 
 
@@ -109,7 +109,7 @@ def test_a_chat_answer_from_a_safetensors_directory_is_that_of_transformers(tiny
 
 
 def main(*arguments: object) -> int:
-    return generate.main([str(argument) for argument in arguments])
+    return cli.main(["generate", *map(str, arguments)])
 
 
 def test_a_prompt_from_stdin_loses_the_newline_of_its_line_only(tiny, capfd, monkeypatch):
@@ -206,7 +206,7 @@ def test_help_needs_no_torch():
         [sys.executable, "-X", "importtime", *SCRIPT[2:], "--help"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert result.stdout.startswith("usage:")
+    assert "layer-streamer generate MODEL --prompt" in result.stdout
     assert " torch" not in result.stderr
 
 

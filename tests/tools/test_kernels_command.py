@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from layer_streamer.tools import kernels_command
+from layer_streamer.tools import cli
 
-COMMAND = [sys.executable, "-m", "layer_streamer.tools.kernels_command"]
+COMMAND = [sys.executable, "-m", "layer_streamer", "kernels"]
 
 
 def error_of(capsys, *argv: str) -> str:
-    assert kernels_command.main(list(argv)) == 2
+    assert cli.main(["kernels", *argv]) == 2
     found = capsys.readouterr()
     assert found.out == ""
     (line,) = found.err.splitlines()

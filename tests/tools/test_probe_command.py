@@ -26,8 +26,7 @@ from layer_streamer.machine.limits import (
     decode,
     load_limits,
 )
-from layer_streamer.measuring import probe_files
-from layer_streamer.tools import probe_command as cli_probe
+from layer_streamer.measuring import probe_config, probe_files
 from layer_streamer.tools.probe_table import describe
 
 CPU = ["--device", "cpu", "--quick"]
@@ -43,8 +42,8 @@ def model(tmp_path: Path) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache directory, empty; probes at their shortest."""
     settle_on_a_disk(tmp_path, monkeypatch)
-    monkeypatch.setattr(cli_probe, "quick_config", lambda: TINY)
-    monkeypatch.setattr(cli_probe, "ProbeConfig", lambda: replace(TINY, quick=False))
+    monkeypatch.setattr(probe_config, "quick_config", lambda: TINY)
+    monkeypatch.setattr(probe_config, "ProbeConfig", lambda: replace(TINY, quick=False))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -190,13 +189,13 @@ def test_an_interrupt_ends_with_130_and_saves_nothing(
     (tmp_path / "here").mkdir()
     measurements = iter(range(100))
 
-    class Interrupted(cli_probe.Journal):
+    class Interrupted(probe_config.Journal):
         def measuring(self, name: str) -> None:
             super().measuring(name)
             if next(measurements) == min(number, 9):
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_probe, "Journal", Interrupted)
+    monkeypatch.setattr(probe_config, "Journal", Interrupted)
     assert main(["probe", "--dir", str(tmp_path / "here"), *CPU]) == 130
     assert capsys.readouterr().out == ""
     assert list((tmp_path / "here").iterdir()) == []

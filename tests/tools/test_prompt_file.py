@@ -14,7 +14,7 @@ import pytest
 from byte_model import byte_model
 from paths import ROOT
 
-from layer_streamer.tools import generate_command as generate
+from layer_streamer.tools import cli
 
 OPTIONS = ["--max-new-tokens", "5", "--device", "cpu", "--raw"]
 
@@ -43,7 +43,7 @@ def results(path: Path) -> list[dict[str, Any]]:
 
 def run(model: Path, prompts: Path, output: Path, *more: str) -> int:
     arguments = [str(model), "--prompts", str(prompts), "--output", str(output), *OPTIONS, *more]
-    return generate.main(arguments)
+    return cli.main(["generate", *arguments])
 
 
 def test_every_line_is_answered_in_order(model: Path, tmp_path: Path, capfd: Any) -> None:
@@ -53,7 +53,7 @@ def test_every_line_is_answered_in_order(model: Path, tmp_path: Path, capfd: Any
     assert [record["line"] for record in found] == [1, 2, 3, 4]
     assert capfd.readouterr().out == ""
     for record, text in zip(found, ["One", "Two " * 40, "Three", "Four"], strict=True):
-        assert generate.main([str(model), "--prompt", text, *OPTIONS]) == 0
+        assert cli.main(["generate", str(model), "--prompt", text, *OPTIONS]) == 0
         assert capfd.readouterr().out == record["text"]
         assert (record["new_tokens"], record["finish_reason"]) == (5, "length")
 
@@ -110,7 +110,7 @@ def test_without_an_output_file_the_lines_go_to_stdout(
     model: Path, tmp_path: Path, capfd: Any
 ) -> None:
     prompts = write_prompts(tmp_path / "in", ["One", "Two"])
-    assert generate.main([str(model), "--prompts", str(prompts), *OPTIONS]) == 0
+    assert cli.main(["generate", str(model), "--prompts", str(prompts), *OPTIONS]) == 0
     assert [json.loads(line)["line"] for line in capfd.readouterr().out.splitlines()] == [1, 2]
 
 
@@ -119,29 +119,29 @@ def test_without_an_output_file_the_lines_go_to_stdout(
     [
         (["--prompts", "/nowhere"], "/nowhere"),
         (["--prompt", "Hi", "--output", "x"], "--output"),
-        (["--prompt", "Hi", "--chat"], "not allowed with"),
+        (["--prompt", "Hi", "--prompts", "x"], "not allowed with"),
         (["--prompt", "Hi", "--kv", "disk"], "kv='disk'"),
         (["--prompt", "Hi", "--top-p", "3"], "top_p=3.0"),
-        (["--chat", "--max-length", "900"], "max_length=900"),
+        (["--prompts", "x", "--max-length", "900"], "max_length=900"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(
     model: Path, capfd: Any, arguments: list[str], message: str
 ) -> None:
-    assert generate.main([str(model), "--device", "cpu", *arguments]) == 2
+    assert cli.main(["generate", str(model), "--device", "cpu", *arguments]) == 2
     out, err = capfd.readouterr()
     assert out == "" and message in err and err.count("\n") == 1
 
 
 def test_the_plan_is_said_before_the_text(model: Path, capfd: Any) -> None:
-    assert generate.main([str(model), "--prompt", "Hi", "--plan", *OPTIONS]) == 0
+    assert cli.main(["generate", str(model), "--prompt", "Hi", "--plan", *OPTIONS]) == 0
     assert "keys and values" in capfd.readouterr().err
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_an_answer_and_the_end_of_the_input_the_chat(model: Path) -> None:
     command = [
-        sys.executable, "-u", str(ROOT / "examples" / "generate.py"), str(model), "--chat",
+        sys.executable, "-u", "-m", "layer_streamer", "chat", str(model),
         "--device", "cpu", "--max-new-tokens", "200", "--temperature", "1", "--seed", "1",
     ]  # fmt: skip
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from gguf_models import write_gguf
-from paths import ROOT
+from paths import PYTHONPATH
 from quantizing import contents, run, save
 from zoo import zoo_model
 
@@ -125,9 +125,24 @@ def test_a_terminal_sees_a_progress_bar_with_the_time_left(place, tmp_path, monk
 
 @pytest.mark.slow
 def test_the_script_runs_by_itself(place, tmp_path):
-    script = str(ROOT / "examples" / "quantize.py")
-    command = [sys.executable, script, "bare", str(tmp_path / "out"), "--bits", "4"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=place)
+    command = [
+        sys.executable,
+        "-m",
+        "layer_streamer",
+        "quantize",
+        "bare",
+        str(tmp_path / "out"),
+        "--bits",
+        "4",
+    ]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
+    )
     assert result.stdout == f"{tmp_path / 'out'}\n"
 
 

@@ -177,7 +177,7 @@ def test_a_tune_on_a_gpu_leaves_cuda_alone_in_this_process(
 
 def example(checkpoint: Path, *options: str) -> list[str]:
     return [
-        sys.executable, str(ROOT / "examples" / "tune.py"), str(checkpoint), "--device", "cpu",
+        sys.executable, "-m", "layer_streamer", "tune", str(checkpoint), "--device", "cpu",
         "--n-cpu-pinned-values", "none", "--read-mode-values", "buffered",
         "--read-threads-values", "1", "--read-chunk-values", "none", "--n-runs", "2", *options,
     ]  # fmt: skip

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from layer_streamer.llm.quantize.codes import decode, unpack_codes
 from layer_streamer.llm.quantize.unfinished import INDEX
-from layer_streamer.tools import quantize_command as quantize
+from layer_streamer.tools import cli
 
 
 def run(*arguments: object) -> int:
     """The script's exit code, on the CPU."""
-    return quantize.main([*(str(argument) for argument in arguments), "--device", "cpu"])
+    return cli.main(["quantize", *(str(argument) for argument in arguments), "--device", "cpu"])
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from zoo import reference, stepwise, zoo_model
 from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.quantize.shards import Entry, is_whole, write_shard
 from layer_streamer.llm.weights.quantization import read_quantization
-from layer_streamer.tools import quantize_command as quantize
+from layer_streamer.tools import cli
 
 CASES = {
     "llama": {},
@@ -139,7 +139,7 @@ def test_a_gpu_makes_what_the_cpu_makes(tmp_path, bits):
     options = (*options, "--text", tmp_path / "text")
     assert run(tmp_path / "a.gguf", tmp_path / "cpu", *options) == 0
     arguments = [tmp_path / "a.gguf", tmp_path / "gpu", *options, "--device", "cuda"]
-    assert quantize.main([str(argument) for argument in arguments]) == 0
+    assert cli.main(["quantize", *map(str, arguments)]) == 0
     found, expected = weights(tmp_path / "gpu", bits), weights(tmp_path / "cpu", bits)
     for name in expected:  # sums in another order may tip a scale to its neighbour
         assert (found[name] - expected[name]).abs().mean() <= 0.005 * expected[name].abs().mean()

@@ -16,7 +16,6 @@ from zoo import zoo_model
 from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.quantize import shards
 from layer_streamer.llm.quantize.unfinished import INDEX, OPTIONS, Unfinished
-from layer_streamer.tools import quantize_command as quantize
 
 OPTS = ("--bits", 4, "--dtype", "float32")
 
@@ -212,13 +211,13 @@ def test_what_somebody_else_made_is_left_alone(made, tmp_path, capsys):
 KILLED = """
 import os, random, signal, sys
 from pathlib import Path
-from layer_streamer.tools import quantize_command as quantize
+from layer_streamer.tools import cli
 from quantizing import contents
 from layer_streamer.llm.quantize.unfinished import OPTIONS
 
 source, place, *arguments = sys.argv[1:]
 place, generator, ended = Path(place), random.Random(0), []
-run = lambda out: quantize.main([source, str(out), *arguments, "--device", "cpu"])
+run = lambda out: cli.main(["quantize", source, str(out), *arguments, "--device", "cpu"])
 assert run(place / "whole") == 0  # which imports everything
 expected = contents(place / "whole")
 out, partial = place / "out", place / "out.partial"
@@ -264,4 +263,3 @@ def test_options_are_kept_as_json_that_says_them(made, tmp_path, monkeypatch):
         assert run(made / "a.gguf", tmp_path / "out", *OPTS) == 130
     kept = json.loads((tmp_path / "out.partial" / OPTIONS).read_text())
     assert (kept["bits"], kept["dtype"], kept["calibration"]) == (4, "float32", "none")
-    assert quantize.DTYPES  # the script's own, not another module of that name

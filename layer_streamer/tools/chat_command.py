@@ -1,0 +1,47 @@
+"""Talk with a language model whose layers stream through bounded memory.
+
+    layer-streamer chat MODEL --device-budget 6GiB
+
+Answers go to stdout, everything else to stderr. Where stdin is no terminal, each of its lines is a
+message. Exit code 2 is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .command import say
+from .engine_options import (
+    GENERATION,
+    add_answering,
+    add_engine,
+    add_language_model,
+    given,
+    open_engine,
+    read_model,
+    save_timeline,
+    template_options,
+)
+from .generate_command import write
+
+MAX_NEW_TOKENS = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add_language_model(parser)
+    add_answering(parser, MAX_NEW_TOKENS)
+    add_engine(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer what is typed, until the end of the input."""
+    model = read_model(args.model)
+    from ..llm.text.chat import Chat, read_lines, run_chat
+
+    with open_engine(args, model) as engine:
+        options = given(args, GENERATION) | {"chat_template_kwargs": template_options(args)}
+        mark = "> " if sys.stdin.isatty() else ""
+        run_chat(Chat(engine, write, options), read_lines(lambda: input(mark)), say)
+        save_timeline(args, engine)

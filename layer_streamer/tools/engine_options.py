@@ -1,0 +1,113 @@
+"""What the commands that open the language model engine share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .command import add_streamer_options, at_least, require_engine, say, streamer_options
+
+if TYPE_CHECKING:
+    from ..llm.engine import StreamingEngine
+    from ..llm.opening import Model
+
+DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_HELP = "default: float32 on a CPU, bfloat16 on a GPU (float16 or float32 on an older one)"
+ENGINE = ("max_length", "kv", "kv_int8", "kv_tokens", "max_batch", "prefill_chunk")
+GENERATION = (
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop"
+)  # fmt: skip
+
+
+def add_language_model(parser: argparse.ArgumentParser) -> None:
+    """The model that is opened."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a GGUF file, a directory with safetensors, or a repository on the Hugging Face hub "
+        "(for GGUF owner/name:file-or-quantization), which is downloaded",
+    )
+
+
+def add_answering(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """How answers are made: groups of the help."""
+    group = parser.add_argument_group("answers")
+    add = group.add_argument
+    add("--no-think", action="store_true", help="for a chat template that knows enable_thinking")
+    tokens_help = f"of an answer at most (default: {max_new_tokens})"
+    add("--max-new-tokens", type=at_least(1), default=max_new_tokens, metavar="N", help=tokens_help)
+    add("--temperature", type=float, metavar="T", help="0: greedy; default: the model's own, or 0")
+    add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="among the likeliest that together have P")
+    add("--min-p", type=float, metavar="P", help="among those with P of the likeliest one's share")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
+    add("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """How the engine is opened: groups of the help."""
+    group = parser.add_argument_group("the engine (docs/llm.md)")
+    add, one = group.add_argument, at_least(1)
+    add("--device", metavar="D", help="a torch device; default: the GPU if there is one")
+    add("--dtype", choices=DTYPES, help=DTYPE_HELP)
+    add("--max-length", type=one, metavar="N", help="most tokens of a prompt and its answer")
+    add("--kv", metavar="TIER", help="keys and values: auto (default), device or host")
+    add("--kv-int8", action="store_true", default=None, help="those in host memory in eight bits")
+    add("--kv-tokens", type=one, metavar="N", help="tokens of all rows together (--max-length)")
+    add("--max-batch", type=one, metavar="N", help="rows at a time (8)")
+    add("--prefill-chunk", type=one, metavar="N", help="tokens through a layer at a time (2048)")
+    add("--plan", action="store_true", help="say first where everything will be")
+    add("--timeline", type=Path, metavar="FILE", help="save the last pass for ui.perfetto.dev")
+    add_streamer_options(parser, "reserve_bytes")
+
+
+def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """The options that were named on the command line."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def template_options(args: argparse.Namespace) -> dict[str, Any]:
+    """For the model's chat template."""
+    return {"enable_thinking": False} if args.no_think else {}
+
+
+def read_model(name: str) -> Model:
+    """What describes a model; ValueError, ImportError, in one line."""
+    require_engine()
+    if Path(name).expanduser().exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model's own files
+    from ..llm.opening import Model
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return Model.read(name, say)
+
+
+def open_engine(args: argparse.Namespace, model: Model, **defaults: Any) -> StreamingEngine:
+    """The engine that the arguments ask for; ``defaults`` are for what they do not name."""
+    import torch
+
+    from ..llm.engine import StreamingEngine
+    from ..llm.kv.threads import leave_a_core
+
+    device = args.device or None
+    try:
+        torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: not a torch device") from error
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    options = defaults | streamer_options(args) | given(args, ENGINE)
+    leave_a_core()
+    engine = StreamingEngine(model, notify=say, **{**options, "device": device, "dtype": dtype})
+    if args.plan:
+        say(str(engine.plan))
+    return engine
+
+
+def save_timeline(args: argparse.Namespace, engine: StreamingEngine) -> None:
+    """That of the last pass, if it was asked for."""
+    if args.timeline is not None and engine.streamer.last_pass is not None:
+        engine.streamer.last_pass.save_timeline(args.timeline)
