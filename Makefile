@@ -20,13 +20,13 @@ venv: $(VENV)/.dev-installed
 
 $(VENV)/.dev-installed: $(PACKAGING)
 	@.ci/venv $(VENV) dev
-	@touch $(VENV)/.examples-installed $@
+	@touch $(VENV)/.llm-installed $@
 
-$(VENV)/.examples-installed: $(PACKAGING)
-	@.ci/venv $(VENV) examples
+$(VENV)/.llm-installed: $(PACKAGING)
+	@.ci/venv $(VENV) llm
 	@touch $@
 
-demo: $(VENV)/.examples-installed
+demo: $(VENV)/.llm-installed
 	@model="$$($(BIN)/python examples/make/fetch_model.py)" && \
 	$(BIN)/python examples/generate.py "$$model" --prompt "$(PROMPT)"
 

@@ -132,21 +132,3 @@ def test_importing_changes_nothing_and_starts_nothing() -> None:
         "assert not torch.cuda.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, cwd=ROOT)
-
-
-def test_the_tuner_is_found_only_inside_the_package(tmp_path: Path) -> None:
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import layer_streamer.tuner\n"
-        "sys.path.remove(sys.argv[1])\n"
-        "try: import tuner\n"
-        "except ModuleNotFoundError: sys.exit(0)\n"
-        "sys.exit(1)\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(ROOT)], check=True, cwd=tmp_path)
-
-
-def test_the_tuners_folder_is_linked_into_the_package() -> None:
-    link = ROOT / "layer_streamer" / "tuner"
-    assert link.is_symlink()
-    assert link.resolve() == ROOT / "tuner"

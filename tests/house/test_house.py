@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
@@ -22,6 +23,7 @@ from layer_streamer.planning.options import OPTIONS, markdown_table
 from layer_streamer.planning.settings import RING_CHUNKS, Settings
 
 LIBRARY = ROOT / "layer_streamer"
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Homepage"]
 WINGS = (
     "errors", "progress", "machine", "checkpoint", "planning", "devices", "transport", "passes",
     "assembly", "preview", "streamer", "measuring", "tuner", "llm", "tools",
@@ -30,6 +32,10 @@ WINGS = (
 stand side by side, know nothing of each other."""
 MOST_MODULES = 20
 """In one folder."""
+RAW = REPOSITORY.replace("//github", "//raw.githubusercontent")
+HERE = (f"{REPOSITORY}/blob/main/", f"{RAW}/main/")
+"""What README's links to this repository begin with: it is the package's page elsewhere, too."""
+LINK = re.compile(r"\]\(([^)]+)\)|^\[[^\]]+\]: (\S+)$", re.MULTILINE)
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -164,11 +170,14 @@ def test_defaults_in_the_table_are_those_of_the_settings() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
-        if target.startswith("http"):
-            continue
+    for target in (inline or listed for inline, listed in LINK.findall(document.read_text())):
         name, _, anchor = target.partition("#")
-        path = (document.parent / name) if name else document
+        if base := next((base for base in HERE if target.startswith(base)), None):
+            path = ROOT / name.removeprefix(base)
+        elif target.startswith("http"):
+            continue
+        else:
+            path = (document.parent / name) if name else document
         assert path.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
