@@ -1,20 +1,24 @@
 PYTHON ?= python3
 PROMPT ?= Explain photosynthesis in one sentence.
+# As it was typed: neither make nor the shell looks into it.
+PROMPT_TEXT := $(value PROMPT)
+export PROMPT_TEXT
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGING := pyproject.toml constraints.txt .ci/venv
 export PYTHON
 
-.PHONY: help venv demo test test-slow test-gpu check clean
+.PHONY: help venv demo test test-slow test-gpu test-package check clean
 
 help:
-	@echo "make demo       answer a prompt with a small language model (PROMPT='...')"
-	@echo "make test       run the tests"
-	@echo "make test-slow  run the tests that take minutes"
-	@echo "make test-gpu   run the tests that need an NVIDIA GPU"
-	@echo "make check      lint, format, types, ceilings"
-	@echo "make venv       only set up $(VENV) for the above"
-	@echo "make clean      remove what tests and builds left, but not $(VENV)"
+	@echo "make demo          answer a prompt with a small language model (PROMPT='...')"
+	@echo "make test          run the tests"
+	@echo "make test-slow     run the tests that take minutes"
+	@echo "make test-gpu      run the tests that need an NVIDIA GPU"
+	@echo "make test-package  build a wheel, install it with [llm] into a new environment, use it"
+	@echo "make check         lint, format, types, ceilings"
+	@echo "make venv          only set up $(VENV) for the above"
+	@echo "make clean         remove what tests and builds left, but not $(VENV)"
 
 venv: $(VENV)/.dev-installed
 
@@ -28,7 +32,7 @@ $(VENV)/.llm-installed: $(PACKAGING)
 
 demo: $(VENV)/.llm-installed
 	@model="$$($(BIN)/python examples/make/fetch_model.py)" && \
-	$(BIN)/python examples/generate.py "$$model" --prompt "$(PROMPT)"
+	$(BIN)/layer-streamer generate "$$model" --prompt "$$PROMPT_TEXT"
 
 test: venv
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
@@ -39,6 +43,9 @@ test-slow: venv
 test-gpu: venv
 	@$(BIN)/python -m pytest -m gpu
 
+test-package:
+	@.ci/clean-install "$(PYTHON)"
+
 check: venv
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -47,4 +54,4 @@ check: venv
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find layer_streamer tuner examples tests .ci -name __pycache__ -type d -prune -exec rm -rf {} +
+	find layer_streamer tuner examples tests docs .ci -name __pycache__ -type d -prune -exec rm -rf {} +
