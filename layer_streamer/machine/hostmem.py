@@ -32,19 +32,38 @@ _VERSIONS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class CgroupLimit:
+    """A cgroup's limit on memory, bytes."""
+
+    folder: Path
+    limit: int
+    usage: int
+    cached: int
+    """The part of ``usage`` that is page cache."""
+
+    @property
+    def left(self) -> int:
+        """What can still be had: the page cache can, too."""
+        return self.limit - max(self.usage - self.cached, 0)
+
+
 def available_host_bytes() -> int:
     """Bytes of host memory that can be had: MemAvailable, and what each cgroup above leaves.
 
     Too much is not refused later, it is killed: callers take a margin off.
     """
     available = int(psutil.virtual_memory().available)
+    return max(min([available, *(cgroup.left for cgroup in cgroup_limits())]), 0)
+
+
+def cgroup_limits() -> Iterator[CgroupLimit]:
+    """The limits of the cgroups that this process is in, and of all their ancestors."""
     for folder in _cgroups():
         for version in _VERSIONS:
             limit, usage = _number(folder / version.limit), _number(folder / version.usage)
             if limit is not None and usage is not None:
-                held = max(usage - _cached(folder, version.cached), 0)
-                available = min(available, limit - held)
-    return max(available, 0)
+                yield CgroupLimit(folder, limit, usage, _cached(folder, version.cached))
 
 
 def _cgroups() -> Iterator[Path]:
