@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cgroups import V1, V2, real_cgroup
 from checkpoints import write_raw_safetensors
 
 from layer_streamer.machine import hostmem
@@ -19,8 +19,6 @@ from layer_streamer.machine.hostmem import available_host_bytes
 
 FREE = 64 << 30
 GIB = 1 << 30
-V2 = ("memory.max", "memory.current")
-V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 Tree = Callable[..., int]
 
@@ -184,29 +182,6 @@ with support.open_checkpoint(device, Path(sys.argv[1]), n_gpu=0, host_budget="au
     print(json.dumps({"before": before, "margin": margin(before),
                       "host": streamer.memory.host_bytes, "tiers": streamer.plan.tiers}))
 """
-
-
-@contextmanager
-def real_cgroup(limit: int) -> Iterator[Path]:
-    """A cgroup of ``limit`` bytes below our own; skips the test where there can be none."""
-    own = next(
-        (f for f in hostmem._cgroups() if f.is_dir() and (f / "cgroup.procs").exists()), None
-    )
-    if own is None:
-        pytest.skip("this process is in no cgroup that can be seen")
-    folder = own / f"layer-streamer-test-{os.getpid()}"
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup can be made below {own}: {error.strerror}")
-    try:
-        names = [name for name in (V1[0], V2[0]) if (folder / name).exists()]
-        if not names:
-            pytest.skip(f"cgroups below {own} have no memory controller")
-        (folder / names[0]).write_text(str(limit))
-        yield folder
-    finally:
-        folder.rmdir()
 
 
 def test_in_a_real_cgroup_an_auto_budget_stays_below_its_limit(tmp_path: Path) -> None:
