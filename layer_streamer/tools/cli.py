@@ -1,7 +1,8 @@
 """The command ``layer-streamer``, or ``python -m layer_streamer``.
 
 A module of this folder named ``x_command`` is the command ``x``: ``add_arguments(parser)`` and
-``run(args)``. It is imported when it is asked for, and imports torch when it runs.
+``run(args)``, which may return an exit code. It is imported when it is asked for, and imports torch
+when it runs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ GROUPS = {
         "tune": "the fastest settings for this machine",
     },
     "This machine": {
+        "doctor": "what it has, what would run where and why, what would make it faster",
         "probe": "measure the limits of disk, memory and links, and keep them",
         "kernels": "measure the GPU kernels of packed weights",
     },
@@ -60,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 formatter_class=argparse.RawDescriptionHelpFormatter,
             )
             command.add_arguments(parser)
-            command.run(parser.parse_args(argv[1:]))
+            code: int | None = command.run(parser.parse_args(argv[1:]))
+            return code or 0
     except KeyboardInterrupt:
         if sys.stderr.isatty():
             say("")  # after the terminal's ^C

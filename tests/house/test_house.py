@@ -26,7 +26,7 @@ LIBRARY = ROOT / "layer_streamer"
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Homepage"]
 WINGS = (
     "errors", "progress", "machine", "checkpoint", "planning", "devices", "transport", "passes",
-    "assembly", "preview", "streamer", "measuring", "tuner", "llm", "tools",
+    "assembly", "preview", "streamer", "measuring", "doctor", "tuner", "llm", "tools",
 )  # fmt: skip
 """Folders and files of the library. Each imports only what stands before it; tuner and llm, which
 stand side by side, know nothing of each other."""

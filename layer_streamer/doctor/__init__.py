@@ -1,0 +1,1 @@
+"""What a user needs to know of a machine and a model: facts, gathered without ever failing."""
