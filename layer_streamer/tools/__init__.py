@@ -1,1 +1,1 @@
-"""``python -m layer_streamer``: tools for people, on top of the library."""
+"""The command ``layer-streamer``: tools for people, on top of all the rest."""
