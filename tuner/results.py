@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import ConfigError
+from .search.space import name_absent_pools
 from .trials.record import Ending, TrialLimits, TrialRecord
 
 logger = logging.getLogger(__name__)
@@ -142,10 +143,13 @@ def parse_result(document: Mapping[str, Any]) -> Result:
     names = {field.name for field in fields(TrialRecord)}
     given = {key: value for key, value in document["record"].items() if key in names}
     given["run_seconds"] = tuple(float(seconds) for seconds in given["run_seconds"])
+    if not isinstance(given["settings"], dict):
+        raise ValueError(f"settings={given['settings']!r}")
+    given["settings"] = name_absent_pools(given["settings"])
     record = TrialRecord(**given)
     names = {field.name for field in fields(TrialLimits)}
     limits = {key: value for key, value in document["limits"].items() if key in names}
-    if record.ending not in get_args(Ending) or not isinstance(record.settings, dict):
+    if record.ending not in get_args(Ending):
         raise ValueError(f"ending={record.ending!r}")
     if record.ending == "ok" and not record.run_seconds:
         raise ValueError("no run")

@@ -19,7 +19,7 @@ LIMITS = TrialLimits(best_seconds=2.0, margin=0.1)
 
 def record(number: int, **more: Any) -> TrialRecord:
     return TrialRecord(
-        settings={"n_gpu": number, "n_cpu": None, "read_mode": "direct"},
+        settings={"n_gpu": number, "n_cpu": 0, "read_mode": "direct"},
         ending="ok",
         run_seconds=(1.5, 1.25 + number),
         step_bytes={"read": 10**12},
@@ -134,3 +134,10 @@ def test_a_failure_holds_only_under_limits_that_are_no_wider(
 def test_a_slower_trial_says_what_it_took_at_least() -> None:
     result = Result(TrialRecord(settings={}, ending="slower"), LIMITS)
     assert result.exceeded_seconds == pytest.approx(2.2)
+
+
+def test_a_file_in_which_no_pool_is_null_still_counts(tmp_path: Path) -> None:
+    write(tmp_path / "r", 2)
+    (tmp_path / "r").write_text((tmp_path / "r").read_text().replace('"n_cpu": 0', '"n_cpu": null'))
+    assert '"n_cpu": null' in (tmp_path / "r").read_text()
+    assert read(tmp_path / "r") == [Result(record(number), LIMITS) for number in range(2)]

@@ -41,7 +41,7 @@ some_settings = st.fixed_dictionaries({}, optional=VALUES)
 
 def effect(settings: dict[str, Any], unified: bool) -> tuple[Any, ...]:
     """What a streamer makes of settings: written without the tuner's rules."""
-    s = Settings(**settings)
+    s = Settings(**{k: 0 if k.startswith("n_") and v is None else v for k, v in settings.items()})
     if unified:
         counts = {"device": s.num_device + s.num_pinned + s.num_pageable + 1}
     else:
@@ -77,6 +77,9 @@ def test_plain_twice_is_plain_and_naming_every_axis_again_changes_nothing(
     assert set(named) >= set(settings)
     assert make_key(named, unified=unified) == make_key(settings, unified=unified)
     assert effect(named, unified) == effect(settings, unified)
+    assert None not in [
+        named.get(pool) for pool in ("n_gpu", "n_cpu_pinned", "n_cpu") if pool in named
+    ]
 
 
 @given(some_settings, some_settings, st.booleans())
@@ -103,6 +106,13 @@ def test_equal_keys_mean_equal_effects(
 )
 def test_equal_candidates_are_one(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert make_key(one, unified=False) == make_key(other, unified=False)
+
+
+def test_none_among_the_sizes_of_a_host_pool_is_read_as_0() -> None:
+    axes = {"n_cpu_pinned": [None, 0, 2], "n_cpu": [None], "read_threads": [None, 2]}
+    assert check_axes(axes) == {
+        "n_cpu_pinned": (0, 2), "n_cpu": (0,), "read_threads": (None, 2)
+    }  # fmt: skip
 
 
 def test_on_the_cpu_the_three_pools_are_one() -> None:

@@ -88,6 +88,21 @@ def test_a_second_tune_returns_at_once_and_says_so(
     ]
 
 
+def test_trials_of_a_file_with_null_for_a_pool_still_count_and_come_back_as_0(model: Path) -> None:
+    path = model.parent / "results"
+    options: dict[str, Any] = {"n_cpu_pinned_values": [0], "results_path": path, "strategy": "grid"}
+    first = open_tuner(model, **options)
+    simulated(first, cost)
+    expected = first.tune()
+    assert expected["n_cpu_pinned"] == 0
+    path.write_text(path.read_text().replace('"n_cpu_pinned": 0', '"n_cpu_pinned": null'))
+    again = open_tuner(model, **options | {"n_cpu_pinned_values": [None]})
+    started = simulated(again, cost)
+    assert again.tune() == expected
+    assert not started.started
+    assert [record.settings for record in again.results] == [r.settings for r in first.results]
+
+
 @pytest.mark.parametrize("num_trials", [0, 1, 3, 5])
 def test_an_interrupted_tune_loses_no_finished_trial(model: Path, num_trials: int) -> None:
     simulation = Simulation(cost)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...planning.budget import parse_bytes
+from ...planning.settings import MAX_SLOTS, check_count
 from ...planning.settings import Settings as StreamerSettings
 from ..trials.record import Settings
 
@@ -21,7 +22,8 @@ POOLS = (
     ("n_cpu", "batch_cpu"),
 )
 """Each pool's size, and the number of layers handed on out of it at a time."""
-PUBLISHED = tuple(n for n, _ in POOLS) + tuple(batch for _, batch in POOLS)
+_POOL_SIZES = tuple(n for n, _ in POOLS)
+PUBLISHED = _POOL_SIZES + tuple(batch for _, batch in POOLS)
 AXES = (*PUBLISHED, "read_mode", "read_threads", "read_chunk", "device_budget", "host_budget")
 """Settings that can be searched, in the order in which a candidate has them."""
 MAX_COMBINATIONS = 100_000
@@ -58,13 +60,14 @@ def default_axes(grants: Grants) -> dict[str, Values]:
     """Values that are worth trying on such a machine."""
     few_cores = grants.num_cores <= 4
     axes: dict[str, Values] = dict.fromkeys(AXES, (None,))
+    axes["n_cpu_pinned"] = axes["n_cpu"] = (0,)
     axes["read_mode"] = ("mapped", "buffered", "direct")
     if grants.unified:
         axes["n_gpu"] = (1, 2, 4, 8)
         axes["read_threads"] = (1, 2, 4) if few_cores else (2, 4, 8)
     else:
         axes["n_gpu"] = (1, 2, 4)
-        axes["n_cpu_pinned"] = (None, 2, 4)
+        axes["n_cpu_pinned"] = (0, 2, 4)
         axes["read_threads"] = (2, 4, 8) if few_cores else (4, 8, 16)
     axes["read_chunk"] = (MIB, 8 * MIB)
     device_bytes, host_bytes = grants.device_bytes, grants.host_bytes
@@ -81,12 +84,15 @@ def default_axes(grants: Grants) -> dict[str, Values]:
         axes["read_chunk"] = (8 * MIB,)
         axes["read_threads"] = axes["read_threads"][1:]
         if not grants.unified:
-            axes["n_cpu_pinned"] = (None, 4)
+            axes["n_cpu_pinned"] = (0, 4)
     return axes
 
 
 def check_axes(axes: Mapping[str, Values | None]) -> dict[str, Values]:
-    """The axes that have values, each value once. ConfigError for a value that cannot work."""
+    """The axes that have values, each value once; None as the size of a host pool is 0.
+
+    ConfigError for a value that cannot work.
+    """
     checked = dict[str, Values]()
     for name in AXES:
         values = axes.get(name)
@@ -98,10 +104,12 @@ def check_axes(axes: Mapping[str, Values | None]) -> dict[str, Values]:
             raise ConfigError(f"{name}_values=[]: must have at least one value")
         for value in values:
             try:
+                if name == "n_gpu":  # the one pool that is always there
+                    check_count(name, value, 0, MAX_SLOTS)
                 StreamerSettings(**_named({name: value}))
             except ConfigError as error:
                 raise ConfigError(f"{name}_values: {error}") from None
-        checked[name] = tuple(dict.fromkeys(values))
+        checked[name] = tuple(dict.fromkeys(name_absent_pools({name: v})[name] for v in values))
     total = math.prod(len(values) for values in checked.values())
     if total > MAX_COMBINATIONS:
         raise ConfigError(
@@ -124,8 +132,8 @@ def candidates(axes: Axes, *, unified: bool) -> Iterator[Candidate]:
 def plain(settings: Settings, *, unified: bool) -> dict[str, int | str | None]:
     """The same settings without what has no effect: a shortest form, in the order of AXES.
 
-    A pool of 0 is None; a batch is at most its pool's slots, and one layer at a time is None;
-    mapped files need no host pools. On the CPU (``unified``) all three are parts of one pool.
+    A pool that is not there is 0; a batch is at most its pool's slots, and one layer at a time is
+    None; mapped files need no host pools. On the CPU (``unified``) all three are parts of one pool.
     Options at their default are left out, except that a host pool
     that is named stays named: that rules mapped files out under "auto".
     """
@@ -134,13 +142,11 @@ def plain(settings: Settings, *, unified: bool) -> dict[str, int | str | None]:
         for name in ("n_cpu_pinned", "n_cpu", "batch_cpu_pinned", "batch_cpu"):
             named.pop(name, None)
     for n, batch in POOLS:
-        if n in named:
-            named[n] = named[n] or (0 if n == "n_gpu" else None)
-            if not unified:
-                named[batch] = min(named.get(batch) or 1, (named[n] or 0) + 1)
+        if n in named and not unified:
+            named[batch] = min(named.get(batch) or 1, named[n] + 1)
         if named.get(batch) in (None, 1):
             named.pop(batch, None)
-    if "n_cpu_pinned" in named and named.get("n_cpu") is None:
+    if "n_cpu_pinned" in named and not named.get("n_cpu"):
         named.pop("n_cpu", None)
     for name in ("device_budget", "host_budget"):
         if named.get(name) not in (None, "auto"):
@@ -175,13 +181,22 @@ def make_key(settings: Settings, *, unified: bool) -> str:
 
 def complete(settings: Settings, axes: Axes) -> dict[str, int | str | None]:
     """``settings`` with every searched option named, for whoever asked for its values."""
-    whole = {name: settings.get(name) for name in AXES if name in axes or name in settings}
+    named = {name: settings.get(name) for name in AXES if name in axes or name in settings}
+    whole = name_absent_pools(named)
     if whole.get("read_mode", "") is None:
         whole["read_mode"] = "auto"
     return whole
 
 
+def name_absent_pools(settings: Settings) -> dict[str, int | str | None]:
+    """The same with 0 for a pool that is None: in values to try, and in results of before."""
+    return {
+        name: 0 if value is None and name in _POOL_SIZES else value
+        for name, value in settings.items()
+    }
+
+
 def _named(settings: Settings) -> dict[str, Any]:
     """Without the options that None leaves at their default."""
-    keep_none = ("n_gpu", "n_cpu_pinned", "n_cpu")
-    return {k: v for k, v in settings.items() if v is not None or k in keep_none}
+    named = name_absent_pools(settings)
+    return {name: value for name, value in named.items() if value is not None}
