@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,26 @@ import torch
 from ..checkpoint.manifest import Manifest
 from .trials.record import FunctionName, TrialSpec
 
+CHECKPOINT = (
+    "path", "model_dir", "tensor_info", "shard_offsets", "block_keys", "block_sizes", "num_layers",
+)  # fmt: skip
+"""Arguments that say where the checkpoint is and what is in it: its manifest stands for them."""
+
 
 def describe_tune(
     spec: TrialSpec,
     manifest: Manifest,
     identity: Mapping[str, Any],
-    setup_fn: Callable[..., Any] | None,
 ) -> dict[str, Any]:
-    """All of it, as JSON. ``spec``: of any candidate; its settings do not count."""
+    """All of it, as JSON. ``spec``: of any candidate; its settings do not count.
+
+    What is not given is not there, so that results of before a new option still count.
+    """
     from .. import __version__
 
-    fixed = {name: spec.model[name] for name in ("device", "dtype") if name in spec.model}
+    fixed = {name: value for name, value in spec.model.items() if name not in CHECKPOINT}
+    if spec.on_copy is not None:
+        fixed["on_copy"] = _describe_function(spec.on_copy)
     return {
         "checkpoint": _describe_checkpoint(manifest),
         "machine": dict(identity),
@@ -34,10 +42,10 @@ def describe_tune(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "setup": _describe_setup(spec.setup_fn, setup_fn),
+        "setup": None if spec.setup_fn is None else _describe_function(spec.setup_fn),
         "measured": {
             **fixed,
-            "tokens": spec.tokens if setup_fn is None else None,
+            "tokens": spec.tokens if spec.setup_fn is None else None,
             "n_runs": spec.n_runs,
             "sleep_seconds": spec.sleep_seconds,
             "cache": spec.cache,
@@ -65,18 +73,10 @@ def _describe_checkpoint(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _describe_setup(
-    name: FunctionName | None, setup_fn: Callable[..., Any] | None
-) -> dict[str, str] | None:
-    if name is None or setup_fn is None:
-        return None
-    try:
-        source = inspect.getsource(setup_fn)
-    except (OSError, TypeError):
-        # Not written in Python, or not where it says: then its file stands for it.
-        source = Path(name.file).read_bytes().hex() if Path(name.file).is_file() else ""
+def _describe_function(name: FunctionName) -> dict[str, str]:
+    """A user's function: with its whole module, as what it calls may stand beside it."""
     return {
         "module": name.module if name.module != "__main__" else name.file,
         "qualname": name.qualname,
-        "source": hashlib.sha256(source.encode()).hexdigest()[:16],
+        "source": hashlib.sha256(Path(name.file).read_bytes()).hexdigest()[:16],
     }

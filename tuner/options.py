@@ -10,7 +10,7 @@ from typing import TypedDict, get_args
 
 from ..errors import ConfigError
 from ..planning.budget import parse_bytes
-from ..planning.settings import Bytes
+from ..planning.settings import Bytes, OnCopy
 from .search.race import Strategy
 from .trials.record import CacheState, TrialLimits
 
@@ -18,6 +18,10 @@ MAX_RUNS = 1000
 
 
 class _Common(TypedDict, total=False):
+    reserve_bytes: Bytes
+    tail: Sequence[str]
+    on_copy: OnCopy | None
+    layers: Sequence[int] | None
     tokens: int
     cache: CacheState
     strategy: Strategy
@@ -33,8 +37,9 @@ class _Common(TypedDict, total=False):
 
 
 class Options(_Common, total=False):
-    """The fields of :class:`TuneOptions` as keyword arguments."""
+    """The fields of :class:`TuneOptions` as keyword arguments, and the streamer's own options."""
 
+    layer_pattern: str | None
     n_runs: int
     sleep_seconds: float
 

@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import Manifest
 from ..errors import TuneError
 from .fingerprint import describe_tune, digest
+from .model import Model
 from .options import TuneOptions
 from .progress import Progress, format_seconds
 from .results import ResultsFile, cache_folder, default_path, lock
@@ -23,26 +23,12 @@ from .search.screen import Bounds, Screened, Screener
 from .search.search import RunTrial, Search, Task, endings
 from .search.space import Grants, Values, candidates, check_axes, default_axes
 from .survey import Survey, take_survey
-from .trials.model_args import encode_model
 from .trials.record import TrialRecord, TrialSpec
-from .trials.setup_fn import name_function
 
 logger = logging.getLogger(__name__)
 
 HOST_MARGIN = 256 << 20
 """What of a grant of host memory is left to a process beside the streamer and the libraries."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What is tuned."""
-
-    arguments: Mapping[str, Any]
-    """Of the streamer, without what is searched; with "path", those of from_checkpoint."""
-    read_manifest: Callable[[], Manifest]
-    setup_fn: Callable[[Any], Callable[[], object]] | None
-    has_defaults: bool = False
-    """True if settings without values have values to try all the same."""
 
 
 class Session:
@@ -61,8 +47,7 @@ class Session:
     @property
     def title(self) -> str:
         """What the report is called."""
-        arguments = self._model.arguments
-        return f"Tune of {Path(arguments.get('path', arguments.get('model_dir', ''))).name}"
+        return f"Tune of {self._model.name}"
 
     @property
     def best(self) -> TrialRecord | None:
@@ -84,22 +69,12 @@ class Session:
     def tune(self) -> TrialRecord:
         """Search, and return the best candidate's record. TuneError, ConfigError."""
         self._search, self._screened = None, Screened()
-        setup_fn, options = self._model.setup_fn, self._options
-        name = name_function(setup_fn) if setup_fn is not None else None
+        spec = self._model.spec(self._options)
         manifest = self._model.read_manifest()
-        spec = TrialSpec(
-            model=encode_model(self._model.arguments),
-            settings={},
-            setup_fn=name,
-            tokens=options.tokens,
-            n_runs=options.n_runs,
-            sleep_seconds=options.sleep_seconds,
-            cache=options.cache,
-        )
         with _only_tune():
             survey = self._look(spec.model.get("device"), next(iter(manifest.files)))
             race, task = self._prepare(manifest, survey, spec)
-            description = describe_tune(spec, manifest, survey.identity, setup_fn)
+            description = describe_tune(spec, manifest, survey.identity)
             self._run(race, task, description)
         return self._conclude()
 
@@ -121,11 +96,7 @@ class Session:
             defaults = default_axes(grants)
         self.axes = check_axes({**defaults, **self._given})
         bounds = Bounds(options.granted("max_device_bytes"), options.granted("max_host_bytes"))
-        arguments = self._model.arguments
-        fixed = {"device": arguments.get("device")}
-        if "path" in arguments:
-            fixed["dtype"] = arguments.get("dtype")
-        screener = Screener(manifest, machine, fixed, bounds)
+        screener = Screener(manifest, machine, self._model.fixed, bounds)
         self._screened = screener.screen(list(candidates(self.axes, unified=machine.unified)))
         kept = self._screened.kept
         if not kept:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -13,17 +13,16 @@ from ..checkpoint.formats import read_manifest
 from ..checkpoint.manifest import manifest_from_tensor_info
 from ..errors import TuneError
 from ..planning.settings import Bytes, DeviceName
+from ..streamer import LayerStreamer
+from .model import Model, SetupFn, streamer_options
 from .options import MoreOptions, Options, TuneOptions
 from .report import Findings, write_report
 from .search.space import AXES, Values, check_axes, complete
-from .session import Model, Session
+from .session import Session
 from .trials.record import TrialRecord
 from .trials.setup_fn import end_import_in_child
 
 logger = logging.getLogger(__name__)
-
-SetupFn = Callable[[Any], Callable[[], object]]
-"""``setup_fn(streamer) -> run``: what ``run()`` does is measured."""
 
 
 class LayerStreamerTuner:
@@ -58,14 +57,13 @@ class LayerStreamerTuner:
         """Tune ``LayerStreamer(model_dir=..., ...)``; values that are not given are not searched.
 
         The model's arguments are the streamer's. The other options, ``read_mode_values`` and such
-        among them, are those of :meth:`from_checkpoint`. Raises ConfigError.
+        among them, are those of :meth:`from_checkpoint`. Raises ConfigError, TypeError.
         """
         tables = {
             "model_dir": model_dir, "tensor_info": tensor_info, "shard_offsets": shard_offsets,
             "block_keys": block_keys, "block_sizes": block_sizes, "dtype": dtype,
             "num_layers": num_layers,
         }  # fmt: skip
-        more = {} if device is None else {"device": device}
         values: dict[str, Values | None] = {
             "n_gpu": n_gpu_values, "n_cpu_pinned": n_cpu_pinned_values, "n_cpu": n_cpu_values,
             "batch_gpu": batch_gpu_values, "batch_cpu_pinned": batch_cpu_pinned_values,
@@ -74,11 +72,15 @@ class LayerStreamerTuner:
         rest: dict[str, Any] = dict(options)
         names = [f"{name}_values" for name in AXES if f"{name}_values" in rest]
         values |= _by_setting({name: rest.pop(name) for name in names})
-        self._begin(
-            Model({**tables, **more}, lambda: manifest_from_tensor_info(**tables), setup_fn),  # type: ignore[arg-type]
-            values,
-            TuneOptions(n_runs=n_runs, sleep_seconds=sleep_seconds, **rest),
+        own, rest = streamer_options(LayerStreamer, {"device": device, **rest})
+        model = Model(
+            on_copy=own.pop("on_copy", None),
+            arguments={**tables, **own},
+            read_manifest=lambda: manifest_from_tensor_info(**tables),  # type: ignore[arg-type]
+            setup_fn=setup_fn,
         )
+        tune = TuneOptions(n_runs=n_runs, sleep_seconds=sleep_seconds, **rest)
+        self._session = Session(model, check_axes(values), tune)
 
     @classmethod
     def from_checkpoint(  # noqa: PLR0913 - every option by name
@@ -105,7 +107,10 @@ class LayerStreamerTuner:
 
         * ``setup_fn(streamer)`` returns ``run()``, which is measured; a function that a fresh
           process can import. None: each matrix times ``tokens`` vectors stands in for it.
-        * ``*_values``: what to try of each setting; None: values that suit the machine.
+        * ``*_values``: what to try of each setting; None: values that suit the machine. Among the
+          sizes of a host pool None is 0: no such pool.
+        * ``tail``, ``layer_pattern``, ``reserve_bytes``, ``on_copy``, ``layers``: the streamer's,
+          the same for all; ``on_copy`` is imported by a fresh process, as ``setup_fn`` is.
         * ``n_runs`` (4): runs of a candidate, the first of which is discarded; ``sleep_seconds``
           (0) between them; ``cache``: the page cache before each, "warm" or "cold".
         * ``max_device_bytes`` of each device, ``max_host_bytes``: the most a candidate may take.
@@ -117,23 +122,26 @@ class LayerStreamerTuner:
         * ``results_path``: where results are kept; None: in the user's cache directory.
         * ``track_progress``: a bar and lines, on stderr.
 
-        Raises ConfigError.
+        Raises ConfigError, and TypeError for an option that neither tuner nor streamer has.
         """
         values = {name: value for name, value in locals().items() if name.endswith("_values")}
-        given = {"path": path, "device": device, "dtype": dtype}
-        arguments = {name: value for name, value in given.items() if value is not None}
-        model = Model(arguments, lambda: read_manifest(path), setup_fn, has_defaults=True)
+        given = {"device": device, "dtype": dtype, **options}
+        own, rest = streamer_options(LayerStreamer.from_checkpoint, given)
+        model = Model(
+            on_copy=own.pop("on_copy", None),
+            arguments={"path": path, **own},
+            read_manifest=lambda: read_manifest(path, own.get("layer_pattern")),
+            setup_fn=setup_fn,
+            has_defaults=True,
+        )
         self = cls.__new__(cls)
-        self._begin(model, _by_setting(values), TuneOptions(**options))
+        self._session = Session(model, check_axes(_by_setting(values)), TuneOptions(**rest))
         return self
-
-    def _begin(
-        self, model: Model, values: Mapping[str, Values | None], options: TuneOptions
-    ) -> None:
-        self._session = Session(model, check_axes(values), options)
 
     def tune(self) -> dict[str, int | str | None]:
         """The best settings: keyword arguments for LayerStreamer and its from_checkpoint.
+
+        A pool that is not to be there is 0, never None, which means something else to each.
 
         Raises ConfigError before anything is started, TuneError if no candidate gave a result.
         KeyboardInterrupt comes through once everything that was started has ended. This process

@@ -33,36 +33,43 @@ from layer_streamer.tuner.trials.record import TrialLimits, TrialSpec
 from layer_streamer.tuner.trials.setup_fn import end_import_in_child, name_function
 from layer_streamer.tuner.trials.trial import run_trial
 
-def tune(setup_fn):
+def tune(setup_fn, on_copy=None):
     end_import_in_child()
     spec = TrialSpec(
         model={"path": sys.argv[1], "device": "cpu"}, settings={}, n_runs=2,
         setup_fn=name_function(setup_fn),
+        on_copy=None if on_copy is None else name_function(on_copy, "on_copy"),
     )
     record = run_trial(spec, TrialLimits())
     print(record.ending, record.detail)
 """
 SETUP = """
-STEPS = 0
+COPIED = []
+
+def on_copy(layer_idx, stream):
+    COPIED.append(layer_idx)
 
 def setup(streamer):
     def run():
-        global STEPS
-        STEPS += 1
         streamer.run_pass(None, lambda x, w, i: x)
+        if not COPIED and on_copy_is_given:
+            raise ValueError("on_copy and setup do not share their script's globals")
     return run
 """
 UNGUARDED = f"""{TUNE}
 assert __name__ in ("__main__", "__mp_main__")
+on_copy_is_given = True
 {SETUP}
-tune(setup)
+tune(setup, on_copy)
 print("the end")
 """
 GUARDED = f"""{TUNE}{SETUP}
+on_copy_is_given = False
 if __name__ == "__main__":
     tune(setup)
 """
 SET_UP_TOO_LATE = f"""{TUNE}{SETUP}
+on_copy_is_given = False
 def first(streamer):
     return setup(streamer)
 if __name__ == "__main__":
@@ -140,6 +147,13 @@ def test_what_a_fresh_process_cannot_import_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_the_option_that_a_refused_function_was_given_as_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^on_copy=<lambda>: is a lambda, which a fresh process"):
+        name_function(UNNAMED, "on_copy")
+    with pytest.raises(ConfigError, match=r"^on_copy=gone: .*, imported by a trial, has not"):
+        load_function(FunctionName(module=__name__, qualname="gone", file="f", option="on_copy"))
+
+
 def test_a_function_inside_another_is_refused() -> None:
     def inner(streamer: Any) -> Any: ...
 
@@ -204,7 +218,7 @@ def test_a_module_run_with_m_is_imported_under_its_own_name(
     package = tmp_path / "a_package"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "parts.py").write_text(SETUP)
+    (package / "parts.py").write_text(f"on_copy_is_given = False\n{SETUP}")
     (package / "program.py").write_text(f"{TUNE}\nfrom .parts import setup as inner\n"
         "def setup(streamer): return inner(streamer)\ntune(setup)\n")  # fmt: skip
     done = run_script(Path("-m"), "a_package.program", checkpoint, mark=marked, cwd=tmp_path)

@@ -85,7 +85,7 @@ class Screened:
 class Screener:
     """Plans candidates for one checkpoint on one machine; no file and no device is opened.
 
-    ``fixed``: options that are no candidate's own ("device", "dtype").
+    ``fixed``: settings that are no candidate's own ("device", "dtype", "tail" and such).
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Screener:
     ) -> None:
         self._machine, self._fixed, self._bounds = machine, dict(fixed), bounds
         dtype = fixed.get("dtype")
-        steps = plan_steps(manifest, ())
+        steps = plan_steps(manifest, fixed.get("tail", ()))
         layouts = lay_out_all(steps, unified=machine.unified, dtype=dtype)
         self._sizes: Sequence[StepSize] = measure_steps(steps, layouts, dtype)
         self._scratch = max(layout.scratch_nbytes for layout in layouts)
@@ -120,7 +120,7 @@ class Screener:
         return screened
 
     def _plan(self, candidate: Candidate) -> Planned:
-        settings = StreamerSettings(**self._fixed, **candidate.settings)  # type: ignore[arg-type]
+        settings = StreamerSettings(**{**self._fixed, **candidate.settings})
         plan = make_plan(self._sizes, self._scratch, self._machine, settings, lambda: 1.0)
         if settings.read_mode == "mapped" and not (self._machine.unified or _maps(plan)):
             raise ConfigError("read_mode='mapped': the device cannot copy from mapped files")

@@ -64,6 +64,8 @@ class Candidate:
         self._begin("import")
         setup = load_function(spec.setup_fn) if spec.setup_fn else synthetic_setup(spec.tokens)
         arguments: dict[str, Any] = {"track_progress": False, **decode_model(spec.model)}
+        if spec.on_copy is not None:
+            arguments["on_copy"] = load_function(spec.on_copy)
         arguments.update(spec.settings)
         self._begin("device")
         await_device_memory(arguments.get("device"))
@@ -168,5 +170,8 @@ def await_device_memory(names: Any) -> None:
 
 
 def _decode(spec: Mapping[str, Any]) -> TrialSpec:
-    name = spec["setup_fn"]
-    return TrialSpec(**{**spec, "setup_fn": None if name is None else FunctionName(**name)})
+    names = {
+        option: None if spec[option] is None else FunctionName(**spec[option])
+        for option in ("setup_fn", "on_copy")
+    }
+    return TrialSpec(**{**spec, **names})

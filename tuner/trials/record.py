@@ -36,6 +36,8 @@ class FunctionName:
     qualname: str
     file: str
     """The module's source file, absolute; what a child runs where module is "__main__"."""
+    option: str = "setup_fn"
+    """The option that it was given as, for errors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +49,8 @@ class TrialSpec:
     settings: Settings
     setup_fn: FunctionName | None
     """None: a synthetic load of ``tokens`` vectors a layer."""
+    on_copy: FunctionName | None = None
+    """The streamer's ``on_copy``."""
     tokens: int = 1
     n_runs: int = 4
     """Runs of which the first is discarded."""

@@ -1,4 +1,4 @@
-"""The user's setup function by its name: named in the parent, imported in a trial's child."""
+"""The user's functions by their names: named in the parent, imported in a trial's child."""
 
 from __future__ import annotations
 
@@ -40,26 +40,27 @@ def end_import_in_child() -> None:
         raise EndOfImport("tune() was called in a trial: a trial does not tune")
 
 
-def name_function(setup_fn: Callable[..., Any]) -> FunctionName:
-    """The name by which a fresh process can import ``setup_fn``.
+def name_function(function: Callable[..., Any], option: str = "setup_fn") -> FunctionName:
+    """The name by which a fresh process can import ``function``, which was given as ``option``.
 
     ConfigError for a lambda, a function inside another, a method of an instance, whatever else its
     module does not have under its name, and for a __main__ that is no file (a prompt, -c, stdin).
     """
-    module, qualname = _own_names(setup_fn)
-    _check_reachable(setup_fn, module, qualname)
+    module, qualname = _own_names(function, option)
+    _check_reachable(function, module, qualname, option)
     found = sys.modules[module]
     file = getattr(found, "__file__", None)
     if not isinstance(file, str) or not Path(file).is_file():
         where = "a prompt, -c or stdin" if module == "__main__" else f"module {module!r}"
         raise ConfigError(
-            f"setup_fn={qualname}: {where} is no file that a fresh process could import it from; "
+            f"{option}={qualname}: {where} is no file that a fresh process could import it from; "
             "put it in a file"
         )
     spec = getattr(found, "__spec__", None)
     if module == "__main__" and isinstance(spec, ModuleSpec) and spec.name != "__main__":
         module = spec.name  # python -m
-    return FunctionName(module=module, qualname=qualname, file=str(Path(file).absolute()))
+    path = str(Path(file).absolute())
+    return FunctionName(module=module, qualname=qualname, file=path, option=option)
 
 
 def load_function(name: FunctionName) -> Callable[..., Any]:
@@ -69,54 +70,56 @@ def load_function(name: FunctionName) -> Callable[..., Any]:
         function = functools.reduce(getattr, name.qualname.split("."), found)
     except AttributeError as error:
         raise ConfigError(
-            f"setup_fn={name.qualname}: {name.file}, imported by a trial, has not defined it; "
+            f"{name.option}={name.qualname}: {name.file}, imported by a trial, has not defined it; "
             "define it at the top, above tune() and outside of any __main__ guard"
         ) from error
     if not callable(function):
-        raise ConfigError(f"setup_fn={name.qualname}: {name.file} defines it as {function!r}")
+        raise ConfigError(f"{name.option}={name.qualname}: {name.file} defines it as {function!r}")
     return function
 
 
-def _own_names(setup_fn: object) -> tuple[str, str]:
-    module = getattr(setup_fn, "__module__", None)
-    qualname = getattr(setup_fn, "__qualname__", None)
-    if not callable(setup_fn) or not isinstance(module, str) or not isinstance(qualname, str):
-        raise ConfigError(f"setup_fn={setup_fn!r}: must be a function that its module has by name")
+def _own_names(function: object, option: str) -> tuple[str, str]:
+    module = getattr(function, "__module__", None)
+    qualname = getattr(function, "__qualname__", None)
+    if not callable(function) or not isinstance(module, str) or not isinstance(qualname, str):
+        raise ConfigError(f"{option}={function!r}: must be a function that its module has by name")
     for part, kind in (("<lambda>", "a lambda"), ("<locals>", "defined inside a function")):
         if part in qualname.split("."):
             raise ConfigError(
-                f"setup_fn={qualname}: is {kind}, which a fresh process cannot import; "
+                f"{option}={qualname}: is {kind}, which a fresh process cannot import; "
                 "define it with def at the top of a module"
             )
     return module, qualname
 
 
-def _check_reachable(setup_fn: object, module: str, qualname: str) -> None:
+def _check_reachable(function: object, module: str, qualname: str, option: str) -> None:
     found: object = sys.modules.get(module)
     for part in qualname.split("."):
         found = getattr(found, part, None)
-    of_class = isinstance(found, MethodType) and found == setup_fn
-    if found is setup_fn or of_class:
+    of_class = isinstance(found, MethodType) and found == function
+    if found is function or of_class:
         return
     if found is None:
         reason = f"module {module!r} has nothing of that name"
-    elif isinstance(setup_fn, MethodType):
+    elif isinstance(function, MethodType):
         reason = "is a method of an instance"
     else:
         reason = f"{module}.{qualname} is something else by now (decorated, or defined again)"
     raise ConfigError(
-        f"setup_fn={qualname}: {reason}, so a fresh process cannot import it; "
+        f"{option}={qualname}: {reason}, so a fresh process cannot import it; "
         "define it with def at the top of a module"
     )
 
 
 def _load_module(name: FunctionName) -> ModuleType:
     is_script = name.module == "__main__"
-    if not is_script and name.module in sys.modules:
-        return sys.modules[name.module]
+    loaded = sys.modules.get(SCRIPT if is_script else name.module)
+    # A script is run once, however many of its functions are asked for: they share its globals.
+    if loaded is not None and (not is_script or loaded.__file__ == name.file):
+        return loaded
     spec = _script_spec(name.file) if is_script else importlib.util.find_spec(name.module)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"setup_fn={name.qualname}: no module {name.module!r} is found")
+        raise ConfigError(f"{name.option}={name.qualname}: no module {name.module!r} is found")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     if is_script:

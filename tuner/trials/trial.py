@@ -154,8 +154,9 @@ class _Task:
 
 def _as_json(spec: TrialSpec) -> dict[str, object]:
     values = {field.name: getattr(spec, field.name) for field in fields(spec)}
-    name = spec.setup_fn
-    values["setup_fn"] = None if name is None else asdict(name)
+    for option in ("setup_fn", "on_copy"):
+        name = values[option]
+        values[option] = None if name is None else asdict(name)
     return {**values, "model": dict(spec.model), "settings": dict(spec.settings)}
 
 
