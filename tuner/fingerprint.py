@@ -32,6 +32,8 @@ def describe_tune(
     from .. import __version__
 
     fixed = {name: value for name, value in spec.model.items() if name not in CHECKPOINT}
+    if spec.engine is not None:
+        fixed["engine"] = spec.engine
     if spec.on_copy is not None:
         fixed["on_copy"] = _describe_function(spec.on_copy)
     return {
@@ -45,7 +47,7 @@ def describe_tune(
         "setup": None if spec.setup_fn is None else _describe_function(spec.setup_fn),
         "measured": {
             **fixed,
-            "tokens": spec.tokens if spec.setup_fn is None else None,
+            "tokens": spec.tokens if spec.setup_fn is None and spec.engine is None else None,
             "n_runs": spec.n_runs,
             "sleep_seconds": spec.sleep_seconds,
             "cache": spec.cache,

@@ -32,6 +32,9 @@ class Model:
     on_copy: OnCopy | None = None
     has_defaults: bool = False
     """True if settings without values have values to try all the same."""
+    engine: str | None = None
+    """Dotted name of the module that opens an engine in place of a streamer; "path" and all other
+    arguments are the engine's then."""
 
     def __post_init__(self) -> None:
         StreamerSettings(**self.fixed)
@@ -57,6 +60,7 @@ class Model:
             settings={},
             setup_fn=None if self.setup_fn is None else name_function(self.setup_fn),
             on_copy=None if self.on_copy is None else name_function(self.on_copy, "on_copy"),
+            engine=self.engine,
             tokens=options.tokens,
             n_runs=options.n_runs,
             sleep_seconds=options.sleep_seconds,
@@ -64,14 +68,15 @@ class Model:
         )
 
 
-def streamer_options(
-    door: Callable[..., Any], options: Mapping[str, Any]
+def split_options(
+    options: Mapping[str, Any], door: Callable[..., Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``options`` in two: those of the streamer that ``door`` opens, and the rest, a tune's.
+    """``options`` in two: those of what ``door`` opens, and the rest, a tune's.
 
-    Those at their default are left out. TypeError for a name that neither has.
+    Those at their default are left out. TypeError for a name that neither has; without a ``door``
+    that is for the engine to say.
     """
-    known = inspect.signature(door).parameters
+    known = inspect.signature(door).parameters if door is not None else {}
     tune = {field.name for field in fields(TuneOptions)}
     own, rest = dict[str, Any](), dict[str, Any]()
     for name, value in options.items():
@@ -79,8 +84,8 @@ def streamer_options(
             rest[name] = value
         elif name in AXES:
             raise TypeError(f"{name}: is searched; name {name}_values=[{value!r}] to fix it")
-        elif name not in known:
+        elif door is not None and name not in known:
             raise TypeError(f"{name}: is no option of the tuner, nor of {door.__qualname__}")
-        elif value is not None and value != known[name].default:
+        elif value is not None and (door is None or value != known[name].default):
             own[name] = value
     return own, rest

@@ -15,6 +15,7 @@ from .search.race import Strategy
 from .trials.record import CacheState, TrialLimits
 
 MAX_RUNS = 1000
+MAX_TOKENS = 1 << 24
 
 
 class _Common(TypedDict, total=False):
@@ -86,8 +87,8 @@ class TuneOptions:
     track_progress: bool = True
 
     def __post_init__(self) -> None:
-        _check_int("n_runs", self.n_runs, 2, MAX_RUNS)
-        _check_int("tokens", self.tokens, 0, 1 << 24)
+        check_int("n_runs", self.n_runs, 2, MAX_RUNS)
+        check_int("tokens", self.tokens, 0, MAX_TOKENS)
         for name in ("sleep_seconds", "tolerance"):
             _check_number(name, getattr(self, name), zero=True)
         if self.margin is not None:
@@ -119,7 +120,8 @@ class TuneOptions:
         )
 
 
-def _check_int(name: str, value: object, low: int, high: int) -> None:
+def check_int(name: str, value: object, low: int, high: int) -> None:
+    """ConfigError unless ``value`` is an int from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ConfigError(f"{name}={value!r}: must be an int from {low} to {high}")
 

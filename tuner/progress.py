@@ -6,9 +6,10 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from statistics import median
 
 from ..progress import ProgressBar
-from .trials.record import Settings
+from .trials.record import Settings, TrialRecord
 
 
 class Progress:
@@ -60,10 +61,13 @@ class Progress:
         self._trial_seconds += trial_seconds
         self._bar.n += 1
 
-    def new_best(self, settings: Settings, seconds: float, before: float | None) -> None:
+    def new_best(self, record: TrialRecord, before: float | None) -> None:
         """A line for a new best candidate; ``before``: the best one's seconds until now."""
+        seconds = record.seconds or 0.0
         gain = f" ({1 - seconds / before:.1%} less)" if before else ""
-        self.note(f"best so far: {seconds:.4f} s a run{gain}: {format_settings(settings)}")
+        parts = format_parts(record)
+        took = f"{seconds:.4f} s a run{gain}" + (f", {parts}" if parts else "")
+        self.note(f"best so far: {took}: {format_settings(record.settings)}")
         self._best = f", best {seconds:.4f} s"
         self._show("")
 
@@ -85,6 +89,16 @@ class Progress:
 def format_settings(settings: Settings) -> str:
     """As a call has them: n_gpu=2, read_mode='direct'."""
     return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "the defaults"
+
+
+def first_line(detail: str) -> str:
+    """Of a record's detail, the line that says it all; "" if there is none."""
+    return next(iter(detail.strip().splitlines()), "")
+
+
+def format_parts(record: TrialRecord) -> str:
+    """The parts of an engine's runs, medians: "prompt 0.0400 s, decode 0.2000 s"; else ""."""
+    return ", ".join(f"{name} {median(of_one):.4f} s" for name, of_one in record.parts.items())
 
 
 def format_seconds(seconds: float) -> str:

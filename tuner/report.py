@@ -9,7 +9,7 @@ from typing import Any
 
 from ..machine.atomic import write_atomically
 from ..planning.budget import format_bytes
-from .progress import format_settings
+from .progress import first_line, format_parts, format_settings
 from .trials.record import TrialRecord
 
 TABLE, PICTURE = "tune.md", "tune.png"
@@ -99,7 +99,8 @@ def _well(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def _row(record: TrialRecord, best: TrialRecord | None) -> str:
-    detail = record.detail.strip().splitlines()[0] if record.detail.strip() else ""
+    lines = (format_parts(record), first_line(record.detail))
+    detail = "; ".join(line for line in lines if line)
     if len(detail) > MOST_DETAIL:
         detail = detail[:MOST_DETAIL].rsplit(" ", 1)[0] + " ..."
     ending = f"{record.ending}: {detail}" if detail else record.ending

@@ -143,6 +143,7 @@ def parse_result(document: Mapping[str, Any]) -> Result:
     names = {field.name for field in fields(TrialRecord)}
     given = {key: value for key, value in document["record"].items() if key in names}
     given["run_seconds"] = tuple(float(seconds) for seconds in given["run_seconds"])
+    given["parts"] = {name: tuple(of_one) for name, of_one in given.get("parts", {}).items()}
     if not isinstance(given["settings"], dict):
         raise ValueError(f"settings={given['settings']!r}")
     given["settings"] = name_absent_pools(given["settings"])

@@ -5,28 +5,39 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import Manifest
 from ..errors import TuneError
+from ..planning.layout import CASTABLE
+from ..planning.plan import Machine
 from .fingerprint import describe_tune, digest
 from .model import Model
 from .options import TuneOptions
-from .progress import Progress, format_seconds
+from .progress import Progress, first_line, format_seconds
 from .results import ResultsFile, cache_folder, default_path, lock
 from .search.predict import Costs
 from .search.race import Race, enter
 from .search.screen import Bounds, Screened, Screener
 from .search.search import RunTrial, Search, Task, endings
-from .search.space import Grants, Values, candidates, check_axes, default_axes
-from .survey import Survey, take_survey
-from .trials.record import TrialRecord, TrialSpec
+from .search.space import (
+    Grants,
+    Values,
+    candidates,
+    check_axes,
+    complete,
+    default_axes,
+    engine_candidates,
+)
+from .survey import Survey, ask_engine, take_survey
+from .trials.record import Settings, TrialRecord, TrialSpec
 
 logger = logging.getLogger(__name__)
 
+AskEngine = Callable[[TrialSpec, Sequence[Settings]], Sequence[Mapping[str, Any] | str]]
 HOST_MARGIN = 256 << 20
 """What of a grant of host memory is left to a process beside the streamer and the libraries."""
 
@@ -40,6 +51,7 @@ class Session:
         self._screened = Screened()
         self._search: Search | None = None
         self._look: Callable[[Any, Path], Survey] = take_survey
+        self._ask_engine: AskEngine = ask_engine
         self._run_trial: RunTrial | None = None
         """Runs a trial in place of a process; None: trial.run_trial."""
         self._now = time.monotonic
@@ -66,17 +78,22 @@ class Session:
         found = list(self._search.records.values()) if self._search is not None else []
         return [*found, *self._screened.pruned]
 
-    def tune(self) -> TrialRecord:
-        """Search, and return the best candidate's record. TuneError, ConfigError."""
+    def tune(self) -> dict[str, int | str | None]:
+        """Search, and return the best candidate's settings. TuneError, ConfigError."""
         self._search, self._screened = None, Screened()
         spec = self._model.spec(self._options)
         manifest = self._model.read_manifest()
         with _only_tune():
+            if self._model.engine is None and self._model.setup_fn is None and spec.tokens:
+                _warn_of_packed(manifest)
             survey = self._look(spec.model.get("device"), next(iter(manifest.files)))
             race, task = self._prepare(manifest, survey, spec)
             description = describe_tune(spec, manifest, survey.identity)
             self._run(race, task, description)
-        return self._conclude()
+        best = self._conclude()
+        if self._model.engine is not None:
+            return dict(best.settings)  # what is not named there is the engine's to choose
+        return complete(best.settings, self.axes)
 
     def _prepare(self, manifest: Manifest, survey: Survey, spec: TrialSpec) -> tuple[Race, Task]:
         """The candidates that can work, and the race over them. TuneError if there is none."""
@@ -96,14 +113,13 @@ class Session:
             defaults = default_axes(grants)
         self.axes = check_axes({**defaults, **self._given})
         bounds = Bounds(options.granted("max_device_bytes"), options.granted("max_host_bytes"))
-        screener = Screener(manifest, machine, self._model.fixed, bounds)
-        self._screened = screener.screen(list(candidates(self.axes, unified=machine.unified)))
+        num_first = self._screen(manifest, machine, spec, bounds)
         kept = self._screened.kept
         if not kept:
             raise TuneError(f"no candidate can work: {endings(self._screened.pruned)}")
         costs = Costs(options.cache, survey.limits, machine.unified)
         entries = [enter(planned) for planned in kept]
-        race = Race(entries, costs, options.strategy, options.tolerance)
+        race = Race(entries, costs, options.strategy, options.tolerance, num_first)
         task = Task(
             candidates=[planned.candidate for planned in kept],
             spec=spec,
@@ -114,6 +130,21 @@ class Session:
             max_seconds=options.max_seconds,
         )
         return race, task
+
+    def _screen(self, manifest: Manifest, machine: Machine, spec: TrialSpec, bounds: Bounds) -> int:
+        """Find the candidates that can work; how many of them, the first ones, come first."""
+        if self._model.engine is None:
+            screener = Screener(manifest, machine, self._model.fixed, bounds)
+            found = list(candidates(self.axes, unified=machine.unified))
+            self._screened = screener.screen(found)
+            return 0
+        found, count = engine_candidates(self.axes, unified=machine.unified)
+        plans = self._ask_engine(spec, [candidate.settings for candidate in found])
+        plan = next((plan for plan in plans if not isinstance(plan, str)), {})
+        common = {name: plan[name] for name in ("device", "dtype", "tail") if name in plan}
+        self._screened = Screener(manifest, machine, common, bounds).screen(found, plans)
+        first = {candidate.key for candidate in found[:count]}
+        return sum(planned.candidate.key in first for planned in self._screened.kept)
 
     def _run(self, race: Race, task: Task, description: dict[str, Any]) -> None:
         options, fingerprint = self._options, digest(description)
@@ -145,9 +176,21 @@ class Session:
                     f"{len(self._search.records)} of {len(task.candidates)} tried: none of the "
                     f"others can be better by more than {options.tolerance:.0%}"
                 )
+            if self._model.engine is not None and self.best is not None:
+                progress.note(self._compare(self.best))
         finally:
             progress.close()
             file.close()
+
+    def _compare(self, best: TrialRecord) -> str:
+        """The engine's default settings beside the best ones, as both were measured."""
+        default = next((record for record in self.records() if not record.settings), None)
+        took = "not tried"
+        if default is not None:
+            took = f"{default.seconds:.4f} s" if default.seconds is not None else default.ending
+            # Why it cannot be the best, if that is so.
+            took += f" ({first_line(default.detail)})" if default.detail else ""
+        return f"default settings: {took}; best: {best.seconds:.4f} s"
 
     def _conclude(self) -> TrialRecord:
         search, best = self._search, self.best
@@ -177,6 +220,19 @@ class Session:
         from .trials.trial import run_trial
 
         return run_trial
+
+
+def _warn_of_packed(manifest: Manifest) -> None:
+    """Say so where the stand-in has next to nothing to compute with."""
+    tensors = [spec for layer in manifest.layers for spec in layer.tensors.values()]
+    packed = sum(spec.nbytes for spec in tensors if spec.dtype not in CASTABLE)
+    share = packed / max(sum(spec.nbytes for spec in tensors), 1)
+    if share > 0.5:
+        logger.warning(
+            "%.0f %% of the layers' bytes are packed, and the stand-in for the compute does no "
+            "matrix work on them: tune the engine (--engine, for_engine), or give a setup_fn",
+            100 * share,
+        )
 
 
 @contextmanager

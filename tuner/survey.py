@@ -1,7 +1,8 @@
-"""What a tune has to know of the machine, looked up in a child: this process never opens a device.
+"""What a tune has to know of machine and engine, asked of a child: this process opens no device.
 
 Even to ask torch for a GPU's name initialises CUDA. So a fresh process opens the devices, looks at
-the machine and the limits on record, and says what it found.
+the machine and the limits on record, and says what it found; another one asks an engine how it
+would share out memory.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from ..errors import ConfigError
 from ..machine.limits import MachineLimits, decode
 from ..planning.placement import Rates
 from ..planning.plan import Machine
+from .trials.model_args import decode_model
+from .trials.record import Settings, TrialSpec
 
 SECONDS = 300
 """A GPU that has been asleep takes a while to open."""
@@ -42,9 +46,28 @@ def take_survey(device: str | list[str] | None, path: Path) -> Survey:
 
     ConfigError if a device cannot be opened, with its line.
     """
+    return parse(_ask({"device": device, "path": str(path)}, f"device={device!r}: "))
+
+
+def ask_engine(spec: TrialSpec, candidates: Sequence[Settings]) -> list[Mapping[str, Any] | str]:
+    """By candidate, the streamer's options in an engine with these settings, or why there is none.
+
+    ConfigError if the engine cannot be had at all, with its line.
+    """
+    question = {
+        "engine": spec.engine,
+        "model": dict(spec.model),
+        "candidates": [dict(settings) for settings in candidates],
+    }
+    answers = _ask(question, "")
+    return [answer if isinstance(answer, str) else decode_model(answer) for answer in answers]
+
+
+def _ask(question: Mapping[str, Any], about: str) -> Any:
+    """The answer of a fresh process. ConfigError, which begins with ``about``, if it has none."""
     process = subprocess.run(
         [sys.executable, "-m", "layer_streamer.tuner.surveyor"],
-        input=json.dumps({"device": device, "path": str(path)}),
+        input=json.dumps(question),
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -55,8 +78,8 @@ def take_survey(device: str | list[str] | None, path: Path) -> Survey:
     lines = process.stdout.splitlines()
     if process.returncode or not lines:
         said = process.stderr.strip().splitlines() or [f"it ended with {process.returncode}"]
-        raise ConfigError(f"device={device!r}: {said[-1]}")
-    return parse(json.loads(lines[-1]))
+        raise ConfigError(f"{about}{said[-1]}")
+    return json.loads(lines[-1])
 
 
 def parse(document: dict[str, Any]) -> Survey:

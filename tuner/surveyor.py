@@ -1,12 +1,14 @@
 """``python -m layer_streamer.tuner.surveyor``: the child of a survey.
 
-JSON in: {"device", "path"}; the last line of stdout is the JSON that survey.parse() reads.
+JSON in: {"device", "path"}, to look at the machine, or {"engine", "model", "candidates"}, to ask an
+engine for its plans; the last line of stdout is the answer, as JSON.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import psutil
 
 from ..assembly import look_at_machine
 from ..devices.accelerator import open_devices
-from ..errors import ConfigError, StreamerError
+from ..errors import StreamerError
 from ..machine.identity import this_machine
 from ..machine.limits import encode, load_limits
 from ..planning.placement import Rates
+from .trials.engine import plan_engines
+from .trials.model_args import decode_model, encode_model
 
 
 def look(device: Any, path: Path) -> dict[str, Any]:
@@ -47,13 +51,20 @@ def look(device: Any, path: Path) -> dict[str, Any]:
     }
 
 
+def plan(asked: Mapping[str, Any]) -> list[Any]:
+    """By candidate, the streamer's options in the engine, or a line that refuses it."""
+    answers = plan_engines(asked["engine"], decode_model(asked["model"]), asked["candidates"])
+    return [answer if isinstance(answer, str) else encode_model(answer) for answer in answers]
+
+
 def main() -> int:
-    """Exit code 2 with one line on stderr if a device cannot be opened."""
+    """Exit code 2 with one line on stderr if a device cannot be opened, or an engine not be had."""
     asked = json.load(sys.stdin)
+    found: Any
     try:
-        found = look(asked["device"], Path(asked["path"]))
-    except (ConfigError, StreamerError) as error:
-        print(error, file=sys.stderr)
+        found = plan(asked) if "engine" in asked else look(asked["device"], Path(asked["path"]))
+    except (StreamerError, ValueError, OSError, ImportError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
         return 2
     print(json.dumps(found), flush=True)
     return 0

@@ -11,18 +11,22 @@ import torch
 
 from ..checkpoint.formats import read_manifest
 from ..checkpoint.manifest import manifest_from_tensor_info
-from ..errors import TuneError
+from ..errors import ConfigError, TuneError
 from ..planning.settings import Bytes, DeviceName
 from ..streamer import LayerStreamer
-from .model import Model, SetupFn, streamer_options
-from .options import MoreOptions, Options, TuneOptions
+from .model import Model, SetupFn, split_options
+from .options import MAX_TOKENS, MoreOptions, Options, TuneOptions, check_int
 from .report import Findings, write_report
-from .search.space import AXES, Values, check_axes, complete
+from .search.space import AXES, Values, check_axes
 from .session import Session
 from .trials.record import TrialRecord
 from .trials.setup_fn import end_import_in_child
 
 logger = logging.getLogger(__name__)
+
+ENGINE = "layer_streamer.llm.tuning"
+"""A name, no import: it is resolved in the processes of trials (see :mod:`.trials.engine`)."""
+VALUES_NAMES = tuple(f"{name}_values" for name in AXES)
 
 
 class LayerStreamerTuner:
@@ -70,9 +74,8 @@ class LayerStreamerTuner:
             "batch_cpu": batch_cpu_values,
         }  # fmt: skip
         rest: dict[str, Any] = dict(options)
-        names = [f"{name}_values" for name in AXES if f"{name}_values" in rest]
-        values |= _by_setting({name: rest.pop(name) for name in names})
-        own, rest = streamer_options(LayerStreamer, {"device": device, **rest})
+        values |= _by_setting({name: rest.pop(name) for name in VALUES_NAMES if name in rest})
+        own, rest = split_options({"device": device, **rest}, LayerStreamer)
         model = Model(
             on_copy=own.pop("on_copy", None),
             arguments={**tables, **own},
@@ -111,8 +114,8 @@ class LayerStreamerTuner:
           sizes of a host pool None is 0: no such pool.
         * ``tail``, ``layer_pattern``, ``reserve_bytes``, ``on_copy``, ``layers``: the streamer's,
           the same for all; ``on_copy`` is imported by a fresh process, as ``setup_fn`` is.
-        * ``n_runs`` (4): runs of a candidate, the first of which is discarded; ``sleep_seconds``
-          (0) between them; ``cache``: the page cache before each, "warm" or "cold".
+        * ``n_runs`` (4): runs of each, the first is discarded; ``sleep_seconds`` (0) between them;
+          ``cache``: the page cache before each, "warm" or "cold".
         * ``max_device_bytes`` of each device, ``max_host_bytes``: the most a candidate may take.
         * ``max_seconds``: the best so far is returned when they are over.
         * ``strategy``: "race" (the default) stops once no candidate that is left can be better by
@@ -125,14 +128,49 @@ class LayerStreamerTuner:
         Raises ConfigError, and TypeError for an option that neither tuner nor streamer has.
         """
         values = {name: value for name, value in locals().items() if name.endswith("_values")}
-        given = {"device": device, "dtype": dtype, **options}
-        own, rest = streamer_options(LayerStreamer.from_checkpoint, given)
+        self = cls.__new__(cls)
+        self._session = _checkpoint_session(
+            path, setup_fn, values, {"device": device, "dtype": dtype, **options}
+        )
+        return self
+
+    @classmethod
+    def for_engine(
+        cls,
+        path: str | Path,
+        *,
+        prompt_tokens: int = 512,
+        new_tokens: int = 8,
+        **options: Any,
+    ) -> LayerStreamerTuner:
+        """Tune ``layer_streamer.llm.StreamingEngine(path, ...)``; needs the extra "llm".
+
+        A run, whose seconds count, is a prompt of ``prompt_tokens`` made-up tokens and
+        ``new_tokens`` after it: one pass over the prompt, which gives the first of them, and a pass
+        for each of the others. Records have both in ``parts``: "prompt", "decode".
+
+        The engine's default settings are tried first, then these with the budgets granted, so that
+        the best is no slower than either. ``tune()`` returns keyword arguments for the engine:
+        ``StreamingEngine(path, **best)``, {} if nothing beats its defaults.
+
+        ``options``: ``*_values`` and those of a tune as in :meth:`from_checkpoint`; all others are
+        the engine's, the same for all candidates, such as ``max_length``, ``kv``, ``dtype``. The
+        budgets are the engine's as well: it shares them out with keys and values.
+
+        Raises ConfigError; ``tune()`` also what the engine says of its model and its options.
+        """
+        check_int("prompt_tokens", prompt_tokens, 1, MAX_TOKENS)
+        check_int("new_tokens", new_tokens, 2, MAX_TOKENS)
+        values = {name: options.pop(name) for name in VALUES_NAMES if name in options}
+        own, rest = split_options(options, None)
+        if "tokens" in rest:
+            raise ConfigError("tokens: an engine is measured on prompt_tokens and new_tokens")
+        tokens = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
         model = Model(
-            on_copy=own.pop("on_copy", None),
-            arguments={"path": path, **own},
+            arguments={"path": path, **tokens, **own},
             read_manifest=lambda: read_manifest(path, own.get("layer_pattern")),
-            setup_fn=setup_fn,
             has_defaults=True,
+            engine=ENGINE,
         )
         self = cls.__new__(cls)
         self._session = Session(model, check_axes(_by_setting(values)), TuneOptions(**rest))
@@ -153,8 +191,7 @@ class LayerStreamerTuner:
                 "CUDA is initialised in this process already: what it holds of the devices' memory "
                 "and time, trials do not have"
             )
-        best = self._session.tune()
-        return complete(best.settings, self._session.axes)
+        return self._session.tune()
 
     @property
     def results(self) -> list[TrialRecord]:
@@ -182,6 +219,24 @@ class LayerStreamerTuner:
         return write_report(
             Path(path), Findings(session.title, records, session.best, session.num_untried)
         )
+
+
+def _checkpoint_session(
+    path: str | Path,
+    setup_fn: SetupFn | None,
+    values: Mapping[str, Values | None],
+    options: Mapping[str, Any],
+) -> Session:
+    """The session of a tune of LayerStreamer.from_checkpoint."""
+    own, rest = split_options(options, LayerStreamer.from_checkpoint)
+    model = Model(
+        on_copy=own.pop("on_copy", None),
+        arguments={"path": path, **own},
+        read_manifest=lambda: read_manifest(path, own.get("layer_pattern")),
+        setup_fn=setup_fn,
+        has_defaults=True,
+    )
+    return Session(model, check_axes(_by_setting(values)), TuneOptions(**rest))
 
 
 def _by_setting(values: Mapping[str, Values | None]) -> dict[str, Values | None]:

@@ -1,4 +1,4 @@
-"""Options of a tune and of the streamer: what is passed on, and what is refused before any trial."""
+"""Options of a tune and of the streamer: what is passed on, what is refused before any trial."""
 
 from __future__ import annotations
 

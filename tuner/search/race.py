@@ -49,6 +49,8 @@ class Race:
     strategy: Strategy = "race"
     tolerance: float = 0.02
     """A race stops once no open candidate can beat the best by more than this."""
+    num_first: int = 0
+    """So many candidates, the first ones, are tried before all others, whatever is predicted."""
     records: dict[int, TrialRecord] = field(default_factory=dict)
     """Of candidates measured well, within the bounds or not."""
     exceeded: dict[int, float] = field(default_factory=dict)
@@ -93,6 +95,8 @@ class Race:
         candidates = self.open()
         if not candidates:
             return None
+        if candidates[0] < self.num_first:
+            return candidates[0]
         if self.strategy == "grid" or not self.records:
             return min(candidates, key=lambda i: (self.entries[i].predict(self.costs), i))
         likely, lower = self._bounds()

@@ -52,6 +52,8 @@ class Planned:
     batches: Batches
     slots: Mapping[str, int]
     """By pool ("device", "pinned", "host", "ring"), the slots of the first device."""
+    engine: tuple[Any, ...] = ()
+    """What else an engine may do differently: it shares its budgets out with what is its own."""
 
     @property
     def has_reads(self) -> bool:
@@ -67,7 +69,7 @@ class Planned:
         mode = plan.read_mode if self.has_reads or plan.read_mode == "mapped" else ""
         return (
             place.tiers, place.device_slots, tuple(sorted(host.items())), self.batches, mode,
-            readers,
+            readers, self.engine,
         )  # fmt: skip
 
 
@@ -93,18 +95,28 @@ class Screener:
     ) -> None:
         self._machine, self._fixed, self._bounds = machine, dict(fixed), bounds
         dtype = fixed.get("dtype")
-        steps = plan_steps(manifest, fixed.get("tail", ()))
+        chosen = {name: fixed[name] for name in ("tail", "layers") if name in fixed}
+        steps = plan_steps(manifest, **chosen)
         layouts = lay_out_all(steps, unified=machine.unified, dtype=dtype)
         self._sizes: Sequence[StepSize] = measure_steps(steps, layouts, dtype)
         self._scratch = max(layout.scratch_nbytes for layout in layouts)
 
-    def screen(self, candidates: Sequence[Candidate]) -> Screened:
-        """Sort out what cannot work, exceeds the bounds, or is the same as one before."""
+    def screen(
+        self,
+        candidates: Sequence[Candidate],
+        engines: Sequence[Mapping[str, Any] | str] | None = None,
+    ) -> Screened:
+        """Sort out what cannot work, exceeds the bounds, or is the same as one before.
+
+        ``engines``: by candidate, what it makes of the streamer's settings, where an engine is what
+        is tuned, or a line that refuses it. Of memory only the streamer's part is looked at then:
+        what the engine itself takes at most is known, not what it takes at least.
+        """
         screened, seen = Screened(), set[tuple[Any, ...]]()
         with _quiet():
-            for candidate in candidates:
+            for number, candidate in enumerate(candidates):
                 try:
-                    planned = self._plan(candidate)
+                    planned = self._plan(candidate, None if engines is None else engines[number])
                     why = self._excess(planned.plan)
                 except ConfigError as error:
                     why = str(error)
@@ -119,8 +131,11 @@ class Screener:
                     screened.kept.append(planned)
         return screened
 
-    def _plan(self, candidate: Candidate) -> Planned:
-        settings = StreamerSettings(**{**self._fixed, **candidate.settings})
+    def _plan(self, candidate: Candidate, engine: Mapping[str, Any] | str | None) -> Planned:
+        if isinstance(engine, str):
+            raise ConfigError(engine)
+        chosen = candidate.settings if engine is None else engine
+        settings = StreamerSettings(**{**self._fixed, **chosen})
         plan = make_plan(self._sizes, self._scratch, self._machine, settings, lambda: 1.0)
         if settings.read_mode == "mapped" and not (self._machine.unified or _maps(plan)):
             raise ConfigError("read_mode='mapped': the device cannot copy from mapped files")
@@ -134,7 +149,9 @@ class Screener:
                 slots["host"] = settings.num_pageable + 1
         counts = slots if slots["device"] else {}
         batches = plan_batches(settings, counts, unified=self._machine.unified)
-        return Planned(candidate, plan, batches, slots)
+        own = ("device_budget", "host_budget") if engine is not None else ()
+        budgets = tuple(candidate.settings.get(name) for name in own)
+        return Planned(candidate, plan, batches, slots, budgets)
 
     def _excess(self, plan: Plan) -> str:
         """Why the plan takes more than is granted, or more than there is; "" if it does not.

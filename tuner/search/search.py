@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ...errors import ConfigError
-from ..progress import Progress
+from ..progress import Progress, first_line
 from ..results import Result, ResultsFile
 from ..trials.record import TrialLimits, TrialRecord, TrialSpec
 from .race import Race
@@ -134,7 +134,7 @@ class Search:
             self.race.tell_failed(index)
         best = self.race.best_seconds
         if is_new and best is not None and self.race.best == index:
-            self.progress.new_best(record.settings, best, before)
+            self.progress.new_best(record, before)
 
     def _key(self, record: TrialRecord) -> str:
         """The key of a record's settings; "" for some that no version of this one has written."""
@@ -156,7 +156,7 @@ def endings(records: Mapping[int, TrialRecord] | Sequence[TrialRecord]) -> str:
     all_records = records.values() if isinstance(records, Mapping) else records
     groups: dict[tuple[str, str], list[TrialRecord]] = {}
     for record in all_records:
-        first = record.detail.strip().splitlines()[0] if record.detail.strip() else ""
+        first = first_line(record.detail)
         groups.setdefault((record.ending, first[:200]), []).append(record)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     lines = [

@@ -129,6 +129,27 @@ def candidates(axes: Axes, *, unified: bool) -> Iterator[Candidate]:
             yield Candidate(settings, key)
 
 
+def engine_candidates(axes: Axes, *, unified: bool) -> tuple[list[Candidate], int]:
+    """Candidates for an engine, and how many of them, the first ones, are to be tried in any case.
+
+    These are its defaults, which all others are compared with, and its defaults with the budgets.
+    """
+    budgets = {
+        name: next((value for value in axes.get(name, ()) if value is not None), None)
+        for name in ("device_budget", "host_budget")
+    }
+    first = [plain(settings, unified=unified) for settings in ({}, budgets)]
+    found = {
+        key: Candidate(settings, key)
+        for settings in first
+        for key in [make_key(settings, unified=unified)]
+    }
+    count = len(found)
+    for candidate in candidates(axes, unified=unified):
+        found.setdefault(candidate.key, candidate)
+    return list(found.values()), count
+
+
 def plain(settings: Settings, *, unified: bool) -> dict[str, int | str | None]:
     """The same settings without what has no effect: a shortest form, in the order of AXES.
 

@@ -54,6 +54,7 @@ class Course:
     timed: Timed = ""
     warm_up_seconds: float = 0.0
     run_seconds: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)
     device_peak: int = 0
     result: Mapping[str, Any] | None = None
     """What the child said at the end of a trial that went well."""
@@ -80,7 +81,7 @@ class Course:
             self.stage, self.timed, self._since = message["stage"], message["timed"], now
             return self.stage
         if "seconds" in message:
-            self._ran(message["seconds"], message["device_peak"])
+            self._ran(message)
         if "failed" in message:
             self.verdict = (message["failed"], message["detail"])
         if "result" in message:
@@ -128,16 +129,19 @@ class Course:
             return PATIENCE * max(limits.warm_up_seconds, most) + GRACE_SECONDS
         return None
 
-    def _ran(self, seconds: float, device_peak: int) -> None:
+    def _ran(self, message: Mapping[str, Any]) -> None:
         """A run has ended by itself."""
+        seconds = message["seconds"]
         allowed = self.allowed() if self.timed == "measured" else None
         if self.timed == "warm-up":
             self.warm_up_seconds = seconds
         if self.timed == "measured":
             self.run_seconds.append(seconds)
+            for name, part in message.get("parts", {}).items():
+                self.parts.setdefault(name, []).append(part)
         if allowed is not None and seconds > allowed:
             self.verdict = ("slower", f"{self._slower(allowed)}; it took {seconds:.4g} s")
-        self.device_peak = max(self.device_peak, device_peak)
+        self.device_peak = max(self.device_peak, message["device_peak"])
         self.timed = ""
 
     def _slower(self, allowed: float) -> str:

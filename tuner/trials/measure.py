@@ -16,6 +16,7 @@ from ...measuring.footprint import device_peak
 from ...measuring.rawspeed import synchronize
 from ...streamer import LayerStreamer
 from .course import Timed
+from .engine import load_engine
 from .failures import describe
 from .frames import CANNOT_TELL, DescriptorLostError, FrameWriter
 from .model_args import decode_model
@@ -61,27 +62,43 @@ class Candidate:
     def measure(self) -> dict[str, Any]:
         """The whole trial; what is to be told of it at the end."""
         spec = self._spec
+        arguments = {**decode_model(spec.model), **spec.settings}
+        streamer, run = self._open_engine(arguments) if spec.engine else self._open(arguments)
+        cache = PageCache(streamer.manifest.files)
+        for number in range(1, spec.n_runs + 1):
+            self._run(streamer, run, cache, number)
+        return self._told(streamer)
+
+    def _open(self, arguments: dict[str, Any]) -> tuple[LayerStreamer, Callable[[], object]]:
+        """A streamer, and what setup_fn returns for it."""
+        spec = self._spec
         self._begin("import")
         setup = load_function(spec.setup_fn) if spec.setup_fn else synthetic_setup(spec.tokens)
-        arguments: dict[str, Any] = {"track_progress": False, **decode_model(spec.model)}
         if spec.on_copy is not None:
             arguments["on_copy"] = load_function(spec.on_copy)
-        arguments.update(spec.settings)
         self._begin("device")
         await_device_memory(arguments.get("device"))
         self._begin("open")
         make: Callable[..., LayerStreamer] = (
             LayerStreamer.from_checkpoint if "path" in arguments else LayerStreamer
         )
-        streamer = make(**arguments)
+        streamer = make(track_progress=False, **arguments)
         self._begin("setup")
         run = setup(streamer)
         if not callable(run):
             raise ConfigError(f"setup_fn returned {run!r}: must be a function run()")
-        cache = PageCache(streamer.manifest.files)
-        for number in range(1, spec.n_runs + 1):
-            self._run(streamer, run, cache, number)
-        return self._told(streamer)
+        return streamer, run
+
+    def _open_engine(self, arguments: dict[str, Any]) -> tuple[LayerStreamer, Callable[[], object]]:
+        """An engine's streamer, and its work, which says how long its parts took."""
+        assert self._spec.engine is not None
+        self._begin("import")
+        module = load_engine(self._spec.engine)
+        self._begin("device")
+        await_device_memory(arguments.get("device"))
+        self._begin("open")
+        workload = module.open_workload(alive=self._alive, **arguments)
+        return workload.streamer, workload.run
 
     def _run(
         self, streamer: LayerStreamer, run: Callable[[], object], cache: PageCache, number: int
@@ -93,7 +110,7 @@ class Candidate:
             time.sleep(self._spec.sleep_seconds)
         if not cold:
             self._begin("cache")
-            self._note(cache.fill(lambda: self._results.send({"alive": True})))
+            self._note(cache.fill(self._alive))
         if number == 1:
             self._timed(streamer, run, "run 1", "warm-up")
         elif cold:
@@ -126,11 +143,14 @@ class Candidate:
         if discard:
             discard_prefetched(streamer)
         begin = time.perf_counter()
-        run()
+        found = run()
         for device in devices:
             synchronize(device)
         seconds = time.perf_counter() - begin
-        self._results.send({"seconds": seconds, "device_peak": device_peak(devices)})
+        parts = found if self._spec.engine else {}
+        self._results.send(
+            {"seconds": seconds, "device_peak": device_peak(devices), "parts": parts}
+        )
 
     def _told(self, streamer: LayerStreamer) -> dict[str, Any]:
         report = streamer.last_pass
@@ -146,6 +166,10 @@ class Candidate:
     def _begin(self, stage: str, kind: Timed = "") -> None:
         self.stage = stage
         self._results.send({"stage": stage, "timed": kind})
+
+    def _alive(self) -> None:
+        """Something goes on in a stage that may take long."""
+        self._results.send({"alive": True})
 
     def _note(self, note: str) -> None:
         if note and note not in self._notes:

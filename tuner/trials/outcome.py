@@ -35,6 +35,7 @@ def make_record(
         ending=ending,
         detail=detail,
         run_seconds=tuple(course.run_seconds),
+        parts={name: tuple(seconds) for name, seconds in course.parts.items()},
         warm_up_seconds=course.warm_up_seconds,
         step_bytes=told.get("step_bytes", {}),
         stalled_seconds=told.get("stalled_seconds", {}),

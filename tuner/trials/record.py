@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Literal
 
 Settings = Mapping[str, int | str | None]
@@ -51,6 +52,9 @@ class TrialSpec:
     """None: a synthetic load of ``tokens`` vectors a layer."""
     on_copy: FunctionName | None = None
     """The streamer's ``on_copy``."""
+    engine: str | None = None
+    """Dotted name of a module that opens what is measured, in place of LayerStreamer and setup_fn:
+    see :mod:`.engine`."""
     tokens: int = 1
     n_runs: int = 4
     """Runs of which the first is discarded."""
@@ -88,6 +92,9 @@ class TrialRecord:
     was pruned. Then a traceback and the end of what the candidate printed, if there is any."""
     run_seconds: tuple[float, ...] = ()
     """Of each measured run; the runs that ended before a trial was ended early are here too."""
+    parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Of each measured run of an engine, the seconds of its parts: "prompt", until the first new
+    token is there, and "decode", of the others."""
     warm_up_seconds: float = 0.0
     """Of the first run, which is discarded: what a process does only once is in it."""
     step_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -108,8 +115,4 @@ class TrialRecord:
         """The trial's result: the median of the measured runs; None unless it ended well."""
         if self.ending != "ok":
             return None
-        ordered = sorted(self.run_seconds)
-        middle = len(ordered) // 2
-        if len(ordered) % 2:
-            return ordered[middle]
-        return (ordered[middle - 1] + ordered[middle]) / 2
+        return median(self.run_seconds)
