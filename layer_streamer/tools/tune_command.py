@@ -1,11 +1,13 @@
 """Find the fastest settings for a checkpoint on this machine, and print them as a call to paste.
 
-    layer-streamer tune MODEL [--max-device-bytes 6GiB] [--max-host-bytes 16GiB]
+    layer-streamer tune MODEL [--engine] [--max-device-bytes 6GiB] [--max-host-bytes 16GiB]
 
-MODEL is a safetensors directory or file, or a GGUF file. The compute is a stand-in: each matrix of
-a layer times --tokens vectors; to tune your own, call LayerStreamerTuner with a setup_fn. Only the
-call goes to stdout; progress goes to stderr. Exit code 2 is an error; 130 is Ctrl-C, after which
-the same command goes on where it was.
+MODEL is a safetensors directory or file, or a GGUF file. With --engine, what is measured is the
+language model engine, on a prompt and some tokens after it, and MODEL may be a repository on the
+Hugging Face hub as well. Without, the compute is a stand-in: each matrix of a layer times --tokens
+vectors; to tune your own, call LayerStreamerTuner with a setup_fn. Only the call goes to stdout;
+progress goes to stderr. Exit code 2 is an error; 130 is Ctrl-C, after which the same command goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import add_model, say
+from .command import add_model, at_least, require_engine, say
 
 if TYPE_CHECKING:
     from .. import LayerStreamerTuner
@@ -24,8 +26,11 @@ if TYPE_CHECKING:
 COUNTS = ("n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu",
           "read_threads", "read_chunk")  # fmt: skip
 WORDS = ("read_mode", "device_budget", "host_budget")
-OPTIONS = ("device", "tokens", "n_runs", "sleep_seconds", "max_seconds", "max_device_bytes",
+OPTIONS = ("tokens", "n_runs", "sleep_seconds", "max_seconds", "max_device_bytes",
            "max_host_bytes", "strategy", "tolerance", "results_path")  # fmt: skip
+OPENING = ("device", "layer_pattern", "tail")
+"""What is opened with as it was named: part of the call that is printed."""
+ENGINE = ("prompt_tokens", "new_tokens", "max_length")
 MARGIN = "a run is ended once it is slower than the best by this share; or none (0.1)"
 TOLERANCE = "a race ends once no candidate can be better by more than this share (0.02)"
 
@@ -47,6 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tolerance", type=float, metavar="X", help=TOLERANCE)
     add("--results", dest="results_path", metavar="FILE", help="where trials are kept")
     add("--report", type=Path, metavar="DIR", help="write a table and a picture there")
+    add("--layer-pattern", metavar="P", help="prefix of a layer's tensors, with {i}")
+    add("--tail", action="append", metavar="NAME", help="of a tensor to stream after the layers")
+    engine = parser.add_argument_group("the engine (docs/tuning.md)")
+    add, one = engine.add_argument, at_least(1)
+    add("--engine", action="store_true", help="tune the engine: StreamingEngine")
+    add("--prompt-tokens", type=one, metavar="N", help="of the prompt that is measured (512)")
+    add("--new-tokens", type=one, metavar="N", help="after it (8); more: decoding weighs more")
+    add("--max-length", type=one, metavar="N", help="most tokens of a prompt and its answer")
     values = parser.add_argument_group(
         "values to try", "lists, such as 1,2,4 or none,2; what is not named gets what suits here"
     )
@@ -59,7 +72,14 @@ def run(args: argparse.Namespace) -> None:
     """Tune; after Ctrl-C, say what is known by then."""
     from .. import LayerStreamerTuner
 
-    tuner = LayerStreamerTuner.from_checkpoint(args.model, **options_of(args))
+    options = options_of(args)
+    if args.engine:
+        require_engine()
+        from ..llm.hub import find_model
+
+        tuner = LayerStreamerTuner.for_engine(find_model(args.model), **options)
+    else:
+        tuner = LayerStreamerTuner.from_checkpoint(args.model, **options)
     try:
         tune(tuner, args)
     except KeyboardInterrupt:
@@ -69,8 +89,11 @@ def run(args: argparse.Namespace) -> None:
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of the tuner; those that were not named keep its defaults."""
-    names = (*OPTIONS, *(f"{name}_values" for name in COUNTS + WORDS))
-    given = {name: value for name in names if (value := vars(args)[name]) is not None}
+    values = tuple(f"{name}_values" for name in COUNTS + WORDS)
+    given = _named(args, (*OPENING, *OPTIONS, *ENGINE, *values))
+    for name in ENGINE:
+        if name in given and not args.engine:
+            raise ValueError(f"--{name.replace('_', '-')}: only with --engine")
     return given | {"margin": args.margin, "cache": "cold" if args.cold else "warm"}
 
 
@@ -85,16 +108,15 @@ def tune(tuner: LayerStreamerTuner, args: argparse.Namespace) -> None:
                 say(str(path))
         except ImportError as error:
             say(f"warning: {error}")
-    print(format_call(args.model, args.device, best.settings), flush=True)
+    opening = _named(args, (*OPENING, "max_length"))
+    print(format_call(args.model, {**opening, **best.settings}, engine=args.engine), flush=True)
 
 
-def format_call(model: str, device: str | None, settings: Mapping[str, Any]) -> str:
-    """The call that opens a streamer with these settings, as Python."""
-    given = ({"device": device} if device is not None else {}) | dict(settings)
-    lines = [f"    {name}={_quote(value)}," for name, value in given.items()]
-    return "\n".join(
-        ["streamer = LayerStreamer.from_checkpoint(", f"    {_quote(model)},", *lines, ")"]
-    )
+def format_call(model: str, options: Mapping[str, Any], *, engine: bool = False) -> str:
+    """The call that opens a streamer, or an engine, with these options, as Python."""
+    call = "engine = StreamingEngine(" if engine else "streamer = LayerStreamer.from_checkpoint("
+    lines = [f"    {name}={_quote(value)}," for name, value in options.items()]
+    return "\n".join([call, f"    {_quote(model)},", *lines, ")"])
 
 
 def say_best_so_far(tuner: LayerStreamerTuner) -> None:
@@ -104,6 +126,11 @@ def say_best_so_far(tuner: LayerStreamerTuner) -> None:
         return
     settings = ", ".join(f"{name}={_quote(value)}" for name, value in best.settings.items())
     say(f"\nbest so far: {best.seconds:.4f} s a run: {settings}")
+
+
+def _named(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """The arguments that were named on the command line."""
+    return {name: value for name in names if (value := vars(args)[name]) is not None}
 
 
 def _quote(value: Any) -> str:
