@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tuning import GIB, all_candidates
 
@@ -60,6 +61,7 @@ def effect(settings: dict[str, Any], unified: bool) -> tuple[Any, ...]:
     return counts, batches, readers, s.read_mode, budgets, named
 
 
+@hypothesis_settings(deadline=None)
 @given(some_settings, st.booleans())
 def test_a_plain_form_is_taken_by_the_streamer_and_has_the_same_effect(
     settings: dict[str, Any], unified: bool
@@ -67,6 +69,7 @@ def test_a_plain_form_is_taken_by_the_streamer_and_has_the_same_effect(
     assert effect(plain(settings, unified=unified), unified) == effect(settings, unified)
 
 
+@hypothesis_settings(deadline=None)
 @given(some_settings, st.booleans())
 def test_plain_twice_is_plain_and_naming_every_axis_again_changes_nothing(
     settings: dict[str, Any], unified: bool
@@ -82,6 +85,7 @@ def test_plain_twice_is_plain_and_naming_every_axis_again_changes_nothing(
     ]
 
 
+@hypothesis_settings(deadline=None)
 @given(some_settings, some_settings, st.booleans())
 def test_equal_keys_mean_equal_effects(
     one: dict[str, Any], other: dict[str, Any], unified: bool
