@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from assets import smollm2_metadata, tiny_checkpoint, tiny_model
+from assets import smollm2, smollm2_metadata, tiny_checkpoint, tiny_model
 from paths import PYTHONPATH, ROOT
 
 from layer_streamer.tools.cli import main
@@ -66,7 +66,7 @@ def commands(*begin: str) -> list[Any]:
         (snippet,) = block.values
         for text in snippet.text.splitlines():
             words = text.removeprefix("$ ").partition("  #")[0].strip()
-            if words.startswith(begin):
+            if words.startswith(begin) and "," not in words.partition(" --")[0]:
                 found.append(pytest.param(words, id=f"{snippet.page} {words}"))
     return found
 
@@ -106,6 +106,7 @@ def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         if name != "OUT/..":
             (tmp_path / name).symlink_to(model)
+    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").symlink_to(smollm2())
     (tmp_path / "TEXT").write_text("Some text to calibrate with. " * 20)
     (tmp_path / "questions.jsonl").write_text('{"prompt": "Hi"}\n')
     monkeypatch.chdir(tmp_path)
