@@ -1,4 +1,4 @@
-"""The errors that layer_streamer raises.
+"""The errors that layer_streamer raises: all of them are StreamerErrors.
 
 ::
 
@@ -7,14 +7,17 @@
     |   `-- CheckpointChangedError         a file changed or shrank after it was opened
     |-- ReadError                          reading a layer's bytes failed
     |-- TuneError                          no candidate of a tune gave a result
+    |-- ConfigError (also ValueError)      an option that cannot work: field, value, bound
     |-- SupersededError                    a sweep was overtaken by a newer pass
     `-- ClosedError                        the streamer was closed (or belongs to another process)
-    ConfigError (ValueError)               an option that cannot work: field, value, bound
+
+What Python itself raises for a call that no function takes (TypeError for an unknown keyword or
+for a change of read-only weights) stays what it is.
 """
 
 
 class StreamerError(RuntimeError):
-    """Root of what goes wrong while streaming."""
+    """Root of every error that this library raises on purpose."""
 
 
 class CheckpointError(StreamerError, ValueError):
@@ -41,5 +44,5 @@ class ClosedError(StreamerError):
     """The streamer is closed, or was opened in another process."""
 
 
-class ConfigError(ValueError):
+class ConfigError(StreamerError, ValueError):
     """An option cannot work; names the field, the value and the bound."""

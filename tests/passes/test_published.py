@@ -17,6 +17,7 @@ from paths import ROOT
 from safetensors.torch import save_file
 
 import layer_streamer
+import layer_streamer.errors
 
 NUM_LAYERS = 28
 
@@ -101,6 +102,15 @@ def test_the_constructor_takes_the_reading_and_device_options_too(tables: dict[s
     ) as streamer:  # fmt: skip
         assert streamer.num_steps > NUM_LAYERS
         streamer.run_pass(None, lambda x, w, i: x)
+
+
+def test_every_error_of_the_library_has_one_root() -> None:
+    errors = [e for e in vars(layer_streamer.errors).values() if isinstance(e, type)]
+    assert {error.__name__ for error in errors} <= set(layer_streamer.__all__)
+    assert len(errors) == 8
+    assert all(issubclass(error, layer_streamer.StreamerError) for error in errors)
+    for error in (layer_streamer.ConfigError, layer_streamer.CheckpointError):
+        assert issubclass(error, ValueError)
 
 
 def test_all_public_names_are_listed_and_only_those() -> None:
