@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from .checkpoint.manifest import Manifest
 from .devices.device import Device
@@ -23,7 +24,7 @@ def assemble(
     manifest: Manifest, devices: Sequence[Device], settings: Settings
 ) -> tuple[Pipeline, Statics]:
     """An open pipeline, its threads not yet started, and the tensors beside it."""
-    steps = plan_steps(manifest, settings.tail)
+    steps = plan_steps(manifest, settings.tail, settings.layers)
     layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
     files = OpenFiles(manifest.files)
     try:
@@ -48,7 +49,7 @@ def draw_plan(
 
     ``given``: rates in bytes a second to go by instead of measured ones: "read", "copy".
     """
-    steps = plan_steps(manifest, settings.tail)
+    steps = plan_steps(manifest, settings.tail, settings.layers)
     layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
     limits = load_limits(next(iter(manifest.files)))
     rates = _rates(limits, devices)
@@ -73,13 +74,14 @@ def _plan(
     files: OpenFiles,
 ) -> Plan:
     extents = [(r.path, r.offset, r.nbytes) for layout in layouts for r in layout.reads]
-    return make_plan(
+    plan = make_plan(
         measure_steps(steps, layouts, settings.dtype),
         max(layout.scratch_nbytes for layout in layouts),
         machine,
         settings,
         lambda: files.cached_share(extents),
     )
+    return replace(plan, layers=tuple(step.layer_idx for step in steps))
 
 
 def _rates(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:

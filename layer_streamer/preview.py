@@ -15,11 +15,13 @@ from .planning.settings import Settings
 def plan_checkpoint(path: str | Path, *, layer_pattern: str | None = None, **options: Any) -> Plan:
     """The plan that ``LayerStreamer.from_checkpoint(path, **options)`` would go by now.
 
-    Only headers are read, and nothing is allocated. Without budgets, its ``placement`` holds what
-    the slots take; ``machine`` says what is free. What is free may change until the streamer is
-    opened. Errors: those of ``from_checkpoint``; TypeError for an option that it does not have.
+    As there, an option that is None is at its default, and a pool of 0 is no such pool. Only
+    headers are read, and nothing is allocated. Without budgets, its ``placement`` holds what the
+    slots take, in bytes; ``machine`` says what is free. What is free may change until the streamer
+    is opened. Errors: those of ``from_checkpoint``; TypeError for an option that it does not have.
+    Thread rules: any thread.
     """
-    settings = Settings(**options)
+    settings = Settings.from_options(**options)
     return draw_plan(
         read_manifest(path, layer_pattern), open_devices(settings.device), settings, {}
     )

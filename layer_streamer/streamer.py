@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,32 +14,49 @@ import torch
 from .assembly import assemble
 from .checkpoint.formats import read_manifest
 from .checkpoint.manifest import Manifest, manifest_from_tensor_info
-from .devices.accelerator import open_devices
+from .devices.accelerator import open_device, open_devices
 from .errors import ClosedError
 from .passes.caller import Caller
 from .passes.claims import Turns
-from .passes.inputs import move
+from .passes.inputs import LayerFn, move
+from .passes.statics import sum_by_device
 from .passes.sweep import Parts, Sweep, sweep
 from .planning.plan import Plan
-from .planning.settings import UNSET, Bytes, DeviceName, OnCopy, ReadMode, Settings, Unset
+from .planning.settings import Bytes, Count, DeviceName, OnCopy, ReadMode, Settings, read_count
 from .transport.memory import MemoryUse
-from .transport.pool import Weights
 from .transport.stats import PassReport
 
 X = TypeVar("X")
-LayerFn = Callable[[Any, Weights, int], Any]
-"""``layer_fn(x, weights, layer_idx) -> x``."""
 
 
 class LayerStreamer:
     """Streams a checkpoint's layers, block by block, through bounded memory to a device.
 
     Construction opens the files, allocates every slot and starts the threads; leaving the ``with``
-    block (or :meth:`close`) returns all of it. A streamer that is garbage collected, or alive when
-    the interpreter exits, closes itself.
+    block (or :meth:`close`) returns all of it. A streamer that nobody holds, neither itself nor a
+    :meth:`sweep` of it, or that is alive when the interpreter exits, closes itself.
 
-    Thread rules: one pass at a time, on any thread; ``close`` from any thread. Errors are raised
-    in the pass that needs the layer, after which the streamer is ready for the next pass.
+    Thread rules: one pass at a time, on any thread; all else from any thread. Errors, of which
+    StreamerError is the root, are raised in the pass that needs the layer, after which the streamer
+    is ready for the next pass. In a forked child, and after ``close``, use is a ClosedError.
+
+    Options (and their defaults):
+
+    * ``device``: one or several; the i-th layer of a pass goes to device i % their number (the GPU,
+      else the CPU). ``dtype``: cast F32, F16 and BF16 tensors to it on the device (as stored).
+    * ``n_gpu`` (2), ``n_cpu_pinned``, ``n_cpu``: layers that the device, pinned and pageable pools
+      hold ahead, beside the one in use. 0: no such host pool; without any (the default, but on the
+      CPU, whose three pools are one of 7 slots), a small pinned ring serves.
+    * ``batch_gpu``, ``batch_cpu_pinned``, ``batch_cpu``: layers handed on at a time (1).
+      ``read_threads`` (8), ``read_chunk`` (1 or 8 MiB): threads, bytes a read.
+    * ``device_budget``, ``host_budget``, ``reserve_bytes``, ``read_mode``: docs/concepts.md.
+    * ``tail``: names of tensors to stream after the last layer, split by rows (none).
+    * ``layers``: which layers a pass consists of, in its order, each once (all). A ``layer_idx`` is
+      the checkpoint's own all the same; what :attr:`plan` has by step is in the pass's order.
+    * ``on_copy(layer_idx, stream)``: called on the copier's thread after a layer's copies are
+      enqueued on ``stream`` (on the CPU: a stand-in without work), before they count as ready.
+    * ``layer_pattern``: prefix of a layer's tensors with ``{i}`` for the index (found).
+      ``track_progress``: a progress bar over the layers, on stderr.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the published constructor
@@ -49,9 +68,9 @@ class LayerStreamer:
         block_sizes: Mapping[str, int],
         dtype: torch.dtype,
         num_layers: int,
-        n_gpu: int | Unset = UNSET,
-        n_cpu_pinned: int | Unset | None = UNSET,
-        n_cpu: int | Unset | None = UNSET,
+        n_gpu: int | None = None,
+        n_cpu_pinned: Count = "default",
+        n_cpu: Count = "default",
         batch_gpu: int | None = None,
         batch_cpu_pinned: int | None = None,
         batch_cpu: int | None = None,
@@ -60,31 +79,32 @@ class LayerStreamer:
         device: DeviceName | Sequence[DeviceName] | None = None,
         device_budget: Bytes | None = None,
         host_budget: Bytes | None = None,
-        reserve_bytes: Bytes = 0,
-        read_mode: ReadMode = "auto",
+        reserve_bytes: Bytes | None = 0,
+        read_mode: ReadMode | None = "auto",
         read_threads: int | None = None,
         read_chunk: int | None = None,
-        tail: Sequence[str] = (),
+        tail: Sequence[str] | None = (),
+        layers: Sequence[int] | None = None,
         on_copy: OnCopy | None = None,
     ) -> None:
         """Stream ``model.layers.{i}.{key}`` for every key of ``block_keys``, i < ``num_layers``.
 
         ``tensor_info``: tensor name -> (shard file name, byte offset in the shard's data section,
         shape). ``shard_offsets``: shard -> byte offset of its data section. ``block_sizes``: key
-        -> element count. ``dtype``: the stored dtype, nothing is cast. The other options are those
-        of :meth:`from_checkpoint`. Raises CheckpointError, ConfigError.
+        -> element count. ``dtype``: the stored dtype, nothing is cast. ``n_cpu_pinned``, ``n_cpu``:
+        here None skips the stage, as 0 does. Raises CheckpointError, ConfigError.
         """
         manifest = manifest_from_tensor_info(
             model_dir, tensor_info, shard_offsets, block_keys, block_sizes, dtype, num_layers
         )
-        settings = Settings(
-            device=device, n_gpu=n_gpu, n_cpu_pinned=n_cpu_pinned, n_cpu=n_cpu,
+        self._open(manifest, Settings.from_options(
+            n_gpu=n_gpu, n_cpu_pinned=read_count(n_cpu_pinned), n_cpu=read_count(n_cpu),
             batch_gpu=batch_gpu, batch_cpu_pinned=batch_cpu_pinned, batch_cpu=batch_cpu,
-            device_budget=device_budget, host_budget=host_budget, reserve_bytes=reserve_bytes,
-            read_mode=read_mode, read_threads=read_threads, read_chunk=read_chunk, tail=tail,
-            on_copy=on_copy, track_progress=track_progress,
-        )  # fmt: skip
-        self._open(manifest, settings)
+            device=device, device_budget=device_budget, host_budget=host_budget,
+            reserve_bytes=reserve_bytes, read_mode=read_mode, read_threads=read_threads,
+            read_chunk=read_chunk, tail=tail, layers=layers, on_copy=on_copy,
+            track_progress=track_progress,
+        ))  # fmt: skip
 
     @classmethod
     def from_checkpoint(  # noqa: PLR0913 - every option by name
@@ -93,46 +113,34 @@ class LayerStreamer:
         *,
         device: DeviceName | Sequence[DeviceName] | None = None,
         dtype: torch.dtype | None = None,
-        n_gpu: int | Unset = UNSET,
-        n_cpu_pinned: int | Unset | None = UNSET,
-        n_cpu: int | Unset | None = UNSET,
+        n_gpu: int | None = None,
+        n_cpu_pinned: int | None = None,
+        n_cpu: int | None = None,
         batch_gpu: int | None = None,
         batch_cpu_pinned: int | None = None,
         batch_cpu: int | None = None,
         device_budget: Bytes | None = None,
         host_budget: Bytes | None = None,
-        reserve_bytes: Bytes = 0,
-        read_mode: ReadMode = "auto",
+        reserve_bytes: Bytes | None = 0,
+        read_mode: ReadMode | None = "auto",
         read_threads: int | None = None,
         read_chunk: int | None = None,
-        tail: Sequence[str] = (),
+        tail: Sequence[str] | None = (),
+        layers: Sequence[int] | None = None,
         on_copy: OnCopy | None = None,
         layer_pattern: str | None = None,
-        track_progress: bool = False,
+        track_progress: bool | None = False,
     ) -> LayerStreamer:
         """Open a safetensors directory or file, or a GGUF file; its layers are found by name.
 
-        * ``device``: one or several; layer i goes to device i % their number. None: GPU, else CPU.
-        * ``dtype``: cast F32, F16 and BF16 tensors to it on the device; None leaves them as stored.
-        * ``n_gpu`` (2), ``n_cpu_pinned``, ``n_cpu``: layers that the device, pinned and pageable
-          pools hold ahead, beside the one in use; without host pools, a small pinned ring serves.
-        * ``batch_gpu``, ``batch_cpu_pinned``, ``batch_cpu``: layers handed on at a time; None: 1.
-        * ``device_budget``, ``host_budget``, ``reserve_bytes``, ``read_mode``: docs/concepts.md.
-        * ``read_threads`` (None: 8), ``read_chunk`` (None: 1 or 8 MiB): threads, bytes a read.
-        * ``tail``: names of tensors to stream after the last layer, split by rows.
-        * ``on_copy(layer_idx, stream)``: called on the copier's thread after a layer's copies are
-          enqueued on ``stream`` (on the CPU: a stand-in without work), before they count as ready.
-        * ``layer_pattern``: prefix of a layer's tensors with ``{i}`` for the index.
-        * ``track_progress``: a progress bar over the layers, on stderr.
-
-        Raises CheckpointError for the checkpoint, ConfigError for the options.
+        None is the default of every option (see the class). Raises CheckpointError, ConfigError.
         """
-        settings = Settings(
+        settings = Settings.from_options(
             device=device, dtype=dtype, n_gpu=n_gpu, n_cpu_pinned=n_cpu_pinned, n_cpu=n_cpu,
             batch_gpu=batch_gpu, batch_cpu_pinned=batch_cpu_pinned, batch_cpu=batch_cpu,
             device_budget=device_budget, host_budget=host_budget, reserve_bytes=reserve_bytes,
             read_mode=read_mode, read_threads=read_threads, read_chunk=read_chunk, tail=tail,
-            on_copy=on_copy, track_progress=track_progress,
+            layers=layers, on_copy=on_copy, track_progress=track_progress,
         )  # fmt: skip
         self = cls.__new__(cls)
         self._open(read_manifest(path, layer_pattern), settings)
@@ -141,19 +149,24 @@ class LayerStreamer:
     def _open(self, manifest: Manifest, settings: Settings) -> None:
         self.manifest = manifest
         self._devices = open_devices(settings.device)
-        self._turns = Turns()
         pipeline, statics = assemble(manifest, self._devices, settings)
         # First of all: from here on, whatever comes, what is open gets closed.
         self._close_pipeline = weakref.finalize(self, pipeline.close)
-        self._parts: Parts | None = Parts(
-            pipeline, Caller(pipeline), statics, self._turns, settings.track_progress
-        )
+        self._plan, self._memory, self._sizes = pipeline.plan, pipeline.memory, statics.sizes
+        self._last_pass: PassReport | None = None
+        show = settings.track_progress
+        self._parts: Parts | None = Parts(pipeline, Caller(pipeline), statics, Turns(), show)
         pipeline.start()
 
     @property
     def plan(self) -> Plan:
-        """Where each layer lives, how it is read, and the predicted seconds a pass."""
-        return self.opened().pipeline.plan
+        """Where each layer lives, how it is read, predicted seconds a pass; also after close."""
+        return replace(self._plan, static_bytes=sum_by_device(self._sizes))
+
+    @property
+    def memory(self) -> MemoryUse:
+        """Bytes that slots, resident layers and static tensors take; after close: took."""
+        return self._memory.with_statics(sum_by_device(self._sizes))
 
     @property
     def read_modes(self) -> dict[Path, str]:
@@ -167,23 +180,18 @@ class LayerStreamer:
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """Where layers are handed out: layer i at i modulo their number."""
+        """Where layers are handed out: the i-th of a pass at i modulo their number."""
         return tuple(device.torch_device for device in self._devices)
 
     @property
     def num_layers(self) -> int:
-        """Layers of the checkpoint; tail steps are numbered from here on."""
+        """Layers of the checkpoint, streamed or not; tail steps are numbered from here on."""
         return self.manifest.num_layers
 
     @property
     def num_steps(self) -> int:
         """Hand-outs of a pass: layers and tail steps."""
-        return self.opened().pipeline.schedule.length
-
-    @property
-    def memory(self) -> MemoryUse:
-        """Bytes that the slots take on the host and on the device; it never grows."""
-        return self.opened().pipeline.memory
+        return len(self._plan.tiers)
 
     @property
     def closed(self) -> bool:
@@ -193,9 +201,14 @@ class LayerStreamer:
     def last_pass(self) -> PassReport | None:
         """Where the time of the last finished pass went; None before the first.
 
-        Waits until the device has done that pass: the only wait that measuring costs.
+        Waits until the device has done that pass: the only wait that measuring costs. It can be
+        had after ``close``, too. ClosedError in a forked child.
         """
-        return self.opened().caller.report()
+        parts = self._parts
+        if parts is None:
+            return self._last_pass
+        parts.pipeline.check_process()
+        return parts.caller.report()
 
     def run_pass(self, x: X, layer_fn: LayerFn) -> X:
         """One pass: ``x = layer_fn(x, weights, layer_idx)`` for every layer, in order.
@@ -209,11 +222,10 @@ class LayerStreamer:
 
         Raises what ``layer_fn`` raises, or the error of the layer that could not be streamed.
         """
-        steps = sweep(self.opened(), guarded=True)
+        steps = sweep(self.opened(), self, guarded=True)
         state: Any = x
         try:
-            for layer_idx, weights in steps:
-                device = self._devices[layer_idx % len(self._devices)]
+            for (layer_idx, weights), device in zip(steps, cycle(self._devices), strict=False):
                 state = layer_fn(move(state, device.torch_device), weights, layer_idx)
         finally:
             steps.close()
@@ -223,18 +235,23 @@ class LayerStreamer:
     def sweep(self) -> Sweep:
         """One pass as a loop: yields (layer_idx, weights) for every layer, in order.
 
-        What :meth:`run_pass` says of weights holds until the loop advances. Leaving the loop early
-        ends the pass. A newer pass on the same thread supersedes it: its next advance raises
+        What :meth:`run_pass` says of weights holds until the loop advances. The iterator keeps the
+        streamer alive, which needs no name of its own then. Leaving the loop early ends the pass.
+        A newer pass on the same thread supersedes it: its next advance raises
         SupersededError.
         """
-        return sweep(self.opened(), guarded=False)
+        return sweep(self.opened(), self, guarded=False)
 
-    def load_static(self, name: str) -> torch.Tensor:
-        """One tensor on the device for good (outside the slots), cast as the layers are.
+    def load_static(self, name: str, device: DeviceName | None = None) -> torch.Tensor:
+        """One tensor on a device for good (outside the slots), cast as the layers are.
 
-        The same tensor object each time. Raises CheckpointError, ReadError.
+        ``device``: one that torch has; None: :attr:`device`. The same tensor each time for a name
+        and a device, valid also after ``close``; its bytes count in :attr:`memory` and
+        :attr:`plan`. Raises CheckpointError, ConfigError, ReadError.
         """
-        return self.opened().statics.load(name, self._devices[0])
+        statics = self.opened().statics
+        where = self._devices[0] if device is None else open_device(device)
+        return statics.load(name, where.torch_device)
 
     def host_tensor(self, name: str) -> torch.Tensor:
         """A host view of one tensor as stored, over the file's own pages: for embedding rows.
@@ -249,14 +266,17 @@ class LayerStreamer:
 
         A pass that is under way on another thread raises ClosedError.
         """
-        if not hasattr(self, "_parts"):
-            return  # construction failed
-        parts = self._parts
-        if parts is not None:
-            parts.pipeline.close()
-        self._parts = None
-        # Detached last: it holds the pipeline, and until here it is what an exit would call.
-        self._close_pipeline.detach()
+        parts = getattr(self, "_parts", None)
+        if parts is None:
+            return  # closed, or construction failed
+        parts.pipeline.close()
+        try:
+            if not parts.pipeline.forked:
+                self._last_pass = parts.caller.report()
+        finally:
+            self._parts = None
+            # Detached last: it holds the pipeline, and until here it is what an exit would call.
+            self._close_pipeline.detach()
 
     def __enter__(self) -> LayerStreamer:
         return self

@@ -198,7 +198,7 @@ REGIMES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "beside pure Python, with compute": partial(measure_beside_python, tokens=1),
     "1,000 tiny layers": measure_tiny_layers,
     "300 passes": measure_many_passes,
-    "page cache, ring": bench(n_cpu_pinned=None),
+    "page cache, ring": bench(n_cpu_pinned=0),
     "page cache, pools": bench(n_cpu_pinned=4, read_threads=16),
     **{f"{n} GPUs": bench(passes=9, device=devices(n)) for n in (1, 2, 4)},
 }

@@ -127,7 +127,7 @@ class CpuDevice:
         self._stream = HostStream()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def free_bytes(self) -> int:
         return available_host_bytes()

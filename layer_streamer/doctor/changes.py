@@ -13,7 +13,7 @@ from ..planning.layout import align_up
 from ..planning.placement import Tier
 from ..planning.plan import Plan
 from ..planning.planner import make_plan, margin
-from ..planning.settings import UNSET, Settings
+from ..planning.settings import Settings
 from .facts import notices
 
 WORTH = 0.02
@@ -135,7 +135,7 @@ def _whole(plan: Plan, option: str) -> int:
 
 def _others(replan: _Replan) -> Iterator[_Candidate]:
     settings, plan = replan.settings, replan.plan
-    if settings.n_gpu is UNSET and settings.num_device > 1:
+    if settings.n_gpu is None and settings.num_device > 1:
         yield from replan.candidates("n_gpu", 1, "1")
     for mode in ("mapped", "direct", "buffered"):
         if mode != plan.read_mode and not (mode == "mapped" and plan.machine.unified):

@@ -136,7 +136,7 @@ def _look_at_model(
         return Fact(None, manifest.reason if found is None else opened.reason)
 
     def look() -> ModelFacts:
-        settings = Settings(**request.options)
+        settings = Settings.from_options(**request.options)
         plan: Plan = draw_plan(found, devices, settings, {})
         return look_at_model(found, plan, settings, cached)
 

@@ -1,8 +1,7 @@
 """The caller's side of a pipeline: take a step, use it, give it back; begin and abort passes.
 
-Everything here runs on the thread that runs the pass, which an interrupt may leave at any point.
-What was going on is therefore never remembered apart: it is recomputed from the run's counters
-when the next pass begins.
+Everything here runs on the thread that runs the pass, which an interrupt may leave at any point. So
+there is no state beside the run's counters: the next pass begins from them.
 """
 
 from __future__ import annotations

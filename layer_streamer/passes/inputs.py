@@ -1,10 +1,16 @@
-"""Tensors in nested containers."""
+"""What a pass is given: the function of a layer, and tensors in nested containers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from ..transport.pool import Weights
+
+LayerFn = Callable[[Any, Weights, int], Any]
+"""``layer_fn(x, weights, layer_idx) -> x``."""
 
 
 def move(x: Any, device: torch.device) -> Any:

@@ -31,8 +31,11 @@ class Parts(NamedTuple):
         return self.pipeline.control.closing
 
 
-def sweep(parts: Parts, *, guarded: bool) -> Sweep:
-    """Hand out one pass's layers. ``guarded``: make each layer's device the current one for it."""
+def sweep(parts: Parts, owner: object, *, guarded: bool) -> Sweep:
+    """Hand out one pass's layers. ``guarded``: make each layer's device the current one for it.
+
+    ``owner``, whose garbage collection closes the parts, lives for as long as the generator does.
+    """
     caller, current, length = parts.caller, Pass(), parts.pipeline.schedule.length
     devices = parts.pipeline.devices
     bar, unfinished = None, False

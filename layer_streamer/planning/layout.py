@@ -32,7 +32,8 @@ CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 Step: TypeAlias = LayerSpec
-"""What one hand-out of a pass consists of; a tail step is numbered like a layer after the last."""
+"""What one hand-out of a pass consists of. ``layer_idx`` is the checkpoint's own, not its place in
+the pass; tail steps are numbered from the checkpoint's number of layers on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,22 +97,45 @@ def align_up(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
 
 
-def plan_steps(manifest: Manifest, tail: Sequence[str] = ()) -> tuple[Step, ...]:
-    """The steps of a pass: every layer, then the ``tail`` tensors split by rows.
+def plan_steps(
+    manifest: Manifest, tail: Sequence[str] = (), layers: Sequence[int] | None = None
+) -> tuple[Step, ...]:
+    """The steps of a pass: the chosen ``layers`` (None: all), then the ``tail`` tensors by rows.
 
-    No tail step is larger than the largest layer, except that one row is never split. Errors:
-    ConfigError for a tail name that the checkpoint lacks.
+    A layer keeps the index that it has in the checkpoint; tail steps are numbered from the
+    checkpoint's number of layers on. No tail step is larger than the largest layer of the pass,
+    except that one row is never split. Errors: ConfigError for a layer or a tail name that the
+    checkpoint lacks, a layer named twice, no layer at all.
     """
-    steps = list(manifest.layers)
+    steps = _choose_layers(manifest, layers)
     limit = max(step.nbytes for step in steps)
+    number = manifest.num_layers
     for name in tail:
         try:
             spec = manifest.tensor(name)
         except CheckpointError as error:
             raise ConfigError(f"tail={name!r}: {error}") from error
         for part in split_rows(spec, limit):
-            steps.append(Step(len(steps), {name: part}))
+            steps.append(Step(number, {name: part}))
+            number += 1
     return tuple(steps)
+
+
+def _choose_layers(manifest: Manifest, layers: Sequence[int] | None) -> list[Step]:
+    if layers is None:
+        return list(manifest.layers)
+    if isinstance(layers, str | bytes) or not isinstance(layers, Sequence):
+        raise ConfigError(f"layers={layers!r}: must be a list of layer indices")
+    if not layers:
+        raise ConfigError(f"layers={layers!r}: must name at least one layer")
+    last, seen = manifest.num_layers - 1, set[int]()
+    for position, index in enumerate(layers):
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index <= last:
+            raise ConfigError(f"layers[{position}]={index!r}: must be an int from 0 to {last}")
+        if index in seen:
+            raise ConfigError(f"layers[{position}]={index}: is named twice")
+        seen.add(index)
+    return [manifest.layers[index] for index in layers]
 
 
 def split_rows(spec: TensorSpec, limit: int) -> Iterable[TensorSpec]:

@@ -32,34 +32,34 @@ OPTIONS = (
     Option(("n_gpu",), "2", "layers held ahead on the device, beside the one in use", "layers"),
     Option(
         ("n_cpu_pinned",),
-        "0",
+        "None",
         "layers held ahead in page-locked host memory; 0: no such pool",
         "layers",
     ),
     Option(
         ("n_cpu",),
-        "0",
+        "None",
         "layers held ahead in pageable host memory; 0: no such pool. With neither pool, layers "
         "pass through a small page-locked ring, part by part",
         "layers",
     ),
     Option(
         ("batch_gpu", "batch_cpu_pinned", "batch_cpu"),
-        "1",
-        "layers each step hands on at a time",
+        "None",
+        "layers each step hands on at a time (None: 1)",
         "number",
     ),
     Option(
         ("device_budget",),
-        "none",
+        "None",
         'bytes of each device to use, `"6GiB"` or `"auto"` (what is free less a tenth): what the '
-        "slots leave holds layers for good; none: slots only",
+        "slots leave holds layers for good; None: slots only",
         "bytes",
     ),
     Option(
         ("host_budget",),
-        "none",
-        "the same for host memory; none: slots, or the page cache if it holds the model",
+        "None",
+        "the same for host memory; None: slots, or the page cache if it holds the model",
         "bytes",
     ),
     Option(("reserve_bytes",), "0", "the part of `device_budget` that is yours", "bytes"),
@@ -86,6 +86,12 @@ OPTIONS = (
         ("tail",),
         "none",
         "names of tensors streamed after the last layer, split by rows (an output head)",
+    ),
+    Option(
+        ("layers",),
+        "all",
+        "indices of the layers to stream, in this order, each once (a stage of a pipeline, every "
+        "second one)",
     ),
     Option(
         ("on_copy",),

@@ -47,10 +47,16 @@ class Plan:
     read_threads: int
     read_chunk: int
     """Bytes that one thread reads at a stretch."""
+    layers: tuple[int, ...]
+    """By step, in the order of the pass, its layer's index in the checkpoint (tail steps: from the
+    checkpoint's number of layers on)."""
+    static_bytes: Mapping[str, int] = field(default_factory=dict)
+    """By device, bytes of the tensors that ``load_static`` has put there by now."""
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
-        """By step: "device" and "host" are resident, "disk" is read each pass."""
+        """By step (its layer: ``layers``): "device" and "host" are resident, "disk" is read each
+        pass."""
         return self.placement.tiers
 
     @property
@@ -75,9 +81,11 @@ class Plan:
         """As JSON has it."""
         return {
             "devices": self.machine.devices,
+            "layers": self.layers,
             "tiers": self.tiers,
             "device_bytes": self.placement.device_bytes,
             "host_bytes": self.placement.host_bytes,
+            "static_bytes": dict(self.static_bytes),
             "read_mode": self.read_mode,
             "read_threads": self.read_threads,
             "read_chunk": self.read_chunk,
@@ -99,16 +107,21 @@ class Plan:
                 continue
             stored = sum(sizes[i].read_nbytes for i in of_tier)
             read = stored if tier == "disk" else 0
+            which = sorted(self.layers[i] for i in of_tier)
             copied = sum(sizes[i].copy_nbytes for i in of_tier) if tier != "device" else 0
             lines.append(
                 f"  {names.get(tier, 'on disk'):<24} {len(of_tier):>6} {stored / 1e9:>8.3f} "
-                f"{read / 1e9:>8.3f} {copied / 1e9:>9.3f}  {_ranges(of_tier)}"
+                f"{read / 1e9:>8.3f} {copied / 1e9:>9.3f}  {_ranges(which)}"
             )
         for device, nbytes in zip(self.machine.devices, self.placement.device_bytes, strict=True):
             lines.append(f"  memory on {device}: {format_bytes(nbytes)}")
         if not self.machine.unified:
             kind = " (the page cache itself)" if self.read_mode == "mapped" else ""
             lines.append(f"  host memory: {format_bytes(self.placement.host_bytes)}{kind}")
+        lines += [
+            f"  static tensors on {device}: {format_bytes(nbytes)}"
+            for device, nbytes in self.static_bytes.items()
+        ]
         lines += [
             f"  reads: {self.read_mode}: {self.reason}",
             f"  readers: {self.read_threads} threads x {format_bytes(self.read_chunk)}",

@@ -19,7 +19,6 @@ from .plan import Machine, Plan
 from .settings import (
     RING_CHUNKS,
     RING_SLOTS_PER_READER,
-    UNSET,
     Bytes,
     Settings,
 )
@@ -54,7 +53,7 @@ def make_plan(
     settings: Settings,
     cached_share: Callable[[], float],
 ) -> Plan:
-    """Tiers from the budgets, and how files are read.
+    """Tiers from the budgets, and how files are read. The plan's ``layers`` are the sizes' places.
 
     ``cached_share()`` tells which part of the files is in the page cache; it is asked only if that
     matters. Errors: ConfigError for a budget below its slots, for mapped files that do not fit.
@@ -76,7 +75,8 @@ def make_plan(
     predicted = predict(sizes, placement, rates)
     ring = settings.through_ring and not machine.unified and "disk" in placement.tiers
     threads, chunk = _choose_readers(mode, machine, settings, ring=ring)
-    return Plan(machine, sizes, placement, mode, reason, predicted, threads, chunk)  # type: ignore[arg-type]
+    layers = tuple(range(len(sizes)))
+    return Plan(machine, sizes, placement, mode, reason, predicted, threads, chunk, layers)  # type: ignore[arg-type]
 
 
 def _choose_readers(
@@ -205,7 +205,7 @@ def _shrink_slots(
     sizes: tuple[StepSize, ...], num_devices: int, budget: Budget, settings: Settings
 ) -> tuple[Placement, Budget]:
     """The placement with nothing in host memory; fewer device slots if nobody asked for more."""
-    least = budget.device_slots if settings.n_gpu is not UNSET else min(2, budget.device_slots)
+    least = budget.device_slots if settings.n_gpu is not None else min(2, budget.device_slots)
     while True:
         try:
             return place(sizes, num_devices, budget, unified=False), budget

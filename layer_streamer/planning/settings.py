@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -23,17 +22,8 @@ Bytes = int | str
 """A number of bytes, or a string such as "6GiB"."""
 DeviceName = str | torch.device
 
-
-class Unset(Enum):
-    """The default of an option for which naming its default value means something else."""
-
-    UNSET = "default"
-
-    def __repr__(self) -> str:
-        return self.value
-
-
-UNSET = Unset.UNSET
+Count = int | Literal["default"] | None
+"""Layers of a pool as the published constructor takes them: its None is no such pool, as 0 is."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,21 +44,26 @@ MAX_READ_THREADS = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Every option of a streamer."""
+    """Every option of a streamer. For the three pools None is the default, and 0 is no such pool.
+
+    What these are by default follows from the machine and from each other, so that no number says
+    it: the planner does.
+    """
 
     device: DeviceName | Sequence[DeviceName] | None = None
     """Where layers go; of several devices layer i goes to the one at i % their number. None: the
     GPU if there is one, else the CPU."""
     dtype: torch.dtype | None = None
     """What CASTABLE tensors are cast to; None: as stored."""
-    n_gpu: int | Unset = UNSET
-    """Layers held ahead on each device, beside the one in use; >= 0. Where it is not named and
-    ``device_budget`` is too small for DEFAULT_N_GPU, fewer."""
-    n_cpu_pinned: int | Unset | None = UNSET
-    """Layers held ahead in pinned host memory; None or 0: no pinned pool. With no host pool at all,
-    as by default, layers pass through a small pinned ring, a part at a time."""
-    n_cpu: int | Unset | None = UNSET
-    """Layers held ahead in pageable host memory; None or 0: no pageable pool."""
+    n_gpu: int | None = None
+    """Layers held ahead on each device, beside the one in use; >= 0. None: DEFAULT_N_GPU, or fewer
+    where ``device_budget`` is too small for that."""
+    n_cpu_pinned: int | None = None
+    """Layers held ahead in pinned host memory. With no host pool at all, layers pass through a
+    small pinned ring, a part at a time. None: no pool, or that of a mapped checkpoint; beside
+    ``n_cpu``, and on the CPU, DEFAULT_N_CPU_PINNED."""
+    n_cpu: int | None = None
+    """Layers held ahead in pageable host memory. None: 0."""
     batch_gpu: int | None = None
     """Layers that the copy step hands on at a time; None: one by one."""
     batch_cpu_pinned: int | None = None
@@ -92,13 +87,21 @@ class Settings:
     """Largest number of bytes one thread reads at a stretch; None: DEFAULT_READ_CHUNK."""
     tail: Sequence[str] = ()
     """Tensors to stream after the last layer."""
+    layers: Sequence[int] | None = None
+    """Indices of the checkpoint's layers to stream, in this order, each once; None: all of them."""
     on_copy: OnCopy | None = None
     track_progress: bool = False
 
+    @classmethod
+    def from_options(cls, **options: Any) -> Settings:
+        """Settings from keyword options; one that is None is at its default. TypeError for a name
+        that is no option's."""
+        fields = cls.__dataclass_fields__
+        return cls(**{n: v for n, v in options.items() if v is not None or n not in fields})
+
     def __post_init__(self) -> None:
-        if self.n_gpu is not UNSET:
-            check_count("n_gpu", self.n_gpu, 0, MAX_SLOTS)
         for name, low, high in (
+            ("n_gpu", 0, MAX_SLOTS),
             ("n_cpu_pinned", 0, MAX_SLOTS),
             ("n_cpu", 0, MAX_SLOTS),
             ("batch_gpu", 1, MAX_SLOTS),
@@ -107,7 +110,7 @@ class Settings:
             ("read_threads", 1, MAX_READ_THREADS),
             ("read_chunk", 4096, 1 << 30),
         ):
-            if getattr(self, name) not in (None, UNSET):
+            if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), low, high)
         for name in ("device_budget", "host_budget"):
             if getattr(self, name) not in (None, "auto"):
@@ -129,7 +132,7 @@ class Settings:
     @property
     def num_device(self) -> int:
         """Layers to be held ahead on each device."""
-        if not isinstance(self.n_gpu, Unset):
+        if self.n_gpu is not None:
             return self.n_gpu
         if self.device is None or isinstance(self.device, str | torch.device):
             return DEFAULT_N_GPU
@@ -138,23 +141,22 @@ class Settings:
     @property
     def through_ring(self) -> bool:
         """True if there is no host pool: layers from disk are read and copied part by part."""
-        return not self.num_pageable and (self.n_cpu_pinned is UNSET or not self.n_cpu_pinned)
+        return not self.n_cpu and not self.n_cpu_pinned
 
     @property
     def num_pinned(self) -> int:
         """Layers held ahead in pinned host memory (where there is a pool)."""
-        count = self.n_cpu_pinned
-        return DEFAULT_N_CPU_PINNED if isinstance(count, Unset) else count or 0
+        return DEFAULT_N_CPU_PINNED if self.n_cpu_pinned is None else self.n_cpu_pinned
 
     @property
     def num_pageable(self) -> int:
         """Layers held ahead in pageable host memory."""
-        return 0 if isinstance(self.n_cpu, Unset) else self.n_cpu or 0
+        return self.n_cpu or 0
 
     @property
     def names_host_pools(self) -> bool:
-        """True if the caller asked for host pools of a certain size."""
-        return self.n_cpu_pinned is not UNSET or self.n_cpu is not UNSET
+        """True if the caller asked for host pools of a certain size, 0 among them."""
+        return self.n_cpu_pinned is not None or self.n_cpu is not None
 
     @property
     def num_readers(self) -> int:
@@ -163,6 +165,11 @@ class Settings:
     @property
     def chunk_nbytes(self) -> int:
         return self.read_chunk or DEFAULT_READ_CHUNK
+
+
+def read_count(count: Count) -> int | None:
+    """A pool of the published constructor as :class:`Settings` has it."""
+    return None if count == "default" else count or 0
 
 
 def check_count(name: str, value: object, low: int, high: int) -> None:

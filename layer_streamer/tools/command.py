@@ -63,7 +63,7 @@ def add_streamer_options(parser: argparse.ArgumentParser, *but: str) -> None:
             f"--{name.replace('_', '-')}",
             type=kind,
             metavar=metavar or name.rpartition("_")[2].upper(),
-            help=f"{meaning} ({option.default})",
+            help=meaning if option.default == "None" else f"{meaning} ({option.default})",
         )
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -33,14 +33,26 @@ POPULATE_CHUNK = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """What a streamer takes, bytes; none of it grows."""
+    """What a streamer takes, bytes. Only static tensors add to it after opening."""
 
     host_bytes: int
-    """Slots and resident layers in host memory."""
+    """Slots, resident layers and static tensors in host memory."""
     pinned_bytes: int
     """The page-locked part of ``host_bytes``."""
     device_bytes: int
-    """Slots and resident layers on all devices."""
+    """Slots, resident layers and static tensors on all devices but the CPU."""
+    static_bytes: Mapping[str, int] = field(default_factory=dict)
+    """By device, the part of these sums that ``load_static`` has put there."""
+
+    def with_statics(self, nbytes: Mapping[str, int]) -> MemoryUse:
+        """The same with static tensors of so many bytes by device."""
+        on_host = nbytes.get("cpu", 0)
+        return replace(
+            self,
+            host_bytes=self.host_bytes + on_host,
+            device_bytes=self.device_bytes + sum(nbytes.values()) - on_host,
+            static_bytes=nbytes,
+        )
 
 
 class HostArena:

@@ -92,9 +92,14 @@ class Pipeline:
         for lane in self.lanes:
             lane.start()
 
+    @property
+    def forked(self) -> bool:
+        """True in a forked child, which has none of the threads."""
+        return os.getpid() != self._pid
+
     def check_process(self) -> None:
-        """ClosedError in a forked child, which has none of the threads."""
-        if os.getpid() != self._pid:
+        """ClosedError in a forked child."""
+        if self.forked:
             raise ClosedError(
                 f"the streamer was opened in process {self._pid}, this is {os.getpid()}: "
                 "a forked child has to open its own"
@@ -115,7 +120,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Stop the threads and free what they used. Nothing is done in a forked child."""
-        if os.getpid() != self._pid:
+        if self.forked:
             return
         self.control.closing = True
         self.caller_bell.ring()

@@ -23,6 +23,7 @@ class Span:
     """One layer's time in one step, seconds since the pass began (before it: negative)."""
 
     layer_idx: int
+    """The layer's index in the checkpoint."""
     begin: float
     end: float
 

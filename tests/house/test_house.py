@@ -150,10 +150,8 @@ def test_defaults_in_the_table_are_those_of_the_settings() -> None:
     assert table["n_gpu"] == str(defaults.num_device)
     assert table["reserve_bytes"] == str(defaults.reserve_bytes)
     assert table["read_mode"] == defaults.read_mode
-    assert defaults.device_budget is defaults.host_budget is None
-    assert table["device_budget"] == table["host_budget"] == "none"
-    assert defaults.through_ring
-    assert table["n_cpu_pinned"] == table["n_cpu"] == "0"
+    for name in ("n_cpu_pinned", "n_cpu", "batch_gpu", "device_budget", "host_budget"):
+        assert table[name] == str(getattr(defaults, name)) == "None"
     assert table["read_threads"] == str(defaults.num_readers)
     chunks = sorted({defaults.chunk_nbytes, *RING_CHUNKS.values()})
     assert table["read_chunk"] == " or ".join(str(chunk >> 20) for chunk in chunks) + " MiB"

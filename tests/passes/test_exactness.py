@@ -230,7 +230,7 @@ def test_x_in_nested_containers_reaches_the_layer_and_comes_back(tmp_path: Path)
 def test_on_copy_is_called_once_a_layer_in_order(tmp_path: Path, kind: str) -> None:
     path = write_safetensors(tmp_path / "model.safetensors", tiny_tensors(3))
     seen: list[int] = []
-    options = {"n_gpu": 0, "n_cpu_pinned": None, "on_copy": lambda i, stream: seen.append(i)}
+    options = {"n_gpu": 0, "n_cpu_pinned": 0, "on_copy": lambda i, stream: seen.append(i)}
     with open_checkpoint(make_device(kind), path, **options) as streamer:
         for _ in range(4):
             streamer.run_pass(None, lambda x, w, i: None)

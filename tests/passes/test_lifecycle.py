@@ -216,7 +216,7 @@ def test_weights_kept_beyond_their_time_stay_readable_after_close(tmp_path: Path
 
 def test_memory_is_what_the_slots_take_and_does_not_grow_with_passes(tmp_path: Path) -> None:
     save_file(tiny_tensors(NUM_LAYERS, hidden=512), tmp_path / "model.safetensors")
-    with open_checkpoint(None, tmp_path, n_gpu=1, n_cpu_pinned=None) as streamer:
+    with open_checkpoint(None, tmp_path, n_gpu=1, n_cpu_pinned=0) as streamer:
         largest = max(layer.nbytes for layer in streamer.manifest.layers)
         assert streamer.memory.host_bytes <= 2 * (largest + 8192)
         streamer.run_pass(None, nothing)
@@ -250,6 +250,7 @@ threading.Thread(target=work, daemon=True).start()
 """
 FORK = """
 warnings.simplefilter("ignore", DeprecationWarning)
+plan, memory = streamer.plan, streamer.memory
 sweep = streamer.sweep()
 next(sweep)
 pid = os.fork()
@@ -258,7 +259,9 @@ if pid == 0:
         streamer.run_pass(None, lambda x, w, i: x)
     except ClosedError as error:
         assert "process" in str(error)
+        assert (streamer.plan, streamer.memory) == (plan, memory)
         streamer.close()
+        assert (streamer.plan, streamer.memory) == (plan, memory)
         sys.exit(7)
     sys.exit(1)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7

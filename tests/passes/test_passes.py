@@ -119,8 +119,7 @@ def test_everything_but_close_on_a_closed_streamer_is_an_error(streamer: LayerSt
         lambda: next(streamer.sweep()),
         lambda: streamer.load_static("lm_head.weight"),
         lambda: streamer.host_tensor("lm_head.weight"),
-        lambda: streamer.last_pass,
-        lambda: streamer.memory,
+        lambda: streamer.read_modes,
     ):
         with pytest.raises(ClosedError):
             use()

@@ -15,6 +15,7 @@ import torch
 from checkpoints import tiny_tensors
 from paths import ROOT
 from safetensors.torch import save_file
+from support import make_device, opened_on
 
 import layer_streamer
 import layer_streamer.errors
@@ -102,6 +103,34 @@ def test_the_constructor_takes_the_reading_and_device_options_too(tables: dict[s
     ) as streamer:  # fmt: skip
         assert streamer.num_steps > NUM_LAYERS
         streamer.run_pass(None, lambda x, w, i: x)
+
+
+def test_the_published_constructors_none_skips_a_stage_and_what_is_not_named_is_the_default(
+    tables: dict[str, Any],
+) -> None:
+    arguments = {key: tables[key] for key in tables if key != "tensors"}
+
+    def plan(kind: str, **options: Any) -> Any:
+        with (
+            opened_on(make_device(kind)),
+            layer_streamer.LayerStreamer(
+                model_dir="my-model", dtype=torch.bfloat16, num_layers=NUM_LAYERS,
+                track_progress=False, **arguments, **options,
+            ) as streamer,
+        ):  # fmt: skip
+            document = streamer.plan.document()
+            return document, streamer.plan.placement, streamer.num_steps
+
+    for kind in ("cpu", "fake"):
+        skipped = plan(kind, n_cpu_pinned=None, n_cpu=None)
+        assert skipped == plan(kind, n_cpu_pinned=0, n_cpu=0)
+        assert skipped != plan(kind)
+        assert plan(kind, n_cpu_pinned=3, n_cpu=None) == plan(kind, n_cpu_pinned=3)
+        assert plan(kind, n_gpu=None, tail=None, reserve_bytes=None, read_mode=None) == plan(kind)
+    assert plan("fake")[0]["read_mode"] == "mapped"
+    assert plan("fake", n_cpu=None)[0]["read_mode"] == "buffered"
+    assert plan("cpu", n_gpu=0, n_cpu_pinned=None)[1].device_slots[0].count == 1
+    assert plan("fake", layers=[3, 1])[0]["layers"] == (3, 1)
 
 
 def test_every_error_of_the_library_has_one_root() -> None:

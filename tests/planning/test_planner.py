@@ -58,7 +58,7 @@ BUDGET, ASKED = "the page cache is not part of host_budget", "as asked"
         (TIGHT, {"host_budget": "auto"}, "direct", BUDGET, {"disk": 1, "host": 7}),
         # Host pools of a certain size were asked for, or the device cannot map.
         (GPU, {"n_cpu_pinned": 4}, "buffered", CAN_HOLD, {"disk": 8}),
-        (GPU, {"n_cpu_pinned": None}, "buffered", CAN_HOLD, {"disk": 8}),
+        (GPU, {"n_cpu_pinned": 0}, "buffered", CAN_HOLD, {"disk": 8}),
         (GPU, {"n_cpu": 1}, "buffered", CAN_HOLD, {"disk": 8}),
         (replace(GPU, maps_files=False), {}, "buffered", CAN_HOLD, {"disk": 8}),
         (GPU, {"n_cpu_pinned": 4, "host_budget": "7GiB"}, "direct", BUDGET,
@@ -287,7 +287,7 @@ def test_the_table_names_every_tier_its_layers_and_bytes() -> None:
         ({"read_threads": 3}, (6, 1 << 20)),
         ({"read_mode": "buffered"}, (16, 8 << 20)),
         ({"read_chunk": 10_000}, (16, 8192)),
-        ({"read_chunk": 4096, "n_cpu": None, "n_cpu_pinned": 0}, (16, 4096)),
+        ({"read_chunk": 4096, "n_cpu": 0, "n_cpu_pinned": 0}, (16, 4096)),
         ({"n_cpu_pinned": 1}, (2, GIB)),
         ({"n_cpu": 1}, (7, GIB)),
         # No more than holds all there is to stream.
@@ -318,9 +318,11 @@ def test_the_document_holds_the_table() -> None:
     made = plan(GPU, device_budget="6GiB")
     assert json.loads(json.dumps(made.document())) == {
         "devices": ["cuda:0"],
+        "layers": [0, 1, 2, 3, 4, 5, 6, 7],
         "tiers": list(made.tiers),
         "device_bytes": [6 * GIB],
         "host_bytes": 5 * GIB,
+        "static_bytes": {},
         "read_mode": "mapped",
         "read_threads": 8,
         "read_chunk": 8 << 20,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
-from support import make_device, open_checkpoint
+from support import make_device, open_checkpoint, opened_on
 
-from layer_streamer import ConfigError, LayerStreamer
+from layer_streamer import ConfigError, LayerStreamer, plan_checkpoint
+from layer_streamer.planning.settings import Settings
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"n_gpu": -1}, "n_gpu=-1: must be from 0"),
-        ({"n_gpu": None}, "n_gpu=None: must be an int"),
         ({"n_cpu_pinned": True}, "n_cpu_pinned=True: must be an int"),
         ({"n_cpu": 2.0}, r"n_cpu=2\.0: must be an int"),
         ({"batch_gpu": 0}, "batch_gpu=0: must be from 1"),
@@ -39,10 +40,46 @@ def test_an_option_that_cannot_work_is_refused_by_name(
         LayerStreamer.from_checkpoint(tmp_path, **{"device": "cpu", **options})
 
 
+OPTIONS = [
+    name
+    for name, parameter in inspect.signature(LayerStreamer.from_checkpoint).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+]
+
+
+def opened_by(path: Path, kind: str, **options: Any) -> dict[str, Any]:
+    with opened_on(make_device(kind)), LayerStreamer.from_checkpoint(path, **options) as streamer:
+        return streamer.plan.document() | {"slots": streamer.plan.placement.device_slots}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "fake"])
+def test_none_is_the_default_of_every_option(tmp_path: Path, kind: str) -> None:
+    tiny_checkpoint(tmp_path, 9)
+    default = opened_by(tmp_path, kind)
+    for named in (*([name] for name in OPTIONS), OPTIONS):
+        assert opened_by(tmp_path, kind, **dict.fromkeys(named)) == default
+    nothing = plan_checkpoint(tmp_path, **(dict.fromkeys(OPTIONS) | {"device": "cpu"}))
+    assert nothing.document() == plan_checkpoint(tmp_path, device="cpu").document()
+    others = [name for name in OPTIONS if name != "layer_pattern"]
+    assert Settings.from_options(**dict.fromkeys(others)) == Settings()
+
+
+def test_0_is_no_such_pool(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, 9)
+    for pool in ("n_cpu_pinned", "n_cpu"):
+        # A pool of no layers is named all the same: files are not mapped in its place.
+        assert opened_by(tmp_path, "fake")["read_mode"] == "mapped"
+        assert opened_by(tmp_path, "fake", **{pool: 0})["read_mode"] == "buffered"
+    for options, slots in (({}, 7), ({"n_cpu_pinned": 0}, 3), ({"n_cpu": 0, "n_gpu": 0}, 5)):
+        assert opened_by(tmp_path, "cpu", **options)["slots"][0].count == slots
+
+
 def test_an_unknown_option_is_an_error(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path)
     with pytest.raises(TypeError, match="n_gpus"):
         LayerStreamer.from_checkpoint(tmp_path, device="cpu", n_gpus=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="n_gpus"):
+        plan_checkpoint(tmp_path, device="cpu", n_gpus=None)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +88,7 @@ def test_an_unknown_option_is_an_error(tmp_path: Path) -> None:
         ({"batch_gpu": 9, "n_gpu": 1}, "batch_gpu=9 is more than its pool's 2 slots: capped"),
         ({"batch_cpu": 3, "n_cpu": 1}, "batch_cpu=3 is more than its pool's 2 slots: capped"),
         (
-            {"batch_cpu_pinned": 2, "n_cpu_pinned": None},
+            {"batch_cpu_pinned": 2, "n_cpu_pinned": 0},
             "batch_cpu_pinned=2 has no effect: there is no pinned pool",
         ),
         ({"batch_cpu": 2}, "batch_cpu=2 has no effect: there is no pageable pool"),

@@ -198,7 +198,7 @@ def find_errors_on_the_cpu(
 def test_on_the_cpu_a_read_that_takes_a_slot_one_release_early_is_seen(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"n_gpu": 0, "n_cpu_pinned": None, "read_mode": "buffered"}
+    options: dict[str, Any] = {"n_gpu": 0, "n_cpu_pinned": 0, "read_mode": "buffered"}
     options |= budgets(checkpoint, None, options, {"device": 1})
     began = time.monotonic()
     assert find_errors_on_the_cpu(checkpoint, options) == []

@@ -136,7 +136,7 @@ def test_layers_that_pass_through_a_ring_are_exact_over_several_passes(
     path, tensors = checkpoint
     device = FakeDevice(3)
     options = {"read_mode": read_mode, "read_threads": read_threads, "read_chunk": PAGE}
-    with open_checkpoint(device, path, n_gpu=1, n_cpu_pinned=0, n_cpu=None, **options) as streamer:
+    with open_checkpoint(device, path, n_gpu=1, n_cpu_pinned=0, n_cpu=0, **options) as streamer:
         (lane,) = streamer._parts.pipeline.lanes
         assert type(lane.host_pools[0]) is Ring
         assert lane.orders.read.count > 5 * 2
@@ -153,7 +153,7 @@ def test_a_report_of_layers_in_parts_has_all_their_bytes_and_no_copy_longer_than
     checkpoint: Any,
 ) -> None:
     path, _ = checkpoint
-    options = {"n_cpu_pinned": None, "read_threads": 1, "read_chunk": PAGE}
+    options = {"n_cpu_pinned": 0, "read_threads": 1, "read_chunk": PAGE}
     with open_checkpoint(FakeDevice(1), path, **options) as streamer:
         for _ in range(2):
             streamer.run_pass(None, lambda x, w, i: x)
@@ -168,7 +168,7 @@ def test_a_report_of_layers_in_parts_has_all_their_bytes_and_no_copy_longer_than
 def test_parts_whose_copies_are_not_timed_yet_are_taken_to_be_as_fast_as_the_others(
     checkpoint: Any,
 ) -> None:
-    with open_checkpoint(FakeDevice(1), checkpoint[0], n_cpu_pinned=None) as streamer:
+    with open_checkpoint(FakeDevice(1), checkpoint[0], n_cpu_pinned=0) as streamer:
         streamer.run_pass(None, lambda x, w, i: x)
         clock = streamer._parts.pipeline.schedule._clocks[0]
         clock._part_seconds[2], clock._part_nbytes[2] = 1.0, 250
@@ -186,7 +186,7 @@ def test_where_a_ring_cannot_be_page_locked_layers_are_exact_all_the_same(
     path, tensors = checkpoint
     device = FakeDevice(5)
     monkeypatch.setattr(device, "pin", lambda memory, read_only=False: False)
-    with open_checkpoint(device, path, n_cpu_pinned=None, read_chunk=PAGE) as streamer:
+    with open_checkpoint(device, path, n_cpu_pinned=0, read_chunk=PAGE) as streamer:
         witness = Witness(device, tensors)
         streamer.run_pass(None, witness)
         device.drain()
@@ -200,7 +200,7 @@ def test_an_error_in_one_part_is_its_layers_and_the_next_pass_is_exact(
 ) -> None:
     path, tensors = checkpoint
     device = FakeDevice(5)
-    with open_checkpoint(device, path, n_cpu_pinned=None, read_chunk=PAGE) as streamer:
+    with open_checkpoint(device, path, n_cpu_pinned=0, read_chunk=PAGE) as streamer:
         streamer.run_pass(None, lambda x, w, i: x)
         target = streamer._parts.pipeline.lanes[0].copier._target
         enqueue, seen = target.enqueue_read, []

@@ -58,7 +58,8 @@ class Totals:
 
 
 def _memory(streamer: LayerStreamer) -> str:
-    held = streamer.memory.host_bytes + streamer.memory.device_bytes
+    memory = streamer.memory
+    held = memory.host_bytes + memory.device_bytes - sum(memory.static_bytes.values())
     what = "slots" if set(streamer.plan.tiers) == {"disk"} else "slots and resident layers"
     line = (
         f"model {streamer.manifest.nbytes / GIB:.3f} GiB, {what} {held / GIB:.3f} GiB; "

@@ -26,9 +26,9 @@ TENSORS = tiny_tensors(NUM_LAYERS, hidden=48)
 POOLS = {
     "pinned": {"n_gpu": 1, "n_cpu_pinned": 2},
     "both": {"n_gpu": 0, "n_cpu_pinned": 1, "n_cpu": 1},
-    "pageable": {"n_gpu": 2, "n_cpu_pinned": None, "n_cpu": 1},
-    "ring": {"n_gpu": 1, "n_cpu_pinned": None, "n_cpu": None, "read_chunk": 4096},
-    "wide ring": {"n_gpu": 0, "n_cpu_pinned": None, "n_cpu": None},
+    "pageable": {"n_gpu": 2, "n_cpu_pinned": 0, "n_cpu": 1},
+    "ring": {"n_gpu": 1, "n_cpu_pinned": 0, "n_cpu": 0, "read_chunk": 4096},
+    "wide ring": {"n_gpu": 0, "n_cpu_pinned": 0, "n_cpu": 0},
 }
 
 

@@ -19,7 +19,7 @@ NUM_LAYERS = 6
 POOLS = {"n_gpu": 1, "n_cpu_pinned": 1, "n_cpu": 1}
 """Named, because where no host pool is named "auto" may map the files instead of reading them."""
 FEW_SLOTS = {"n_gpu": 0, "n_cpu_pinned": 1}
-RING = {"n_cpu_pinned": None, "n_cpu": None, "read_chunk": 4096, "read_threads": 2}
+RING = {"n_cpu_pinned": 0, "n_cpu": 0, "read_chunk": 4096, "read_threads": 2}
 """What slots take must be less than all layers, or all would be resident instead."""
 
 
@@ -128,7 +128,7 @@ def open_route(name: str, path: Path, device: Any, **options: Any) -> LayerStrea
     route = ROUTES[name]
     options = {**route.options, **options}
     if route.resident:
-        key = name, path, options.get("dtype"), options.get("tail")
+        key = name, path, *(repr(options.get(option)) for option in ("dtype", "tail", "layers"))
         if key not in _budgets:
             _budgets[key] = budgets(path, make_devices(name), options, route.resident)
         options |= _budgets[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,17 +118,23 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 class Witness:
     """A layer_fn that compares every tensor it is given with the file's, byte for byte.
 
-    ``device``: the one that layers are handed out on, or several.
+    ``device``: the one that layers are handed out on, or several; ``order``: the layers of a pass,
+    if they are not all in order.
 
     On an asynchronous device the comparison is launched work; :meth:`check` waits for it.
     """
 
     def __init__(
-        self, device: Any, tensors: Mapping[str, torch.Tensor], prefix: str = "model.layers.{i}."
+        self,
+        device: Any,
+        tensors: Mapping[str, torch.Tensor],
+        prefix: str = "model.layers.{i}.",
+        order: Sequence[int] | None = None,
     ) -> None:
         self._devices = list(device) if isinstance(device, list | tuple) else [device]
         self._device = self._devices[0]
         self._prefix = prefix
+        self._order = order
         self._tensors = tensors
         self._on_gpu = isinstance(self._device, CudaDevice)
         self._expected = {
@@ -142,7 +148,8 @@ class Witness:
     def __call__(self, x: Any, weights: Mapping[str, torch.Tensor], layer_idx: int) -> Any:
         self.layers.append(layer_idx)
         # Work runs where its layer is: only there is it ordered after the layer's copies.
-        self._device = self._devices[layer_idx % len(self._devices)]
+        place = layer_idx if self._order is None else self._order.index(layer_idx)
+        self._device = self._devices[place % len(self._devices)]
         head = self._prefix.format(i=layer_idx)
         expected = {n[len(head) :] for n in self._tensors if n.startswith(head)}
         if set(weights) != expected:

@@ -1,0 +1,122 @@
+"""load_static: on which device, once, and counted."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import tiny_checkpoint
+from routes import open_route
+from support import HANG_SECONDS, open_checkpoint, raw
+
+from layer_streamer import ConfigError, LayerStreamer
+from layer_streamer.passes import statics
+
+NAMES = ("lm_head.weight", "model.norm.weight")
+
+
+def test_each_static_tensor_counts_once_in_memory_and_in_the_plan(
+    tmp_path: Path, tensors: Any, route: str, device: Any
+) -> None:
+    with open_route(route, tmp_path, device) as streamer:
+        before, plan = streamer.memory, streamer.plan
+        assert before.static_bytes == plan.static_bytes == plan.document()["static_bytes"] == {}
+        for _ in range(2):
+            for name in NAMES:
+                assert streamer.load_static(name) is streamer.load_static(name, streamer.device)
+        nbytes, after = sum(tensors[name].nbytes for name in NAMES), streamer.memory
+        where = str(streamer.device)
+        assert after.static_bytes == streamer.plan.static_bytes == {where: nbytes}
+        on_host = nbytes if streamer.device.type == "cpu" else 0
+        assert after.host_bytes == before.host_bytes + on_host
+        assert after.device_bytes == before.device_bytes + nbytes - on_host
+        assert after.pinned_bytes == before.pinned_bytes
+        assert f"static tensors on {where}: {nbytes / 1024:.2f} KiB" in str(streamer.plan)
+        assert streamer.plan.document()["static_bytes"] == {where: nbytes}
+
+
+def test_what_is_counted_is_what_a_cast_tensor_takes(tmp_path: Path) -> None:
+    tensors = tiny_checkpoint(tmp_path)
+    with open_checkpoint(None, tmp_path, dtype=torch.bfloat16) as streamer:
+        streamer.load_static(NAMES[0])
+        assert streamer.memory.static_bytes == {"cpu": tensors[NAMES[0]].nbytes // 2}
+
+
+@pytest.mark.gpu
+def test_a_static_tensor_on_another_device_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+    tensors = tiny_checkpoint(tmp_path)
+    with LayerStreamer.from_checkpoint(tmp_path, device="cuda") as streamer:
+        found = [streamer.load_static(NAMES[0], device) for device in ("cpu", "cuda", None)]
+        assert [tensor.device.type for tensor in found] == ["cpu", "cuda", "cuda"]
+        assert found[1] is found[2]
+        for tensor in found:
+            assert torch.equal(raw(tensor.cpu()), raw(tensors[NAMES[0]]))
+        nbytes = tensors[NAMES[0]].nbytes
+        assert streamer.memory.static_bytes == {"cpu": nbytes, str(streamer.device): nbytes}
+
+
+def test_a_device_that_torch_does_not_have_is_refused(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path)
+    with open_checkpoint(None, tmp_path) as streamer:
+        for device in ("cuda:77", "nonsense"):
+            with pytest.raises(ConfigError, match=f"device='{device}'"):
+                streamer.load_static(NAMES[0], device)
+        assert streamer.memory.static_bytes == {}
+
+
+def test_what_two_threads_load_at_once_is_one_tensor_and_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = tiny_checkpoint(tmp_path)
+    both, load, found = threading.Barrier(2), statics.Statics._load, list[torch.Tensor]()
+
+    def load_together(self: Any, *args: Any) -> torch.Tensor:
+        both.wait(HANG_SECONDS)
+        return load(self, *args)
+
+    monkeypatch.setattr(statics.Statics, "_load", load_together)
+    with open_checkpoint(None, tmp_path) as streamer:
+        threads = [
+            threading.Thread(target=lambda: found.append(streamer.load_static(NAMES[0])))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(HANG_SECONDS)
+        assert len(found) == 2
+        assert found[0] is found[1]
+        assert streamer.memory.static_bytes == {"cpu": tensors[NAMES[0]].nbytes}
+
+
+def test_a_static_tensor_that_nobody_holds_goes_when_the_streamer_is_closed(
+    tmp_path: Path,
+) -> None:
+    tiny_checkpoint(tmp_path)
+    streamer = open_checkpoint(None, tmp_path)
+    kept, dropped = streamer.load_static(NAMES[0]), weakref.ref(streamer.load_static(NAMES[1]))
+    counted = streamer.memory
+    gc.disable()
+    try:
+        streamer.close()
+        assert dropped() is None
+    finally:
+        gc.enable()
+    assert torch.isfinite(kept).all()
+    assert streamer.memory == counted
+
+
+def test_a_default_device_of_torch_moves_nothing(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path)
+    for options in ({}, {"device_budget": "64MiB"}, {"dtype": torch.bfloat16}):
+        with torch.device("meta"), open_checkpoint(None, tmp_path, **options) as streamer:
+            found = {streamer.load_static(NAMES[0]).device, streamer.host_tensor(NAMES[0]).device}
+            streamer.run_pass(None, lambda x, w, i, found=found: found.update(
+                tensor.device for tensor in w.values()
+            ))  # fmt: skip
+            assert {device.type for device in found} == {"cpu"}
