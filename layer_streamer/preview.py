@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from .assembly import draw_plan
-from .checkpoint.formats import read_manifest
+from .checkpoint.formats import as_manifest
+from .checkpoint.manifest import Manifest
 from .devices.accelerator import open_devices
 from .planning.plan import Plan
 from .planning.settings import Settings
 
 
-def plan_checkpoint(path: str | Path, *, layer_pattern: str | None = None, **options: Any) -> Plan:
+def plan_checkpoint(
+    path: str | Path | Manifest, *, layer_pattern: str | None = None, **options: Any
+) -> Plan:
     """The plan that ``LayerStreamer.from_checkpoint(path, **options)`` would go by now.
 
     As there, an option that is None is at its default, and a pool of 0 is no such pool. Only
@@ -22,6 +25,4 @@ def plan_checkpoint(path: str | Path, *, layer_pattern: str | None = None, **opt
     Thread rules: any thread.
     """
     settings = Settings.from_options(**options)
-    return draw_plan(
-        read_manifest(path, layer_pattern), open_devices(settings.device), settings, {}
-    )
+    return draw_plan(as_manifest(path, layer_pattern), open_devices(settings.device), settings, {})

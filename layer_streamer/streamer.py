@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from .assembly import assemble
-from .checkpoint.formats import read_manifest
+from .checkpoint.formats import as_manifest
 from .checkpoint.manifest import Manifest, manifest_from_tensor_info
 from .devices.accelerator import open_device, open_devices
 from .errors import ClosedError
@@ -109,7 +109,7 @@ class LayerStreamer:
     @classmethod
     def from_checkpoint(  # noqa: PLR0913 - every option by name
         cls,
-        path: str | Path,
+        path: str | Path | Manifest,
         *,
         device: DeviceName | Sequence[DeviceName] | None = None,
         dtype: torch.dtype | None = None,
@@ -131,7 +131,7 @@ class LayerStreamer:
         layer_pattern: str | None = None,
         track_progress: bool | None = False,
     ) -> LayerStreamer:
-        """Open a safetensors directory or file, or a GGUF file; its layers are found by name.
+        """Open a safetensors directory or file, a GGUF file, or what read_manifest found in one.
 
         None is the default of every option (see the class). Raises CheckpointError, ConfigError.
         """
@@ -143,7 +143,7 @@ class LayerStreamer:
             layers=layers, on_copy=on_copy, track_progress=track_progress,
         )  # fmt: skip
         self = cls.__new__(cls)
-        self._open(read_manifest(path, layer_pattern), settings)
+        self._open(as_manifest(path, layer_pattern), settings)
         return self
 
     def _open(self, manifest: Manifest, settings: Settings) -> None:

@@ -125,7 +125,7 @@ def plan_memory(
         packed_nbytes=scratch.nbytes + kept,
         captured_rows=min(captured_rows(device, model.config), limits.max_batch),
     )
-    return Planner(model.path, Footprint(model.config, needs), wishes).make(), needs
+    return Planner(model.manifest, Footprint(model.config, needs), wishes).make(), needs
 
 
 def place(
@@ -159,7 +159,7 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
     streamer = None
     try:
         on_copy = kv.host.prefetch if kv.host is not None else None
-        streamer = LayerStreamer.from_checkpoint(model.path, on_copy=on_copy, **plan.options)
+        streamer = LayerStreamer.from_checkpoint(model.manifest, on_copy=on_copy, **plan.options)
         if kv.host is not None:
             kv.host.allocate(streamer.plan.placement.device_slots[0].count)
         captured = needs.captured_rows if plan.captures else 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import MappingProxyType
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from .gguf import GGUFArray, read_gguf, split_name
 from .header import MAX_HEADER_BYTES, list_directory, open_header
-from .manifest import Manifest, group_layers
+from .layers import group_layers
+from .manifest import FrozenMapping, Manifest
 from .safetensors import read_safetensors
 from .shards import INDEX_SUFFIX
 
@@ -30,15 +30,29 @@ def read_manifest(path: str | Path, layer_pattern: str | None = None) -> Manifes
     root = Path(path)
     source, is_gguf = _locate(root)
     contents = read_gguf(source) if is_gguf else read_safetensors(source)
-    layers, static = group_layers(contents.tensors, root, layer_pattern)
+    layers, static, found = group_layers(contents.tensors, root, layer_pattern)
     return Manifest(
         path=root,
         format="gguf" if is_gguf else "safetensors",
         layers=layers,
-        static=MappingProxyType(static),
+        static=FrozenMapping(static),
         files=contents.files,
         metadata=contents.metadata,
+        layer_pattern=found,
     )
+
+
+def as_manifest(model: str | Path | Manifest, layer_pattern: str | None) -> Manifest:
+    """``model`` if it is a manifest, else that of the checkpoint there. Errors of read_manifest;
+    ConfigError for a layer_pattern beside a manifest, whose layers have been found."""
+    if not isinstance(model, Manifest):
+        return read_manifest(model, layer_pattern)
+    if layer_pattern is not None:
+        raise ConfigError(
+            f"layer_pattern={layer_pattern!r}: not beside a Manifest, which has its layers; "
+            "read_manifest takes it"
+        )
+    return model
 
 
 def _locate(path: Path) -> tuple[Path, bool]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import struct
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError
@@ -30,7 +29,7 @@ from .header import (
     open_header,
     shown,
 )
-from .manifest import FileStamp, TensorSpec, check_extents, checked_nbytes
+from .manifest import FileStamp, FrozenMapping, TensorSpec, check_extents, checked_nbytes
 
 __all__ = ["GGUFArray", "read_gguf", "split_name"]
 
@@ -81,7 +80,7 @@ def read_gguf(path: Path) -> Contents:
         raise CheckpointError(
             f"{path}: split.tensors.count is {shown(claimed)}, the parts have {len(tensors)}"
         )
-    return Contents(tensors, MappingProxyType(files), MappingProxyType(metadata))
+    return Contents(tensors, FrozenMapping(files), FrozenMapping(metadata))
 
 
 def split_name(name: str) -> tuple[str, int, int]:

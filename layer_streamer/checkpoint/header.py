@@ -170,3 +170,8 @@ def shown(value: object) -> str:
         return f"{type(value).__name__} of {len(value)} elements"
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def printable(name: str) -> str:
+    """A name from a file as it is shown to people, what would move a cursor escaped."""
+    return name if name.isprintable() else repr(name)[1:-1]

@@ -7,23 +7,41 @@ Pure records, no file is opened here: :mod:`.formats` reads headers into a :clas
 from __future__ import annotations
 
 import math
-import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..errors import CheckpointError, ConfigError
 
-LAYER_PATTERNS = ("model.layers.{i}.", "transformer.h.{i}.", "blk.{i}.")
-"""Prefixes by which layers are found when no pattern is given; ``{i}`` is the layer index."""
-
-MAX_LAYERS = 100_000
 MAX_TENSOR_BYTES = 2**63 - 1
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class FrozenMapping(Mapping[K, V]):
+    """A mapping that cannot be changed, but pickled and copied, as MappingProxyType cannot be."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[K, V]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: K) -> V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return f"FrozenMapping({self._items!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +89,11 @@ class FileStamp:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Immutable map from layers to tensors to byte extents."""
+    """Immutable map from layers to tensors to byte extents.
+
+    It holds no bytes of tensors, and can be pickled and copied. Paths stay as they were named, and
+    ``files`` goes along: whatever opens them later finds out if one has changed since.
+    """
 
     path: Path
     """What the caller named: a directory or a file."""
@@ -82,8 +104,10 @@ class Manifest:
     """Tensors outside the layers, by full name."""
     files: Mapping[Path, FileStamp]
     """Every file that holds bytes of a tensor, as its header was read."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=lambda: FrozenMapping({}))
     """The checkpoint's own key-value data; GGUF arrays are lazy (formats.gguf.GGUFArray)."""
+    layer_pattern: str | None = None
+    """Prefix of the layers' names, ``{i}`` for the index; None if tables were given."""
 
     @property
     def num_layers(self) -> int:
@@ -143,53 +167,6 @@ def check_extents(specs: Iterable[TensorSpec], size: int, path: Path) -> None:
             end, previous = spec.offset + spec.nbytes, spec.name
 
 
-def group_layers(
-    specs: Mapping[str, TensorSpec], path: Path, layer_pattern: str | None = None
-) -> tuple[tuple[LayerSpec, ...], dict[str, TensorSpec]]:
-    """Split tensors into layers 0..n-1 and the rest, by their name's prefix.
-
-    ``layer_pattern`` is a prefix with ``{i}`` for the index ("model.layers.{i}."); None tries
-    LAYER_PATTERNS and takes the first that matches. Errors: ConfigError for a pattern without
-    ``{i}``, CheckpointError if no layer matches or an index is missing.
-    """
-    for pattern in LAYER_PATTERNS if layer_pattern is None else (layer_pattern,):
-        layers, static = _split(specs, pattern)
-        if layers:
-            break
-    else:
-        tried = layer_pattern or ", ".join(LAYER_PATTERNS)
-        raise CheckpointError(
-            f"{path}: no layers found (tried {tried}); name their prefix with layer_pattern="
-        )
-    if max(layers) + 1 != len(layers):
-        missing = next(i for i in range(len(layers)) if i not in layers)
-        raise CheckpointError(f"{path}: layer {missing} of {max(layers) + 1} has no tensors")
-    ordered = tuple(LayerSpec(i, MappingProxyType(layers[i])) for i in range(len(layers)))
-    return ordered, static
-
-
-def _split(
-    specs: Mapping[str, TensorSpec], pattern: str
-) -> tuple[dict[int, dict[str, TensorSpec]], dict[str, TensorSpec]]:
-    if pattern.count("{i}") != 1:
-        raise ConfigError(f"layer_pattern={pattern!r}: must contain {{i}} exactly once")
-    head, tail = (re.escape(part) for part in pattern.split("{i}"))
-    prefix = re.compile(rf"{head}(0|[1-9][0-9]{{0,8}}){tail}(?=.)")
-    layers: dict[int, dict[str, TensorSpec]] = {}
-    static: dict[str, TensorSpec] = {}
-    for name, spec in specs.items():
-        match = prefix.match(name)
-        if match and int(match[1]) >= MAX_LAYERS:
-            raise CheckpointError(
-                f"{spec.path}: tensor {name!r}: layer {match[1]}, more than {MAX_LAYERS} layers"
-            )
-        if match:
-            layers.setdefault(int(match[1]), {})[name[match.end() :]] = spec
-        else:
-            static[name] = spec
-    return layers, static
-
-
 def stamp_file(path: Path, context: str = "") -> FileStamp:
     """Identity of ``path`` now; CheckpointError if it is missing or no regular file."""
     try:
@@ -245,8 +222,8 @@ def manifest_from_tensor_info(  # noqa: PLR0913, PLR0917 - the published constru
         path=directory,
         format="tensor_info",
         layers=tuple(layers),
-        static=MappingProxyType({name: s for name, s in specs.items() if name not in used}),
-        files=MappingProxyType({stamp.path: stamp for stamp in stamps.values()}),
+        static=FrozenMapping({name: s for name, s in specs.items() if name not in used}),
+        files=FrozenMapping({stamp.path: stamp for stamp in stamps.values()}),
     )
 
 
@@ -269,4 +246,4 @@ def _layer_from_keys(
                 f"{block_sizes[key]} elements, got {elements} (shape {list(specs[name].shape)})"
             )
         tensors[key] = specs[name]
-    return MappingProxyType(tensors)
+    return FrozenMapping(tensors)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -35,7 +34,7 @@ from .header import (
     shown,
 )
 from .json_members import JsonMembers
-from .manifest import FileStamp, TensorSpec, check_extents, checked_nbytes
+from .manifest import FileStamp, FrozenMapping, TensorSpec, check_extents, checked_nbytes
 from .shards import INDEX_SUFFIX, check_parts, find_index, read_index
 
 DTYPES = {
@@ -113,7 +112,7 @@ def _read_files(paths: Iterable[Path]) -> Contents:
         tensors.update(specs)
         metadata.update(notes)
         files[path] = file.stamp
-    return Contents(tensors, MappingProxyType(files), MappingProxyType(metadata))
+    return Contents(tensors, FrozenMapping(files), FrozenMapping(metadata))
 
 
 def _read_indexed(index: Path) -> Contents:
@@ -138,7 +137,7 @@ def _read_indexed(index: Path) -> Contents:
             tensors[name] = specs[name]
         metadata.update(notes)
         files[path] = file.stamp
-    return Contents(tensors, MappingProxyType(files), MappingProxyType(metadata))
+    return Contents(tensors, FrozenMapping(files), FrozenMapping(metadata))
 
 
 def _read_header(file: HeaderFile, budget: Budget) -> tuple[dict[str, TensorSpec], dict[str, str]]:

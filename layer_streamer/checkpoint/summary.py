@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 
+from .header import printable
 from .manifest import LayerSpec, Manifest, TensorSpec
 
 
@@ -30,7 +31,8 @@ def describe(manifest: Manifest) -> str:
     lines.append(f"  {'outside':<12} {'MB':>10}  type and shape")
     for name, spec in manifest.static.items():
         shape = "x".join(map(str, spec.shape)) or "scalar"
-        lines.append(f"  {'':<12} {spec.nbytes / 1e6:>10.2f}  {kind(spec)} {shape}  {name}")
+        what = f"{kind(spec)} {shape}  {printable(name)}"
+        lines.append(f"  {'':<12} {spec.nbytes / 1e6:>10.2f}  {what}")
     return "\n".join(lines)
 
 

@@ -92,6 +92,17 @@ def test_a_fault_behind_as_many_tensors_as_allowed_is_found_within_the_bounds(
     assert_cheap(path, "m.safetensors: tensor ")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["{i}." * 160 + "w", "{i:0>900}.w", "a.{i}.b.{i}.c"])
+def test_names_without_layers_are_looked_through_within_the_bounds(
+    tmp_path: Path, name: str
+) -> None:
+    entries = (f'"{name.format(i=i + 1)}":{entry("[0]", "[0,0]")}' for i in range(MAX_FILE_TENSORS))
+    text = "{" + ",".join(entries) + "}"
+    path = write_raw_safetensors(tmp_path / "m.safetensors", text, bytes(8))
+    assert_cheap(path, "no prefix in it is numbered from 0 on")
+
+
 def test_zeros_for_a_header_are_rejected_at_once(tmp_path: Path) -> None:
     path = sparse(tmp_path / "m.safetensors", struct.pack("<Q", 99_999_999) + b"{", 10**8)
     assert_cheap(path, "expected a key")

@@ -1,4 +1,4 @@
-"""Records of a manifest, layers found by name, and the tables of the published constructor."""
+"""Records of a manifest, and the tables of the published constructor."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from checkpoints import tiny_checkpoint, write_safetensors
 
 from layer_streamer.checkpoint.formats import read_manifest
 from layer_streamer.checkpoint.manifest import (
-    MAX_LAYERS,
     TensorSpec,
     check_extents,
     checked_nbytes,
-    group_layers,
     manifest_from_tensor_info,
     stamp_file,
 )
@@ -26,56 +24,6 @@ HERE = Path("model.safetensors")
 
 def spec(name: str, offset: int = 0, nbytes: int = 1) -> TensorSpec:
     return TensorSpec(name, torch.uint8, (nbytes,), HERE, offset, nbytes)
-
-
-def named(*names: str) -> dict[str, TensorSpec]:
-    return {name: spec(name) for name in names}
-
-
-@pytest.mark.parametrize("prefix", ["model.layers.{i}.", "transformer.h.{i}.", "blk.{i}."])
-def test_layers_are_found_by_their_usual_prefixes(prefix: str) -> None:
-    names = [prefix.format(i=i) + key for i in range(12) for key in ("a", "b.weight")]
-    layers, static = group_layers(named(*names, "head"), HERE)
-    assert [layer.layer_idx for layer in layers] == list(range(12))
-    assert all(list(layer.tensors) == ["a", "b.weight"] for layer in layers)
-    assert list(static) == ["head"]
-
-
-def test_layers_are_ordered_by_number_not_by_name_or_position() -> None:
-    layers, _ = group_layers(named("blk.10.a", *(f"blk.{i}.a" for i in range(9, -1, -1))), HERE)
-    assert [layer.tensors["a"].name for layer in layers] == [f"blk.{i}.a" for i in range(11)]
-
-
-def test_a_given_pattern_replaces_the_usual_ones() -> None:
-    layers, static = group_layers(named("enc[0]x", "enc[1]x", "blk.0.a"), HERE, "enc[{i}]")
-    assert len(layers) == 2
-    assert list(static) == ["blk.0.a"]
-
-
-@pytest.mark.parametrize("pattern", ["model.layers.", "a{i}b{i}", ""])
-def test_a_pattern_needs_one_place_for_the_index(pattern: str) -> None:
-    with pytest.raises(ConfigError, match="layer_pattern="):
-        group_layers(named("model.layers.0.a"), HERE, pattern)
-
-
-def test_a_missing_layer_is_named() -> None:
-    with pytest.raises(CheckpointError, match="layer 1 of 3 has no tensors"):
-        group_layers(named("blk.0.a", "blk.2.a"), HERE)
-
-
-def test_no_layers_at_all_names_what_was_tried() -> None:
-    with pytest.raises(CheckpointError, match=r"no layers found.*model\.layers.*layer_pattern"):
-        group_layers(named("a", "b"), HERE)
-
-
-def test_an_absurd_layer_number_is_an_error_at_once() -> None:
-    with pytest.raises(CheckpointError, match="more than"):
-        group_layers(named(f"blk.{MAX_LAYERS}.a"), HERE)
-
-
-def test_numbers_with_leading_zeros_are_no_layers() -> None:
-    _, static = group_layers(named("blk.0.a", "blk.00.a", "blk.01.a"), HERE)
-    assert list(static) == ["blk.00.a", "blk.01.a"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from assets import smollm2
 from checkpoints import tiny_checkpoint, tiny_tensors, write_safetensors
 from paths import ROOT
@@ -52,6 +53,17 @@ def test_a_packed_gguf_tensor_is_shown_by_its_ggml_type(
     assert "gguf, 30 layers, 0.097 GB in 1 file" in table
     assert "7 Q4_1" in table
     assert "Q8_0 49152x612  token_embd.weight" in table
+
+
+def test_a_name_that_would_move_the_cursor_is_shown_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = tiny_tensors(2) | {"\x1b[2J\nfine": torch.zeros(1)}
+    path = write_safetensors(tmp_path / "model.safetensors", tensors)
+    assert main(["inspect", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert r"\x1b[2J\nfine" in printed
+    assert "\x1b" not in printed
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], [".", "--layer-pattern", "h."]])

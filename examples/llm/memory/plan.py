@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from layer_streamer import Plan, format_bytes, parse_bytes, plan_checkpoint
+from layer_streamer import Manifest, Plan, format_bytes, parse_bytes, plan_checkpoint
 
 from .footprint import Footprint
 
@@ -97,8 +97,8 @@ class MemoryPlan:
 class Planner:
     """Makes the plan for one checkpoint on this machine."""
 
-    def __init__(self, path: Path, footprint: Footprint, wishes: Wishes) -> None:
-        self._path, self._footprint, self._wishes = path, footprint, wishes
+    def __init__(self, model: Path | Manifest, footprint: Footprint, wishes: Wishes) -> None:
+        self._model, self._footprint, self._wishes = model, footprint, wishes
         self._previews: dict[tuple[tuple[str, Any], ...], Plan] = {}
         self._machine = self._preview().machine
 
@@ -275,7 +275,7 @@ class Planner:
         options = dict(self._wishes.options) | options
         key = tuple(sorted((name, repr(value)) for name, value in options.items()))
         if key not in self._previews:
-            self._previews[key] = plan_checkpoint(self._path, **options)
+            self._previews[key] = plan_checkpoint(self._model, **options)
         return self._previews[key]
 
 

@@ -30,7 +30,7 @@ def open_streamer(model: Model, device: torch.device, *, head: bool = False) -> 
     In the least memory: two slots on the device, and none of the files kept in host memory.
     """
     return LayerStreamer.from_checkpoint(
-        model.path,
+        model.manifest,
         device=device,
         n_gpu=1,
         read_mode="buffered",
