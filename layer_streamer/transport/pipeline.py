@@ -21,6 +21,7 @@ from .clock import Routes
 from .files import OpenFiles
 from .lane import Lane
 from .memory import MemoryUse
+from .pool import show_weights_to_pytree
 from .residents import Loader, Residents
 from .schedule import Schedule
 from .stage import Bell, Control, Run
@@ -65,6 +66,7 @@ class Pipeline:
         self._layouts = list(layouts)
         self._pid = os.getpid()
         self._residents = [Residents() for _ in devices]
+        show_weights_to_pytree()
         try:
             if plan.read_mode == "direct":
                 files.use_direct()

@@ -6,25 +6,69 @@ device work that still reads or writes it: that is what makes starting over safe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
+# There is no public name of it: this is the one by which torch's documentation registers types.
+from torch.utils._pytree import MappingKey, register_pytree_node
+
+from ..checkpoint.manifest import FrozenMapping
 from ..devices.device import Device, Stream
 from ..planning.layout import Copy, Layout
 from .memory import HostArena, view_tensor
 
+_registering = threading.Lock()
 
-class Weights(dict[str, torch.Tensor]):
-    """One layer's tensors by key, read-only. Views of a slot: gone when the hand-out ends."""
+
+class Weights(FrozenMapping[str, torch.Tensor]):
+    """One layer's tensors by key, read-only. Views of a slot: gone when the hand-out ends.
+
+    ``dict(weights)``, which is also what torch.func.functional_call takes, and ``copy()`` are plain
+    dicts of the same tensors; deep copies and pickles hold the tensors' values. torch's pytree sees
+    into it, and what tree_map makes of it is read-only as well.
+    """
+
+    __slots__ = ()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError("a layer's weights are read-only; copy the dict to change it")
+        raise TypeError("a layer's weights are read-only; change a dict(weights)")
 
     __setitem__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = _refuse
+
+    def copy(self) -> dict[str, torch.Tensor]:
+        """A dict of the same tensors."""
+        return dict(self.items())
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: object) -> dict[str, torch.Tensor]:
+        # Of the views alone: a tensor's own deep copy is one of the slot, or of a mapped file.
+        return {key: tensor.clone() for key, tensor in self.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self.__deepcopy__(None),)
+
+
+def show_weights_to_pytree() -> None:
+    """Have torch's pytree see into Weights. Once a process, as its first streamer is opened."""
+    # ValueError: it does already.
+    with _registering, suppress(ValueError):
+        register_pytree_node(
+            Weights,
+            lambda weights: (list(weights.values()), list(weights)),
+            lambda tensors, keys: Weights(dict(zip(keys, tensors, strict=True))),
+            serialized_type_name="layer_streamer.Weights",
+            flatten_with_keys_fn=lambda weights: (
+                [(MappingKey(key), tensor) for key, tensor in weights.items()],
+                list(weights),
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +209,7 @@ class DeviceSlot:
         """The step's tensors in this slot, as stored; built once, then kept."""
         weights = self._weights.get(id(layout.views))
         if weights is None:
-            weights = Weights((view.key, view_tensor(self.memory, view)) for view in layout.views)
+            weights = Weights({v.key: view_tensor(self.memory, v) for v in layout.views})
             self._weights[id(layout.views)] = weights
         return weights
 

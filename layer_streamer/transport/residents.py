@@ -79,7 +79,7 @@ class Loader:
             tasks, base = list[Callable[[], int]](), 0
             for i, (views, nbytes) in placed.items():
                 memory = slab[base : base + nbytes]
-                tensors = Weights((view.key, view_tensor(memory, view)) for view in views)
+                tensors = Weights({view.key: view_tensor(memory, view) for view in views})
                 into.weights[i] = tensors
                 for key, spec in steps[i].tensors.items():
                     tasks += self._cut_tensor(spec, tensors[key], bounces)
@@ -142,7 +142,7 @@ class Loader:
             return False
         into.owners.append(mapped)
         for i, step in steps.items():
-            into.mapped[i] = Weights((key, mapped.view(spec)) for key, spec in step.tensors.items())
+            into.mapped[i] = Weights({key: mapped.view(spec) for key, spec in step.tensors.items()})
             into.jobs[i] = cut_mapped_jobs(layouts[i].reads, mapped, self._chunk)
         return True
 
