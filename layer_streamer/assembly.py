@@ -53,11 +53,11 @@ def draw_plan(
     layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
     limits = load_limits(next(iter(manifest.files)))
     rates = _rates(limits, devices)
-    rates = Rates(
-        given.get("read", rates.read),
-        tuple(given.get("copy", rate) for rate in rates.copy),
-        None if "copy" in given else rates.copy_together,
-    )
+    if "read" in given:
+        rates = replace(rates, read=given["read"], cold=given["read"], cached=given["read"])
+    if "copy" in given:
+        copy = (given["copy"],) * len(devices)
+        rates = replace(rates, copy=copy, copy_together=None, pageable=copy)
     files = OpenFiles(manifest.files)
     try:
         machine = look_at_machine(devices, rates, _readers(limits))
@@ -89,8 +89,14 @@ def _rates(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:
     names = [str(device.torch_device) for device in devices]
     if limits is None:
         return Rates(None, (None,) * len(names))
-    together = limits.copy_together_rate if len(names) > 1 else None
-    return Rates(limits.read_rate, tuple(limits.copy_rate(name) for name in names), together)
+    return Rates(
+        read=limits.best_read_rate("direct"),
+        copy=tuple(limits.copy_rate(name) for name in names),
+        copy_together=limits.copy_together_rate if len(names) > 1 else None,
+        cold=limits.best_read_rate("cold"),
+        cached=limits.cached_read_rate,
+        pageable=tuple(limits.pageable_rate(name) for name in names),
+    )
 
 
 def _readers(limits: MachineLimits | None) -> dict[str, tuple[int, int]]:

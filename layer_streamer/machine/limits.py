@@ -121,6 +121,11 @@ class MachineLimits:
         """Disk to host memory, of :attr:`best_read`."""
         return self.best_read.bytes_per_s if self.best_read else None
 
+    def best_read_rate(self, mode: str) -> float | None:
+        """Disk to host memory in this ``mode``: "direct", or "cold" through the page cache."""
+        reads = self.disk.reads if self.disk else ()
+        return max((read.bytes_per_s for read in reads if read.mode == mode), default=None)
+
     @property
     def cached_read_rate(self) -> float | None:
         """Page cache to host memory, by as many threads as are best."""
@@ -137,6 +142,11 @@ class MachineLimits:
             if limits.device == device:
                 return _best(limits.copies)
         return None
+
+    def pageable_rate(self, device: str) -> float | None:
+        """Pageable host memory to ``device``."""
+        rates = [limits.pageable for limits in self.machine.devices if limits.device == device]
+        return rates[0] if rates else None
 
     @property
     def copy_together_rate(self) -> float | None:

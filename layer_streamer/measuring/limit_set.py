@@ -37,7 +37,9 @@ def open_limits(
     ]
     if any(copied) and not devices[0].unified:
         limits["copy"] = stack.enter_context(closing(RawCopies(devices, copied))).seconds
-    reads = [read for layout in layouts for read in layout.reads]
+    # Pages of mapped files that a CPU takes in are not read: nothing is known of how fast it can.
+    mapped = pipeline.lanes[0].residents.mapped
+    reads = [read for i, layout in enumerate(layouts) if i not in mapped for read in layout.reads]
     if reads:
         pools = [pool for lane in pipeline.lanes if lane.parts is None for pool in lane.host_pools]
         slots = sum(pool.arena.nbytes for pool in pools)

@@ -242,11 +242,17 @@ class Rates:
     """Bytes a second, above 0; None: unknown."""
 
     read: float | None
-    """The disk."""
+    """The disk, past the page cache."""
     copy: tuple[float | None, ...]
     """By device, its link while the others rest."""
     copy_together: float | None = None
     """All links at once, in sum; None: they do not slow each other."""
+    cold: float | None = None
+    """The disk, through the page cache."""
+    cached: float | None = None
+    """The page cache."""
+    pageable: tuple[float | None, ...] = ()
+    """By device, its link from memory that is not page-locked."""
 
 
 @dataclass(frozen=True, slots=True)

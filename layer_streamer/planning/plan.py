@@ -12,6 +12,9 @@ from typing import Any, Literal
 from .budget import format_bytes
 from .placement import Placement, Prediction, Rates, StepSize, Tier
 
+CACHED = 0.9
+"""Files of which this share is in the page cache count as cached."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
@@ -50,6 +53,10 @@ class Plan:
     layers: tuple[int, ...]
     """By step, in the order of the pass, its layer's index in the checkpoint (tail steps: from the
     checkpoint's number of layers on)."""
+    rates: Rates
+    """Of the reads and copies as they are done here: what ``predicted`` went by."""
+    cached: float | None = None
+    """Share of the files that the page cache had; None: it does not matter, or was not asked."""
     static_bytes: Mapping[str, int] = field(default_factory=dict)
     """By device, bytes of the tensors that ``load_static`` has put there by now."""
 
@@ -66,14 +73,20 @@ class Plan:
 
     @property
     def limits(self) -> dict[str, float]:
-        """By step of a byte's way, the measured limit in bytes a second, where it is known."""
-        rates, limits = self.machine.rates, dict[str, float]()
+        """By step of a byte's way, the measured limit in bytes a second, where it is known.
+
+        Of buffered reads only that of the page cache, and where it had the files: what the disk can
+        do is no limit once they are in it.
+        """
+        rates, limits = self.rates, dict[str, float]()
         together = rates.copy_together
         if together is None and None not in rates.copy:
             together = sum(rate for rate in rates.copy if rate is not None)
         if together is not None and not self.machine.unified:
             limits["copy"] = together
-        if rates.read is not None and self.read_mode == "direct":
+        direct = self.read_mode == "direct" and self.machine.rates.read is not None
+        cached = self.cached is not None and self.cached >= CACHED
+        if rates.read is not None and (direct or cached):
             limits["read"] = rates.read
         return limits
 
@@ -131,11 +144,15 @@ class Plan:
 
     def _prediction(self) -> str:
         if self.predicted is None:
+            if self.read_mode == "mapped" and self.machine.unified:
+                return "no prediction: how fast a CPU takes pages in is not among the limits"
             return "no prediction: rates are unknown (python -m layer_streamer probe measures them)"
-        parts = self.predicted
+        parts, where = self.predicted, ""
+        if self.cached is not None:
+            where = f" with {self.cached:.0%} of the files in the page cache"
         return (
             f"predicted: {parts.seconds:.4f} s a pass, bound by {parts.bound_by} "
-            f"(read {parts.read_seconds:.4f} s, copy {parts.copy_seconds:.4f} s)"
+            f"(read {parts.read_seconds:.4f} s{where}, copy {parts.copy_seconds:.4f} s)"
         )
 
 

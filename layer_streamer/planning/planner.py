@@ -15,7 +15,8 @@ from ..errors import ConfigError
 from .budget import format_bytes, parse_bytes
 from .layout import PAGE, Layout, Step, lay_out_resident
 from .placement import Budget, Placement, StepSize, place, predict
-from .plan import Machine, Plan
+from .plan import CACHED, Machine, Plan
+from .rates import rates_of
 from .settings import (
     RING_CHUNKS,
     RING_SLOTS_PER_READER,
@@ -26,8 +27,6 @@ from .settings import (
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-CACHED = 0.9
-"""Files of which this share is in the page cache are loaded from there."""
 
 
 def measure_steps(
@@ -65,18 +64,29 @@ def make_plan(
     else:
         placement, mode, reason = _place_streamed(sizes, scratch_nbytes, machine, settings)
     if mode == "load":
-        cached = cached_share() >= CACHED
-        mode = "buffered" if cached else "direct"
-        reason = f"read once, {'from the page cache' if cached else 'past the page cache'}"
-    rates = machine.rates
-    if machine.unified:
-        # Nothing is copied to the CPU: what counts is the disk.
-        rates = replace(rates, copy=(float("inf"),) * len(machine.devices))
-    predicted = predict(sizes, placement, rates)
-    ring = settings.through_ring and not machine.unified and "disk" in placement.tiers
+        from_cache = cached_share() >= CACHED
+        mode = "buffered" if from_cache else "direct"
+        reason = f"read once, {'from the page cache' if from_cache else 'past the page cache'}"
+    reads = "disk" in placement.tiers
+    cached = None
+    if reads and mode == "buffered" and (machine.rates.cold or machine.rates.cached):
+        cached = cached_share()
+    rates = rates_of(placement, mode, cached, machine, settings)
+    ring = settings.through_ring and not machine.unified and reads
     threads, chunk = _choose_readers(mode, machine, settings, ring=ring)
-    layers = tuple(range(len(sizes)))
-    return Plan(machine, sizes, placement, mode, reason, predicted, threads, chunk, layers)  # type: ignore[arg-type]
+    return Plan(
+        machine=machine,
+        sizes=sizes,
+        placement=placement,
+        read_mode=mode,  # type: ignore[arg-type]
+        reason=reason,
+        predicted=predict(sizes, placement, rates),
+        read_threads=threads,
+        read_chunk=chunk,
+        layers=tuple(range(len(sizes))),
+        rates=rates,
+        cached=cached,
+    )
 
 
 def _choose_readers(

@@ -7,8 +7,8 @@ are stamped beside those of the pass that is reported. Nothing is allocated in s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ..devices.device import Device, Event, Stream
 from ..planning.layout import Layout, Step
@@ -28,8 +28,9 @@ class Routes:
     """Steps that a memcpy takes from pageable to pinned memory."""
     copied: frozenset[int]
     """Steps whose bytes are copied to their device, or moved within their slot."""
-    limits: Mapping[str, float] = field(default_factory=dict)
-    """By kind of step ("read", "copy"), the measured limit in bytes a second, where it is known."""
+    limits: Callable[[], Mapping[str, float]] = dict
+    """Called for each report. By kind of step ("read", "copy"), the measured limit in bytes a
+    second, where it is known of how the bytes are moved by then."""
 
 
 class PassClock:
@@ -115,7 +116,7 @@ class PassClock:
             num_layers=len(self._steps),
             steps=steps,
             peak_slots={name: (self.peak_slots[name], n) for name, n in self._pools.items()},
-            limits=routes.limits,
+            limits=routes.limits(),
         )
 
     def _condense(self, index: int, span: Span, nbytes: int) -> Span:

@@ -34,6 +34,8 @@ class OpenFiles:
         self._refused: dict[Path, int] = {}
         self.reads_direct = False
         """True if reads are to be page-aligned, so that they can be direct."""
+        self.direct_refused = False
+        """True once the file system has refused to read a file directly."""
         try:
             for path in stamps:
                 self._descriptors[path] = _open(path)
@@ -123,7 +125,7 @@ class OpenFiles:
         try:
             descriptor = open_direct(path)
         except OSError as error:
-            logger.warning("%s: direct reads are refused (%s), reading buffered", path, error)
+            self._say_refused(path, error)
             return
         self._direct[path] = descriptor
         # A link on the way may lead elsewhere by now, which the first descriptor does not show.
@@ -138,7 +140,11 @@ class OpenFiles:
         if descriptor is not None:
             # Other threads may still be reading from it: closed with the rest.
             self._refused[path] = descriptor
-            logger.warning("%s: direct reads are refused (%s), reading buffered", path, error)
+            self._say_refused(path, error)
+
+    def _say_refused(self, path: Path, error: OSError) -> None:
+        self.direct_refused = True
+        logger.warning("%s: direct reads are refused (%s), reading buffered", path, error)
 
 
 def read_exactly(descriptor: int, view: memoryview, offset: int, path: Path) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from ..devices.device import Device
 from ..errors import ClosedError, StreamerError
@@ -262,5 +263,13 @@ class Pipeline:
             read=frozenset(read),
             moved=frozenset(read - set(mapped) if two_pools else ()),
             copied=frozenset(i for i, layout in enumerate(layouts) if layout.copies),
-            limits=self.plan.limits,
+            limits=partial(_limits_of, self.plan, self.files),
         )
+
+
+def _limits_of(plan: Plan, files: OpenFiles) -> dict[str, float]:
+    """The plan's limits, less that of reads which it took to be direct and which are not."""
+    limits = plan.limits
+    if plan.read_mode == "direct" and files.direct_refused:
+        limits.pop("read", None)
+    return limits

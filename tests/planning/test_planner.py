@@ -239,8 +239,8 @@ def test_each_device_has_its_own_budget_and_its_own_free_memory() -> None:
         (TIGHT, Rates(4 * GIB, (GIB,)), {}, 8.0, "copy"),
         (GPU, Rates(None, (2 * GIB,)), {}, 4.0, "copy"),
         (GPU, Rates(None, (None,)), {"device_budget": "8GiB"}, 0.0, "resident"),
-        (CPU, Rates(2 * GIB, (None,)), {}, 4.0, "read"),
-        (CPU, Rates(2 * GIB, (GIB,)), {}, 4.0, "read"),
+        (CPU, Rates(None, (None,), cold=2 * GIB), {}, 4.0, "read"),
+        (CPU, Rates(GIB, (GIB,), cold=2 * GIB), {}, 4.0, "read"),
     ],
 )
 def test_the_prediction_is_of_what_moves(

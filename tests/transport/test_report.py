@@ -6,19 +6,34 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import routes
 import torch
 from checkpoints import tiny_checkpoint
+from disks import Disk, refuse
 from hypothesis import given
 from hypothesis import strategies as st
 from routes import nothing
 from support import make_device, open_checkpoint
 
 from layer_streamer import LayerStreamer
+from layer_streamer.assembly import _rates
+from layer_streamer.machine.identity import file_system, this_machine
+from layer_streamer.machine.limits import (
+    DeviceLimits,
+    DiskPart,
+    MachineLimits,
+    MachinePart,
+    ReadRate,
+    SizeRate,
+    ThreadRate,
+)
 from layer_streamer.planning.placement import Rates
+from layer_streamer.transport import files
+from layer_streamer.transport.files import OpenFiles
 from layer_streamer.transport.stats import PassReport, Span, report_step
 
 NUM_LAYERS = 5
@@ -190,16 +205,61 @@ def test_a_report_shows_the_share_of_a_limit_that_is_known() -> None:
     assert str(report).count("of the limit") == 1
 
 
-def test_limits_on_record_reach_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+RATES = Rates(5.0, (7.0,), cold=4.0, cached=9.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "cached", "expected"),
+    [
+        ("fake", "direct", 1.0, {"read": 5.0, "copy": 7.0}),
+        ("fake", "buffered", 1.0, {"read": 9.0, "copy": 7.0}),
+        ("fake", "buffered", 0.5, {"copy": 7.0}),
+        ("fake", "buffered", 0.0, {"copy": 7.0}),
+        ("cpu", "direct", 0.0, {"read": 5.0}),
+        ("cpu", "buffered", 1.0, {"read": 9.0}),
+        ("cpu", "mapped", 1.0, {}),
+    ],
+)
+def test_limits_on_record_of_the_way_that_is_taken_reach_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, mode: str, cached: float,
+    expected: dict[str, float],
+) -> None:  # fmt: skip
     tiny_checkpoint(tmp_path, NUM_LAYERS)
-    rates = Rates(5.0, (7.0,))
-    monkeypatch.setattr("layer_streamer.assembly._rates", lambda limits, devices: rates)
-    for read_mode, expected in (
-        ("direct", {"read": 5.0, "copy": 7.0}),
-        ("buffered", {"copy": 7.0}),
-    ):
-        options: dict[str, Any] = {"n_cpu_pinned": 1, "read_mode": read_mode}
-        with open_checkpoint(make_device("fake"), tmp_path, **options) as streamer:
-            streamer.run_pass(None, nothing)
-            assert streamer.last_pass is not None
-            assert streamer.last_pass.limits == expected
+    Disk(monkeypatch)  # direct reads are possible, wherever this runs
+    monkeypatch.setattr("layer_streamer.assembly._rates", lambda limits, devices: RATES)
+    monkeypatch.setattr(OpenFiles, "cached_share", lambda files, extents: cached)
+    options: dict[str, Any] = {"n_cpu_pinned": 1, "read_mode": mode}
+    with open_checkpoint(make_device(device), tmp_path, **options) as streamer:
+        streamer.run_pass(None, nothing)
+        assert streamer.last_pass is not None
+        assert streamer.last_pass.limits == expected
+
+
+@pytest.mark.parametrize("at", ["open", "read"])
+def test_once_direct_reads_are_refused_their_limit_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    tiny_checkpoint(tmp_path, NUM_LAYERS)
+    disk = Disk(monkeypatch)
+    monkeypatch.setattr("layer_streamer.assembly._rates", lambda limits, devices: RATES)
+    if at == "open":
+        monkeypatch.setattr(files, "open_direct", lambda path: refuse())
+    options: dict[str, Any] = {"n_cpu_pinned": 1, "read_mode": "direct"}
+    with open_checkpoint(make_device("fake"), tmp_path, **options) as streamer:
+        disk.read = lambda path, view, offset: refuse()
+        streamer.run_pass(None, nothing)
+        assert streamer.last_pass is not None
+        assert streamer.last_pass.limits == {"copy": 7.0}
+
+
+def test_limits_of_a_probe_are_taken_each_for_its_own_way(tmp_path: Path) -> None:
+    device = DeviceLimits("cuda:0", True, (SizeRate(1, 52.0),), 10.0, 50.0)
+    machine = MachinePart(this_machine(), "", False, (), (device,), None)
+    reads = [("cold", 4, 6.0), ("direct", 4, 3.0), ("cold", 8, 7.0), ("direct", 1, 2.0)]
+    rates = tuple(ReadRate(mode, threads, 1, rate) for mode, threads, rate in reads)
+    part = DiskPart(file_system(tmp_path), "", "", False, rates, (ThreadRate(8, 20.0),))
+    gpu: Any = SimpleNamespace(torch_device="cuda:0")
+    found = _rates(MachineLimits(machine, part), [gpu])
+    assert found == Rates(3.0, (52.0,), None, cold=7.0, cached=20.0, pageable=(10.0,))
+    other: Any = SimpleNamespace(torch_device="cuda:1")
+    assert _rates(MachineLimits(machine, None), [other]) == Rates(None, (None,), pageable=(None,))
