@@ -33,9 +33,12 @@ class ProbeConfig:
     read_chunks: tuple[int, ...] = (MIB, 4 * MIB, 16 * MIB)
     cold_threads: tuple[int, ...] = (1, 4, 16)
     """Threads of cold reads, where direct ones are the rule."""
-    cached_threads: tuple[int, ...] = (1, 4, 8, 16)
+    cached_threads: tuple[int, ...] = (1, 2, 4, 8, 16)
     buffered_chunk: int = 4 * MIB
-    """Bytes of one read through the page cache, and of one piece of a memcpy."""
+    """Bytes of one cold read, and of one piece of a memcpy."""
+    cached_chunk: int = MIB
+    """Bytes of one read from the page cache: so few that they stay in the processor's cache, which
+    is the fastest that there is. Into slots of many MiB such reads go at two thirds of that."""
     memcpy_threads: tuple[int, ...] = (1, 4, 16)
     copy_sizes: tuple[int, ...] = (
         64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 512 * MIB

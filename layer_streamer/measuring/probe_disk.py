@@ -53,11 +53,12 @@ class DiskProbe:
         self._budget = budget
         self._journal = journal
         self._buffered_chunk = _fitting(files, config.buffered_chunk)
+        self._cached_chunk = _fitting(files, config.cached_chunk)
         self.reads = self._plan_reads(not in_memory and self._can_be_cold())
         self.cached = [
-            ReadPoint("cached", threads, self._buffered_chunk)
+            ReadPoint("cached", threads, self._cached_chunk)
             for threads in config.cached_threads
-            if self._fits(threads, self._buffered_chunk)
+            if self._fits(threads, self._cached_chunk)
         ]
 
     @property
@@ -90,7 +91,7 @@ class DiskProbe:
 
     def measure_cached(self) -> tuple[ThreadRate, ...]:
         """Reads of what has just been read, from the page cache."""
-        size = self._buffered_chunk
+        size = self._cached_chunk
         count = max(1, min(self._config.cached_nbytes // size, self._files.num_chunks(size)))
         chunks = self._files.take(size, count)
         sampler, rates = Sampler(self._config.effort), []

@@ -21,7 +21,7 @@ from .sampling import run_jobs
 
 COPY_NBYTES = 512 << 20
 """Size of one raw copy: as fast as copies get."""
-READ_GRID = ((1, 16 << 20), (8, 2 << 20), (8, 8 << 20), (16, 1 << 20))
+READ_GRID = ((1, 16 << 20), (8, 2 << 20), (8, 8 << 20), (16, 1 << 20), (2, 1 << 20))
 """(threads, bytes a read) of which the fastest is the raw rate."""
 TRIAL_NBYTES = 2 << 30
 """Bytes that each point of the grid reads to be chosen."""

@@ -24,6 +24,7 @@ TINY = ProbeConfig(
     cold_threads=(2,),
     cached_threads=(1, 2),
     buffered_chunk=8 * KIB,
+    cached_chunk=8 * KIB,
     memcpy_threads=(1, 2),
     copy_sizes=(4 * KIB, 64 * KIB),
     buffer_nbytes=1024 * KIB,
