@@ -9,6 +9,7 @@ from .checkpoint.manifest import Manifest
 from .devices.device import Device
 from .machine.hostmem import available_host_bytes
 from .machine.limits import MachineLimits, load_limits
+from .machine.threads import note_too_many_threads
 from .passes.statics import Statics
 from .planning.layout import Layout, Step, plan_steps
 from .planning.placement import Rates
@@ -32,6 +33,8 @@ def assemble(
         limits = load_limits(next(iter(manifest.files)))
         machine = look_at_machine(devices, _rates(limits, devices), _readers(limits))
         plan = _plan(steps, layouts, machine, settings, files)
+        if machine.unified and "disk" in plan.tiers:
+            note_too_many_threads()
         pipeline = Pipeline(steps, layouts, files, devices, settings, plan)
     except BaseException:
         files.close()

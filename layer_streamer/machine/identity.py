@@ -56,7 +56,7 @@ class FileSystem:
 
 def this_machine() -> MachineIdentity:
     """The machine that this process runs on."""
-    return MachineIdentity(_cpu_model(), _num_cores(), _gpu_names(), _driver(), torch.__version__)
+    return MachineIdentity(_cpu_model(), num_cores(), _gpu_names(), _driver(), torch.__version__)
 
 
 def file_system(path: Path) -> FileSystem:
@@ -102,7 +102,8 @@ def _cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -168,5 +169,8 @@ def test_torchs_registry_learns_of_it_when_a_streamer_is_opened_and_not_before(
         "print([node.__name__ for node in set(nodes) - before])\n"
     )
     run = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
     assert (done.stdout, done.stderr) == ("['Weights']\n", "")

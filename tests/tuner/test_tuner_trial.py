@@ -16,6 +16,7 @@ from support import footprint
 from tuner_support import Marked, checkpoint, marked, try_setup
 
 from layer_streamer import ConfigError, read_manifest
+from layer_streamer.machine.threads import most_torch_threads
 from layer_streamer.tuner.trials import trial
 from layer_streamer.tuner.trials.model_args import decode_model, encode_model
 from layer_streamer.tuner.trials.record import TrialLimits, TrialSpec
@@ -46,6 +47,14 @@ RARER: list[Any] = [
     (setups.interrupts_itself, "exception", "KeyboardInterrupt: (in stage 'run 1')\n"),
     (setups.refused_memory, "out of memory", "MemoryError: (in stage 'run 1')\n"),
 ]
+
+
+def test_on_a_cpu_torch_leaves_a_core_to_the_streamer_of_a_trial(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    record = try_setup(checkpoint, setups.says_how_many_threads_torch_has)
+    assert f"torch has {most_torch_threads()} threads" in record.detail
 
 
 def name_of(value: object) -> str | None:

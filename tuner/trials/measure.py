@@ -14,6 +14,7 @@ from ...errors import ConfigError
 from ...measuring.bench import discard_prefetched, settle
 from ...measuring.footprint import device_peak
 from ...measuring.rawspeed import synchronize
+from ...measuring.threads import leave_a_core
 from ...streamer import LayerStreamer
 from .course import Timed
 from .engine import load_engine
@@ -36,7 +37,8 @@ def run_candidate(spec: Mapping[str, Any], results: FrameWriter) -> None:
     candidate = Candidate(_decode(spec), results)
     try:
         try:
-            results.send({"result": candidate.measure()})
+            with leave_a_core():
+                results.send({"result": candidate.measure()})
         except DescriptorLostError:
             raise
         except BaseException as error:

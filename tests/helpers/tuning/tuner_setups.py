@@ -38,6 +38,12 @@ def raises_in_run(streamer: Any) -> Run:
     return run
 
 
+def says_how_many_threads_torch_has(streamer: Any) -> Run:
+    import torch
+
+    raise ValueError(f"torch has {torch.get_num_threads()} threads")
+
+
 def returns_nothing(streamer: Any) -> None:
     return None
 
