@@ -229,7 +229,8 @@ def test_a_mapped_file_that_shrinks_ends_the_pass_and_does_not_kill(
     child = subprocess.run(
         [sys.executable, "-c", f"WHEN, DEVICE = {WHEN}, {device!r}\n{SHRINK}", *map(str, paths)],
         capture_output=True, text=True, timeout=100, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env={**os.environ, "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )  # fmt: skip
     assert (child.returncode, child.stderr) == (0, ""), child.stdout
     for line, when, path in zip(child.stdout.splitlines(), WHEN, paths, strict=True):
