@@ -9,8 +9,8 @@ from typing import Any, Unpack
 
 import torch
 
-from ..checkpoint.formats import read_manifest
-from ..checkpoint.manifest import manifest_from_tensor_info
+from ..checkpoint.formats import as_manifest, read_manifest
+from ..checkpoint.manifest import Manifest, manifest_from_tensor_info
 from ..errors import ConfigError, TuneError
 from ..planning.settings import Bytes, DeviceName
 from ..streamer import LayerStreamer
@@ -88,7 +88,7 @@ class LayerStreamerTuner:
     @classmethod
     def from_checkpoint(  # noqa: PLR0913 - every option by name
         cls,
-        path: str | Path,
+        path: str | Path | Manifest,
         *,
         setup_fn: SetupFn | None = None,
         n_gpu_values: Sequence[int] | None = None,
@@ -222,17 +222,24 @@ class LayerStreamerTuner:
 
 
 def _checkpoint_session(
-    path: str | Path,
+    path: str | Path | Manifest,
     setup_fn: SetupFn | None,
     values: Mapping[str, Values | None],
     options: Mapping[str, Any],
 ) -> Session:
     """The session of a tune of LayerStreamer.from_checkpoint."""
     own, rest = split_options(options, LayerStreamer.from_checkpoint)
+    manifest = None
+    if isinstance(path, Manifest):
+        manifest = as_manifest(path, own.get("layer_pattern"))
+        if manifest.layer_pattern is None:
+            raise ConfigError(f"{path.path}: a manifest of tables, for LayerStreamerTuner(...)")
+        # Processes of trials read headers by themselves.
+        path, own["layer_pattern"] = manifest.path, manifest.layer_pattern
     model = Model(
         on_copy=own.pop("on_copy", None),
         arguments={"path": path, **own},
-        read_manifest=lambda: read_manifest(path, own.get("layer_pattern")),
+        read_manifest=lambda: manifest or read_manifest(path, own.get("layer_pattern")),
         setup_fn=setup_fn,
         has_defaults=True,
     )

@@ -9,7 +9,7 @@ import pytest
 from checkpoints import tiny_checkpoint
 from tuning import simulated
 
-from layer_streamer import ConfigError, LayerStreamer, LayerStreamerTuner
+from layer_streamer import ConfigError, LayerStreamer, LayerStreamerTuner, read_manifest
 
 VALUES = {"n_gpu_values": [1, 2], "read_mode_values": ["buffered"]}
 
@@ -100,6 +100,29 @@ def test_tail_steps_are_part_of_what_is_planned(model: Path) -> None:
     (planned, *_) = tuner._session._screened.kept
     with LayerStreamer.from_checkpoint(model, device="cpu", tail=["lm_head.weight"]) as streamer:
         assert len(planned.plan.tiers) == streamer.num_steps
+
+
+def test_layers_that_are_chosen_are_those_that_are_planned(model: Path) -> None:
+    tuner = open_tuner(model, layers=[4, 1])
+    simulated(tuner, cost)
+    tuner.tune()
+    (planned, *_) = tuner._session._screened.kept
+    assert len(planned.plan.tiers) == 2
+
+
+def test_a_manifest_is_tuned_as_the_checkpoint_that_it_is_of(model: Path) -> None:
+    manifest = read_manifest(model, "model.layers.{i}.mlp.")
+    tuner = open_tuner(manifest)  # type: ignore[arg-type]
+    simulated(tuner, cost)
+    tuner.tune()
+    arguments = tuner._session._model.arguments  # what the process of a trial is handed
+    assert arguments["path"] == model
+    assert arguments["layer_pattern"] == "model.layers.{i}.mlp."
+
+
+def test_a_pattern_beside_a_manifest_is_refused(model: Path) -> None:
+    with pytest.raises(ConfigError, match="not beside a Manifest"):
+        open_tuner(read_manifest(model), layer_pattern="blk.{i}.")  # type: ignore[arg-type]
 
 
 def test_a_lambda_is_refused_before_anything_is_looked_at(model: Path) -> None:
