@@ -11,6 +11,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from layer_streamer import Manifest
 from .cache import cache_root
 from .errors import UnsupportedModelError
 from .models.config import ModelConfig, check_model_type, id_set, model_config
+from .models.config_fields import config_fields
 from .models.gguf_config import gguf_config, window_note
 from .models.rope_config import check_rope_types
 
@@ -55,25 +57,21 @@ def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Pat
 
 def load_config(directory: Path) -> ModelConfig:
     """The engine's config of a model; its eos_ids are those of both configs of the directory."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
     path = directory / "config.json"
     if not path.is_file():
         raise UnsupportedModelError(f"{directory}: no config.json")
-    # Before AutoConfig, whose refusal of a foreign model is a page long.
     fields = _read_json(path)
-    check_model_type(str(fields.get("model_type")))
-    check_rope_types(fields)
     try:
-        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        check_model_type(str(fields.get("model_type")))
+        check_rope_types(fields)
+        config = model_config(config_fields(fields))
+    except (TypeError, ValueError) as error:
         raise UnsupportedModelError(f"{path}: {' '.join(str(error).split())}") from error
     generation = directory / "generation_config.json"
     if generation.is_file():
-        eos = id_set(getattr(config, "eos_token_id", None))
-        config.eos_token_id = sorted(eos | id_set(_read_json(generation).get("eos_token_id")))
-    return model_config(config)
+        more = id_set(_read_json(generation).get("eos_token_id"))
+        config = replace(config, eos_ids=config.eos_ids | more)
+    return config
 
 
 def load_tokenizer(directory: Path) -> Any:

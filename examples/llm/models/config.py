@@ -1,4 +1,4 @@
-"""What the engine must know about a model, taken from a transformers config.
+"""What the engine must know about a model, taken from its config.
 
 Knows which models the engine computes correctly and refuses every other by name: a model that
 runs but answers wrongly is worse than one line that says no.
@@ -95,7 +95,8 @@ class ModelConfig:
 
 
 def model_config(hf_config: Any) -> ModelConfig:
-    """The engine's view of a transformers config; UnsupportedModelError if it cannot compute it."""
+    """The engine's view of a config, which has the attributes of one of transformers: that of
+    :func:`config_fields`, or one itself. UnsupportedModelError if the engine cannot compute it."""
     model_type = str(hf_config.model_type)
     check_model_type(model_type)
     _refuse_variants(hf_config, model_type)
@@ -166,11 +167,10 @@ def _refuse_variants(hf_config: Any, model_type: str) -> None:
 def _layer_types(hf_config: Any, model_type: str) -> list[str]:
     """One of LAYER_TYPES for each layer."""
     num_layers = int(hf_config.num_hidden_layers)
-    if model_type == "llama":
-        return [LAYER_TYPES[0]] * num_layers
-    if model_type == "mistral":  # transformers gives every layer the window, or none
-        return [LAYER_TYPES[1]] * num_layers
-    types = list(hf_config.layer_types)
+    # transformers gives every layer of these two the window, or none, whatever else is written.
+    fixed = {"llama": [LAYER_TYPES[0]] * num_layers, "mistral": [LAYER_TYPES[1]] * num_layers}
+    types = getattr(hf_config, "layer_types", None)
+    types = fixed[model_type] if types is None else list(types)
     for kind in types:
         if kind not in LAYER_TYPES:
             raise UnsupportedModelError(
@@ -180,7 +180,7 @@ def _layer_types(hf_config: Any, model_type: str) -> list[str]:
         raise UnsupportedModelError(
             f"layer_types names {len(types)} layers, num_hidden_layers is {num_layers}"
         )
-    return types
+    return fixed.get(model_type, types)
 
 
 def _biased(hf_config: Any, model_type: str) -> frozenset[str]:

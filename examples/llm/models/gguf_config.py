@@ -12,6 +12,7 @@ from typing import Any
 from layer_streamer import Manifest
 
 from ..errors import UnsupportedModelError
+from .config_fields import GEMMA3_PATTERN
 from .rope_config import check_rope_types, yarn_magnitude
 
 MODEL_TYPES = {
@@ -22,9 +23,6 @@ MODEL_TYPES = {
     "gemma3": "gemma3_text",
 }
 """GGUF's names of architectures, and those of transformers."""
-
-GEMMA3_PATTERN = 6
-"""In Gemma 3, every sixth layer sees the whole context; files seldom say so."""
 
 GEMMA3_27B_LAYERS = 62
 """Of the Gemma 3 models, this one scales attention by hidden_size / num_heads. Files do not say."""
