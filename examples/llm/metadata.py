@@ -12,20 +12,24 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from layer_streamer import Manifest
 
 from .cache import cache_root
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, optional_packages
 from .models.config import ModelConfig, check_model_type, id_set, model_config
 from .models.config_fields import config_fields
 from .models.gguf_config import gguf_config, window_note
 from .models.rope_config import check_rope_types
+from .text.direct_tokenizer import DESCRIPTION, describe, direct_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Any of them is a tokenizer."""
+CACHE_VERSION = 2
+"""Of what is kept of a GGUF file."""
 
 
 def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Path:
@@ -75,15 +79,22 @@ def load_config(directory: Path) -> ModelConfig:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The model's tokenizer, through transformers; UnsupportedModelError if there is none."""
-    from transformers import AutoTokenizer
-
+    """The model's tokenizer, with the interface of transformers' tokenizers, and through
+    transformers unless that makes no difference. UnsupportedModelError if there is none."""
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UnsupportedModelError(
             f"{directory}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
             "copy its files there from where the model comes from"
         )
-    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+
+    def load() -> Any:
+        with optional_packages():
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+
+    direct = direct_tokenizer(directory, load)
+    return load() if direct is None else direct
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -103,8 +114,6 @@ def _first_file(manifest: Manifest) -> Path:
 
 def _metadata_hash(manifest: Manifest, config: str) -> str:
     """Hash of all bytes before the first tensor's, and of what is derived from them."""
-    from transformers import __version__
-
     path = _first_file(manifest)
     specs = [*manifest.static.values()]
     for layer in manifest.layers:
@@ -112,22 +121,40 @@ def _metadata_hash(manifest: Manifest, config: str) -> str:
     size = manifest.files[path].size
     with open(path, "rb") as file:
         header = file.read(min((spec.offset for spec in specs if spec.path == path), default=size))
-    return hashlib.sha256(header + __version__.encode() + config.encode()).hexdigest()
+    makers = f"{_version_of('transformers')} {CACHE_VERSION}"
+    return hashlib.sha256(header + makers.encode() + config.encode()).hexdigest()
+
+
+def _version_of(package: str) -> str:
+    """Without importing it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _write_tokenizer(manifest: Manifest, directory: Path) -> None:
-    from transformers import AutoTokenizer
-
     path = _first_file(manifest)
     if "tokenizer.ggml.model" not in manifest.metadata:
         raise UnsupportedModelError(
             f"{path}: no tokenizer (metadata tokenizer.ggml.model); take a file that has one"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path.parent), gguf_file=path.name, trust_remote_code=False
-        )
-    except Exception as error:  # tokenizers raises nothing narrower
-        reason = " ".join(str(error).split())
-        raise UnsupportedModelError(f"{path}: its tokenizer cannot be made: {reason}") from error
-    tokenizer.save_pretrained(str(directory))
+    with optional_packages():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path.parent), gguf_file=path.name, trust_remote_code=False
+            )
+        except ImportError:
+            raise
+        except Exception as error:  # tokenizers raises nothing narrower
+            reason = " ".join(str(error).split())
+            raise UnsupportedModelError(
+                f"{path}: its tokenizer cannot be made: {reason}"
+            ) from error
+        tokenizer.save_pretrained(str(directory))
+        saved = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    description = describe(saved, directory)
+    if description is not None:
+        (directory / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")

@@ -59,6 +59,7 @@ def convert(model: str, out: Path, *, dtype: str, shard_nbytes: float) -> None:
     from layer_streamer import read_manifest
     from layer_streamer.llm.metadata import load_config, metadata_directory
     from layer_streamer.llm.models.names import weight_names
+    from layer_streamer.llm.text.direct_tokenizer import DESCRIPTION
     from layer_streamer.llm.weights.converted import Reader, converted_config, sources
 
     if os.path.lexists(out):
@@ -79,7 +80,7 @@ def convert(model: str, out: Path, *, dtype: str, shard_nbytes: float) -> None:
     reader = Reader(names, getattr(torch, dtype))
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf-to-safetensors-") as temporary:
         made = Path(temporary) / "made"
-        shutil.copytree(described, made)
+        shutil.copytree(described, made, ignore=shutil.ignore_patterns(DESCRIPTION))
         write_json(made / "config.json", fields)
         if len(shards) > 1:
             write_json(made / "model.safetensors.index.json", shard_index(shards))

@@ -77,4 +77,4 @@ class PromptEncoder:
         except Exception as error:  # a template is a program, and may raise what it likes
             raise ValueError(f"the chat template refuses the messages: {error}") from error
         # The template has written every special token itself.
-        return [int(i) for i in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+        return [int(i) for i in tokenizer.encode(rendered, add_special_tokens=False)]

@@ -21,7 +21,7 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 def raw_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text to be continued, with what the tokenizer itself puts before one."""
-    return [int(i) for i in tokenizer(text)["input_ids"]]
+    return [int(i) for i in tokenizer.encode(text)]
 
 
 def chat_ids(tokenizer: Any, text: str) -> list[int]:
@@ -29,7 +29,7 @@ def chat_ids(tokenizer: Any, text: str) -> list[int]:
     messages = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # The template has written every special token itself.
-    return [int(i) for i in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+    return [int(i) for i in tokenizer.encode(rendered, add_special_tokens=False)]
 
 
 class StreamingDetokenizer:

@@ -107,6 +107,8 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
 MERGE = "a b"
 """The first of the tokenizer. There are two: of an array of one text, some releases of transformers
 make the text."""
+ADD_BOS = False
+"""Of the tokenizer."""
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -127,7 +129,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: Any) -> None:
     )
     writer.add_token_merges([MERGE, "ab ab"])
     writer.add_bos_token_id(1)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(ADD_BOS)
 
 
 def _head_dim(config: Any) -> int:

@@ -80,9 +80,9 @@ def test_a_chat_prompt_carries_each_special_token_once():
 class BosTokenizer:
     """Puts id 1 before a text unless told not to, as its template does."""
 
-    def __call__(self, text, *, add_special_tokens=True):
+    def encode(self, text, *, add_special_tokens=True):
         ids = [1 if c == "^" else ord(c) for c in text]
-        return {"input_ids": [1, *ids] if add_special_tokens else ids}
+        return [1, *ids] if add_special_tokens else ids
 
     def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
         assert not tokenize and add_generation_prompt
