@@ -11,6 +11,7 @@ import torch
 
 from layer_streamer import LayerStreamer
 
+from .errors import PromptTooLongError
 from .kv.rows import Row
 from .memory.plan import MemoryPlan, Wishes
 from .models.config import id_set
@@ -190,7 +191,7 @@ class StreamingEngine:
             limit = f"the model's context is {context}"
             if length < context:
                 limit = f"max_length={length} ({limit}): grant more"
-            raise ValueError(f"the prompt has {len(ids)} tokens, {limit}")
+            raise PromptTooLongError(f"the prompt has {len(ids)} tokens, {limit}")
         return ids
 
     def close(self) -> None:

@@ -10,6 +10,10 @@ class UnsupportedModelError(ValueError):
     """The model, or a part of it, is not one that this engine can compute."""
 
 
+class PromptTooLongError(ValueError):
+    """The prompt leaves no room for a single token in the context that was granted."""
+
+
 @contextmanager
 def optional_packages() -> Iterator[None]:
     """Context in which packages are used that only the engine needs: an ImportError says how they

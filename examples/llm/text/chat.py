@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..engine import StreamingEngine
+from ..errors import PromptTooLongError
 
-NEW = "/new"
-HELP = f"an empty line or {NEW} starts over, Ctrl-C ends an answer, Ctrl-D ends the chat"
+if TYPE_CHECKING:
+    from ..engine import StreamingEngine
+
+DEFAULT_TOKENS = 1024
+"""Of an answer at most, if nobody says how many and the context has room for them."""
+COMMANDS = {
+    "/new": "starts over: the conversation so far is forgotten",
+    "/help": "says this",
+    "/exit": "ends the chat, as Ctrl-D does",
+}
+COMMAND = re.compile(r"/[a-zA-Z?]*([ \t].*)?")
+"""A single line that looks like a command; a path does not."""
+HELP = "\n".join(
+    [
+        *(f"{name} {meaning}" for name, meaning in COMMANDS.items()),
+        "Ctrl-C ends an answer; where nothing is being answered, two of them end the chat",
+    ]
+)
 
 
 class Chat:
@@ -23,7 +40,11 @@ class Chat:
     ) -> None:
         """``write`` gets the text of the answers; ``options`` are ``engine.generate``'s."""
         self._engine, self._write, self._options = engine, write, dict(options)
+        self._template_options = self._options.pop("chat_template_kwargs", None)
+        self._most = self._options.pop("max_new_tokens", None) or DEFAULT_TOKENS
         self.messages: list[dict[str, str]] = []
+        self.note = ""
+        """Why the last answer ended, if it is not that all was said."""
 
     def start_over(self) -> None:
         """Forget the conversation."""
@@ -37,39 +58,78 @@ class Chat:
         """
         question = {"role": "user", "content": text}
         said: list[str] = []
-        whole = True
+        whole, self.note = True, ""
         try:
-            for piece in self._engine.generate(
-                [*self.messages, question], stream=True, reuse_prefix=True, **self._options
-            ):
+            for piece in self._pieces([*self.messages, question]):
                 said.append(piece)
                 self._write(piece)
         except KeyboardInterrupt:
-            whole = False
+            whole, self.note = False, "(ended)"
         self.messages += [question, {"role": "assistant", "content": "".join(said)}]
         self._write("\n")
         return whole
 
+    def _pieces(self, messages: list[dict[str, str]]) -> Iterator[str]:
+        engine = self._engine
+        ids = engine.encode(messages, self._template_options)
+        count = min(self._most, engine.max_length - len(ids))
+        for request, piece in engine.events(
+            [ids], max_new_tokens=count, reuse_prefix=True, **self._options
+        ):
+            if piece:
+                yield piece
+            if request.finish_reason == "length":
+                self.note = (
+                    f"(ended at {count:,} tokens: ask it to go on, or start the chat with a larger "
+                    "--max-new-tokens)"
+                    if count == self._most
+                    else f"(ended: the conversation fills its {engine.max_length:,} tokens, "
+                    "/new starts over)"
+                )
 
-def run_chat(chat: Chat, lines: Iterator[str | None], say: Callable[[str], None]) -> None:
-    """Answer line after line; None is a Ctrl-C where nothing was being answered."""
-    say(HELP)
-    for line in lines:
-        if line is None:
-            say("(Ctrl-D ends the chat)")
-        elif line.strip() in ("", NEW):
-            chat.start_over()
-            say("(starting over)")
-        else:
-            try:
-                whole = chat.answer(line)
-            except KeyboardInterrupt:  # a second one, while the first was being dealt with
-                whole = False
-            except ValueError as error:
-                say(f"error: {error} ({NEW} starts over)")
-                continue
-            if not whole:
-                say("(ended)")
+
+def run_chat(chat: Chat, messages: Iterator[str | None], say: Callable[[str], None]) -> None:
+    """Answer message after message; None is a Ctrl-C where nothing was being answered, of which
+    two in a row end the chat."""
+    say("/help lists the commands")
+    interrupted = False
+    for text in messages:
+        if text is None:
+            if interrupted:
+                return
+            say("(once more, or Ctrl-D, ends the chat)")
+        elif COMMAND.fullmatch(text):
+            if text.strip() == "/exit":
+                return
+            say(_command(chat, text.strip()))
+        elif text.strip():
+            _answer(chat, text, say)
+        interrupted = text is None
+
+
+def _command(chat: Chat, name: str) -> str:
+    """Do what a command says; what to tell of it."""
+    if name == "/new":
+        chat.start_over()
+        return "(starting over)"
+    if name == "/help":
+        return HELP
+    return f"{name} is no command (there are {', '.join(COMMANDS)}); a space before it sends it"
+
+
+def _answer(chat: Chat, text: str, say: Callable[[str], None]) -> None:
+    try:
+        chat.answer(text)
+    except KeyboardInterrupt:  # a second one, while the first was being dealt with
+        chat.note = "(ended)"
+    except PromptTooLongError as error:
+        say(f"error: the conversation does not fit any more: {error} (/new starts over)")
+        return
+    except ValueError as error:
+        say(f"error: {error}")
+        return
+    if chat.note:
+        say(chat.note)
 
 
 def read_lines(ask: Callable[[], str]) -> Iterator[str | None]:

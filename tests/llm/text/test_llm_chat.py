@@ -14,7 +14,7 @@ from byte_model import byte_model
 from paths import ROOT
 
 from layer_streamer.llm.engine import StreamingEngine
-from layer_streamer.llm.text.chat import Chat, read_lines, run_chat
+from layer_streamer.llm.text.chat import COMMANDS, Chat, read_lines, run_chat
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 1.3, "seed": 4}
 
@@ -87,26 +87,81 @@ def test_ctrl_c_ends_the_answer_and_the_next_turn_is_right(
     assert chat.messages[3]["content"] == expected(engine, chat.messages[:3])
 
 
-def test_lines_are_answered_until_the_input_ends(engine: StreamingEngine) -> None:
-    lines = iter(["Hi", None, "/new", "Ho", " "])
+class Talk:
+    """A chat that answers nothing, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.note = ""
+
+    def answer(self, text: str) -> bool:
+        self.asked.append(text)
+        return True
+
+    def start_over(self) -> None:
+        self.asked.append("/new")
+
+
+def talk(*lines: str | None) -> tuple[list[str], list[str]]:
+    """What the model was asked, and what was said, of a chat with these lines (None: Ctrl-C)."""
+    chat, said = Talk(), list[str]()
+    run_chat(chat, iter(lines), said.append)  # type: ignore[arg-type]
+    return chat.asked, said[1:]
+
+
+def test_lines_are_read_until_the_input_ends() -> None:
+    lines = iter(["Hi", KeyboardInterrupt, "Ho", EOFError, "never"])
 
     def ask() -> str:
-        line = next(lines, EOFError)
-        if line is None:
-            raise KeyboardInterrupt
-        if line is EOFError:
-            raise EOFError
-        return str(line)
+        line = next(lines)
+        if not isinstance(line, str):
+            raise line
+        return line
 
-    said: list[str] = []
+    assert list(read_lines(ask)) == ["Hi", None, "Ho"]
+
+
+def test_an_empty_line_is_no_turn() -> None:
+    assert talk("", "Hi", "  ", "\t", "Ho") == (["Hi", "Ho"], [])
+
+
+def test_new_forgets_the_conversation_and_exit_ends_the_chat() -> None:
+    assert talk("Hi", "/new ", "Ho", "/exit", "never")[0] == ["Hi", "/new", "Ho"]
+
+
+def test_help_names_every_command() -> None:
+    asked, said = talk("/help")
+    assert asked == [] and all(name in said[0] for name in COMMANDS)
+
+
+@pytest.mark.parametrize("text", ["/nwe", "/", "/set temperature 1", "/?"])
+def test_an_unknown_command_is_said_to_be_one_and_is_not_sent(text: str) -> None:
+    asked, (said,) = talk(text)
+    assert asked == [] and said.startswith(f"{text} is no command") and "/new" in said
+
+
+@pytest.mark.parametrize("text", ["/usr/bin/env: what is it?", " /nwe", "/a\n/b", "a /new"])
+def test_what_only_begins_like_a_command_is_sent(text: str) -> None:
+    assert talk(text) == ([text], [])
+
+
+def test_two_interrupts_in_a_row_end_the_chat_where_nothing_is_answered() -> None:
+    assert talk(None, "Hi", None, None, "never")[0] == ["Hi"]
+
+
+def test_an_answer_that_ends_at_the_limit_says_so(engine: StreamingEngine) -> None:
     chat = Chat(engine, lambda _: None, OPTIONS)
-    run_chat(chat, read_lines(ask), said.append)
-    assert chat.messages == []
-    assert [line for line in said[1:]] == [
-        "(Ctrl-D ends the chat)",
-        "(starting over)",
-        "(starting over)",
-    ]
+    said: list[str] = []
+    run_chat(chat, iter(["Hi"]), said.append)
+    assert said[1].startswith("(ended at 12 tokens") and "--max-new-tokens" in said[1]
+
+
+def test_an_answer_may_fill_the_context_and_then_says_so(engine: StreamingEngine) -> None:
+    options = {name: OPTIONS[name] for name in ("temperature", "seed")}
+    chat, said = Chat(engine, lambda _: None, options), list[str]()
+    run_chat(chat, iter(["one " * 50, "Hi"]), said.append)
+    assert said[1] == "(ended: the conversation fills its 256 tokens, /new starts over)"
+    assert said[2].startswith("error: the conversation does not fit any more") and len(said) == 3
 
 
 def test_a_question_that_does_not_fit_is_forgotten_and_the_chat_goes_on(
