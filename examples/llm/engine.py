@@ -42,8 +42,11 @@ class StreamingEngine:
     * ``prefill_chunk``: tokens that go through a layer at a time (2048; less if memory is
       short).
     * ``device_budget``, ``host_budget``: of streamer and engine together.
-    * ``notify`` hears of what takes seconds or is not as expected.
-    * ``streamer_options``: those of ``LayerStreamer.from_checkpoint``.
+    * ``notify`` hears of what takes seconds or is not as expected; of what a GGUF file leaves out,
+      on its first use.
+    * ``streamer_options``: those of ``LayerStreamer.from_checkpoint``, such as the tuner prints:
+      pools, batches, ``read_mode``, ``read_threads``, ``read_chunk``, ``layer_pattern``,
+      ``track_progress``, ``reserve_bytes`` (the caller's part of ``device_budget``).
 
     Errors: ValueError, in one line, for the model, an option, or a budget that is too small.
     """
@@ -69,8 +72,10 @@ class StreamingEngine:
         limits = Limits(
             max_length=max_length, kv_tokens=kv_tokens, max_batch=max_batch, kv_int8=kv_int8
         )
+        reserve = streamer_options.pop("reserve_bytes", 0)
         if not isinstance(model_path, Model):
-            model_path = Model.read(model_path, notify)
+            pattern = streamer_options.pop("layer_pattern", None)
+            model_path = Model.read(model_path, notify, pattern)
         self.model: Model = model_path
         self.config = self.model.config
         self.max_length = limits.length(self.config)
@@ -80,6 +85,7 @@ class StreamingEngine:
             prefill_chunk=prefill_chunk,
             device_budget=device_budget,
             host_budget=host_budget,
+            reserve_bytes=reserve,
             options=options,
         )
         plan, needs = plan_memory(self.model, limits, wishes, dtype)
@@ -216,10 +222,12 @@ class StreamingEngine:
         return Asked(sampling=merge_options(self._defaults, rest), **given)
 
     def _requests(self, prompts: Iterable[Sequence[int]], asked: Asked) -> Iterator[Request]:
+        noted = False
         for index, ids in enumerate(prompts):
             room = self.max_length - len(ids)
-            if room < asked.max_new_tokens:
+            if room < asked.max_new_tokens and not noted:
                 self._notify(f"the context has room for {room} new tokens")
+                noted = True
             count = min(room, asked.max_new_tokens)
             seed = None if asked.seed is None else asked.seed + index
             sampler = Sampler(asked.sampling, seed=seed)

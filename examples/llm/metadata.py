@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,8 @@ from .models.gguf_config import gguf_config, window_note
 from .models.rope_config import check_rope_types
 from .text.direct_tokenizer import DESCRIPTION, describe, direct_tokenizer
 
+logger = logging.getLogger(__name__)
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Any of them is a tokenizer."""
 CACHE_VERSION = 2
@@ -35,16 +38,20 @@ CACHE_VERSION = 2
 def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Path:
     """The directory with the model's config and tokenizer, made on the first use of a GGUF file.
 
-    ``notify`` hears, before it starts, of work that takes seconds.
+    On that first use, ``notify`` hears of work that takes seconds, before it starts, and of what
+    the file leaves out; later, the latter is only logged.
     """
     if manifest.format != "gguf":
         return manifest.path if manifest.path.is_dir() else manifest.path.parent
     config = json.dumps(gguf_config(manifest), indent=2)
     note = window_note(manifest)
-    if note is not None:
-        notify(note)
     directory = cache_root() / "tokenizers" / _metadata_hash(manifest, config)
-    if not directory.is_dir():
+    if directory.is_dir():
+        if note is not None:
+            logger.info(note)
+    else:
+        if note is not None:
+            notify(note)
         notify("building the tokenizer from the GGUF file: about 6 seconds, this once ...")
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
@@ -57,6 +64,17 @@ def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Pat
                 if not directory.is_dir():
                     raise
     return directory
+
+
+def refuse_by_config(path: Path) -> None:
+    """UnsupportedModelError if the config beside a checkpoint is of a model that the engine does
+    not compute: the better reason why such a checkpoint cannot be read."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    if config.is_file():
+        try:
+            check_model_type(str(_read_json(config).get("model_type")))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{config}: {error}") from error
 
 
 def load_config(directory: Path) -> ModelConfig:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from layer_streamer import LayerStreamer, Manifest, read_manifest
+from layer_streamer import CheckpointError, LayerStreamer, Manifest, read_manifest
 
 from .hub import find_model
 from .kernels.triton_support import triton_serves
@@ -20,7 +20,7 @@ from .kv.regions import round_up
 from .memory.footprint import Footprint, Needs
 from .memory.placing import choose_device, choose_dtype
 from .memory.plan import MemoryPlan, Planner, Wishes
-from .metadata import load_config, load_tokenizer, metadata_directory
+from .metadata import load_config, load_tokenizer, metadata_directory, refuse_by_config
 from .models.config import ModelConfig
 from .models.names import WeightNames, weight_names
 from .passes.decode import captured_rows
@@ -79,13 +79,20 @@ class Model:
     names: WeightNames
 
     @classmethod
-    def read(cls, path: str | Path, notify: Callable[[str], None]) -> Model:
+    def read(
+        cls, path: str | Path, notify: Callable[[str], None], layer_pattern: str | None = None
+    ) -> Model:
         """Read what describes a model, which is downloaded if it is not here.
 
-        Errors are ValueErrors, OSErrors, or those of the streamer.
+        ``layer_pattern`` is that of ``read_manifest``. Errors are ValueErrors, OSErrors,
+        ImportErrors (a package to install), or those of the streamer.
         """
         path = find_model(path)
-        manifest = read_manifest(path)
+        try:
+            manifest = read_manifest(path, layer_pattern)
+        except CheckpointError:
+            refuse_by_config(path)
+            raise
         directory = metadata_directory(manifest, notify)
         config = load_config(directory)
         return cls(path, manifest, directory, config, weight_names(manifest, config))
@@ -115,14 +122,16 @@ def plan_memory(
     memory = device if device.type == "cpu" else torch.device("meta")
     kernels = triton_serves(device)
     scratch = Unpacker(memory, dtype, model.names.widest(dtype), kernels=kernels)
-    kept = sum(model.manifest.static[name].nbytes for name in model.names.head_parts)
+    names = model.names
+    statics = [*names.head_parts, names.norm, *([names.rope_factors] if names.rope_factors else [])]
     needs = Needs(
         kv_tokens=limits.tokens(model.config),
         max_batch=limits.max_batch,
         dtype=dtype,
         device_type=device.type,
         int8=limits.kv_int8,
-        packed_nbytes=scratch.nbytes + kept,
+        packed_nbytes=scratch.nbytes,
+        static_nbytes=sum(model.manifest.static[name].nbytes for name in statics),
         captured_rows=min(captured_rows(device, model.config), limits.max_batch),
     )
     return Planner(model.manifest, Footprint(model.config, needs), wishes).make(), needs
@@ -140,7 +149,7 @@ def place(
     streamed = None if model.names.as_stored else dtype
     own = {"device": chosen, "dtype": streamed, "tail": [model.names.head]}
     for name in options:
-        if name in (*own, "on_copy", "reserve_bytes", "layer_pattern"):
+        if name in (*own, "on_copy", "layers"):
             raise ValueError(f"{name}: is the engine's own")
     return dict(options) | own, dtype
 

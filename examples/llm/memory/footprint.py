@@ -36,7 +36,9 @@ class Needs:
     int8: bool
     """Keys and values in host memory are kept in eight bits."""
     packed_nbytes: int
-    """Buffers that packed weights are unpacked into, and scales that stay on the device."""
+    """Buffers that packed weights are unpacked into."""
+    static_nbytes: int = 0
+    """Tensors that stay on the device beside the layers: norms, scales of the head."""
     captured_rows: int = 0
     """Rows up to which passes that decode may be captured; 0: none are."""
 
@@ -86,13 +88,14 @@ class Footprint:
         config, needs = self.config, self.needs
         chunk = min(chunk, needs.kv_tokens)
         size = needs.dtype.itemsize
-        nbytes = chunk * self._token_temporaries() + self._tables() + needs.packed_nbytes
+        nbytes = chunk * self._token_temporaries() + self._tables()
         window = max((w for w in config.windows if w is not None), default=0)
         if window:
             seen = min(window, needs.kv_tokens) + chunk
             nbytes += chunk * seen * (1 + 2 * size) + seen * 2 * self._token.nbytes
         if needs.device_type != "cpu":
-            nbytes += 2 * GATHER_NBYTES + FRAGMENTS + nbytes // 16
+            kept = needs.packed_nbytes + needs.static_nbytes
+            nbytes += 2 * GATHER_NBYTES + FRAGMENTS + (nbytes + kept) // 16
         return nbytes
 
     def captured(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from layer_streamer import Manifest, Plan, format_bytes, parse_bytes, plan_checkpoint
 
 from .footprint import Footprint
+from .plan_table import table
 
 CHUNKS = (2048, 1024, 512, 256)
 """Tokens a chunk that are tried, if none were asked for; fewer take less memory."""
@@ -34,6 +35,8 @@ class Wishes:
     prefill_chunk: int | None = None
     device_budget: int | str | None = None
     host_budget: int | str | None = None
+    reserve_bytes: int | str = 0
+    """Of ``device_budget``, the caller's part."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The streamer's."""
 
@@ -44,7 +47,7 @@ class Wishes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """Where everything is, and the bytes that it takes. ``str()`` of it is a table."""
+    """Where everything is, and the bytes that it takes. ``str()`` of it is a table of all parts."""
 
     kv_tokens: int
     chunk: int
@@ -62,6 +65,8 @@ class MemoryPlan:
     """Device slots of the streamer, and of the keys and values that travel."""
     options: Mapping[str, Any]
     """What the streamer is to be opened with."""
+    streamer: Plan
+    """What the streamer then does with its part, as far as that is known before it is opened."""
 
     @property
     def device_nbytes(self) -> int:
@@ -78,20 +83,7 @@ class MemoryPlan:
         return self.device_nbytes - self.device["layers"]
 
     def __str__(self) -> str:
-        spilled = len(self.host_layers)
-        lines = [
-            f"keys and values of {self.kv_tokens:,} tokens: {self.num_layers - spilled} layers on "
-            f"the device, {spilled} in host memory; prefill in chunks of {self.chunk:,} tokens"
-        ]
-        for place, parts, budget in (
-            ("device", self.device, self.device_budget),
-            ("host", self.host, self.host_budget),
-        ):
-            total = format_bytes(sum(parts.values()))
-            limit = "" if budget is None else f" of a budget of {format_bytes(budget)}"
-            named = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts.items() if n)
-            lines.append(f"{place}: {total}{limit} ({named or 'nothing'})")
-        return "\n".join(lines)
+        return table(self)
 
 
 class Planner:
@@ -109,7 +101,8 @@ class Planner:
         for chunk, n_gpu in ways:
             plan = self._fit(chunk, n_gpu, budget)
             if plan is not None:
-                return self._with_host(self._with_captured(plan))
+                plan = self._with_host(self._with_captured(plan))
+                return replace(plan, streamer=self._preview(**plan.options))
         spilled = self._spilled(count if self._machine.unified else 0)
         least = min(
             (self._lay_out(chunk, n_gpu, spilled) for chunk, n_gpu in ways),
@@ -166,7 +159,8 @@ class Planner:
         footprint, options = self._footprint, dict(self._wishes.options)
         if n_gpu is not None:
             options["n_gpu"] = n_gpu
-        placement = self._preview(**options).placement
+        preview = self._preview(**options)
+        placement = preview.placement
         num_slots = placement.device_slots[0].count
         layers = range(footprint.config.num_layers)
         kept = sum(footprint.layer_on_device(i) for i in layers if i not in spilled)
@@ -180,8 +174,11 @@ class Planner:
                 "keys and values": kept,
                 "their slots": footprint.staging(spilled, num_slots),
                 "residual stream": footprint.residual(),
+                "static tensors": footprint.needs.static_nbytes,
+                "scratch": footprint.needs.packed_nbytes,
                 "temporaries": footprint.temporaries(chunk),
                 "logits": footprint.logits(),
+                "reserved": parse_bytes("reserve_bytes", self._wishes.reserve_bytes),
             },
             host={
                 "layers": placement.host_bytes,
@@ -192,6 +189,7 @@ class Planner:
             host_budget=None,
             num_slots=num_slots,
             options=options,
+            streamer=preview,
         )
 
     def _with_host(self, plan: MemoryPlan) -> MemoryPlan:

@@ -15,6 +15,7 @@ from layer_streamer import preview
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.memory.footprint import Footprint, Needs
 from layer_streamer.llm.memory.plan import MemoryPlan, Planner, Wishes
+from layer_streamer.llm.memory.plan_table import device_parts, host_parts
 from layer_streamer.llm.opening import Limits, Model, place, plan_memory
 
 MIB = 1 << 20
@@ -169,10 +170,50 @@ def test_captured_passes_have_room_exactly_where_nothing_streams(
         assert found.reserve_nbytes + streamer.placement.device_bytes[0] <= budget
 
 
-def test_the_plan_says_where_everything_is(path: Path, gpu: FakeDevice) -> None:
-    text = str(plan(path, device_budget="100MiB"))
-    for part in ("6 layers on the device, 0 in host memory", "residual stream", "of a budget of"):
-        assert part in text
+BUDGETS: tuple[dict[str, Any], ...] = (
+    {"device_budget": "24MiB", "prefill_chunk": 256},
+    {"device_budget": "24MiB", "prefill_chunk": 256, "kv": "host", "host_budget": "1GiB"},
+    {"device_budget": "100MiB", "reserve_bytes": "3MiB"},
+    {"host_budget": "1GiB", "kv": "host", "options": {"n_cpu_pinned": 1}},
+    {},
+)
+
+
+@pytest.mark.parametrize("wishes", BUDGETS, ids=str)
+def test_the_parts_of_the_plan_sum_up_to_its_budgets(
+    path: Path, gpu: FakeDevice, wishes: dict[str, Any]
+) -> None:
+    found = plan(path, **wishes)
+    streamer = preview.plan_checkpoint(path, **found.options)
+    device, host = device_parts(found), host_parts(found)
+    assert sum(device.values()) == found.device_budget
+    assert device["resident layers"] + device["slots"] == streamer.placement.device_bytes[0]
+    assert host["resident layers"] + host["slots"] == streamer.placement.host_bytes
+    assert found.host_budget is None or sum(host.values()) == found.host_budget
+    assert min(*device.values(), *host.values()) >= 0, "nothing is overdrawn"
+    assert device["reserved"] == (3 * MIB if "reserve_bytes" in wishes else 0)
+
+
+def test_the_parts_of_a_plan_for_a_cpu_sum_up_to_its_budget(path: Path) -> None:
+    device = device_parts(plan(path, device_budget="40MiB", prefill_chunk=256))
+    assert sum(device.values()) == 40 * MIB and device["spare"] >= 0
+    assert "spare" not in device_parts(plan(path))
+
+
+def test_the_plan_says_where_everything_is_and_what_streams(path: Path, gpu: FakeDevice) -> None:
+    whole = str(plan(path, device_budget="100MiB"))
+    for part in (
+        "of a budget of 100 MiB",
+        "6 of 6 layers, output head",
+        "4,096 tokens of 6 layers",
+    ):
+        assert part in whole
+    assert "streamed each pass" not in whole and "spare" in whole
+    tight = str(plan(path, device_budget="24MiB", prefill_chunk=256, kv="host"))
+    assert "host: " in tight and "keys and values of 6 layers pass through" in tight
+    streamed = plan(path)
+    assert "streamed each pass: 6 of 6 layers" in str(streamed)
+    assert "free memory less a margin" in str(streamed)
 
 
 def test_a_budget_on_a_cpu_holds_for_engine_and_streamer_together(path: Path) -> None:

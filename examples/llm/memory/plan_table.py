@@ -1,0 +1,113 @@
+"""The memory plan for people: what a budget is spent on, part by part. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from layer_streamer import format_bytes
+
+if TYPE_CHECKING:
+    from .plan import MemoryPlan
+
+RESIDENT, SLOTS, SPARE = "resident layers", "slots", "spare"
+
+
+def device_parts(plan: MemoryPlan) -> dict[str, int]:
+    """By part, bytes of the device's memory; with a budget, they sum up to it."""
+    taken = plan.streamer.placement.device_bytes[0]
+    sizes = zip(plan.streamer.sizes, plan.streamer.tiers, strict=True)
+    resident = sum(size.device_nbytes for size, tier in sizes if tier == "device")
+    own = {name: nbytes for name, nbytes in plan.device.items() if name != "layers"}
+    return _with_spare({RESIDENT: resident, SLOTS: taken - resident, **own}, plan.device_budget)
+
+
+def host_parts(plan: MemoryPlan) -> dict[str, int]:
+    """The same of host memory; none where the device computes in it. Mapped files are the page
+    cache itself: nothing is allocated for them."""
+    taken = plan.streamer.placement.host_bytes
+    sizes = zip(plan.streamer.sizes, plan.streamer.tiers, strict=True)
+    resident = sum(size.host_nbytes for size, tier in sizes if tier == "host")
+    own = {name: nbytes for name, nbytes in plan.host.items() if name != "layers"}
+    return _with_spare({RESIDENT: resident, SLOTS: taken - resident, **own}, plan.host_budget)
+
+
+def _with_spare(parts: dict[str, int], budget: int | None) -> dict[str, int]:
+    return parts if budget is None else {**parts, SPARE: budget - sum(parts.values())}
+
+
+def table(plan: MemoryPlan) -> str:
+    """A line for each part of each memory, with what it holds."""
+    streamer = plan.streamer
+    named = "device_budget" in plan.options
+    lines = _of_memory(
+        f"device {streamer.machine.devices[0]}",
+        device_parts(plan),
+        _limit(plan.device_budget, named=named),
+        _explained(plan, "device"),
+    )
+    if not streamer.machine.unified:
+        lines += _of_memory(
+            "host",
+            host_parts(plan),
+            _limit(plan.host_budget, named=True),
+            _explained(plan, "host"),
+        )
+    streamed = sum(tier != "device" for tier in streamer.tiers[: plan.num_layers])
+    moved = sum(
+        size.read_nbytes if streamer.machine.unified else size.copy_nbytes
+        for size, tier in zip(streamer.sizes, streamer.tiers, strict=True)
+        if tier != "device"
+    )
+    if streamed or moved:
+        lines.append(
+            f"streamed each pass: {streamed} of {plan.num_layers} layers, {format_bytes(moved)} "
+            f"(files {streamer.read_mode}: {streamer.reason})"
+        )
+    return "\n".join(lines)
+
+
+def _limit(budget: int | None, *, named: bool) -> str:
+    if budget is None:
+        return ""
+    what = "a budget of" if named else "free memory less a margin,"
+    return f" of {what} {format_bytes(budget)}"
+
+
+def _of_memory(
+    name: str, parts: Mapping[str, int], limit: str, explained: Mapping[str, str]
+) -> list[str]:
+    used = sum(nbytes for part, nbytes in parts.items() if part != SPARE)
+    lines = [f"{name}: {format_bytes(used)}{limit}"]
+    for part, nbytes in parts.items():
+        if nbytes:
+            text = f"  {format_bytes(nbytes):>11}  {part:<16} {explained.get(part, '')}"
+            lines.append(text.rstrip())
+    return lines if len(lines) > 1 else [f"{lines[0]} (nothing)"]
+
+
+def _explained(plan: MemoryPlan, place: str) -> dict[str, str]:
+    """What is said beside the parts of the device ("device") or of host memory ("host")."""
+    tiers, total = plan.streamer.tiers, plan.num_layers
+    here = sum(tier == place for tier in tiers[:total])
+    head = tiers[total:]
+    resident = f"{here} of {total} layers"
+    if head and all(tier == place for tier in head):
+        resident += ", output head"
+    if place == "host" and plan.streamer.read_mode == "mapped":
+        resident += ", mapped: the page cache itself"
+    spilled = len(plan.host_layers)
+    kept = total - spilled if place == "device" else spilled
+    slots = plan.streamer.placement.device_slots[0].count
+    return {
+        RESIDENT: resident,
+        SLOTS: f"{slots} layers in use or on their way" if place == "device" else "reads",
+        "keys and values": f"{plan.kv_tokens:,} tokens of {kept} layers",
+        "their slots": f"keys and values of {spilled} layers pass through them",
+        "residual stream": f"{plan.kv_tokens:,} tokens",
+        "temporaries": f"of {min(plan.chunk, plan.kv_tokens):,} tokens, a chunk of a prompt",
+        "static tensors": "norms, scales of the output head",
+        "scratch": "packed weights are unpacked into it",
+        "reserved": "the caller's: reserve_bytes",
+        "embedding": "rows on their way to the device",
+    }
