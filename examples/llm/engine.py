@@ -29,7 +29,8 @@ class StreamingEngine:
     """A language model whose layers stream, with its tokenizer, its cache and its memory plan.
 
     Construction plans the memory, refuses what cannot fit, and opens the streamer; leaving the
-    ``with`` block returns everything. Thread rules: one thread at a time.
+    ``with`` block returns everything. Thread rules: one thread at a time. On a CPU, torch's threads
+    of this process leave the streamer a core, unless OMP_NUM_THREADS says how many there are.
 
     ``model_path`` is a safetensors directory, a GGUF file, or a repository on the Hugging Face hub,
     which is downloaded (:mod:`.hub`). Options:
@@ -42,11 +43,9 @@ class StreamingEngine:
     * ``prefill_chunk``: tokens that go through a layer at a time (2048; less if memory is
       short).
     * ``device_budget``, ``host_budget``: of streamer and engine together.
-    * ``notify`` hears of what takes seconds or is not as expected; of what a GGUF file leaves out,
-      on its first use.
-    * ``streamer_options``: those of ``LayerStreamer.from_checkpoint``, such as the tuner prints:
-      pools, batches, ``read_mode``, ``read_threads``, ``read_chunk``, ``layer_pattern``,
-      ``track_progress``, ``reserve_bytes`` (the caller's part of ``device_budget``).
+    * ``notify`` hears of what takes seconds or is not as expected.
+    * ``streamer_options``: those of ``LayerStreamer.from_checkpoint``, such as the tuner prints;
+      ``reserve_bytes`` is the caller's part of ``device_budget``.
 
     Errors: ValueError, in one line, for the model, an option, or a budget that is too small.
     """
@@ -226,8 +225,8 @@ class StreamingEngine:
         for index, ids in enumerate(prompts):
             room = self.max_length - len(ids)
             if room < asked.max_new_tokens and not noted:
-                self._notify(f"the context has room for {room} new tokens")
                 noted = True
+                self._notify(f"the context has room for {room} new tokens")
             count = min(room, asked.max_new_tokens)
             seed = None if asked.seed is None else asked.seed + index
             sampler = Sampler(asked.sampling, seed=seed)

@@ -25,6 +25,7 @@ from .models.config import ModelConfig
 from .models.names import WeightNames, weight_names
 from .passes.decode import captured_rows
 from .passes.runner import Chunking, Runner
+from .threads import leave_a_core
 from .weights.dequant import Unpacker
 
 DEFAULT_LENGTH = 4096
@@ -149,6 +150,8 @@ def place(
     streamed = None if model.names.as_stored else dtype
     own = {"device": chosen, "dtype": streamed, "tail": [model.names.head]}
     for name in options:
+        if name == "layer_pattern":
+            raise ValueError("layer_pattern: belongs to Model.read, which finds the layers")
         if name in (*own, "on_copy", "layers"):
             raise ValueError(f"{name}: is the engine's own")
     return dict(options) | own, dtype
@@ -157,6 +160,8 @@ def place(
 def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
     """Allocate the cache, open the streamer; after an error nothing is left."""
     device = plan.options["device"]
+    if device.type == "cpu":
+        leave_a_core()
     layout = KVLayout(
         tokens=plan.kv_tokens,
         max_rows=needs.max_batch,

@@ -91,7 +91,6 @@ def open_engine(args: argparse.Namespace, model: Model, **defaults: Any) -> Stre
     import torch
 
     from ..llm.engine import StreamingEngine
-    from ..llm.kv.threads import leave_a_core
 
     device = args.device or None
     try:
@@ -100,7 +99,6 @@ def open_engine(args: argparse.Namespace, model: Model, **defaults: Any) -> Stre
         raise ValueError(f"--device {device}: not a torch device") from error
     dtype = getattr(torch, args.dtype) if args.dtype else None
     options = defaults | streamer_options(args) | given(args, ENGINE)
-    leave_a_core()
     engine = StreamingEngine(model, notify=say, **{**options, "device": device, "dtype": dtype})
     if args.plan:
         say(str(engine.plan))

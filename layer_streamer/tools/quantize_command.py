@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     if args.tokens < LEAST_TOKENS:
         raise ValueError(f"--tokens {args.tokens}: must be at least {LEAST_TOKENS}")
     model = read_model(args.model)
-    from ..llm.kv.threads import leave_a_core
+    from ..llm.threads import leave_a_core
     from ..llm.memory.placing import choose_device
     from ..llm.quantize.errors import error_table
     from ..llm.quantize.grouping import choose_groups

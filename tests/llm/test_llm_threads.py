@@ -2,8 +2,10 @@ import os
 
 import pytest
 import torch
+from assets import tiny_checkpoint, tiny_model
 
-from layer_streamer.llm.kv.threads import leave_a_core
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.threads import leave_a_core
 
 
 @pytest.fixture
@@ -38,3 +40,9 @@ def test_the_users_own_setting_is_kept(threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     leave_a_core()
     assert threads == []
+
+
+def test_an_engine_on_a_cpu_leaves_a_core(threads, tmp_path):
+    path = tiny_checkpoint(tmp_path, tiny_model())
+    with StreamingEngine(path, device="cpu", max_length=16):
+        assert threads == [3]
