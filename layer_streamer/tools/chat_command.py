@@ -9,7 +9,6 @@ message. Exit code 2 is an error.
 from __future__ import annotations
 
 import argparse
-import sys
 
 from .command import say
 from .engine_options import (
@@ -39,9 +38,9 @@ def run(args: argparse.Namespace) -> None:
     """Answer what is typed, until the end of the input."""
     model = read_model(args.model)
     from ..llm.text.chat import Chat, read_lines, run_chat
+    from ..llm.text.terminal import open_reader
 
     with open_engine(args, model) as engine:
         options = given(args, GENERATION) | {"chat_template_kwargs": template_options(args)}
-        mark = "> " if sys.stdin.isatty() else ""
-        run_chat(Chat(engine, write, options), read_lines(lambda: input(mark)), say)
+        run_chat(Chat(engine, write, options), read_lines(open_reader()), say)
         save_timeline(args, engine)
