@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from .errors import optional_packages
+
 NAMED = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?::(?P<choice>.+))?")
 """owner/name, and for GGUF a file or quantization after a colon."""
 
@@ -147,8 +149,9 @@ def _shards(index: Path, repo: str, names: Sequence[str]) -> list[str]:
 
 def _list_files(repo: str) -> tuple[list[str], Path | None]:
     """Names of the files in a repository; if only the cache can be asked, also its folder."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import RepositoryNotFoundError
+    with optional_packages():
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         return [file.rfilename for file in HfApi().model_info(repo).siblings or ()], None

@@ -13,6 +13,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Any of them is a tokenizer."""
+FOR_SENTENCEPIECE = ("sentencepiece", "google.protobuf")
+"""Packages that a tokenizer.model without tokenizer.json needs."""
 CACHE_VERSION = 2
 """Of what is kept of a GGUF file."""
 
@@ -109,6 +112,10 @@ def load_tokenizer(directory: Path) -> Any:
         with optional_packages():
             from transformers import AutoTokenizer
 
+            found = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+            if found[0] == "tokenizer.model":
+                for package in FOR_SENTENCEPIECE:  # else transformers takes it for another format
+                    import_module(package)
             return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
 
     direct = direct_tokenizer(directory, load)

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from layer_streamer import read_manifest
-from layer_streamer.llm.metadata import load_tokenizer, metadata_directory
+from layer_streamer.llm.hub import find_model
+from layer_streamer.llm.metadata import FOR_SENTENCEPIECE, load_tokenizer, metadata_directory
 from layer_streamer.llm.text.direct_tokenizer import (
     DESCRIPTION,
     DirectTokenizer,
@@ -207,11 +208,16 @@ def test_a_directory_without_the_description_is_read_through_transformers(saved:
     assert not isinstance(load_tokenizer(saved), DirectTokenizer)
 
 
-@pytest.mark.parametrize("package", ["tokenizers", "jinja2", "transformers"])
+PACKAGES = [
+    "tokenizers", "jinja2", "transformers", "huggingface_hub", "sentencepiece", "google.protobuf",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_that_is_missing_is_an_error_that_says_how_to_install_it(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, package: str
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"{package}.*pip install 'layer-streamer\[llm\]'"):
@@ -219,5 +225,10 @@ def test_a_package_that_is_missing_is_an_error_that_says_how_to_install_it(
             DirectTokenizer(saved, {}, pytest.fail)
         elif package == "jinja2":
             compile_template(CHATML)
+        elif package == "huggingface_hub":
+            find_model("owner/name")
+        elif package in FOR_SENTENCEPIECE:
+            (tmp_path / "tokenizer.model").touch()
+            load_tokenizer(tmp_path)
         else:
             load_tokenizer(saved)
