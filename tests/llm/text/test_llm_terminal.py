@@ -66,6 +66,13 @@ class Keyboard:
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
 
+    def press_ctrl_c(self) -> None:
+        """When the program waits: Python overlooks a signal that comes right before it does."""
+        state = Path(f"/proc/{self.process.pid}/stat")
+        while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "S":
+            os.sched_yield()
+        self.type("\x03")
+
     def close(self) -> None:
         os.close(self.screen)
         self.process.kill()
@@ -149,15 +156,17 @@ def test_ctrl_c_throws_a_line_away_and_two_in_a_row_end_the_chat(
     keyboards: list[Keyboard], tmp_path: Path
 ) -> None:
     keyboard = start(keyboards, tmp_path)
-    keyboard.type("never\x03")
+    keyboard.type("never")
+    keyboard.until("never")
+    keyboard.press_ctrl_c()
     keyboard.until("SAID (once more")
     keyboard.until("> ")
     keyboard.type("Hi\r")
     keyboard.until("GOT 'Hi'")
     keyboard.until("> ")
-    keyboard.type("\x03")
+    keyboard.press_ctrl_c()
     keyboard.until("> ")
-    keyboard.type("\x03")
+    keyboard.press_ctrl_c()
     keyboard.until("END")
 
 

@@ -191,7 +191,7 @@ def test_memory_for_unpacking_is_part_of_the_plan(tmp_path):
     write_packed(packed, zoo_model("llama"), "ct4-g32")
     zoo_model("llama").save_pretrained(plain)
     engines = [StreamingEngine(path, device="cpu", max_length=64) for path in (packed, plain)]
-    first, second = (engine.plan.device["temporaries"] for engine in engines)
+    first, second = (engine.plan.device["scratch"] for engine in engines)
     taken = engines[0]._runner._unpacker.nbytes
     for engine in engines:
         engine.close()
