@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..llm.text.chat import DEFAULT_TOKENS, Chat, read_lines, run_chat
 from .command import say
 from .engine_options import (
     GENERATION,
@@ -24,20 +25,17 @@ from .engine_options import (
 )
 from .generate_command import write
 
-MAX_NEW_TOKENS = 1024
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     add_language_model(parser)
-    add_answering(parser, MAX_NEW_TOKENS)
+    add_answering(parser, DEFAULT_TOKENS)
     add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Answer what is typed, until the end of the input."""
-    model = read_model(args.model)
-    from ..llm.text.chat import Chat, read_lines, run_chat
+    model = read_model(args)
     from ..llm.text.terminal import open_reader
 
     with open_engine(args, model) as engine:

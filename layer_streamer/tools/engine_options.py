@@ -75,15 +75,15 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"enable_thinking": False} if args.no_think else {}
 
 
-def read_model(name: str) -> Model:
-    """What describes a model; ValueError, ImportError, in one line."""
+def read_model(args: argparse.Namespace) -> Model:
+    """What describes the model; ValueError, ImportError, in one line."""
     require_engine()
-    if Path(name).expanduser().exists():
+    if Path(args.model).expanduser().exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model's own files
     from ..llm.opening import Model
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    return Model.read(name, say)
+    return Model.read(args.model, say, getattr(args, "layer_pattern", None))
 
 
 def open_engine(args: argparse.Namespace, model: Model, **defaults: Any) -> StreamingEngine:
@@ -99,6 +99,7 @@ def open_engine(args: argparse.Namespace, model: Model, **defaults: Any) -> Stre
         raise ValueError(f"--device {device}: not a torch device") from error
     dtype = getattr(torch, args.dtype) if args.dtype else None
     options = defaults | streamer_options(args) | given(args, ENGINE)
+    options.pop("layer_pattern", None)  # the model's, which has been read
     engine = StreamingEngine(model, notify=say, **{**options, "device": device, "dtype": dtype})
     if args.plan:
         say(str(engine.plan))

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     """Read what describes the model, open the engine, do what was asked."""
     if args.output is not None and args.prompts is None:
         raise ValueError("--output: belongs to --prompts")
-    model = read_model(args.model)
+    model = read_model(args)
     prompt, room = None, dict[str, Any]()
     if args.prompt is not None:
         prompt = read_prompt(args.prompt)

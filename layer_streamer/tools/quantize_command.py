@@ -54,14 +54,14 @@ def run(args: argparse.Namespace) -> None:
     """Read what describes the model, quantize it, and say what that did."""
     if args.tokens < LEAST_TOKENS:
         raise ValueError(f"--tokens {args.tokens}: must be at least {LEAST_TOKENS}")
-    model = read_model(args.model)
-    from ..llm.threads import leave_a_core
+    model = read_model(args)
     from ..llm.memory.placing import choose_device
     from ..llm.quantize.errors import error_table
     from ..llm.quantize.grouping import choose_groups
     from ..llm.quantize.job import Job
     from ..llm.quantize.layers import Recipe
     from ..llm.quantize.scales import Rounding
+    from ..llm.threads import leave_a_core
 
     groups = choose_groups(model.config, None if args.group == "auto" else int(args.group))
     calibration = text = None
