@@ -17,7 +17,7 @@ from .checkpoint.manifest import Manifest, manifest_from_tensor_info
 from .devices.accelerator import open_device, open_devices
 from .errors import ClosedError
 from .passes.caller import Caller
-from .passes.claims import Turns
+from .passes.claims import Claims
 from .passes.inputs import LayerFn, move
 from .passes.statics import sum_by_device
 from .passes.sweep import Parts, Sweep, sweep
@@ -155,7 +155,7 @@ class LayerStreamer:
         self._plan, self._memory, self._sizes = pipeline.plan, pipeline.memory, statics.sizes
         self._last_pass: PassReport | None = None
         show = settings.track_progress
-        self._parts: Parts | None = Parts(pipeline, Caller(pipeline), statics, Turns(), show)
+        self._parts: Parts | None = Parts(pipeline, Caller(pipeline), statics, Claims(), show)
         pipeline.start()
 
     @property

@@ -66,7 +66,7 @@ class AcceleratorDevice:
         stream: Stream = torch.accelerator.current_stream(self.torch_device)
         return stream
 
-    def enter_thread(self, stream: Any) -> None:
+    def use_in_this_thread(self, stream: Any) -> None:
         torch.accelerator.set_device_index(self.torch_device.index)
         torch.accelerator.set_stream(stream)
 
@@ -147,7 +147,7 @@ class CudaDevice(AcceleratorDevice):
         stream: Stream = torch.cuda.current_stream(self.torch_device)
         return stream
 
-    def enter_thread(self, stream: Any) -> None:
+    def use_in_this_thread(self, stream: Any) -> None:
         torch.cuda.set_device(self.torch_device)
         torch.cuda.set_stream(stream)
 

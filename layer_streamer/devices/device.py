@@ -65,7 +65,7 @@ class Device(Protocol):
     def current_stream(self) -> Stream:
         """The calling thread's current stream on this device."""
 
-    def enter_thread(self, stream: Stream) -> None:
+    def use_in_this_thread(self, stream: Stream) -> None:
         """Make this device and ``stream`` the calling thread's current ones."""
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
@@ -147,7 +147,7 @@ class CpuDevice:
     def current_stream(self) -> Stream:
         return self._stream
 
-    def enter_thread(self, stream: Stream) -> None:
+    def use_in_this_thread(self, stream: Stream) -> None:
         return
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:

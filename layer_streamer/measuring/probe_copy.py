@@ -124,7 +124,7 @@ class DeviceCopier:
 
     def _measure(self, pairs: Sequence[Pair], stopped: threading.Event) -> float:
         # On a thread of the probe's own: the caller's current device and stream stay.
-        self._device.enter_thread(self._stream)
+        self._device.use_in_this_thread(self._stream)
         begin, end = self._device.new_event(), self._device.new_event()
         nbytes = pairs[0][0].nbytes
 
@@ -161,7 +161,7 @@ class _Load:
 
     def run(self) -> tuple[float, float]:
         """When the copies began and when they had ended, on the host's clock."""
-        self.device.enter_thread(self.stream)
+        self.device.use_in_this_thread(self.stream)
         ended = self.device.new_event()
         begin = time.perf_counter()
         try:

@@ -44,7 +44,7 @@ class RawCopies:
         barrier = threading.Barrier(len(self._loads) + 1)
 
         def copy(load: _CopyLoad) -> None:
-            load.enter_thread()
+            load.use_in_this_thread()
             barrier.wait()
             load.run()
             ends.append(time.perf_counter())
@@ -80,8 +80,8 @@ class _CopyLoad:
             for nbytes in (min(piece, total - done),)
         ]
 
-    def enter_thread(self) -> None:
-        self._device.enter_thread(self._stream)
+    def use_in_this_thread(self) -> None:
+        self._device.use_in_this_thread(self._stream)
 
     def run(self) -> None:
         for target, source in self._pairs:

@@ -1,4 +1,4 @@
-"""One pass at a time: whose turn it is.
+"""One pass at a time: which one may advance.
 
 Without a lock, because an interrupt may leave the calling thread at any point and must not leave a
 lock taken. Claims form a chain; each has one successor at most, which ``dict.setdefault`` decides
@@ -15,7 +15,7 @@ from ..errors import StreamerError
 
 class Pass:
     """Token of one pass, held by the pass alone: if an interrupt keeps it from being ``over``,
-    the turn still ends when the pass's frame goes."""
+    its claim still ends when the pass's frame goes."""
 
     __slots__ = ("__weakref__", "over", "thread")
 
@@ -49,7 +49,7 @@ class _Claim:
         return self._successor.setdefault(None, successor) is successor
 
 
-class Turns:
+class Claims:
     """Which pass may advance. Thread rules: any thread."""
 
     def __init__(self) -> None:

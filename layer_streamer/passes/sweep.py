@@ -12,7 +12,7 @@ from ..progress import ProgressBar
 from ..transport.pipeline import Pipeline
 from ..transport.pool import Weights
 from .caller import Caller
-from .claims import Pass, Turns
+from .claims import Claims, Pass
 from .statics import Statics
 
 Sweep: TypeAlias = Generator[tuple[int, Weights], None, None]
@@ -24,7 +24,7 @@ class Parts(NamedTuple):
     pipeline: Pipeline
     caller: Caller
     statics: Statics
-    turns: Turns
+    claims: Claims
     track_progress: bool
 
     def closed(self) -> bool:
@@ -40,7 +40,7 @@ def sweep(parts: Parts, owner: object, *, guarded: bool) -> Sweep:
     devices = parts.pipeline.devices
     bar, unfinished = None, False
     try:
-        parts.turns.claim(current)
+        parts.claims.claim(current)
         caller.begin()
         unfinished = True
         if parts.track_progress:
@@ -48,7 +48,7 @@ def sweep(parts: Parts, owner: object, *, guarded: bool) -> Sweep:
         for index in range(length):
             with devices[index % len(devices)].guard() if guarded else nullcontext():
                 yield caller.take()
-                if not parts.turns.has(current):
+                if not parts.claims.has(current):
                     raise SupersededError("this sweep was overtaken by a newer pass")
                 caller.give_back()
             if bar is not None:
@@ -69,5 +69,5 @@ def _end(parts: Parts, current: Pass) -> None:
     A sweep that is finalized on another thread leaves that to the next pass, which finds out.
     """
     mine = current.thread is threading.current_thread()
-    if mine and not parts.closed() and parts.turns.has(current):
+    if mine and not parts.closed() and parts.claims.has(current):
         parts.caller.abort()

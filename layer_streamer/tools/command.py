@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
@@ -53,10 +53,10 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", action="append", metavar="D", help=help_text)
 
 
-def add_streamer_options(parser: argparse.ArgumentParser, *but: str) -> None:
-    """What a streamer can be told, but for ``but``: a group of the help."""
+def add_streamer_options(parser: argparse.ArgumentParser) -> None:
+    """What a streamer can be asked for: a group of the help."""
     group = parser.add_argument_group("the streamer (docs/concepts.md)")
-    for name, option in _given_on_command_lines(but):
+    for name, option in _given_on_command_lines():
         meaning = option.meaning.replace("`", "").replace("%", "%%")
         kind, metavar = KINDS[option.kind or "word"]
         group.add_argument(
@@ -69,17 +69,14 @@ def add_streamer_options(parser: argparse.ArgumentParser, *but: str) -> None:
 
 def streamer_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those that were named, as keywords."""
-    given = {name: getattr(args, name, None) for name, _ in _given_on_command_lines(())}
+    given = {name: getattr(args, name, None) for name, _ in _given_on_command_lines()}
     given["device"] = getattr(args, "device", None)
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _given_on_command_lines(but: Sequence[str]) -> list[tuple[str, Any]]:
+def _given_on_command_lines() -> list[tuple[str, Any]]:
     return [
-        (name, option)
-        for option in OPTIONS
-        for name in option.names
-        if option.kind is not None and name not in but
+        (name, option) for option in OPTIONS for name in option.names if option.kind is not None
     ]
 
 

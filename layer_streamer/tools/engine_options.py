@@ -62,7 +62,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("--prefill-chunk", type=one, metavar="N", help="tokens through a layer at a time (2048)")
     add("--plan", action="store_true", help="say first where everything will be")
     add("--timeline", type=Path, metavar="FILE", help="save the last pass for ui.perfetto.dev")
-    add_streamer_options(parser, "reserve_bytes")
+    add_streamer_options(parser)
 
 
 def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:

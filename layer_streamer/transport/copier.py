@@ -33,7 +33,7 @@ class Memcpy(Stage):
         super().__init__("layer-streamer-memcpy", control, lane_idx)
         self.source_bell = Bell()
         self.target_bell = Bell()
-        self.freed: Callable[[LaneRun], int] = lambda lane_run: 0
+        self.num_emptied: Callable[[LaneRun], int] = lambda lane_run: 0
         """How many of the lane's steps from disk have been copied out of the target."""
         self._schedule = schedule
         self._order = order
@@ -61,7 +61,7 @@ class Memcpy(Stage):
     def await_slot(self, lane_run: LaneRun, n: int) -> bool:
         """Wait until the copies out of this slot have been enqueued."""
         count = self._target.count
-        return self.await_true(lane_run.run, lambda: self.freed(lane_run) > n - count)
+        return self.await_true(lane_run.run, lambda: self.num_emptied(lane_run) > n - count)
 
     def wait_reusable(self, slot: int) -> None:
         """Block until the device has read what it was to copy from the slot."""
@@ -70,7 +70,7 @@ class Memcpy(Stage):
     def _move(self, lane_run: LaneRun, n: int, number: int) -> None:
         run, index, slot = lane_run.run, self._schedule.index(number), n % self._target.count
         self.wait_reusable(slot)
-        in_use = n + 1 - self.freed(lane_run)
+        in_use = n + 1 - self.num_emptied(lane_run)
         self._schedule.note_peak(run, number, self._order, self._target.name, in_use)
         clock = self._schedule.clock(run, number)
         clock.memcpy_begin[index] = time.perf_counter()
@@ -110,7 +110,7 @@ class Copier(Stage):
         self._allocated.record(device.current_stream())
 
     def prepare(self) -> None:
-        self._device.enter_thread(self.stream)
+        self._device.use_in_this_thread(self.stream)
         self.order_after_allocation(self.stream)
 
     def order_after_allocation(self, stream: Stream) -> None:
@@ -155,7 +155,7 @@ class Copier(Stage):
     def _take_reads(self, lane_run: LaneRun, n: int, number: int) -> bool:
         """Enqueue what comes from disk, part by part; False once the run is over.
 
-        What has failed is counted as taken, too: its host slots are free again.
+        What has failed is counted as well: its host slots are free again.
         """
         run, read = lane_run.run, self._orders.read
         index, clock = self._schedule.index(number), self._schedule.clock(run, number)
@@ -168,7 +168,7 @@ class Copier(Stage):
                     self._target.enqueue_read(n, k, index, clock, self.stream)
                 except BaseException as error:
                     run.failures.setdefault(number, error)
-            lane_run.taken = k + 1
+            lane_run.enqueued = k + 1
             self.source_bell.ring()
         return True
 
@@ -208,4 +208,4 @@ class Copier(Stage):
         moved.record(self.stream)
         moved.wait(fresh)
         self.stream, self._next_stream = fresh, None
-        self._device.enter_thread(fresh)
+        self._device.use_in_this_thread(fresh)

@@ -195,7 +195,7 @@ class Lane:
         self.stages = [*([feeder] if feeder is not None else []), *later]
         if feeder is not None:
             feeder.others = later
-            feeder.freed = self._freed()
+            feeder.num_emptied = self._num_emptied()
         self._connect_bells(feeder, caller_bell)
 
     def name_pools(self, prefix: str) -> None:
@@ -211,7 +211,7 @@ class Lane:
         self.reader = Reader(schedule, order, files, control, pools[0].count)
         if len(pools) == 2:
             self.memcpy = Memcpy(control, lane_idx, schedule, order, *pools)
-            self.memcpy.freed = taken
+            self.memcpy.num_emptied = num_enqueued
         feeder = Feeder(control, lane_idx, schedule, order, self.reader, pools[0])
         slots, faults = pools[0].arena.bytes, self.residents.jobs
         if self.parts is None:
@@ -230,13 +230,13 @@ class Lane:
             return RingTarget(self.parts, source, *what)
         return DeviceTarget(*what)
 
-    def _freed(self) -> Callable[[LaneRun], int]:
+    def _num_emptied(self) -> Callable[[LaneRun], int]:
         """Steps that have been taken out of the pool that the readers fill."""
         if self.device.unified:
             return self.orders.released
         if self.memcpy is not None:
             return lambda lane_run: lane_run.staged.done
-        return taken
+        return num_enqueued
 
     def _connect_bells(self, feeder: Feeder | None, caller_bell: Bell) -> None:
         """Each stage wakes the one whose output slot it frees and the one it hands on to."""
@@ -262,6 +262,6 @@ class Lane:
             self.filler_bell = filler.bell
 
 
-def taken(lane_run: LaneRun) -> int:
+def num_enqueued(lane_run: LaneRun) -> int:
     """Steps (parts) from disk whose copies out of host memory have been enqueued."""
-    return lane_run.taken
+    return lane_run.enqueued

@@ -190,7 +190,7 @@ class Feeder(Stage):
     ) -> None:
         super().__init__("layer-streamer-feed", control, lane_idx)
         self.others: Sequence[Stage] = ()
-        self.freed: Callable[[LaneRun], int] = lambda lane_run: 0
+        self.num_emptied: Callable[[LaneRun], int] = lambda lane_run: 0
         """How many of the lane's steps from disk have been taken out of the pool."""
         self.jobs: Callable[[int, int, int], Sequence[Sequence[Piece]]] = lambda n, index, slot: []
         """The reads that bring the lane's ``n``-th step or part, of step ``index``, into a slot."""
@@ -210,7 +210,7 @@ class Feeder(Stage):
             slot = n % self._pool.count
             try:
                 self.wait_reusable(slot)
-                in_use = n + 1 - self.freed(lane_run)
+                in_use = n + 1 - self.num_emptied(lane_run)
                 self._schedule.note_peak(run, number, self._order, self._pool.name, in_use)
                 jobs = self.jobs(n, self._schedule.index(number), slot)
             except BaseException as error:
@@ -222,7 +222,7 @@ class Feeder(Stage):
     def await_slot(self, lane_run: LaneRun, n: int) -> bool:
         """Wait until the step that had this slot before has been taken out of it."""
         count = self._pool.count
-        return self.await_true(lane_run.run, lambda: self.freed(lane_run) > n - count)
+        return self.await_true(lane_run.run, lambda: self.num_emptied(lane_run) > n - count)
 
     def wait_reusable(self, slot: int) -> None:
         """Block until the device has read what it was to copy from the slot."""

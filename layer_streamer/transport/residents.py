@@ -84,7 +84,7 @@ class Loader:
                 for key, spec in steps[i].tensors.items():
                     tasks += self._cut_tensor(spec, tensors[key], bounces)
                 base += nbytes
-            self._run(tasks, bounces.enter_thread)
+            self._run(tasks, bounces.use_in_this_thread)
         finally:
             bounces.close()
 
@@ -216,10 +216,10 @@ class _Bounces:
         self._free = list(self._arena.slots)
         self._local = threading.local()
 
-    def enter_thread(self) -> None:
+    def use_in_this_thread(self) -> None:
         """Give the calling thread a bounce of its own."""
         stream = self._device.new_stream()
-        self._device.enter_thread(stream)
+        self._device.use_in_this_thread(stream)
         self.order_after_allocation(stream)
         self._local.bounce = _Bounce(self._free.pop(), stream, self._device.new_event())
 

@@ -68,18 +68,18 @@ class LaneRun:
 
     Each Progress belongs to its stage. ``read`` and ``staged`` count the steps that come from disk
     (their parts, where they pass through a ring), ``copied`` those that go through the device's
-    slots. ``taken`` is the copier's as well: the steps or parts from disk whose copies out of host
-    memory have been enqueued.
+    slots. ``enqueued`` is the copier's as well: the steps or parts from disk whose copies out of
+    host memory have been enqueued.
     """
 
-    __slots__ = ("copied", "read", "run", "staged", "taken")
+    __slots__ = ("copied", "enqueued", "read", "run", "staged")
 
     def __init__(self, run: Run, read: Progress, staged: Progress, copied: Progress) -> None:
         self.run = run
         self.read = read
         self.staged = staged
         self.copied = copied
-        self.taken = 0
+        self.enqueued = 0
 
 
 class Run:

@@ -70,7 +70,9 @@ def one_slot_early(count: Callable[[Any], int]) -> Any:
     """A wait for a free slot that takes the slot one step before it is free."""
 
     def await_slot(stage: Any, lane_run: LaneRun, n: int) -> bool:
-        return stage.await_true(lane_run.run, lambda: stage.freed(lane_run) >= n - count(stage))
+        return stage.await_true(
+            lane_run.run, lambda: stage.num_emptied(lane_run) >= n - count(stage)
+        )
 
     return await_slot
 
@@ -131,7 +133,7 @@ def all_parts_but_the_last_in_time(copier: Copier, lane_run: LaneRun, n: int, nu
 
 def change_stream_at_once(copier: Copier, fresh: FakeStream) -> None:
     copier.stream, copier._next_stream = fresh, None
-    copier._device.enter_thread(fresh)
+    copier._device.use_in_this_thread(fresh)
 
 
 take_reads = Copier._take_reads

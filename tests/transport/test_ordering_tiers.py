@@ -86,7 +86,7 @@ def one_more(count: Callable[[Orders, LaneRun], int]) -> Any:
 
 def one_slot_early(feeder: Feeder, lane_run: LaneRun, n: int) -> bool:
     count = feeder._pool.count
-    return feeder.await_true(lane_run.run, lambda: feeder.freed(lane_run) >= n - count)
+    return feeder.await_true(lane_run.run, lambda: feeder.num_emptied(lane_run) >= n - count)
 
 
 def one_read_early(copier: Copier, lane_run: LaneRun, n: int) -> bool:

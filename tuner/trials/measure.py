@@ -62,14 +62,14 @@ class Candidate:
         self.stage = "start"
 
     def measure(self) -> dict[str, Any]:
-        """The whole trial; what is to be told of it at the end."""
+        """The whole trial; its result."""
         spec = self._spec
         arguments = {**decode_model(spec.model), **spec.settings}
         streamer, run = self._open_engine(arguments) if spec.engine else self._open(arguments)
         cache = PageCache(streamer.manifest.files)
         for number in range(1, spec.n_runs + 1):
             self._run(streamer, run, cache, number)
-        return self._told(streamer)
+        return self._result(streamer)
 
     def _open(self, arguments: dict[str, Any]) -> tuple[LayerStreamer, Callable[[], object]]:
         """A streamer, and what setup_fn returns for it."""
@@ -154,7 +154,7 @@ class Candidate:
             {"seconds": seconds, "device_peak": device_peak(devices), "parts": parts}
         )
 
-    def _told(self, streamer: LayerStreamer) -> dict[str, Any]:
+    def _result(self, streamer: LayerStreamer) -> dict[str, Any]:
         report = streamer.last_pass
         steps = report.steps if report is not None else {}
         return {

@@ -20,16 +20,16 @@ def make_record(
     ``garbage``: bytes on the descriptor for results that were not the child's own.
     """
     now = time.monotonic()
-    told = course.result if course.result is not None and course.verdict is None else None
+    result = course.result if course.result is not None and course.verdict is None else None
     ending, detail = _ending(course, report, garbage)
-    if told is not None:
-        ending, detail = "ok", str(told["notes"])
+    if result is not None:
+        ending, detail = "ok", str(result["notes"])
     elif ending == "slower":
         since = course.elapsed(now) - course.elapsed(ended)
         detail += f"; ended after {course.elapsed(ended):.3f} s, gone {since:.3f} s later"
     elif report.tail.strip():
         detail += f"\nThe end of what it printed:\n{_plain(report.tail)}"
-    told = told or {}
+    result = result or {}
     return TrialRecord(
         settings=dict(settings),
         ending=ending,
@@ -37,10 +37,10 @@ def make_record(
         run_seconds=tuple(course.run_seconds),
         parts={name: tuple(seconds) for name, seconds in course.parts.items()},
         warm_up_seconds=course.warm_up_seconds,
-        step_bytes=told.get("step_bytes", {}),
-        stalled_seconds=told.get("stalled_seconds", {}),
-        pass_seconds=told.get("pass_seconds", 0.0),
-        peak_device_bytes=max(course.device_peak, told.get("device_peak", 0)),
+        step_bytes=result.get("step_bytes", {}),
+        stalled_seconds=result.get("stalled_seconds", {}),
+        pass_seconds=result.get("pass_seconds", 0.0),
+        peak_device_bytes=max(course.device_peak, result.get("device_peak", 0)),
         peak_host_bytes=report.peak,
         trial_seconds=now - course.began,
     )

@@ -33,7 +33,7 @@ LAST_CHUNKS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the supervisor told at the end."""
+    """What the supervisor reported at the end."""
 
     status: int | None
     """The candidate's, as wait() has it. None: not known."""
@@ -131,8 +131,8 @@ class CandidateProcess:
         for key, _ in self._selector.select(max(0.0, seconds)):
             if key.fd == self._results:
                 messages += self._hear()
-            elif key.fd == self._told:
-                data = os.read(self._told, CHUNK_NBYTES)
+            elif key.fd == self._report_descriptor:
+                data = os.read(self._report_descriptor, CHUNK_NBYTES)
                 self._said += data
                 self._ended = self._ended or not data
         return messages, self._ended
@@ -169,8 +169,8 @@ class CandidateProcess:
         assert self._supervisor.stdin is not None
         assert self._supervisor.stdout is not None
         self._lifeline = enter(self._supervisor.stdin)
-        self._told = enter(self._supervisor.stdout).fileno()
-        for descriptor in (self._results, self._told):
+        self._report_descriptor = enter(self._supervisor.stdout).fileno()
+        for descriptor in (self._results, self._report_descriptor):
             os.set_blocking(descriptor, False)
             self._selector.register(descriptor, selectors.EVENT_READ)
 
@@ -189,10 +189,10 @@ class CandidateProcess:
 
     def _report(self, status: int) -> Report:
         try:
-            told = json.loads(self._said)
+            report = json.loads(self._said)
         except ValueError:
             return Report(None, supervisor_status=status or 1)
-        return Report(**told, supervisor_status=0)
+        return Report(**report, supervisor_status=0)
 
 
 def end_marked(marker: str) -> None:

@@ -62,7 +62,7 @@ class Supervisor:
         self._passed: int | None = None
         self._status: int | None = None
         self._tail = b""
-        self._told_to_end = False
+        self._asked_to_end = False
         self._known: set[int] = set()
         self._next_scan = 0.0
         self._oom_kills = _oom_kills()
@@ -102,7 +102,7 @@ class Supervisor:
         ready, _, _ = select.select([0, *open_output], [], [], TICK_SECONDS)
         if self._output in ready:
             self._drain()
-        if 0 in ready or self._told_to_end or os.getppid() != self._orders["parent"]:
+        if 0 in ready or self._asked_to_end or os.getppid() != self._orders["parent"]:
             return True
         self._reap()
         return self._status is not None or self._too_large()
@@ -166,7 +166,7 @@ class Supervisor:
                 self._status = status
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._told_to_end = True
+        self._asked_to_end = True
 
 
 def _start(orders: Orders, output: int) -> int:

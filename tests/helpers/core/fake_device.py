@@ -148,7 +148,7 @@ class FakeDevice:
     def current_stream(self) -> FakeStream:
         return getattr(self._thread, "stream", self.default_stream)
 
-    def enter_thread(self, stream: FakeStream) -> None:
+    def use_in_this_thread(self, stream: FakeStream) -> None:
         self._thread.stream = stream
 
     @contextmanager
