@@ -78,7 +78,9 @@ class LayerSpec:
     """The tensors of one layer, keyed without the layer's prefix."""
 
     layer_idx: int
+    """Its number in the checkpoint, from 0."""
     tensors: Mapping[str, TensorSpec]
+    """By name without the prefix."""
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +111,7 @@ class Manifest:
     format: str
     """"safetensors", "gguf" or "tensor_info"."""
     layers: tuple[LayerSpec, ...]
+    """In order, 0 to n - 1."""
     static: Mapping[str, TensorSpec]
     """Tensors outside the layers, by full name."""
     files: Mapping[Path, FileStamp]
@@ -120,6 +123,7 @@ class Manifest:
 
     @property
     def num_layers(self) -> int:
+        """How many layers there are."""
         return len(self.layers)
 
     @property

@@ -40,14 +40,19 @@ class Plan:
     """Where each step lives and how it is read. ``str()`` of it is a table."""
 
     machine: Machine
+    """What it was made for: devices, free bytes, rates."""
     sizes: tuple[StepSize, ...]
+    """By step, the bytes that it reads, copies and takes in memory."""
     placement: Placement
+    """By step, its tier; the bytes that slots and resident layers take."""
     read_mode: Literal["mapped", "direct", "buffered"]
     """How files are asked to be read; OpenFiles says which of them refused."""
     reason: str
     """Why they are read so."""
     predicted: Prediction | None
+    """Seconds a pass, and of its parts; None: a rate that counts is not known."""
     read_threads: int
+    """Threads that read, for each device."""
     read_chunk: int
     """Bytes that one thread reads at a stretch."""
     layers: tuple[int, ...]

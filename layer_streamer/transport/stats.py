@@ -33,6 +33,7 @@ class StepReport:
     """What one step (read, memcpy, copy or compute) did for one pass."""
 
     name: str
+    """"read", "memcpy", "copy" or "compute"."""
     bytes: int
     """Bytes it moved for this pass (compute: bytes of weights it was given)."""
     busy_seconds: float
@@ -40,6 +41,7 @@ class StepReport:
     stalled_seconds: float
     """Time since the pass began in which it stood still between layers: no input or no slot."""
     spans: tuple[Span, ...] = field(repr=False)
+    """When it worked on which layer, on the timeline of the pass."""
 
     @property
     def gb_per_s(self) -> float:

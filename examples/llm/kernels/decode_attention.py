@@ -150,7 +150,7 @@ def combine_parts(  # noqa: PLR0913 - a kernel has no records
 
 
 @triton.jit
-def rotate(  # noqa: PLR0913 - a kernel has no records
+def rope(  # noqa: PLR0913 - a kernel has no records
     x: tl.tensor,
     cosines: tl.tensor,
     sines: tl.tensor,
@@ -211,15 +211,11 @@ def rotate_and_store(  # noqa: PLR0913 - a kernel has no records
     memory += place * (2 * GROUPS * WIDTH)
     if head < HEADS:
         out = turned + (token * HEADS + head) * WIDTH
-        rotate(
-            q + token * q_token + head * q_head, cosines, sines, out, WIDTH, COLUMNS, INTERLEAVED
-        )
+        rope(q + token * q_token + head * q_head, cosines, sines, out, WIDTH, COLUMNS, INTERLEAVED)
     elif head < HEADS + GROUPS:
         group = head - HEADS
         out = memory + group * WIDTH
-        rotate(
-            k + token * k_token + group * k_head, cosines, sines, out, WIDTH, COLUMNS, INTERLEAVED
-        )
+        rope(k + token * k_token + group * k_head, cosines, sines, out, WIDTH, COLUMNS, INTERLEAVED)
     else:
         group = head - HEADS - GROUPS
         column = tl.arange(0, 2 * COLUMNS)

@@ -52,7 +52,7 @@ def silu_times(gate: tl.tensor, up: tl.tensor, count: int, BLOCK: tl.constexpr) 
 
 
 @triton.jit
-def rotate(  # noqa: PLR0913 - a kernel has no records
+def rope(  # noqa: PLR0913 - a kernel has no records
     x: tl.tensor,
     out: tl.tensor,
     table: tl.tensor,
@@ -113,8 +113,8 @@ def rotate_pairs(  # noqa: PLR0913 - a kernel has no records
     first = tl.program_id(1) * HEADS
     past = tl.cdiv(q_heads, HEADS) * HEADS
     if first < past:
-        rotate(q, q_out, table, first, q_heads, tokens, q_head, q_token, sines, rows,
+        rope(q, q_out, table, first, q_heads, tokens, q_head, q_token, sines, rows,
              HALF, INTERLEAVED, HEADS, BLOCK)  # fmt: skip
     else:
-        rotate(k, k_out, table, first - past, k_heads, tokens, k_head, k_token, sines, rows,
+        rope(k, k_out, table, first - past, k_heads, tokens, k_head, k_token, sines, rows,
              HALF, INTERLEAVED, HEADS, BLOCK)  # fmt: skip
