@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoint.manifest import Manifest
 from ..errors import TuneError
-from ..planning.layout import CASTABLE
+from ..measuring.rawspeed import packed_share
 from ..planning.plan import Machine
 from .fingerprint import describe_tune, digest
 from .model import Model
@@ -224,9 +224,7 @@ class Session:
 
 def _warn_of_packed(manifest: Manifest) -> None:
     """Say so where the stand-in has next to nothing to compute with."""
-    tensors = [spec for layer in manifest.layers for spec in layer.tensors.values()]
-    packed = sum(spec.nbytes for spec in tensors if spec.dtype not in CASTABLE)
-    share = packed / max(sum(spec.nbytes for spec in tensors), 1)
+    share = packed_share(manifest)
     if share > 0.5:
         logger.warning(
             "%.0f %% of the layers' bytes are packed, and the stand-in for the compute does no "

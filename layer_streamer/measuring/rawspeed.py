@@ -203,6 +203,13 @@ class Load:
         return self._inputs[key]
 
 
+def packed_share(manifest: Manifest) -> float:
+    """Share of the layers' bytes with which :class:`Load` computes nothing: packed weights."""
+    specs = [spec for layer in manifest.layers for spec in layer.tensors.values()]
+    packed = sum(spec.nbytes for spec in specs if spec.dtype not in CASTABLE)
+    return packed / max(sum(spec.nbytes for spec in specs), 1)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the work on the current stream of a device, as a caller that reads a result does.
 

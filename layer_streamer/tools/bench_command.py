@@ -19,12 +19,15 @@ from .command import (
     add_model,
     add_streamer_options,
     publish,
+    say,
     streamer_options,
 )
 
 if TYPE_CHECKING:
     from ..measuring.bench import Bench, Outcome
 
+MOST_PACKED = 0.5
+"""Share of the layers' bytes above which it is worth a line."""
 PASSES = "timed passes (5); in place of those beside which the limit drifted, up to 2 N more"
 
 
@@ -55,10 +58,16 @@ def run(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, bench: Bench) -> Outcome:
     """Run it, with a bar over the measurements."""
+    from ..checkpoint.formats import read_manifest
     from ..measuring.bench import run_bench
+    from ..measuring.rawspeed import packed_share
     from ..progress import ProgressBar
     from ..streamer import LayerStreamer
 
+    options = streamer_options(args)
+    manifest = read_manifest(args.model, options.pop("layer_pattern", None))
+    if bench.tokens and (share := packed_share(manifest)) > MOST_PACKED:
+        say(f"{share:.0%} of the layers' bytes are packed: nothing is computed with them here")
     bars = list[ProgressBar]()
     with ExitStack() as stack:
 
@@ -71,5 +80,4 @@ def measure(args: argparse.Namespace, bench: Bench) -> Outcome:
             bars[0].total = total
             bars[0].set_description_str(name)
 
-        options = streamer_options(args)
-        return run_bench(lambda: LayerStreamer.from_checkpoint(args.model, **options), bench, show)
+        return run_bench(lambda: LayerStreamer.from_checkpoint(manifest, **options), bench, show)

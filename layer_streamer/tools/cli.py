@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -62,7 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 formatter_class=argparse.RawDescriptionHelpFormatter,
             )
             command.add_arguments(parser)
-            code: int | None = command.run(parser.parse_args(argv[1:]))
+            parser.add_argument("-v", "--verbose", action="store_true", help="say more, on stderr")
+            args = parser.parse_args(argv[1:])
+            logging.basicConfig(
+                format="%(message)s", level=logging.INFO if args.verbose else logging.WARNING
+            )
+            code: int | None = command.run(args)
             return code or 0
     except KeyboardInterrupt:
         if sys.stderr.isatty():

@@ -206,6 +206,13 @@ def test_a_system_that_does_not_tell_what_came_from_disk_gives_no_figure(
     assert "disk: unknown a pass" in table
 
 
+def test_packed_layers_are_said_to_be_no_work_for_the_stand_in(tmp_path: Path, capsys: Any) -> None:
+    packed = {f"model.layers.{i}.w": torch.zeros(64, 64, dtype=torch.uint8) for i in range(3)}
+    write_safetensors(tmp_path / "model.safetensors", packed)
+    assert main(["bench", str(tmp_path), *map(str, FEW)]) == 0
+    assert "100% of the layers' bytes are packed" in capsys.readouterr().err
+
+
 def test_bytes_from_disk_are_those_of_one_pass(model: Path, monkeypatch: Any, capsys: Any) -> None:
     counters = iter([1000, 1000 + 2 * 777])
     monkeypatch.setattr(bench_module, "bytes_from_disk", lambda: next(counters))

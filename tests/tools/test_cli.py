@@ -111,6 +111,15 @@ def test_json_is_for_programs_and_the_table_for_people(
     assert capsys.readouterr().out.splitlines() == table
 
 
+@pytest.mark.parametrize(("options", "lines"), [([], 0), (["-v"], 1)])
+def test_what_is_only_of_interest_is_said_when_asked_for(
+    model: Path, options: list[str], lines: int
+) -> None:
+    command = [*COMMAND, "plan", str(model), "--device", "cpu", "--batch-gpu", "99", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.count("batch") == lines
+
+
 def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
     command = f"{sys.executable} -m layer_streamer inspect {model} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False)
