@@ -112,12 +112,16 @@ def test_json_is_for_programs_and_the_table_for_people(
 
 
 @pytest.mark.parametrize(("options", "lines"), [([], 0), (["-v"], 1)])
-def test_what_is_only_of_interest_is_said_when_asked_for(
-    model: Path, options: list[str], lines: int
-) -> None:
-    command = [*COMMAND, "plan", str(model), "--device", "cpu", "--batch-gpu", "99", *options]
+def test_what_is_only_of_interest_is_said_when_asked_for(options: list[str], lines: int) -> None:
+    script = (
+        "import logging, sys\n"
+        "from layer_streamer.tools import cli, inspect_command\n"
+        "inspect_command.run = lambda args: logging.getLogger('layer_streamer.x').info('detail')\n"
+        "sys.exit(cli.main(['inspect', 'x', *sys.argv[1:]]))\n"
+    )
+    command = [sys.executable, "-c", script, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stderr.count("batch") == lines
+    assert done.stderr == "detail\n" * lines
 
 
 def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
