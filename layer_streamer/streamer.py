@@ -195,7 +195,7 @@ class LayerStreamer:
 
     @property
     def closed(self) -> bool:
-        """True once ``close`` has begun. Thread rules: any thread."""
+        """True after ``close``. Thread rules: any thread."""
         return self._parts is None
 
     @property
