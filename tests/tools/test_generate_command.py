@@ -18,6 +18,7 @@ from assets import (
     tiny_model,
 )
 from paths import ROOT
+from safetensors.torch import save_file
 
 from layer_streamer.llm.metadata import load_tokenizer
 from layer_streamer.tools import cli
@@ -121,6 +122,24 @@ def test_a_prompt_from_stdin_loses_the_newline_of_its_line_only(tiny, capfd, mon
     monkeypatch.setattr("sys.stdin", stdin)
     assert main(directory, "--prompt", "-", *options) == 0
     assert capfd.readouterr().out == expected
+
+
+def test_layers_are_found_by_the_pattern_that_is_named(tiny, capfd):
+    options = ("--prompt", "Hi", "--max-new-tokens", 3)
+    assert main(tiny[0], *options, "--layer-pattern", "model.layers.{i}.") == 0
+    named = capfd.readouterr().out
+    assert main(tiny[0], *options) == 0
+    assert capfd.readouterr().out == named
+    assert main(tiny[0], *options, "--layer-pattern", "blk.{i}.") == 2
+    assert "no layers found (tried blk.{i}.)" in capfd.readouterr().err
+
+
+def test_a_model_of_another_type_is_named_before_any_pattern_is_asked_for(tmp_path, capfd):
+    save_file({"encoder.0.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    assert main(tmp_path, "--prompt", "Hi") == 2
+    err = capfd.readouterr().err
+    assert "mamba" in err and "layer_pattern" not in err
 
 
 def test_a_seed_repeats_a_sampled_text(tiny, capfd):
