@@ -1,4 +1,4 @@
-"""What a checkpoint holds, for people: ``python -m layer_streamer inspect``. Pure.
+"""What a checkpoint holds, for people: ``layer-streamer inspect``. Pure.
 
 A table for the reader, and the same as one JSON document.
 """

@@ -151,7 +151,7 @@ class Plan:
         if self.predicted is None:
             if self.read_mode == "mapped" and self.machine.unified:
                 return "no prediction: how fast a CPU takes pages in is not among the limits"
-            return "no prediction: rates are unknown (python -m layer_streamer probe measures them)"
+            return "no prediction: rates are unknown (layer-streamer probe measures them)"
         parts, where = self.predicted, ""
         if self.cached is not None:
             where = f" with {self.cached:.0%} of the files in the page cache"

@@ -93,6 +93,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a real tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     sizes = {"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 32}
+    sizes["max_position_embeddings"] = 1024  # what a tune of the engine takes by default
     tiny_checkpoint(folder, tiny_model("qwen2", **sizes))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(smollm2_metadata() / name, folder)

@@ -18,10 +18,11 @@ from support import FailingDisk, Witness, make_device, open_checkpoint, raw
 
 from layer_streamer import ConfigError, LayerStreamer, ReadError, plan_checkpoint
 
-COUNT = 12
-"""Twice as many layers as the routes are made for: half of them have room where those have."""
+COUNT = 20
+"""Half of them are more than the slots of a route and its resident layers have room for, also
+where the chosen layers lie so that a slot is twice as large as a layer."""
 CHOICES: dict[str, Sequence[int]] = {
-    "some in any order": [7, 2, 3, 9, 0, 11],
+    "some in any order": [7, 2, 13, 9, 0, 11, 19, 4, 16, 5],
     "every second": range(0, COUNT, 2),
     "the last half, reversed": range(COUNT - 1, COUNT // 2 - 1, -1),
 }
@@ -104,7 +105,7 @@ def test_the_tail_comes_after_the_last_chosen_layer_and_is_numbered_after_all_la
         assert seen == [3, 1, *range(COUNT, COUNT + len(rows))] == list(streamer.plan.layers)
         assert streamer.num_steps == len(seen)
         assert torch.equal(torch.cat(rows), raw(model[1][TAIL[0]]))
-        with pytest.raises(ConfigError, match=r"layers\[0\]=12: must be an int from 0 to 11"):
+        with pytest.raises(ConfigError, match=r"layers\[0\]=20: must be an int from 0 to 19"):
             open_checkpoint(None, model[0], layers=[COUNT], tail=TAIL)
 
 
@@ -148,11 +149,11 @@ def test_an_error_names_the_layer_by_its_index_in_the_checkpoint(
     [
         ([], r"layers=\[\]: must name at least one layer"),
         (range(0), r"layers=range\(0, 0\): must name at least one layer"),
-        ([0, 12], r"layers\[1\]=12: must be an int from 0 to 11"),
-        ([-1], r"layers\[0\]=-1: must be an int from 0 to 11"),
+        ([0, 20], r"layers\[1\]=20: must be an int from 0 to 19"),
+        ([-1], r"layers\[0\]=-1: must be an int from 0 to 19"),
         ([0, 3, 0], r"layers\[2\]=0: is named twice"),
-        ([0, True], r"layers\[1\]=True: must be an int from 0 to 11"),
-        (["0"], r"layers\[0\]='0': must be an int from 0 to 11"),
+        ([0, True], r"layers\[1\]=True: must be an int from 0 to 19"),
+        (["0"], r"layers\[0\]='0': must be an int from 0 to 19"),
         ("01", "layers='01': must be a list of layer indices"),
         (3, "layers=3: must be a list of layer indices"),
     ],

@@ -40,7 +40,7 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str
 def test_without_rates_the_table_says_how_to_get_a_prediction(model: Path, capsys: Any) -> None:
     table, document = planned(capsys, model, *CPU)
     assert "6 layers" in table.splitlines()[0]
-    assert "python -m layer_streamer probe" in table
+    assert "layer-streamer probe" in table
     assert document["predicted"] is None
     assert document["devices"] == ["cpu"]
     assert document["tiers"] == ["disk"] * 6

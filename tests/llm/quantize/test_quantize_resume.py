@@ -254,7 +254,7 @@ def test_runs_that_are_killed_at_random_moments_are_gone_on_with(case, tmp_path)
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     kills, finished = map(int, result.stdout.splitlines()[-1].split())
-    assert kills > 20 and finished > 2
+    assert kills > 10 and finished > 2
 
 
 def test_options_are_kept_as_json_that_says_them(made, tmp_path, monkeypatch):
