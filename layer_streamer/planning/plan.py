@@ -80,8 +80,9 @@ class Plan:
     def limits(self) -> dict[str, float]:
         """By step of a byte's way, the measured limit in bytes a second, where it is known.
 
-        Of buffered reads only that of the page cache, and where it had the files: what the disk can
-        do is no limit once they are in it.
+        Of direct reads alone: what the disk can do is no limit of reads from the page cache, and
+        what a probe copied out of that is none either. Such a copy is the faster the more of it
+        stays in the processor's caches, which differs from pass to pass.
         """
         rates, limits = self.rates, dict[str, float]()
         together = rates.copy_together
@@ -89,10 +90,8 @@ class Plan:
             together = sum(rate for rate in rates.copy if rate is not None)
         if together is not None and not self.machine.unified:
             limits["copy"] = together
-        direct = self.read_mode == "direct" and self.machine.rates.read is not None
-        cached = self.cached is not None and self.cached >= CACHED
-        if rates.read is not None and (direct or cached):
-            limits["read"] = rates.read
+        if self.machine.rates.read is not None and self.read_mode == "direct":
+            limits["read"] = self.machine.rates.read
         return limits
 
     def document(self) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def test_the_prediction_is_of_what_moves(
 def test_without_rates_there_is_no_prediction_and_it_says_how_to_get_one(machine: Machine) -> None:
     made = plan(machine)
     assert made.predicted is made.predicted_seconds is None
-    assert "layer_streamer probe" in str(made)
+    assert "layer-streamer probe" in str(made)
     assert made.document()["predicted"] is None
 
 
