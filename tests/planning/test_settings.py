@@ -53,7 +53,11 @@ def opened_by(path: Path, kind: str, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["cpu", "fake"])
-def test_none_is_the_default_of_every_option(tmp_path: Path, kind: str) -> None:
+def test_none_is_the_default_of_every_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # A plan says how much memory there is, which other processes change meanwhile.
+    monkeypatch.setattr("layer_streamer.assembly.available_host_bytes", lambda: 2**33)
     tiny_checkpoint(tmp_path, 9)
     default = opened_by(tmp_path, kind)
     for named in (*([name] for name in OPTIONS), OPTIONS):
