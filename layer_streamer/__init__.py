@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint.formats import read_manifest
+    from .checkpoint.json_file import read_json
     from .checkpoint.manifest import LayerSpec, Manifest, TensorSpec
     from .errors import (
         CheckpointChangedError,
@@ -49,11 +50,13 @@ __all__ = [
     "format_bytes",
     "parse_bytes",
     "plan_checkpoint",
+    "read_json",
     "read_manifest",
 ]
 
 _PLACES = {
     "read_manifest": "checkpoint.formats",
+    "read_json": "checkpoint.json_file",
     **dict.fromkeys(("LayerSpec", "Manifest", "TensorSpec"), "checkpoint.manifest"),
     **dict.fromkeys(("format_bytes", "parse_bytes"), "planning.budget"),
     "Plan": "planning.plan",

@@ -16,8 +16,25 @@ for a change of read-only weights) stays what it is.
 """
 
 
+def printable(text: str) -> str:
+    """``text`` as one line that a terminal can show: what would move a cursor, end the line, or
+    cannot be encoded (a byte of a file's name that is no UTF-8) is written as an escape.
+
+    For every name that comes from a file or a path, wherever people see it.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
 class StreamerError(RuntimeError):
-    """Root of every error that this library raises on purpose."""
+    """Root of every error that this library raises on purpose. Its text is :func:`printable`,
+    whatever names of files and tensors are in it."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class CheckpointError(StreamerError, ValueError):

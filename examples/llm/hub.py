@@ -8,10 +8,11 @@ HF_ENDPOINT if that is set, and not at all with HF_HUB_OFFLINE=1 where the cache
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+
+from layer_streamer import read_json
 
 from .errors import optional_packages
 
@@ -85,8 +86,9 @@ def download(repo: str, choice: str | None = None) -> Path:
 
 
 def choose(repo: str, names: Sequence[str]) -> list[str]:
-    """The weights to take where none were named: the index stands for the files that it lists."""
-    for name in (INDEX, WHOLE):
+    """The weights to take where none were named, as transformers does: the whole model in one file
+    before an index, which stands for the files that it lists."""
+    for name in (WHOLE, INDEX):
         if name in names:
             return [name]
     loose = [name for name in names if name.endswith(".safetensors") and "/" not in name]
@@ -138,7 +140,7 @@ def _choices(repo: str, files: Sequence[Sequence[str]]) -> str:
 def _shards(index: Path, repo: str, names: Sequence[str]) -> list[str]:
     """The files that an index lists; HubError if it is none, or one of them is not there."""
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HubError(f"{repo}: {INDEX} is not an index of safetensors ({error!r})") from error
     for shard in shards:

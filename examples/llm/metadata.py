@@ -7,18 +7,20 @@ directory under the hash of the metadata.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from layer_streamer import Manifest
+from layer_streamer import CheckpointError, Manifest, read_json
 
 from .cache import cache_root
 from .errors import UnsupportedModelError, optional_packages
@@ -34,6 +36,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Any of them is a tokenizer."""
 FOR_SENTENCEPIECE = ("sentencepiece", "google.protobuf")
 """Packages that a tokenizer.model without tokenizer.json needs."""
+MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 CACHE_VERSION = 2
 """Of what is kept of a GGUF file."""
 
@@ -116,17 +119,40 @@ def load_tokenizer(directory: Path) -> Any:
             if found[0] == "tokenizer.model":
                 for package in FOR_SENTENCEPIECE:  # else transformers takes it for another format
                     import_module(package)
-            return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+            with without_marks(directory) as folder:
+                return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
 
     direct = direct_tokenizer(directory, load)
     return load() if direct is None else direct
 
 
+@contextmanager
+def without_marks(directory: Path) -> Iterator[Path]:
+    """The directory; where an editor has put a byte order mark before one of its JSON files, which
+    transformers takes for a fault, a temporary one of links to its files and copies without it."""
+    marked: dict[Path, bytes] = {}
+    for path in directory.glob("*.json"):
+        raw = path.read_bytes()
+        if raw.startswith(MARKS):
+            marked[path] = raw.decode(json.detect_encoding(raw)).encode()
+    if not marked:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for path in directory.iterdir():
+            copy = Path(temporary) / path.name
+            if path in marked:
+                copy.write_bytes(marked[path])
+            else:
+                copy.symlink_to(path.absolute())
+        yield Path(temporary)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UnsupportedModelError(f"{path}: not JSON ({error})") from error
+        content = read_json(path)
+    except CheckpointError as error:
+        raise UnsupportedModelError(str(error)) from error
     if not isinstance(content, dict):
         raise UnsupportedModelError(f"{path}: not a JSON object")
     return content

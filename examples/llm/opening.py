@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from layer_streamer import CheckpointError, LayerStreamer, Manifest, read_manifest
+from layer_streamer import CheckpointError, LayerStreamer, Manifest, read_json, read_manifest
 
 from .hub import find_model
 from .kernels.triton_support import triton_serves
@@ -108,7 +107,7 @@ class Model:
         path = self.directory / "generation_config.json"
         if not path.is_file():
             return {}
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         return found if isinstance(found, dict) else {}
 
 

@@ -10,34 +10,31 @@ file with ``split.no`` (from 0) and ``split.count``.
 
 from __future__ import annotations
 
-import re
 import struct
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .foreign import HEAD_BYTES, foreign_file
 from .ggml_types import GGML_TYPES, GGMLType
 from .gguf_values import U32, Cursor, GGUFArray, Scalar, read_value
 from .header import (
     MAX_FILE_TENSORS,
-    MAX_FILES,
-    MAX_NAME_CHARS,
+    MAX_KEYS,
     Budget,
     Contents,
     HeaderFile,
-    check_name,
+    list_directory,
     open_header,
-    shown,
 )
 from .manifest import FileStamp, FrozenMapping, TensorSpec, check_extents, checked_nbytes
+from .names import MAX_NAME_CHARS, check_name, shown
+from .shards import all_parts, group_parts, part_of
 
-__all__ = ["GGUFArray", "read_gguf", "split_name"]
+__all__ = ["GGUFArray", "read_gguf"]
 
 MAX_DIMS = 4
 """Most dimensions of a GGML tensor (GGML_MAX_DIMS)."""
-
-MAX_KEYS = 16_384
-"""Most keys of one file; real ones have 20 to 60."""
 
 MAX_ALIGNMENT = 1 << 30
 """Largest ``general.alignment``; real files have 32, few a page."""
@@ -48,7 +45,6 @@ MIN_TENSOR_BYTES = 8 + 1 + 4 + 4 + 8
 
 _COUNTS = struct.Struct("<QQ")
 _DIMS = [struct.Struct(f"<{n}QIQ") for n in range(MAX_DIMS + 1)]
-_PART_NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 
 def read_gguf(path: Path) -> Contents:
@@ -57,47 +53,47 @@ def read_gguf(path: Path) -> Contents:
     Packed tensors are raw rows: dtype uint8, shape (..., bytes per row). Reads headers only; the
     metadata is the first part's. Errors: CheckpointError that names the file and its fault.
     """
-    stem, part, total = split_name(path.name)
-    if not 1 <= part <= total <= MAX_FILES:
-        raise CheckpointError(f"{path}: part {part} of {total} (1 to {MAX_FILES} parts are read)")
+    part = part_of(path.name)
+    there = group_parts(list_directory(path.parent)).get(part.model, {}) if part else {}
+    paths = all_parts(path, there)
     budget = Budget()
     tensors: dict[str, TensorSpec] = {}
     files: dict[Path, FileStamp] = {}
     metadata: dict[str, Scalar | GGUFArray] = {}
-    for k in range(1, total + 1):
-        file_path = path.with_name(f"{stem}-{k:05}-of-{total:05}.gguf") if total > 1 else path
-        context = f" (part {k} of {total} of a split checkpoint)" if total > 1 else ""
+    for k, file_path in enumerate(paths):
+        context = f" (part {k + 1} of {len(paths)} of a split checkpoint)" if part else ""
         with open_header(file_path, context) as file:
             keys, specs = _read_header(file, budget)
-        _check_part(file_path, keys, k, total)
+        _check_part(file_path, keys, k, len(paths))
         for name in specs.keys() & tensors.keys():
             raise CheckpointError(f"{file_path}: tensor {name!r} is also in {tensors[name].path}")
         tensors.update(specs)
         files[file_path] = file.stamp
         metadata = metadata or keys
-    claimed = metadata.get("split.tensors.count", len(tensors)) if total > 1 else len(tensors)
+    claimed = metadata.get("split.tensors.count", len(tensors)) if part else len(tensors)
     if claimed != len(tensors):
         raise CheckpointError(
             f"{path}: split.tensors.count is {shown(claimed)}, the parts have {len(tensors)}"
         )
+    _refuse_by_type(path, metadata.get("general.type"))
     return Contents(tensors, FrozenMapping(files), FrozenMapping(metadata))
 
 
-def split_name(name: str) -> tuple[str, int, int]:
-    """Stem, part and number of parts that a file's name says; an unsplit file is part 1 of 1."""
-    match = _PART_NAME.fullmatch(name)
-    return (match[1], int(match[2]), int(match[3])) if match else (name, 1, 1)
+def _refuse_by_type(path: Path, kind: object) -> None:
+    """CheckpointError for files in this format that hold no weights of a model."""
+    if kind == "imatrix":
+        raise CheckpointError(f"{path}: an importance matrix, no model: name the model's own file")
 
 
-def _check_part(path: Path, keys: dict[str, Any], part: int, total: int) -> None:
+def _check_part(path: Path, keys: dict[str, Any], number: int, total: int) -> None:
     """The file's own split keys, where it has them, must agree with its name."""
-    count, number = keys.get("split.count", total), keys.get("split.no", part - 1)
-    if count in (0, 1) and total == 1:
+    claimed, k = keys.get("split.count", total), keys.get("split.no", number)
+    if claimed in (0, 1) and total == 1:
         return
-    if count != total or number != part - 1:
+    if claimed != total or k != number:
         raise CheckpointError(
-            f"{path}: its name says part {part} of {total}, its keys split.no {shown(number)} "
-            f"(from 0) and split.count {shown(count)}"
+            f"{path}: its name says part {number + 1} of {total}, its keys split.no {shown(k)} "
+            f"(from 0) and split.count {shown(claimed)}: give it the name that it was made with"
         )
 
 
@@ -105,9 +101,11 @@ def _read_header(
     file: HeaderFile, budget: Budget
 ) -> tuple[dict[str, Scalar | GGUFArray], dict[str, TensorSpec]]:
     """One file's keys and tensors."""
-    cursor = Cursor(file)
-    if cursor.take(4, "magic") != b"GGUF":
-        cursor.fail("no GGUF file (wrong magic)")
+    cursor = Cursor(file, limit=budget.header)
+    head = file.read(0, min(file.size, HEAD_BYTES))
+    if head[:4] != b"GGUF":
+        cursor.fail(foreign_file(head, file.path.name, file.size) or "no GGUF file (wrong magic)")
+    cursor.pos = 4
     version = cursor.number(U32, "version")
     if version not in (2, 3):
         swapped = version & 0xFFFF == 0 and version != 0
@@ -115,13 +113,15 @@ def _read_header(
             f"GGUF version {version}{' (big endian?)' if swapped else ''}, only 2 and 3 are read"
         )
     num_tensors, num_keys = cursor.numbers(_COUNTS, "counts")
-    if num_keys > MAX_KEYS or num_keys * MIN_KEY_BYTES > cursor.left:
-        cursor.fail(f"{num_keys} keys (at most {MAX_KEYS}) in {cursor.left} bytes")
+    if num_keys > budget.keys or num_keys * MIN_KEY_BYTES > cursor.left:
+        cursor.fail(f"{num_keys} keys (at most {MAX_KEYS} in all) in {cursor.left} bytes")
+    budget.keys -= num_keys
     if num_tensors > MAX_FILE_TENSORS or num_tensors * MIN_TENSOR_BYTES > cursor.left:
         cursor.fail(f"{num_tensors} tensors (at most {MAX_FILE_TENSORS}) in {cursor.left} bytes")
     keys = _read_keys(cursor, num_keys, budget)
     alignment = _alignment(cursor, keys)
     specs = _read_tensors(cursor, num_tensors, alignment, budget)
+    budget.header -= cursor.pos
     check_extents(specs.values(), file.size, file.path)
     return keys, specs
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import CheckpointChangedError, CheckpointError
 from .header import MAX_HEADER_BYTES, MAX_WALKED, WINDOW_BYTES, Budget, HeaderFile, open_header
-from .manifest import FileStamp
+from .manifest import TRUNCATED, FileStamp
 
 Scalar: TypeAlias = int | float | bool | str
 
@@ -57,14 +57,15 @@ class GGUFArray:
         """The elements: ints, floats, bools or strings.
 
         Errors: CheckpointChangedError if the file is no longer the same; CheckpointError if it
-        cannot be read, for strings that are not UTF-8, and beyond MAX_WALKED elements.
+        cannot be read, and beyond MAX_WALKED elements.
         """
         path = self.stamp.path
         if self.count > MAX_WALKED:
             raise CheckpointError(f"{path}: array of {self.count} elements, more than {MAX_WALKED}")
         with open_header(path) as file:
-            if file.stamp != self.stamp:
-                raise CheckpointChangedError(f"{path}: changed since it was opened")
+            change = self.stamp.change(file.stamp.size, file.stamp.mtime_ns)
+            if change is not None:
+                raise CheckpointChangedError(f"{path}: changed since it was opened: {change}")
             cursor = Cursor(file, self.offset)
             if self.element_type == "string":
                 what = "array element"
@@ -80,16 +81,16 @@ class GGUFArray:
 
 
 class Cursor:
-    """Reads a GGUF header forwards, through a window; never past the file or MAX_HEADER_BYTES.
+    """Reads a GGUF header forwards, through a window; never past the file or ``limit``.
 
     Nothing is read, skipped or allocated by a claimed length before that is checked against the
     bytes left; what does not fit is a CheckpointError.
     """
 
-    def __init__(self, file: HeaderFile, pos: int = 0) -> None:
+    def __init__(self, file: HeaderFile, pos: int = 0, limit: int = MAX_HEADER_BYTES) -> None:
         self.file = file
         self.pos = pos
-        self._limit = min(file.size, MAX_HEADER_BYTES)
+        self._limit = min(file.size, limit)
         self._window = b""
         self._start = 0
 
@@ -122,14 +123,13 @@ class Cursor:
         return self._window[at : at + count]
 
     def string(self, what: str, max_bytes: int) -> str:
-        """A string of at most ``max_bytes`` bytes."""
+        """A string of at most ``max_bytes`` bytes; one that is no UTF-8 is written ``\\xff``."""
         length = self.number(U64, what)
         if length > max_bytes:
             self.fail(f"{what}: string of {length} bytes at byte {self.pos}, more than {max_bytes}")
-        try:
-            return self.take(length, what).decode()
-        except UnicodeDecodeError as error:
-            self.fail(f"{what}: not valid UTF-8 at byte {self.pos - length}: {error.reason}")
+        # The format says UTF-8, its writers put in bytes of any kind. No replacement mark: what
+        # differs in the file stays different.
+        return self.take(length, what).decode(errors="backslashreplace")
 
     def skip(self, count: int, what: str) -> None:
         """Step over ``count`` bytes without reading them."""
@@ -151,10 +151,13 @@ class Cursor:
     def _check(self, count: int, what: str) -> None:
         if count > self.left:
             if self.file.size > self._limit:
-                self.fail(f"{what}: the header goes on beyond {self._limit} bytes")
+                self.fail(
+                    f"{what}: the header goes on beyond byte {self._limit} (at most "
+                    f"{MAX_HEADER_BYTES} bytes in all)"
+                )
             self.fail(
                 f"{what}: {count} bytes from byte {self.pos} on, the file has {self.file.size} "
-                f"(truncated?)"
+                f"({TRUNCATED})"
             )
 
     def _reach(self, count: int, what: str) -> int:

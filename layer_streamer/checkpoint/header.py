@@ -7,7 +7,6 @@ error here, not a SIGBUS.
 from __future__ import annotations
 
 import os
-import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..machine.descriptors import open_regular
 from .manifest import FileStamp, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
-"""Longest header of one file. The format's own limit in safetensors; the largest GGUF vocabularies
-(260k tokens, 500k merges) take 15 MB."""
+"""Longest header of one file, and all headers of a checkpoint together. The format's own limit in
+safetensors; the largest GGUF vocabularies (260k tokens, 500k merges) take 15 MB, the headers of the
+largest checkpoints in many files 30 MB."""
 
 MAX_TENSORS = 250_000
 """Most tensors in one checkpoint. The largest published have 90k (DeepSeek V3, FP8) to 210k names
@@ -37,9 +38,6 @@ and shapes: what keeps odd headers (very long names, all shapes different) under
 MAX_FILES = 4096
 """Most files in one checkpoint; the largest published have some 250."""
 
-MAX_NAME_CHARS = 1024
-"""Longest name of a tensor or key; also keeps error messages readable."""
-
 MAX_TEXT_BYTES = 4_000_000
 """Most metadata text kept of one checkpoint. Chat templates take 100 kB and training logs a MB or
 two; Python may need four bytes a character, and twice that while it parses."""
@@ -50,6 +48,9 @@ MAX_DIMS = 32
 MAX_WALKED = 2_500_000
 """Most GGUF strings stepped over in one checkpoint: three times the largest vocabulary (260k tokens
 and 510k merges), some 0.3 s."""
+
+MAX_KEYS = 65_536
+"""Most GGUF keys in one checkpoint; real ones have 20 to 60, parts of a split one 5."""
 
 MAX_INT = 2**63 - 1
 """Largest dimension or offset: what torch and the kernel can express."""
@@ -62,6 +63,10 @@ class Budget:
     """What one checkpoint may still ask for, shared by all of its files."""
 
     def __init__(self) -> None:
+        self.header = MAX_HEADER_BYTES
+        """Bytes of headers."""
+        self.keys = MAX_KEYS
+        """Keys of GGUF metadata."""
         self.elements = MAX_WALKED
         self.text = MAX_TEXT_BYTES
         self._tensors = MAX_TENSORS
@@ -98,8 +103,6 @@ class HeaderFile:
 
     def __init__(self, path: Path, fd: int) -> None:
         info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
         self.path = path
         self.size = info.st_size
         # Taken before the first read: what changes the file from now on shows as a difference.
@@ -126,8 +129,7 @@ class HeaderFile:
 def open_header(path: Path, context: str = "") -> Iterator[HeaderFile]:
     """Open ``path`` for reading its header; CheckpointError if that fails, with ``context``."""
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for its writer. It means nothing to a file.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_regular(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: {reason}{context}") from error
@@ -144,34 +146,3 @@ def list_directory(path: Path) -> list[str]:
             return sorted(entry.name for entry in entries if not entry.name.startswith("."))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def check_name(name: str, path: Path, what: str) -> None:
-    """CheckpointError unless ``name`` is a bounded, encodable, non-empty string."""
-    if not 0 < len(name) <= MAX_NAME_CHARS:
-        raise CheckpointError(
-            f"{path}: {what} {shown(name)}: a name of {len(name)} characters, "
-            f"not 1 to {MAX_NAME_CHARS}"
-        )
-    if not name.isascii():
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:  # "\ud800" in JSON: a lone surrogate
-            raise CheckpointError(f"{path}: {what} {shown(name)}: not valid Unicode") from error
-
-
-def shown(value: object) -> str:
-    """``repr`` of a value from a file, cut to one short line for a message."""
-    if isinstance(value, int) and value.bit_length() > 128:  # repr() may refuse a huge int
-        return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, str | bytes):
-        value = value[:200]
-    elif isinstance(value, list | tuple | dict):
-        return f"{type(value).__name__} of {len(value)} elements"
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def printable(name: str) -> str:
-    """A name from a file as it is shown to people, what would move a cursor escaped."""
-    return name if name.isprintable() else repr(name)[1:-1]

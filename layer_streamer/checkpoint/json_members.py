@@ -13,7 +13,8 @@ import re
 from typing import Any, NoReturn
 
 from ..errors import CheckpointError
-from .header import MAX_NAME_CHARS, WINDOW_BYTES, HeaderFile
+from .header import WINDOW_BYTES, HeaderFile
+from .names import MAX_NAME_CHARS
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _COMMA = re.compile(r'[ \t\n\r]*,[ \t\n\r]*(?=")')
@@ -21,7 +22,8 @@ _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*(?=[^ \t\n\r])")
 
 
 class JsonMembers:
-    """Walks the members of nested objects in ``length`` bytes of JSON at ``start`` of a file.
+    """Walks the members of nested objects in ``length`` bytes of JSON at ``start`` of a file,
+    which a byte order mark may begin.
 
     ``enter()`` opens an object, then ``next_key()`` gives its keys until None; after each key
     exactly one of ``value()``, ``string()`` and ``enter()`` follows. ``finish()`` checks the end.
@@ -33,7 +35,7 @@ class JsonMembers:
         self._what = what
         self._next = start
         self._end = start + length
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._text = ""
         self._pos = 0
         self._dropped = 0
@@ -48,6 +50,14 @@ class JsonMembers:
             self.fail("expected an object")
         self._pos += 1
         self._fresh = True
+
+    def enter_or_null(self) -> bool:
+        """Open the object that begins here; False, and it is passed, if there is a null."""
+        if self._peek() != "n":
+            self.enter()
+            return True
+        self._scan(len("null"))
+        return False
 
     def next_key(self) -> str | None:
         """The next key of the object opened last; None, and the object is left, at its end."""

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError
-from .header import printable
+from ..errors import CheckpointError, ConfigError, printable
 from .manifest import FrozenMapping, LayerSpec, TensorSpec
 
 LAYER_PATTERNS = ("model.layers.{i}.", "transformer.h.{i}.", "blk.{i}.")

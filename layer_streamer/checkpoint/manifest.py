@@ -19,6 +19,9 @@ from ..errors import CheckpointError, ConfigError
 
 MAX_TENSOR_BYTES = 2**63 - 1
 
+TRUNCATED = "truncated? download or copy it again"
+"""What an error says of a file that ends too early."""
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -90,12 +93,20 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """Identity of a file when it was opened; a later difference means that it changed."""
+    """Identity of a file when it was opened; a later difference in size or time of modification
+    means that it changed. The time of change alone (``ctime_ns``) moves with its names, its owner
+    and its permissions, too, and says nothing of its bytes."""
 
     path: Path
     size: int
     mtime_ns: int
     ctime_ns: int
+
+    def change(self, size: int, mtime_ns: int) -> str | None:
+        """What is different in a file of this size and time; None if it is the same."""
+        if size != self.size:
+            return f"expected {self.size} bytes, got {size}"
+        return None if mtime_ns == self.mtime_ns else "its time of modification moved"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +185,7 @@ def check_extents(specs: Iterable[TensorSpec], size: int, path: Path) -> None:
         if spec.offset + spec.nbytes > size:
             raise CheckpointError(
                 f"{path}: tensor {spec.name!r} ends at byte {spec.offset + spec.nbytes}, "
-                f"the file has {size} (truncated?)"
+                f"the file has {size} ({TRUNCATED})"
             )
         if spec.nbytes:
             end, previous = spec.offset + spec.nbytes, spec.name

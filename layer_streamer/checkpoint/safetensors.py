@@ -9,18 +9,19 @@ whose ``weight_map`` maps names to file names.
 
 from __future__ import annotations
 
+import logging
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, printable
+from .foreign import HEAD_BYTES, foreign_file
 from .header import (
     MAX_DIMS,
     MAX_FILE_TENSORS,
-    MAX_FILES,
     MAX_HEADER_BYTES,
     MAX_INT,
     MAX_TEXT_BYTES,
@@ -28,14 +29,19 @@ from .header import (
     Budget,
     Contents,
     HeaderFile,
-    check_name,
-    list_directory,
     open_header,
-    shown,
 )
 from .json_members import JsonMembers
-from .manifest import FileStamp, FrozenMapping, TensorSpec, check_extents, checked_nbytes
-from .shards import INDEX_SUFFIX, check_parts, find_index, read_index
+from .manifest import (
+    TRUNCATED,
+    FileStamp,
+    FrozenMapping,
+    TensorSpec,
+    check_extents,
+    checked_nbytes,
+)
+from .names import check_name, shown
+from .shards import read_index
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -61,8 +67,7 @@ DTYPES = {
 }
 """The format's dtype names; "F4" counts single elements, torch's dtype pairs of them."""
 
-WHOLE_MODEL = "model.safetensors"
-"""The name of a checkpoint in one file."""
+logger = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<Q")
 _INT = {int}
@@ -73,89 +78,85 @@ _Kind: TypeAlias = tuple[torch.dtype, tuple[int, ...], int]
 _Kinds: TypeAlias = dict[tuple[str | int, ...], _Kind]
 
 
-def read_safetensors(path: Path) -> Contents:
-    """The tensors of a directory, of one ``.safetensors`` file, or of an index file.
+def read_safetensors(paths: Sequence[Path]) -> Contents:
+    """All tensors of these files; a name in two of them is an error.
 
     Reads headers only. Errors: CheckpointError that names the file and its fault.
     """
-    if path.name.endswith(INDEX_SUFFIX):
-        return _read_indexed(path)
-    if not path.is_dir():
-        return _read_files([path])
-    names = list_directory(path)
-    index = find_index(path, names)
-    if index is not None:
-        return _read_indexed(index)
-    if WHOLE_MODEL in names:
-        # What loaders take when there is no index, whatever else (adapters, say) lies beside it.
-        return _read_files([path / WHOLE_MODEL])
-    names = [name for name in names if name.endswith(".safetensors")]
-    if not names:
-        raise CheckpointError(f"{path}: no .safetensors file in this directory")
-    if len(names) > MAX_FILES:
-        raise CheckpointError(f"{path}: {len(names)} safetensors files, more than {MAX_FILES}")
-    check_parts(path, names)
-    return _read_files([path / name for name in names])
-
-
-def _read_files(paths: Iterable[Path]) -> Contents:
-    """All tensors of these files; a name in two of them is an error."""
-    budget = Budget()
-    tensors: dict[str, TensorSpec] = {}
-    files: dict[Path, FileStamp] = {}
-    metadata: dict[str, Any] = {}
+    found = _Found()
     for path in paths:
-        with open_header(path) as file:
-            specs, notes = _read_header(file, budget)
-        for name in specs.keys() & tensors.keys():
-            raise CheckpointError(f"{path}: tensor {name!r} is also in {tensors[name].path}")
-        tensors.update(specs)
-        metadata.update(notes)
-        files[path] = file.stamp
-    return Contents(tensors, FrozenMapping(files), FrozenMapping(metadata))
+        for name, spec in found.read(path).items():
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is also in {spec.path}: no index says which of these "
+                "files make up one checkpoint; name one file"
+            )
+    return found.contents()
 
 
-def _read_indexed(index: Path) -> Contents:
-    """The tensors that an index lists, from the shards that it names."""
+def read_indexed(index: Path) -> Contents:
+    """The tensors in the shards that an index names.
+
+    Where a shard's header says other than the index, the header is right; of a tensor in two
+    shards the later one's is taken. So does transformers; a notice says it. CheckpointError for a
+    tensor that the index lists and no shard has.
+    """
     weight_map = read_index(index)
-    shards: dict[str, list[str]] = {}
-    for name, shard in weight_map.items():
-        shards.setdefault(shard, []).append(name)
-    budget = Budget()
-    tensors: dict[str, TensorSpec] = {}
-    files: dict[Path, FileStamp] = {}
-    metadata: dict[str, Any] = {}
-    for shard in sorted(shards):
+    found, twice = _Found(), list[str]()
+    for shard in sorted(set(weight_map.values())):
         path = index.parent / shard
-        with open_header(path, f" (a shard that {index.name} lists)") as file:
-            specs, notes = _read_header(file, budget)
-        for name in shards[shard]:
-            if name not in specs:
-                raise CheckpointError(
-                    f"{path}: has no tensor {shown(name)}, which {index.name} lists here"
-                )
-            tensors[name] = specs[name]
-        metadata.update(notes)
-        files[path] = file.stamp
-    return Contents(tensors, FrozenMapping(files), FrozenMapping(metadata))
+        twice += found.read(path, f" (a shard that {index.name} lists)")
+    for name, shard in weight_map.items():
+        if name not in found.tensors:
+            raise CheckpointError(
+                f"{index.parent / shard}: has no tensor {shown(name)}, which {index.name} lists "
+                "here, and nor has another shard"
+            )
+    tensors = found.tensors
+    elsewhere = [n for n, shard in weight_map.items() if tensors[n].path != index.parent / shard]
+    for names, what in (
+        (twice, "in more than one shard, the later one's is taken"),
+        ([n for n in elsewhere if n not in set(twice)], "not in the shard that the index says"),
+        ([name for name in tensors if name not in weight_map], "in a shard, but not in the index"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            logger.warning("%s: %s%s: %s", printable(str(index)), shown(names[0]), more, what)
+    return found.contents()
+
+
+class _Found:
+    """What the files of a checkpoint hold, read one after the other."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, TensorSpec] = {}
+        self._budget = Budget()
+        self._files: dict[Path, FileStamp] = {}
+        self._metadata: dict[str, Any] = {}
+
+    def read(self, path: Path, context: str = "") -> dict[str, TensorSpec]:
+        """Add the tensors of one more file; those of other files that they replace."""
+        with open_header(path, context) as file:
+            specs, notes = _read_header(file, self._budget)
+        twice = {name: self.tensors[name] for name in specs if name in self.tensors}
+        self.tensors.update(specs)
+        self._metadata.update(notes)
+        self._files[path] = file.stamp
+        return twice
+
+    def contents(self) -> Contents:
+        files, metadata = FrozenMapping(self._files), FrozenMapping(self._metadata)
+        return Contents(self.tensors, files, metadata)
 
 
 def _read_header(file: HeaderFile, budget: Budget) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """One file's tensors and its ``__metadata__``."""
-    if file.size < _LENGTH.size:
-        raise CheckpointError(f"{file.path}: {file.size} bytes, no safetensors header")
-    (length,) = _LENGTH.unpack(file.read(0, _LENGTH.size))
+    length = _header_length(file)
+    budget.header -= length
+    if budget.header < 0:
+        raise CheckpointError(
+            f"{file.path}: the headers of all files together are longer than {MAX_HEADER_BYTES}"
+        )
     start = _LENGTH.size + length
-    if length > MAX_HEADER_BYTES:
-        raise CheckpointError(
-            f"{file.path}: header of {length} bytes, more than {MAX_HEADER_BYTES}"
-        )
-    if start > file.size:
-        raise CheckpointError(
-            f"{file.path}: header ends at byte {start}, the file has {file.size} (truncated?)"
-        )
-    if not length or file.read(_LENGTH.size, 1) != b"{":
-        raise CheckpointError(f"{file.path}: header does not begin with '{{'")
     _check_count(file, length)
     members = JsonMembers(file, _LENGTH.size, length, "header")
     specs: dict[str, TensorSpec] = {}
@@ -179,6 +180,27 @@ def _read_header(file: HeaderFile, budget: Budget) -> tuple[dict[str, TensorSpec
     return specs, metadata or {}
 
 
+def _header_length(file: HeaderFile) -> int:
+    """Bytes of the header, which the file begins with. CheckpointError for what has none, which
+    names it for what it is."""
+    head = file.read(0, min(file.size, HEAD_BYTES))
+    length = int.from_bytes(head[: _LENGTH.size], "little")
+    end = _LENGTH.size + length
+    if length <= MAX_HEADER_BYTES and head[_LENGTH.size :].startswith(b"{"):
+        if end <= file.size:
+            return length
+        fault = f"header ends at byte {end}, the file has {file.size} ({TRUNCATED})"
+    elif what := foreign_file(head, file.path.name, file.size):
+        fault = what
+    elif file.size <= _LENGTH.size:
+        fault = f"{file.size} bytes, no safetensors header ({TRUNCATED})"
+    elif length > MAX_HEADER_BYTES:
+        fault = f"no safetensors file: header of {length} bytes, more than {MAX_HEADER_BYTES}"
+    else:
+        fault = "header does not begin with '{'"
+    raise CheckpointError(f"{file.path}: {fault}")
+
+
 def _check_count(file: HeaderFile, length: int) -> None:
     """Reject a header of far too many entries before any is parsed."""
     entries = 0
@@ -191,7 +213,8 @@ def _check_count(file: HeaderFile, length: int) -> None:
 
 def _read_metadata(members: JsonMembers, budget: Budget) -> dict[str, str]:
     metadata: dict[str, str] = {}
-    members.enter()
+    if not members.enter_or_null():
+        return metadata
     while (key := members.next_key()) is not None:
         text = members.string(max_chars=budget.text)
         if key in metadata:
@@ -207,7 +230,7 @@ def _read_metadata(members: JsonMembers, budget: Budget) -> dict[str, str]:
 def _check_entry(path: Path, name: str, entry: Any, kinds: _Kinds) -> tuple[_Kind, int]:
     """One tensor's kind, and its offset in the data section; checked alone."""
     check_name(name, path, "tensor")
-    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+    if not isinstance(entry, dict) or not entry.keys() >= _ENTRY_KEYS:
         raise CheckpointError(
             f"{path}: tensor {name!r}: expected dtype, shape and data_offsets, got {shown(entry)}"
         )

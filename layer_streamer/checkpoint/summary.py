@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 
-from .header import printable
+from ..errors import printable
 from .manifest import LayerSpec, Manifest, TensorSpec
 
 
@@ -18,7 +18,7 @@ def describe(manifest: Manifest) -> str:
     """A table: layers (equal neighbours in one row), then the tensors outside of them."""
     files = len(manifest.files)
     lines = [
-        f"{manifest.path}: {manifest.format}, {manifest.num_layers} layers, "
+        f"{printable(str(manifest.path))}: {manifest.format}, {manifest.num_layers} layers, "
         f"{manifest.nbytes / 1e9:.3f} GB in {files} file{'s' if files > 1 else ''}",
         f"  {'layers':<12} {'MB each':>10}  tensors",
     ]

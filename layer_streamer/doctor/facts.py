@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from ..errors import printable
+
 COLUMNS = 100
 """Of the screen."""
 LABEL = 15
@@ -104,13 +106,6 @@ def render(groups: Sequence[Group]) -> str:
             for line in group.lines:
                 rows += _rows(line)
     return "\n".join(rows)
-
-
-def printable(text: str) -> str:
-    """``text`` with what a terminal would act on, or could not show, written as an escape."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
 
 
 def _rows(line: Line) -> list[str]:

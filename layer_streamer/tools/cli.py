@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from .. import __version__
-from ..errors import StreamerError
+from ..errors import StreamerError, printable
 from .command import Parser, say
 
 GROUPS = {
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_the_users(error):
             raise
-        say(f"error: {' '.join(str(error).split())}")
+        say(f"error: {printable(' '.join(str(error).split()))}")
         return 2
     return 0
 

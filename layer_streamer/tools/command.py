@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
+from ..errors import printable
 from ..planning.options import OPTIONS
 
 
@@ -92,7 +93,7 @@ def publish(args: argparse.Namespace, text: str, document: str) -> None:
     Alone with ``--json``; not at all where stdout is a terminal.
     """
     if not args.json:
-        print(text)
+        print("\n".join(map(printable, text.split("\n"))))
     if args.json or not sys.stdout.isatty():
         print(document)
     sys.stdout.flush()

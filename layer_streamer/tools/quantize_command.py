@@ -93,7 +93,7 @@ def read_tokens(model: Model, path: Path, most: int) -> list[int]:
     from ..llm.text.tokenizer import raw_ids
 
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
     ids = raw_ids(model.tokenizer, content)

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from ..machine.descriptors import open_regular
 from ..machine.libc import direct_alignment
 from ..planning.layout import PAGE
 
@@ -14,7 +15,7 @@ def open_direct(path: Path) -> int:
     """A descriptor of ``path`` for page-aligned direct reads; OSError where that is refused."""
     if sys.platform != "linux":
         raise OSError("direct reads are implemented for Linux only")
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    descriptor = open_regular(path, os.O_DIRECT)
     alignment = direct_alignment(descriptor)
     if alignment is not None and not 0 < alignment <= PAGE:
         os.close(descriptor)

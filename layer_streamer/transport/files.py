@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..checkpoint.manifest import FileStamp
-from ..errors import CheckpointChangedError, CheckpointError, ClosedError, ReadError
+from ..errors import CheckpointChangedError, CheckpointError, ClosedError, ReadError, printable
+from ..machine.descriptors import OUT_OF_DESCRIPTORS, open_regular, reserve
 from ..planning.layout import PAGE
 from .direct import open_direct
 
@@ -29,6 +30,8 @@ class OpenFiles:
 
     def __init__(self, stamps: Mapping[Path, FileStamp]) -> None:
         self._stamps = dict(stamps)
+        self._noticed = False
+        self._ctimes = {path: stamp.ctime_ns for path, stamp in stamps.items()}
         self._descriptors: dict[Path, int] = {}
         self._direct: dict[Path, int] = {}
         self._refused: dict[Path, int] = {}
@@ -36,6 +39,7 @@ class OpenFiles:
         """True if reads are to be page-aligned, so that they can be direct."""
         self.direct_refused = False
         """True once the file system has refused to read a file directly."""
+        reserve(2 * len(self._stamps))
         try:
             for path in stamps:
                 self._descriptors[path] = _open(path)
@@ -77,15 +81,11 @@ class OpenFiles:
             if descriptor is None:
                 raise ClosedError("the streamer is closed")
             stamp, info = self._stamps[path], os.fstat(descriptor)
-            if info.st_size != stamp.size:
-                raise CheckpointChangedError(
-                    f"{path}: changed since it was opened: "
-                    f"expected {stamp.size} bytes, got {info.st_size}"
-                )
-            if (info.st_mtime_ns, info.st_ctime_ns) != (stamp.mtime_ns, stamp.ctime_ns):
-                raise CheckpointChangedError(
-                    f"{path}: changed since it was opened (its time of change moved)"
-                )
+            if (info.st_size, info.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
+                change = stamp.change(info.st_size, info.st_mtime_ns)
+                raise CheckpointChangedError(f"{path}: changed since it was opened: {change}")
+            if info.st_ctime_ns != self._ctimes[path]:
+                self._look_at_name(path, info)
 
     def read_into(
         self, path: Path, view: memoryview, offset: int, wanted: int | None = None
@@ -121,18 +121,44 @@ class OpenFiles:
                     break  # another thread that closes was first
                 os.close(descriptor)
 
+    def _look_at_name(self, path: Path, info: os.stat_result) -> None:
+        """The file's time of change moved, and nothing else: a notice if its name is still its own,
+        or nobody's; CheckpointChangedError if a file of other bytes lies there."""
+        there = self._other_file(path)
+        if there is not None and self._stamps[path].change(there.st_size, there.st_mtime_ns):
+            raise _renamed(path)
+        if not self._noticed:
+            self._noticed = True
+            logger.warning(
+                "%s: a link, the name or the permissions changed since it was opened, but not its "
+                "size or time of modification: reading on",
+                printable(str(path)),
+            )
+        self._ctimes[path] = info.st_ctime_ns
+
+    def _other_file(self, path: Path) -> os.stat_result | None:
+        """What lies under the name of an open file, if it is another file by now."""
+        try:
+            there = path.stat()
+        except OSError:
+            return None  # moved away, or removed: what is open goes on
+        same = os.path.samestat(there, os.fstat(self._descriptors[path]))
+        return None if same else there
+
     def _open_direct(self, path: Path) -> None:
         try:
             descriptor = open_direct(path)
         except OSError as error:
+            if error.errno in OUT_OF_DESCRIPTORS:
+                raise _open_error(path, error) from error
+            if self._other_file(path) is not None:
+                raise _renamed(path) from error
             self._say_refused(path, error)
             return
         self._direct[path] = descriptor
         # A link on the way may lead elsewhere by now, which the first descriptor does not show.
         if not os.path.sameopenfile(descriptor, self._descriptors[path]):
-            raise CheckpointChangedError(
-                f"{path}: changed since it was opened: the name is another file's"
-            )
+            raise _renamed(path)
 
     def _refuse_direct(self, path: Path, error: OSError) -> None:
         """From now on the file is read through the page cache."""
@@ -144,7 +170,9 @@ class OpenFiles:
 
     def _say_refused(self, path: Path, error: OSError) -> None:
         self.direct_refused = True
-        logger.warning("%s: direct reads are refused (%s), reading buffered", path, error)
+        logger.warning(
+            "%s: direct reads are refused (%s), reading buffered", printable(str(path)), error
+        )
 
 
 def read_exactly(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
@@ -198,6 +226,16 @@ def _read_error(path: Path, wanted: int, offset: int, error: OSError) -> ReadErr
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        return open_regular(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror or error}") from error
+        raise _open_error(path, error) from error
+
+
+def _open_error(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be opened: {error.strerror or error}")
+
+
+def _renamed(path: Path) -> CheckpointChangedError:
+    return CheckpointChangedError(
+        f"{path}: changed since it was opened: the name is another file's"
+    )

@@ -32,7 +32,7 @@ HEADERS = {
     "not_json": ("{not json}", "expected a key"),
     "not_an_object": ("[1, 2]", "does not begin with '{'"),
     "number": ("17", "does not begin with '{'"),
-    "empty": ("", "does not begin with '{'"),
+    "empty": ("", "begins with zeros"),
     "leading_space": (' {"a":1}', "does not begin with '{'"),
     "unclosed": ('{"a":' + entry(), "ends too early"),
     "key_without_value": ('{"a"}', "expected ':'"),
@@ -123,7 +123,7 @@ INDEXES = {
     "null": ({"blk.0.w": None}, "expected a string"),
     "empty": ({}, "no weight_map"),
     "a_directory": ({"blk.0.w": "sub"}, "not a regular file"),
-    "the_index": ({"blk.0.w": "model.safetensors.index.json"}, "header"),
+    "the_index": ({"blk.0.w": "model.safetensors.index.json"}, "JSON, no weights"),
 }
 
 
@@ -144,7 +144,8 @@ def test_a_malformed_index_is_rejected(tmp_path: Path, case: str) -> None:
         ('{"metadata": {}}', "no weight_map"),
         ('{"metadata": ' + "[" * 10**5, "nested too deep"),
         ("[]", "expected an object"),
-        ("", "ends too early"),
+        ("", "0 bytes, an empty file"),
+        ('{"metadata": {}', "ends too early"),
         ("{" + ",".join(f'"{i}":0' for i in range(99)) + "}", "keys beside weight_map"),
     ],
 )
@@ -164,7 +165,7 @@ def tensor_file(*records: bytes) -> bytes:
 
 GGUFS = {
     "magic": (b"GGML" + bytes(60), "wrong magic"),
-    "empty": (b"", "truncated?"),
+    "empty": (b"", "0 bytes, an empty file"),
     "version_1": (gguf_bytes(version=1), "GGUF version 1"),
     "version_4": (gguf_bytes(version=4), "GGUF version 4"),
     "big_endian": (gguf_bytes(version=3 << 24), "big endian?"),
@@ -175,12 +176,10 @@ GGUFS = {
     "one_key_too_many": (gguf_bytes([number("a", 1)], num_kvs=2), "a name of 0"),
     "key_length": (gguf_bytes([struct.pack("<Q", 2**64 - 1) + bytes(32)]), "string of 1844674"),
     "key_empty": (gguf_bytes([gguf_kv("", 4, bytes(4))]), "a name of 0 characters"),
-    "key_utf8": (gguf_bytes([gguf_kv(b"\xff", 4, bytes(4))]), "not valid UTF-8"),
     "key_twice": (gguf_bytes([number("a", 1), number("a", 1)]), "'a' appears twice"),
     "value_type": (gguf_bytes([gguf_kv("a", 13, bytes(8))]), "unknown value type 13"),
     "value_bool": (gguf_bytes([gguf_kv("a", 7, b"\2")]), "a bool of 2"),
     "value_string": (gguf_bytes([gguf_kv("a", 8, struct.pack("<Q", 2**63))]), "string of 92233"),
-    "value_utf8": (gguf_bytes([gguf_kv("a", 8, gguf_string(b"\xc3"))]), "not valid UTF-8"),
     "array_nested": (gguf_bytes([array(9, 1, struct.pack("<IQ", 9, 1))]), "array of arrays"),
     "array_type": (gguf_bytes([array(99, 1)]), "unknown element type 99"),
     "array_count": (gguf_bytes([array(4, 2**62)]), "array of 4611686018427387904 uint32"),
@@ -288,7 +287,7 @@ def test_random_changes_parse_or_are_rejected(
         (os.mkfifo, "not a regular file"),
         (lambda path: path.symlink_to(path), "symbolic links"),
         (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
-        (lambda path: path.write_bytes(b""), "no safetensors header"),
+        (lambda path: path.write_bytes(b""), "0 bytes, an empty file"),
     ],
     ids=["missing", "directory", "fifo", "loop", "device", "empty"],
 )

@@ -73,7 +73,7 @@ def test_what_the_real_library_saves_is_read_back_exactly(
     if not tensors:
         metadata = None  # here safetensors 0.8 writes '{},"__metadata__":{}}', which is no JSON
     safetensors.torch.save_file(tensors, path, metadata)
-    contents = read_safetensors(path)
+    contents = read_safetensors([path])
     assert_equal(dict(contents.tensors), tensors)
     assert dict(contents.metadata) == (metadata or {})
 
@@ -94,25 +94,25 @@ def test_padding_gaps_and_byte_order_do_not_matter(
     path = tmp_path_factory.mktemp("st") / "x.safetensors"
     order = data.draw(st.permutations(list(tensors)))
     write_safetensors(path, tensors, metadata=metadata, padding=padding, gap=gap, order=order)
-    assert_equal(dict(read_safetensors(path).tensors), tensors)
+    assert_equal(dict(read_safetensors([path]).tensors), tensors)
 
 
 @pytest.mark.parametrize("dtype", SAFETENSORS_NAMES, ids=str)
 def test_every_dtype_is_known_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"model.layers.0.w": random_tensor((3, 5), dtype)}
     path = write_safetensors(tmp_path / "m.safetensors", tensors)
-    assert_equal(dict(read_safetensors(path).tensors), tensors)
+    assert_equal(dict(read_safetensors([path]).tensors), tensors)
 
 
 def test_four_bit_floats_are_pairs_along_the_last_dimension(tmp_path: Path) -> None:
     entry = {"dtype": "F4", "shape": [3, 8], "data_offsets": [0, 12]}
     path = write_raw_safetensors(tmp_path / "f.safetensors", json.dumps({"w": entry}), bytes(12))
-    spec = read_safetensors(path).tensors["w"]
+    spec = read_safetensors([path]).tensors["w"]
     assert (spec.dtype, spec.shape, spec.nbytes) == (torch.float4_e2m1fn_x2, (3, 4), 12)
     entry = {"dtype": "F4", "shape": [2, 3], "data_offsets": [0, 3]}
     write_raw_safetensors(path, json.dumps({"w": entry}), bytes(3))
     with pytest.raises(CheckpointError, match="whole bytes"):
-        read_safetensors(path)
+        read_safetensors([path])
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 5])
@@ -136,14 +136,6 @@ def test_the_index_file_itself_may_be_named(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "model.safetensors.index.json").num_layers == 4
 
 
-def test_only_tensors_that_the_index_lists_count(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "a.safetensors", {"blk.0.w": torch.zeros(2), "x": torch.ones(1)})
-    write_safetensors(tmp_path / "b.safetensors", {"y": torch.ones(1)})
-    write_index(tmp_path, {"blk.0.w": "a.safetensors"})
-    manifest = read_manifest(tmp_path)
-    assert (len(manifest.static), list(manifest.files)) == (0, [tmp_path / "a.safetensors"])
-
-
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, num_shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
@@ -161,7 +153,9 @@ def test_a_missing_numbered_file_is_named_without_an_index_too(tmp_path: Path) -
 def test_a_listed_tensor_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "a.safetensors", {"blk.0.w": torch.zeros(2)})
     write_index(tmp_path, {"blk.0.w": "a.safetensors", "blk.1.w": "a.safetensors"})
-    with pytest.raises(CheckpointError, match=r"a\.safetensors: has no tensor 'blk\.1\.w'"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.safetensors: has no tensor 'blk\.1\.w', which .*index"
+    ):
         read_manifest(tmp_path)
 
 
@@ -219,7 +213,7 @@ def test_a_file_swapped_while_its_header_is_read_shows_in_the_stamp(
         return pread(fd, count, offset)
 
     monkeypatch.setattr(os, "pread", swap_then_read)
-    stamp = read_safetensors(path).files[path]
+    stamp = read_safetensors([path]).files[path]
     assert stamp.mtime_ns == opened.mtime_ns
     assert stamp != stamp_file(path)
 
@@ -229,7 +223,7 @@ def test_a_header_of_many_windows_is_read_whole(tmp_path: Path) -> None:
     tensors = {name: torch.full((1,), i % 251, dtype=torch.uint8) for i, name in enumerate(names)}
     metadata = {"log": "x\u00e9\U0001f600" * 150_000}
     path = write_safetensors(tmp_path / "m.safetensors", tensors, metadata=metadata)
-    contents = read_safetensors(path)
+    contents = read_safetensors([path])
     assert dict(contents.metadata) == metadata
     data = path.read_bytes()
     assert all(data[spec.offset] == tensors[name].item() for name, spec in contents.tensors.items())

@@ -25,7 +25,7 @@ from layer_streamer.doctor import memory as doctor_memory
 from layer_streamer.doctor import versions as doctor_versions
 from layer_streamer.doctor.devices import explain, look_at_devices
 from layer_streamer.doctor.disk import look_at_disk, mount_of, try_direct
-from layer_streamer.doctor.facts import Fact, learn, notices, one_line, printable
+from layer_streamer.doctor.facts import Fact, learn, notices, one_line
 from layer_streamer.doctor.gpus import PcieLink, look_at_gpus
 from layer_streamer.doctor.memory import look_at_memory, try_page_locking
 from layer_streamer.doctor.versions import look_at_versions
@@ -358,7 +358,7 @@ def test_whatever_is_raised_becomes_a_reason_of_one_line() -> None:
         raise error
 
     for error, reason in (
-        (ConfigError("a\nb"), "a"), (KeyError("x"), "KeyError: 'x'"), (ValueError(), "ValueError"),
+        (ValueError("a\nb"), "a"), (ConfigError("a\nb"), "a\\nb"), (KeyError("x"), "KeyError: 'x'"), (ValueError(), "ValueError"),
         (OSError(2, "No such file", "/x"), "/x: No such file"), (MemoryError(), "MemoryError"),
     ):  # fmt: skip
         assert learn(lambda error=error: fail(error)) == Fact(None, reason)
@@ -377,10 +377,6 @@ def test_notices_are_collected_once_and_logged_no_more(caplog: pytest.LogCapture
     assert caplog.records == []
     logger.warning("later")
     assert [record.getMessage() for record in caplog.records] == ["later"]
-
-
-def test_escapes_of_a_terminal_are_shown_and_not_acted_on() -> None:
-    assert printable("a\x1b[31m\n\udcff\u2028é") == "a\\x1b[31m\\n\\udcff\\u2028é"
 
 
 def test_a_gpu_that_can_be_used_needs_no_explanation() -> None:

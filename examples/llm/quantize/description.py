@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from layer_streamer import read_json
+
 from ..hub import BESIDES
 from ..opening import Model
 from ..weights.converted import converted_config
@@ -41,7 +43,7 @@ def source_stamp(model: Model) -> dict[str, list[int]]:
 
 
 def _config(model: Model, recipe: Recipe) -> dict[str, Any]:
-    fields = json.loads((model.directory / "config.json").read_text(encoding="utf-8"))
+    fields = read_json(model.directory / "config.json")
     fields = converted_config(fields, model.manifest, model.config)
     fields.setdefault("architectures", [ARCHITECTURES[model.config.model_type]])
     dtype = str(recipe.dtype).removeprefix("torch.")

@@ -60,7 +60,7 @@ class PromptFile:
 
     def _encode(self, line: bytes) -> list[int]:
         try:
-            found = json.loads(line.decode("utf-8"))
+            found = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"not JSON ({error})") from error
         return self._engine.encode(self._prompt(found), self._template_options)
