@@ -7,8 +7,9 @@ from pathlib import Path
 from ..errors import ConfigError
 from .gguf import GGUFArray, read_gguf
 from .layers import group_layers
-from .locate import absolute, locate, refuse_adapter
+from .locate import locate, refuse_adapter
 from .manifest import FrozenMapping, Manifest
+from .names import absolute
 from .safetensors import read_indexed, read_safetensors
 
 __all__ = ["GGUFArray", "read_manifest"]

@@ -27,7 +27,7 @@ from .header import (
     list_directory,
     open_header,
 )
-from .manifest import FileStamp, FrozenMapping, TensorSpec, check_extents, checked_nbytes
+from .manifest import TRUNCATED, FileStamp, FrozenMapping, TensorSpec, check_extents, checked_nbytes
 from .names import MAX_NAME_CHARS, check_name, shown
 from .shards import all_parts, group_parts, part_of
 
@@ -114,10 +114,15 @@ def _read_header(
         )
     num_tensors, num_keys = cursor.numbers(_COUNTS, "counts")
     if num_keys > budget.keys or num_keys * MIN_KEY_BYTES > cursor.left:
-        cursor.fail(f"{num_keys} keys (at most {MAX_KEYS} in all) in {cursor.left} bytes")
+        cursor.fail(
+            f"{num_keys} keys (at most {MAX_KEYS} in all) in {cursor.left} bytes ({TRUNCATED})"
+        )
     budget.keys -= num_keys
     if num_tensors > MAX_FILE_TENSORS or num_tensors * MIN_TENSOR_BYTES > cursor.left:
-        cursor.fail(f"{num_tensors} tensors (at most {MAX_FILE_TENSORS}) in {cursor.left} bytes")
+        cursor.fail(
+            f"{num_tensors} tensors (at most {MAX_FILE_TENSORS}) in {cursor.left} bytes "
+            f"({TRUNCATED})"
+        )
     keys = _read_keys(cursor, num_keys, budget)
     alignment = _alignment(cursor, keys)
     specs = _read_tensors(cursor, num_tensors, alignment, budget)

@@ -56,14 +56,6 @@ class Source(NamedTuple):
     paths: tuple[Path, ...]
 
 
-def absolute(path: Path) -> Path:
-    """The path from the root on, so that it means the same when the process changes its folder."""
-    try:
-        return path.absolute()
-    except OSError as error:
-        raise CheckpointError(f"{path}: the working directory is gone: {error.strerror}") from error
-
-
 def locate(path: Path) -> Source:
     """What to open for ``path``; CheckpointError, with what to do, if it is no checkpoint."""
     try:
@@ -159,11 +151,11 @@ def _say_what_is_not_read(directory: Path, chosen: str, found: Sequence[str]) ->
             unread.add(INDEX_NAME)
     if unread:
         logger.warning(
-            "%s: %s is read, as transformers does; %s%s beside it are not",
+            "%s: %s is read, as transformers does, and not %s%s beside it",
             printable(str(directory)),
             printable(chosen),
             printable(min(unread)),
-            f" and {len(unread) - 1} files more" if len(unread) > 1 else "",
+            f" and {len(unread) - 1} more" if len(unread) > 1 else "",
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import CheckpointError, ConfigError
+from .names import absolute, file_fault, shown
 
 MAX_TENSOR_BYTES = 2**63 - 1
 
@@ -113,12 +114,13 @@ class FileStamp:
 class Manifest:
     """Immutable map from layers to tensors to byte extents.
 
-    It holds no bytes of tensors, and can be pickled and copied. Paths stay as they were named, and
-    ``files`` goes along: whatever opens them later finds out if one has changed since.
+    It holds no bytes of tensors, and can be pickled and copied. Paths are absolute, links in them
+    are left as they are, and ``files`` goes along: whatever opens them later finds out if one has
+    changed since.
     """
 
     path: Path
-    """What the caller named: a directory or a file."""
+    """What the caller named, a directory or a file, from the root on."""
     format: str
     """"safetensors", "gguf" or "tensor_info"."""
     layers: tuple[LayerSpec, ...]
@@ -128,7 +130,7 @@ class Manifest:
     files: Mapping[Path, FileStamp]
     """Every file that holds bytes of a tensor, as its header was read."""
     metadata: Mapping[str, Any] = field(default_factory=lambda: FrozenMapping({}))
-    """The checkpoint's own key-value data; GGUF arrays are lazy (formats.gguf.GGUFArray)."""
+    """The checkpoint's own key-value data; GGUF arrays are lazy (gguf_values.GGUFArray)."""
     layer_pattern: str | None = None
     """Prefix of the layers' names, ``{i}`` for the index; None if tables were given."""
 
@@ -217,15 +219,16 @@ def manifest_from_tensor_info(  # noqa: PLR0913, PLR0917 - the published constru
     section, shape); ``shard_offsets`` maps a shard to the byte offset of its data section;
     ``block_keys`` lists one layer's names without ``model.layers.{i}.``; ``block_sizes`` maps each
     to its element count. Errors: ConfigError for num_layers < 1 or block_keys without a size;
-    CheckpointError for a tensor that is missing, mis-sized, or outside its file.
+    CheckpointError for a tensor that is missing, mis-sized, or outside its file, and for a shard
+    that is not below the directory.
     """
-    directory = Path(model_dir)
+    directory = absolute(Path(model_dir))
     if num_layers < 1:
         raise ConfigError(f"num_layers={num_layers}: must be at least 1")
     unsized = [key for key in block_keys if key not in block_sizes]
     if unsized or not block_keys:
         raise ConfigError(f"block_sizes: no size for {unsized or 'any key (block_keys is empty)'}")
-    stamps = {shard: stamp_file(directory / shard) for shard in shard_offsets}
+    stamps = {shard: _stamp_shard(directory, shard) for shard in shard_offsets}
     specs: dict[str, TensorSpec] = {}
     for name, (shard, offset, shape) in tensor_info.items():
         if shard not in stamps:
@@ -249,6 +252,13 @@ def manifest_from_tensor_info(  # noqa: PLR0913, PLR0917 - the published constru
         static=FrozenMapping({name: s for name, s in specs.items() if name not in used}),
         files=FrozenMapping({stamp.path: stamp for stamp in stamps.values()}),
     )
+
+
+def _stamp_shard(directory: Path, shard: str) -> FileStamp:
+    fault = file_fault(str(shard))
+    if fault:
+        raise CheckpointError(f"{directory}: shard {shown(shard)} {fault}")
+    return stamp_file(directory / shard)
 
 
 def _layer_from_keys(

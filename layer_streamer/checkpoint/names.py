@@ -54,3 +54,11 @@ def file_fault(name: str) -> str:
     except UnicodeEncodeError:
         return "is not valid Unicode"
     return ""
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root on, so that it means the same when the process changes its folder."""
+    try:
+        return path.absolute()
+    except OSError as error:
+        raise CheckpointError(f"{path}: the working directory is gone: {error.strerror}") from error

@@ -93,7 +93,7 @@ def publish(args: argparse.Namespace, text: str, document: str) -> None:
     Alone with ``--json``; not at all where stdout is a terminal.
     """
     if not args.json:
-        print("\n".join(map(printable, text.split("\n"))))
+        print(_shown(text))
     if args.json or not sys.stdout.isatty():
         print(document)
     sys.stdout.flush()
@@ -101,7 +101,12 @@ def publish(args: argparse.Namespace, text: str, document: str) -> None:
 
 def say(message: str) -> None:
     """A line on stderr: results alone go to stdout."""
-    print(message, file=sys.stderr, flush=True)
+    print(_shown(message), file=sys.stderr, flush=True)
+
+
+def _shown(text: str) -> str:
+    """The lines of a text, with what a terminal would act on in them escaped."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def require_engine() -> None:

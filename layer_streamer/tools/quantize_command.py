@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import printable
 from .command import say
 from .engine_options import DTYPES, add_language_model, read_model
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"{before / 1e9:.3f} GB before, {after / 1e9:.3f} GB after ({after / before:.1%})")
     if text is not None:
         compare(model, job, args.text, text)
-    print(args.out, flush=True)
+    print(printable(str(args.out)), flush=True)
 
 
 def read_tokens(model: Model, path: Path, most: int) -> list[int]:

@@ -358,7 +358,8 @@ def test_whatever_is_raised_becomes_a_reason_of_one_line() -> None:
         raise error
 
     for error, reason in (
-        (ValueError("a\nb"), "a"), (ConfigError("a\nb"), "a\\nb"), (KeyError("x"), "KeyError: 'x'"), (ValueError(), "ValueError"),
+        (ValueError("a\nb"), "a"), (ConfigError("a\nb"), "a\\nb"),
+        (KeyError("x"), "KeyError: 'x'"), (ValueError(), "ValueError"),
         (OSError(2, "No such file", "/x"), "/x: No such file"), (MemoryError(), "MemoryError"),
     ):  # fmt: skip
         assert learn(lambda error=error: fail(error)) == Fact(None, reason)
