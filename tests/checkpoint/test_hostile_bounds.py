@@ -141,3 +141,46 @@ def test_a_fault_behind_as_many_gguf_tensors_as_allowed_is_found_within_the_boun
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes([], [*records, record([1], kind=5)], bytes(8)))
     assert_cheap(path, "unknown GGML type 5")
+
+
+def test_names_of_one_large_header_cost_no_more_than_one_header(tmp_path: Path) -> None:
+    blob = write_raw_safetensors(tmp_path / "blob", "{" + " " * 60_000_000 + "}")
+    for i in range(100):
+        (tmp_path / f"{i}.safetensors").hardlink_to(blob)
+    start = time.process_time()
+    assert "headers of all files together" in rejection(tmp_path)
+    assert time.process_time() - start < 5 * SECONDS
+
+
+def keys(count: int) -> bytes:
+    return gguf_bytes([gguf_kv(chr(0x4E00 + i), 0, b"\1") for i in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("part", "match"),
+    [
+        (keys(16_384), "keys (at most"),
+        (gguf_bytes([gguf_kv("k", 8, struct.pack("<Q", 3_000_000) + bytes(3_000_000))]), "string"),
+        (gguf_bytes([array(8, 500_000, bytes(8 * 500_000))]), "more than 2500000 in all"),
+        (gguf_bytes([array(0, 30_000_000, b"")], num_kvs=1), "in all"),
+    ],
+    ids=["keys", "text", "strings", "bytes"],
+)
+def test_limits_are_those_of_all_parts_of_a_split_model_together(
+    tmp_path: Path, part: bytes, match: str
+) -> None:
+    blob = tmp_path / "blob"
+    blob.write_bytes(part)
+    os.truncate(blob, max(len(part), 31_000_000))
+    for k in range(1, 41):
+        (tmp_path / f"m-{k:05}-of-00040.gguf").hardlink_to(blob)
+    assert match in rejection(tmp_path)
+
+
+def test_very_many_complete_models_in_one_folder_are_told_apart_soon(tmp_path: Path) -> None:
+    blob = write_raw_safetensors(tmp_path / "blob", "{}")
+    for i in range(4000):
+        (tmp_path / f"{i}-1-of-1.safetensors").hardlink_to(blob)
+    start = time.process_time()
+    assert "no layers found" in rejection(tmp_path)
+    assert time.process_time() - start < 5 * SECONDS
