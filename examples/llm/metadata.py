@@ -25,7 +25,7 @@ from layer_streamer import CheckpointError, Manifest, read_json
 from .cache import cache_root
 from .errors import UnsupportedModelError, optional_packages
 from .models.config import ModelConfig, check_model_type, id_set, model_config
-from .models.config_fields import config_fields
+from .models.config_fields import config_fields, text_part
 from .models.gguf_config import gguf_config, window_note
 from .models.rope_config import check_rope_types
 from .text.direct_tokenizer import DESCRIPTION, describe, direct_tokenizer
@@ -78,7 +78,8 @@ def refuse_by_config(path: Path) -> None:
     config = (path if path.is_dir() else path.parent) / "config.json"
     if config.is_file():
         try:
-            check_model_type(str(_read_json(config).get("model_type")))
+            fields = text_part(_read_json(config))
+            check_model_type(str(fields.get("model_type")), fields)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{config}: {error}") from error
 
@@ -88,9 +89,9 @@ def load_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise UnsupportedModelError(f"{directory}: no config.json")
-    fields = _read_json(path)
+    fields = text_part(_read_json(path))
     try:
-        check_model_type(str(fields.get("model_type")))
+        check_model_type(str(fields.get("model_type")), fields)
         check_rope_types(fields)
         config = model_config(config_fields(fields))
     except (TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +22,23 @@ from .memory.placing import choose_device, choose_dtype
 from .memory.plan import MemoryPlan, Planner, Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory, refuse_by_config
 from .models.config import ModelConfig
-from .models.names import WeightNames, weight_names
+from .models.names import WeightNames, known_layers, weight_names
 from .passes.decode import captured_rows
 from .passes.runner import Chunking, Runner
 from .threads import leave_a_core
 from .weights.dequant import Unpacker
+
+NESTED_LAYERS = (
+    "language_model.model.layers.{i}.",
+    "model.language_model.layers.{i}.",
+    "model.language_model.model.layers.{i}.",
+    "language_model.layers.{i}.",
+    "model.text_model.layers.{i}.",
+    "thinker.model.layers.{i}.",
+    "layers.{i}.",
+)
+"""Prefixes of a language model's layers that are tried after the usual ones."""
+ADAPTER = "adapter_config.json"
 
 DEFAULT_LENGTH = 4096
 """Tokens of a row, if nobody says how many."""
@@ -88,14 +101,18 @@ class Model:
         ImportErrors (a package to install), or those of the streamer.
         """
         path = find_model(path)
-        try:
-            manifest = read_manifest(path, layer_pattern)
-        except CheckpointError:
-            refuse_by_config(path)
-            raise
+        manifest = _read_manifest(path, layer_pattern)
         directory = metadata_directory(manifest, notify)
         config = load_config(directory)
-        return cls(path, manifest, directory, config, weight_names(manifest, config))
+        manifest, left_out = known_layers(manifest, config)
+        names = weight_names(manifest, config)
+        if (directory / ADAPTER).is_file():
+            left_out.append(
+                f"{ADAPTER} is not used: merge the adapter into its base model for that"
+            )
+        for note in (*config.notes, *left_out, *names.notes):
+            notify(f"{path.name}: {note}")
+        return cls(path, manifest, directory, config, names)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -109,6 +126,19 @@ class Model:
             return {}
         found = read_json(path)
         return found if isinstance(found, dict) else {}
+
+
+def _read_manifest(path: Path, layer_pattern: str | None) -> Manifest:
+    """The layers by their pattern, or by one that language models use; errors of ``read_manifest``,
+    unless the config has a better reason."""
+    try:
+        return read_manifest(path, layer_pattern)
+    except CheckpointError:
+        refuse_by_config(path)
+        for pattern in NESTED_LAYERS if layer_pattern is None else ():
+            with suppress(CheckpointError):
+                return read_manifest(path, pattern)
+        raise
 
 
 def plan_memory(

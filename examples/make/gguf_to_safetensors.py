@@ -58,7 +58,7 @@ def convert(model: str, out: Path, *, dtype: str, shard_nbytes: float) -> None:
 
     from layer_streamer import read_manifest
     from layer_streamer.llm.metadata import load_config, metadata_directory
-    from layer_streamer.llm.models.names import weight_names
+    from layer_streamer.llm.models.names import known_layers, weight_names
     from layer_streamer.llm.text.direct_tokenizer import DESCRIPTION
     from layer_streamer.llm.weights.converted import Reader, converted_config, sources
 
@@ -71,6 +71,7 @@ def convert(model: str, out: Path, *, dtype: str, shard_nbytes: float) -> None:
         raise ValueError(f"{model}: not a GGUF file")
     described = metadata_directory(manifest, say)
     config = load_config(described)
+    manifest, _ = known_layers(manifest, config)
     names = weight_names(manifest, config)
     tensors = sources(manifest, config, names)
     shapes = {name: source.shape for name, source in tensors.items()}

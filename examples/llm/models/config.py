@@ -6,7 +6,9 @@ runs but answers wrongly is worse than one line that says no.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import UnsupportedModelError
@@ -26,6 +28,8 @@ ACTIVATIONS = {
 
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 FEED_FORWARD = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+ENCODERS = ("electra", "mpnet", "esm", "longformer", "big_bird", "ernie", "clip", "siglip", "vit")
+"""Models that read and do not write, beside all whose name has "bert" in it."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -64,6 +68,10 @@ class ModelConfig:
     """Ids that end a text; more may come from the tokenizer and the generation config."""
     quantization: Quantization | None = None
     """How matrices of a safetensors checkpoint are packed; None: they are not."""
+    part_of: str | None = None
+    """The type of a model with other parts, for images or sound, whose text part this is."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What the config says and transformers does not follow, nor the engine."""
 
     def window(self, layer_idx: int) -> int | None:
         """Tokens that a query of this layer sees, itself and those before it; None: all."""
@@ -131,16 +139,26 @@ def model_config(hf_config: Any) -> ModelConfig:
         biased=_biased(hf_config, model_type),
         eos_ids=id_set(getattr(hf_config, "eos_token_id", None)),
         quantization=read_quantization(getattr(hf_config, "quantization_config", None)),
+        part_of=getattr(hf_config, "part_of", None),
+        notes=tuple(_notes(hf_config, types)),
     )
 
 
-def check_model_type(model_type: str) -> None:
-    """UnsupportedModelError for an architecture that the engine does not compute."""
-    if model_type not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"model type {model_type!r} is not supported (only {', '.join(ACTIVATIONS)}"
-            f"{'; a gemma3 model with images is not one of them' * (model_type == 'gemma3')})"
-        )
+def check_model_type(model_type: str, fields: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """UnsupportedModelError for an architecture that the engine does not compute; ``fields`` are
+    those of its config.json, which may tell what it is."""
+    if model_type in ACTIVATIONS:
+        return
+    what = ""
+    if fields.get("is_encoder_decoder"):
+        what = ": an encoder-decoder, not a decoder alone"
+    elif "bert" in model_type or model_type in ENCODERS:
+        what = ": an encoder, which generates no text"
+    elif fields.get("part_of"):
+        what = f", the text part of a {fields['part_of']} model"
+    raise UnsupportedModelError(
+        f"model type {model_type!r} is not supported{what} (only {', '.join(ACTIVATIONS)})"
+    )
 
 
 def id_set(ids: int | list[int] | None) -> frozenset[int]:
@@ -162,6 +180,8 @@ def _refuse_variants(hf_config: Any, model_type: str) -> None:
     ):
         if getattr(hf_config, field, None):
             raise UnsupportedModelError(f"{field}={getattr(hf_config, field)} is not supported")
+    if not getattr(hf_config, "is_causal", True):
+        raise UnsupportedModelError("is_causal=False is not supported: tokens see later ones")
 
 
 def _layer_types(hf_config: Any, model_type: str) -> list[str]:
@@ -181,6 +201,16 @@ def _layer_types(hf_config: Any, model_type: str) -> list[str]:
             f"layer_types names {len(types)} layers, num_hidden_layers is {num_layers}"
         )
     return fixed.get(model_type, types)
+
+
+def _notes(hf_config: Any, types: list[str]) -> Iterator[str]:
+    """Of windows that a config names for layers which have none, or the other way round."""
+    model_type, window = hf_config.model_type, getattr(hf_config, "sliding_window", None)
+    if model_type == "llama" and window:
+        yield f"sliding_window={window} is not used: every layer of a llama model sees all tokens"
+    named = getattr(hf_config, "layer_types", None)
+    if named is not None and list(named) != types:
+        yield f"layer_types is not used: all layers of a {model_type} model are {types[0]}"
 
 
 def _biased(hf_config: Any, model_type: str) -> frozenset[str]:

@@ -54,10 +54,26 @@ NULLABLE = {
 }
 """Fields that may be null; each is a whole number otherwise."""
 
+TEXT_TYPES = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral"}
+"""Of models with other parts, the type of a text part that does not say."""
+OF_THE_WHOLE = ("eos_token_id", "bos_token_id", "quantization_config", "tie_word_embeddings")
+"""Fields that such a model has for its text part, too."""
+
 GEMMA3_PATTERN = 6
 """In Gemma 3, every sixth layer sees the whole context; files seldom say so."""
 GEMMA3_BASES = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 """Of its rotations."""
+
+
+def text_part(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a config.json's language model: those of its ``text_config``, with ``part_of``
+    for the whole model's type, where that is of no type in DEFAULTS."""
+    text, whole = fields.get("text_config"), fields.get("model_type")
+    if not isinstance(text, Mapping) or whole in DEFAULTS:
+        return fields
+    shared = {name: fields[name] for name in OF_THE_WHOLE if fields.get(name) is not None}
+    model_type = text.get("model_type") or TEXT_TYPES.get(str(whole))
+    return {**text, **shared, "model_type": model_type, "part_of": str(whole)}
 
 
 def config_fields(fields: Mapping[str, Any]) -> SimpleNamespace:

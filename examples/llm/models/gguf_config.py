@@ -40,9 +40,11 @@ def gguf_config(manifest: Manifest) -> dict[str, Any]:
             raise keys.refusal(key, f"only the width of a head, {head_dim}, is supported")
     if keys.integer("expert_count", 0):
         raise keys.refusal("expert_count", "mixtures of experts are not supported")
+    if not keys.get("attention.causal", True):
+        raise keys.refusal("attention.causal", "an encoder generates no text")
     config: dict[str, Any] = {
         "model_type": model_type,
-        "num_hidden_layers": keys.integer("block_count"),
+        "num_hidden_layers": keys.integer("block_count") - keys.integer("nextn_predict_layers", 0),
         "hidden_size": hidden,
         "intermediate_size": keys.integer("feed_forward_length"),
         "num_attention_heads": heads,

@@ -30,3 +30,6 @@ GGUF_STATIC = {
     "lm_head": "output",
 }
 """The same of what is outside of layers."""
+
+GGUF_PARTS = ("v.", "a.", "mm.")
+"""Beginnings of what a file may have beside a language model: encoders of images and sound."""

@@ -1,13 +1,14 @@
 """Where a model's weights are in its checkpoint, and whether they are those of its config.
 
 Knows both namings: the engine asks by the names that transformers uses, a GGUF file's own names
-and packed types stay in here.
+and packed types stay in here. Every tensor is used, or known to change nothing, or refused; where
+tensors and config say something of one matter, they are compared here and in ``weights/finder``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,14 +19,13 @@ from ..weights.dequant import Widest
 from ..weights.finder import Finder
 from ..weights.packed import FLOATS
 from ..weights.stored import Stored, check_plain
+from ..weights.unused import NEXT_TOKEN_KEYS, refuse_unused
 from .config import ModelConfig
 from .gguf_names import GGUF_MODULES, GGUF_OUTPUT_NORMS
+from .outside import Outside
 
-IGNORED_KEYS = frozenset(
-    {"self_attn.rotary_emb.inv_freq", "self_attn.k_scale", "self_attn.v_scale"}
-)
-"""Tensors of older checkpoints that repeat what the config says; scales of eight-bit keys and
-values, which are kept with more here."""
+LAYER_STEMS = ("model.", "model.language_model.")
+"""Prefixes of layers in transformers' own names, which a quantization_config may use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class WeightNames:
     head_matrix: Stored
     layers: tuple[Mapping[str, Stored], ...]
     """Each layer's matrices, by their names in transformers."""
+    notes: tuple[str, ...] = ()
+    """Where the checkpoint says other than the config, and which of the two is followed."""
 
     @property
     def as_stored(self) -> bool:
@@ -77,37 +79,65 @@ class WeightNames:
             yield from layer.values()
 
 
+def known_layers(manifest: Manifest, config: ModelConfig) -> tuple[Manifest, list[str]]:
+    """The checkpoint without layers beyond those of its config, and what to say of that: nothing if
+    they guess several tokens ahead, which no pass here uses."""
+    extra = manifest.layers[config.num_layers :]
+    if not extra:
+        return manifest, []
+    rest = replace(manifest, layers=manifest.layers[: config.num_layers])
+    if all(any(map(NEXT_TOKEN_KEYS.fullmatch, layer.tensors)) for layer in extra):
+        return rest, []
+    first = min(spec.name for spec in extra[0].tensors.values())
+    return rest, [
+        f"the config says {config.num_layers} layers, the checkpoint has {manifest.num_layers}: "
+        f"those from {first!r} on are left out, as transformers does"
+    ]
+
+
 def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
     """Names for this checkpoint; UnsupportedModelError if its tensors are not the config's."""
     gguf = manifest.format == "gguf"
-    if gguf:
-        embedding, norm, untied = "token_embd.weight", "output_norm.weight", "output.weight"
-        tied = untied not in manifest.static
-    else:
-        embedding, norm, untied = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-        tied = config.tied_head
+    outside = Outside(manifest, config)
     known = GGUF_MODULES | (GGUF_OUTPUT_NORMS if config.output_norms else {})
     modules = {name: known[name] if gguf else name for name in weight_shapes(config)}
-    factors = "rope_freqs.weight" if "rope_freqs.weight" in manifest.static else None
-    _check_static(manifest, config, norm, factors)
+    norm, factors = outside.norm(), outside.rope_factors()
     if manifest.num_layers != config.num_layers:
         raise UnsupportedModelError(
             f"{manifest.path}: {manifest.num_layers} layers, the config says {config.num_layers}"
         )
-    matrices = _static_matrix(manifest, config, embedding)
-    head = matrices if tied else _static_matrix(manifest, config, untied)
+    embedding, head = outside.embedding_and_head()
+    layers, remarks = [], []
+    for layer in manifest.layers:
+        matrices, found = _layer_matrices(layer, config, modules, outside.stem)
+        layers.append(matrices)
+        remarks += found
+    outside.refuse_others()
     return WeightNames(
-        embedding=matrices.key,
+        embedding=embedding.key,
         norm=norm,
         head=head.key,
         rope_factors=factors,
         modules=modules,
         interleaved_rope=gguf and config.model_type in ("llama", "mistral"),
         norm_offset=(0.0 if gguf else 1.0) if config.zero_centered_norms else None,
-        embedding_matrix=matrices,
+        embedding_matrix=embedding,
         head_matrix=head,
-        layers=tuple(_layer_matrices(layer, config, modules) for layer in manifest.layers),
+        layers=tuple(layers),
+        notes=(*outside.notes, *_summed_up(remarks)),
     )
+
+
+def _summed_up(remarks: Iterable[tuple[str, str]]) -> list[str]:
+    """One note for all tensors of which the same is said."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in remarks:
+        by_reason.setdefault(reason, []).append(name)
+    more = {len(names): f" (and {len(names) - 1} more)" for names in by_reason.values()}
+    more[1] = ""
+    return [
+        f"tensor {names[0]!r}{more[len(names)]} {reason}" for reason, names in by_reason.items()
+    ]
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -132,56 +162,30 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_static(manifest: Manifest, config: ModelConfig, norm: str, factors: str | None) -> None:
-    shapes = {norm: (config.hidden_size,)}
-    if factors is not None:
-        shapes[factors] = (config.head_dim // 2,)
-    for name, shape in shapes.items():
-        if name not in manifest.static:
-            raise UnsupportedModelError(f"{manifest.path}: tensor {name!r} is missing")
-        check_plain(manifest.static[name], shape)
-
-
-def _static_matrix(manifest: Manifest, config: ModelConfig, name: str) -> Stored:
-    """The embedding or the head, by the name that its tensor has if it is not packed."""
-    module = name.removesuffix(".weight")
-    scheme = config.quantization.scheme(module) if config.quantization else None
-    shape = (config.vocab_size, config.hidden_size)
-    found = Finder(manifest.static, str(manifest.path)).find(module, shape, scheme)
-    if found.transposed or not found.ordered:
-        spec = manifest.static[found.key]
-        raise UnsupportedModelError(
-            f"tensor {spec.name!r} is packed as {found.format}, which is supported in layers only "
-            f"({spec.path})"
-        )
-    return found
-
-
 def _layer_matrices(
-    layer: LayerSpec, config: ModelConfig, modules: Mapping[str, str]
-) -> dict[str, Stored]:
-    """The layer's matrices; UnsupportedModelError if its tensors are not the config's."""
+    layer: LayerSpec, config: ModelConfig, modules: Mapping[str, str], stem: str
+) -> tuple[dict[str, Stored], list[tuple[str, str]]]:
+    """The layer's matrices, and what its tensors say other than the config; UnsupportedModelError
+    if they are not the config's."""
     finder = Finder(layer.tensors, f"layer {layer.layer_idx}")
     matrices: dict[str, Stored] = {}
-    known: set[str] = set(IGNORED_KEYS)
+    used: set[str] = set()
     for module, shape in weight_shapes(config).items():
         own = modules[module]
         vectors = [f"{own}.bias"] if module in config.biased else []
         if len(shape) == 2:
-            name = f"model.layers.{layer.layer_idx}.{module}"
-            scheme = config.quantization.scheme(name) if config.quantization else None
+            path = f"layers.{layer.layer_idx}.{module}"
+            names = dict.fromkeys(f"{prefix}{path}" for prefix in (stem, *LAYER_STEMS))
+            scheme = config.quantization.scheme(*names) if config.quantization else None
             matrices[module] = finder.find(own, (shape[0], shape[1]), scheme)
-            known.update(matrices[module].keys.values(), matrices[module].others)
+            used.update(matrices[module].keys.values())
         else:
             vectors.append(f"{own}.weight")
         for key in vectors:
             if key not in layer.tensors:
                 raise UnsupportedModelError(f"layer {layer.layer_idx}: tensor {key!r} is missing")
             check_plain(layer.tensors[key], shape[:1])
-            known.add(key)
-    for key in sorted(layer.tensors.keys() - known):
-        raise UnsupportedModelError(
-            f"layer {layer.layer_idx}: tensor {key!r} is no part of a {config.model_type} model "
-            "with this config"
-        )
-    return matrices
+            used.add(key)
+    unused = {key: layer.tensors[key] for key in layer.tensors.keys() - used - finder.compared}
+    refuse_unused(unused, f"layer {layer.layer_idx}", config.model_type)
+    return matrices, finder.remarks

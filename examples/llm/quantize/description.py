@@ -9,6 +9,7 @@ from typing import Any
 from layer_streamer import read_json
 
 from ..hub import BESIDES
+from ..models.config_fields import text_part
 from ..opening import Model
 from ..weights.converted import converted_config
 from .grouping import quantization_config
@@ -43,8 +44,11 @@ def source_stamp(model: Model) -> dict[str, list[int]]:
 
 
 def _config(model: Model, recipe: Recipe) -> dict[str, Any]:
-    fields = read_json(model.directory / "config.json")
+    fields = text_part(read_json(model.directory / "config.json"))
     fields = converted_config(fields, model.manifest, model.config)
+    for name in ("part_of", "num_nextn_predict_layers"):  # what is not written with it
+        fields.pop(name, None)
+    fields["tie_word_embeddings"] = model.names.head == model.names.embedding
     fields.setdefault("architectures", [ARCHITECTURES[model.config.model_type]])
     dtype = str(recipe.dtype).removeprefix("torch.")
     if "torch_dtype" in fields:  # the older name of the same

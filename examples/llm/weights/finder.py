@@ -1,13 +1,14 @@
 """Which tensors of a checkpoint hold a matrix, and whether they are what its config says.
 
-Only headers are read here, but for what is tiny and could lead out of memory's bounds: the group
-of each column, and a shape that is stored as a tensor.
+Only headers are read here, but for what a config says, too, and what is believed: the group of each
+column, zero points of symmetric weights, and a shape that is stored as a tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 
 import torch
 
@@ -21,8 +22,9 @@ from .stored import FLOATS, Stored, check_plain, read_values
 EXPONENT_DTYPES = (torch.float8_e8m0fnu, torch.uint8)
 PACKED_KEYS = ("weight_packed", "qweight")
 """What a module has instead of a weight."""
-IGNORED_KINDS = ("input_scale", "input_zero_point", "weight_shape")
-"""Of a packed module: what activations would be rounded with, and what config.json says, too."""
+OUT_OF_ORDER = "is out of order though config.json names no act-order: it is followed"
+NO_GROUPS = -1
+"""In place of each column's group, where a packer left them in their order."""
 
 
 class Finder:
@@ -31,6 +33,10 @@ class Finder:
     def __init__(self, tensors: Mapping[str, TensorSpec], place: str) -> None:
         """``place`` begins the errors: a layer's number, or a path."""
         self._tensors, self._place = tensors, place
+        self.compared: set[str] = set()
+        """Keys of tensors that repeat what is known from elsewhere: they were read, and do."""
+        self.remarks: list[tuple[str, str]] = []
+        """Of tensors that say other than the config and are followed: (name, what was found)."""
 
     def find(self, module: str, shape: tuple[int, int], scheme: Scheme | None) -> Stored:
         """The matrix of a module; UnsupportedModelError if it is missing or not as it should be.
@@ -73,16 +79,17 @@ class Finder:
             "packed": self._tensor(module, "weight_packed", (rows, -(-width // pack))),
             "scale": self._scale(module, "weight_scale", _row_scales(rows, groups, scheme)),
         }
-        if not scheme.symmetric:
-            words = (-(-rows // pack), groups)
+        words = (-(-rows // pack), groups)
+        if scheme.symmetric:
+            middle = (0x88888888 if scheme.bits == 4 else 0x80808080) - (1 << 32)
+            self._check_no_zeros(module, {words: middle})
+        else:
             keys["zero"] = self._tensor(module, "weight_zero_point", words)
-        if not scheme.ordered:
-            keys["g_idx"] = self._columns(module, "weight_g_idx", width, groups)
+        keys |= self._columns(module, "weight_g_idx", (width, groups), scheme)
         self._check_stored_shape(module, shape)
-        others = self._others(module, "weight_zero_point", "weight_g_idx")
         return Stored(
             f"ct{scheme.bits}", rows, width, keys, "packed", scheme.group, 1, 0,
-            self._viewed(keys["scale"], groups), others,
+            self._viewed(keys["scale"], groups),
         )  # fmt: skip
 
     def _int8(self, module: str, shape: tuple[int, int], scheme: Scheme) -> Stored:
@@ -92,12 +99,19 @@ class Finder:
             "weight": self._tensor(module, "weight", shape, (torch.int8,)),
             "scale": self._scale(module, "weight_scale", _row_scales(rows, groups, scheme)),
         }
-        if not scheme.symmetric:
+        if scheme.symmetric:
+            self._check_no_zeros(module)
+        else:
             zeros = _row_scales(rows, groups, scheme)
             keys["zero"] = self._tensor(module, "weight_zero_point", zeros, (torch.int8,))
+        columns = self._columns(module, "weight_g_idx", (width, groups), scheme)
+        if columns:
+            spec = self._tensors[columns["g_idx"]]
+            raise self._error(spec, "is out of order, which is supported in packed words only")
+        self._check_stored_shape(module, shape)
         return Stored(
             "int8", rows, width, keys, "weight", scheme.group, 1, 0,
-            self._viewed(keys["scale"], groups), self._others(module, "weight_zero_point"),
+            self._viewed(keys["scale"], groups),
         )  # fmt: skip
 
     def _fp8(self, module: str, shape: tuple[int, int], scheme: Scheme) -> Stored:
@@ -114,10 +128,9 @@ class Finder:
         if columns == 0:
             shapes += [blocks[:1]] if per_row else [(1,), ()]
         keys["scale"] = self._scale(module, name, shapes, exponents=True)
-        others = self._others(module, "weight_zero_point")
-        return Stored(
-            "fp8", rows, width, keys, "weight", columns, per_row, 0, blocks, others
-        )  # fmt: skip
+        self._check_no_zeros(module)
+        self._check_stored_shape(module, shape)
+        return Stored("fp8", rows, width, keys, "weight", columns, per_row, 0, blocks)
 
     def _awq(self, module: str, shape: tuple[int, int], scheme: Scheme) -> Stored:
         rows, width = shape
@@ -139,12 +152,10 @@ class Finder:
             "zero": self._tensor(module, "qzeros", (groups, rows // pack)),
             "scale": self._scale(module, "scales", [(groups, rows)]),
         }
-        if not scheme.ordered:
-            keys["g_idx"] = self._columns(module, "g_idx", width, groups)
-        others = self._others(module, "g_idx", "bias")  # older files have biases of zeros
+        keys |= self._columns(module, "g_idx", (width, groups), scheme)
         return Stored(
             f"gptq{scheme.bits}", rows, width, keys, "packed", scheme.group,
-            zero_offset=scheme.zero_offset, others=others,
+            zero_offset=scheme.zero_offset,
         )  # fmt: skip
 
     def _tensor(
@@ -194,24 +205,52 @@ class Finder:
             )
         return width // scheme.group
 
-    def _columns(self, module: str, kind: str, width: int, groups: int) -> str:
-        """The key of the groups of columns, each of which is checked."""
-        key = self._tensor(module, kind, (width,))
-        found = read_values(self._tensors[key])
+    def _columns(
+        self, module: str, kind: str, shape: tuple[int, int], scheme: Scheme
+    ) -> dict[str, str]:
+        """The part with the group of each of (columns, groups), each of which is checked; empty if
+        they are in order, whatever the config says."""
+        width, groups = shape
+        key = f"{module}.{kind}"
+        if scheme.ordered and key not in self._tensors:
+            return {}
+        spec = self._tensors[self._tensor(module, kind, (width,))]
+        found = read_values(spec)
+        in_order = torch.arange(width) // (width // groups)
+        if torch.equal(found.long(), in_order) or bool((found == NO_GROUPS).all()):
+            self.compared.add(key)
+            return {}
         low, high = int(found.min()), int(found.max())
         if low < 0 or high >= groups:
-            raise self._error(
-                self._tensors[key], f"has values from {low} to {high}, there are {groups} groups"
-            )
-        return key
+            raise self._error(spec, f"has values from {low} to {high}, there are {groups} groups")
+        if scheme.ordered:
+            self.remarks.append((spec.name, OUT_OF_ORDER))
+        return {"g_idx": key}
+
+    def _check_no_zeros(
+        self, module: str, packed: Mapping[tuple[int, ...], int] = MappingProxyType({})
+    ) -> None:
+        """An error if zero points are stored, and are other than those of symmetric weights: 0, or
+        of a shape in ``packed`` words of this value."""
+        key = f"{module}.weight_zero_point"
+        spec = self._tensors.get(key)
+        if spec is None:
+            return
+        expected = packed.get(spec.shape, 0) if spec.dtype == torch.int32 else 0
+        found = read_values(spec)
+        found = found.float() if found.dtype.is_floating_point else found
+        if bool((found != expected).any()):
+            raise self._error(spec, "is not of symmetric weights, which the config says they are")
+        self.compared.add(key)
 
     def _check_stored_shape(self, module: str, shape: tuple[int, int]) -> None:
         spec = self._tensors.get(f"{module}.weight_shape")
-        if spec is None or spec.shape != (2,) or spec.dtype not in (torch.int64, torch.int32):
+        if spec is None or spec.dtype not in (torch.int64, torch.int32):
             return
         found = read_values(spec).tolist()
         if tuple(found) != shape:
             raise self._error(spec, f"says {found}, the config says {list(shape)}")
+        self.compared.add(f"{module}.weight_shape")
 
     def _check_whole_words(
         self, module: str, shape: tuple[int, int], columns: int, rows: int
@@ -224,10 +263,6 @@ class Finder:
         """The tensor with a module's weights."""
         keys = (f"{module}.{kind}" for kind in (*PACKED_KEYS, "weight"))
         return next(self._tensors[key] for key in keys if key in self._tensors)
-
-    def _others(self, module: str, *kinds: str) -> tuple[str, ...]:
-        keys = (f"{module}.{kind}" for kind in (*kinds, *IGNORED_KINDS))
-        return tuple(key for key in keys if key in self._tensors)
 
     def _error(self, spec: TensorSpec, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"tensor {spec.name!r} {reason} ({spec.path})")

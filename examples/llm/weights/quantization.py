@@ -40,23 +40,36 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    pattern: str
-    """A name, a class of modules, or "re:" and an expression that a name begins with."""
+    """Some modules, and how they are packed."""
+
+    expression: re.Pattern[str]
+    """Of the beginnings of their names."""
     scheme: Scheme | None
-    """None: modules that match are not packed."""
+    """None: they are not packed."""
+    kind: str = ""
+    """A class of modules that are meant, too."""
 
     def matches(self, name: str) -> bool:
-        if self.pattern.startswith("re:"):
-            return re.match(self.pattern[3:], name) is not None
-        kind = SPEC_CLASSES.get(name.rpartition(".")[2], "Linear")
-        return self.pattern in (name, kind, "*")
+        own_kind = SPEC_CLASSES.get(name.rpartition(".")[2], "Linear")
+        return self.kind == own_kind or self.expression.match(name) is not None
 
-    @property
-    def rank(self) -> int:
-        """Names go before expressions, those before classes."""
-        if self.pattern.startswith("re:"):
-            return 1
-        return 2 if self.pattern in ("Linear", "Embedding", "*") else 0
+
+def _in_skip_list(name: str) -> _Rule:
+    """Modules that an entry of a skip list leaves as they are, by the rule of transformers: an
+    expression that matches up to the end of a part of the name, or the end of the name itself."""
+    whole_parts = rf"(?:{name})(?:(?<=\.)|(?=\.|\Z))"
+    return _Rule(re.compile(rf"{whole_parts}|.*{re.escape(name)}\Z"), None)
+
+
+def _in_ct_list(name: str, scheme: Scheme | None) -> _Rule:
+    """Modules that an entry of a compressed-tensors config means: "re:" and an expression, or a
+    whole name, or a class."""
+    if name.startswith("re:"):
+        return _Rule(re.compile(name.removeprefix("re:")), scheme)
+    return _Rule(re.compile(rf"{re.escape(name)}\Z"), scheme, kind=name)
+
+
+_EVERY = re.compile("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +79,10 @@ class Quantization:
     method: str
     rules: tuple[_Rule, ...]
 
-    def scheme(self, module: str) -> Scheme | None:
-        """Of a module by its full name; None: it is not packed."""
+    def scheme(self, *names: str) -> Scheme | None:
+        """Of a module by its full name, or by several that it goes by; None: it is not packed."""
         for rule in self.rules:
-            if rule.matches(module):
+            if any(rule.matches(name) for name in names):
                 return rule.scheme
         return None
 
@@ -86,8 +99,6 @@ def read_quantization(config: object) -> Quantization | None:
     rules = {"compressed-tensors": _ct_rules, "awq": _awq_rules, "gptq": _gptq_rules}
     try:
         found = tuple(rules.get(method, _fp8_rules)(config))
-        for rule in found:
-            re.compile(rule.pattern.removeprefix("re:") if rule.rank == 1 else "")
     except (AttributeError, TypeError, re.error) as error:
         raise UnsupportedModelError(f"quantization_config of {method}: {error}") from error
     return Quantization(method, found)
@@ -109,51 +120,55 @@ def _group(config: Mapping[str, Any], default: int = 128) -> int:
 
 
 def _skipped(config: Mapping[str, Any], *fields: str) -> Iterator[_Rule]:
-    """Modules that are left as they are, by parts of their names."""
-    for field in fields:
-        for name in config.get(field) or ():
-            yield _Rule(f"re:.*{re.escape(str(name))}", None)
+    """Rules of the first of these skip lists that is there."""
+    found = [config[field] for field in fields if config.get(field) is not None]
+    listed = found[0] if found else []
+    if not isinstance(listed, list | tuple):
+        raise UnsupportedModelError(f"quantization: {fields[0]} is {listed!r}, not a list")
+    for name in listed:
+        yield _in_skip_list(str(name))
 
 
 def _awq_rules(config: Mapping[str, Any]) -> Iterator[_Rule]:
-    version = str(config.get("version", "gemm")).lower()
+    version = str(config.get("version") or config.get("format") or "gemm").lower()
     if version != "gemm":
         raise _refusal("AWQ version", version, ("gemm",))
+    if config.get("backend") == "llm-awq":  # whose words are in another order
+        raise _refusal("AWQ backend", "llm-awq", ("autoawq",))
     bits = config.get("bits", config.get("w_bit", 4))
     if bits != 4:
         raise _refusal("AWQ bits", bits, (4,))
     if not config.get("zero_point", True):
         raise _refusal("AWQ zero_point", False, (True,))
     yield from _skipped(config, "modules_to_not_convert")
-    yield _Rule("*", Scheme("awq", 4, _group(config), symmetric=False))
+    yield _Rule(_EVERY, Scheme("awq", 4, _group(config), symmetric=False))
 
 
-GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 0, None: 1}
+GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 0}
 """What each says that stored zero points lack."""
 
 
 def _gptq_rules(config: Mapping[str, Any]) -> Iterator[_Rule]:
-    kind = config.get("checkpoint_format")
-    if kind not in GPTQ_FORMATS:
-        raise _refusal("GPTQ checkpoint_format", kind, ("gptq", "gptq_v2"))
+    kind = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if not isinstance(kind, str) or kind.lower() not in GPTQ_FORMATS:
+        raise _refusal("GPTQ checkpoint_format", kind, GPTQ_FORMATS)
     base = Scheme(
         "gptq",
         _gptq_bits(config.get("bits")),
         _group(config),
         symmetric=False,  # zero points are stored in any case
         ordered=not config.get("desc_act", False),
-        zero_offset=GPTQ_FORMATS[kind],
+        zero_offset=GPTQ_FORMATS[kind.lower()],
     )
     yield from _skipped(config, "modules_to_not_convert")
     for pattern, changes in (config.get("dynamic") or {}).items():
-        sign, expression = pattern[:2], pattern
-        if sign in ("-:", "+:"):
-            expression = pattern[2:]
+        sign = pattern[:2]
+        expression = re.compile(pattern[2:] if sign in ("-:", "+:") else pattern)
         if sign == "-:":
-            yield _Rule(f"re:{expression}", None)
+            yield _Rule(expression, None)
             continue
         yield _Rule(
-            f"re:{expression}",
+            expression,
             replace(
                 base,
                 bits=_gptq_bits(changes.get("bits", base.bits)),
@@ -161,7 +176,7 @@ def _gptq_rules(config: Mapping[str, Any]) -> Iterator[_Rule]:
                 ordered=not changes.get("desc_act", not base.ordered),
             ),
         )
-    yield _Rule("*", base)
+    yield _Rule(_EVERY, base)
 
 
 def _gptq_bits(bits: object) -> int:
@@ -177,7 +192,7 @@ def _fp8_rules(config: Mapping[str, Any]) -> Iterator[_Rule]:
     yield from _skipped(config, "modules_to_not_convert", "ignored_layers")
     block = config.get("weight_block_size")
     rows, columns = (1, 0) if block is None else _block(block)
-    yield _Rule("*", Scheme("fp8", 8, columns, rows))
+    yield _Rule(_EVERY, Scheme("fp8", 8, columns, rows))
 
 
 def _block(block: object) -> tuple[int, int]:
@@ -197,10 +212,17 @@ def _ct_rules(config: Mapping[str, Any]) -> Iterator[_Rule]:
     rules = []
     for name, group in (config.get("config_groups") or {}).items():
         scheme = _ct_scheme(name, group, group.get("format") or config.get("format"))
-        rules += [_Rule(str(target), scheme) for target in group.get("targets") or ()]
+        rules += [(str(target), scheme) for target in group.get("targets") or ()]
     for name in config.get("ignore") or ():
-        yield _Rule(str(name), None)
-    yield from sorted(rules, key=lambda rule: rule.rank)
+        yield _in_ct_list(str(name), None)
+    for target, scheme in sorted(rules, key=lambda rule: _ct_rank(rule[0])):
+        yield _in_ct_list(target, scheme)
+
+
+def _ct_rank(target: str) -> tuple[int, str]:
+    """Names go before expressions, those before classes; among them the alphabet decides."""
+    classes = ("Linear", *SPEC_CLASSES.values())
+    return 2 if target in classes else 1 if target.startswith("re:") else 0, target
 
 
 def _ct_scheme(name: str, group: Mapping[str, Any], kind: object) -> Scheme | None:
@@ -228,9 +250,7 @@ def _ct_scheme(name: str, group: Mapping[str, Any], kind: object) -> Scheme | No
         raise _refusal(f"{name}: asymmetric strategy", "tensor", ("group", "channel"))
     packed = kind == "pack-quantized"
     ordered = weights.get("actorder") in (None, False, "weight", "static")
-    return Scheme(
-        "ct" if packed else "int8", bits, *sizes, symmetric=symmetric, ordered=ordered or not packed
-    )
+    return Scheme("ct" if packed else "int8", bits, *sizes, symmetric=symmetric, ordered=ordered)
 
 
 def _ct_group(name: str, weights: Mapping[str, Any]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +14,8 @@ from .dequant import FLOAT_TYPES, row_width
 from .packed import Packed
 from .quants import BLOCK_TYPES
 
+COMPARED_NBYTES = 1 << 20
+"""Of two tensors at a time."""
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -34,8 +36,6 @@ class Stored:
     zero_offset: int = 0
     scale_shape: tuple[int, ...] | None = None
     """The scale is viewed so; with 1 for many rows it is expanded where the format has none."""
-    others: tuple[str, ...] = field(default=(), compare=False)
-    """Keys of tensors that belong to the module and are not used."""
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -127,3 +127,17 @@ def read_values(spec: TensorSpec) -> torch.Tensor:
     if len(content) < spec.nbytes:
         raise UnsupportedModelError(f"{spec.path}: ends within tensor {spec.name!r}")
     return torch.frombuffer(content, dtype=spec.dtype) if content else torch.empty(0)
+
+
+def equal_values(one: TensorSpec, other: TensorSpec) -> bool:
+    """True for two tensors that hold the same bytes; reads until a difference is found."""
+    if (one.dtype, one.shape, one.ggml_type) != (other.dtype, other.shape, other.ggml_type):
+        return False
+    with open(one.path, "rb") as first, open(other.path, "rb") as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        for start in range(0, one.nbytes, COMPARED_NBYTES):
+            count = min(COMPARED_NBYTES, one.nbytes - start)
+            if first.read(count) != second.read(count):
+                return False
+    return True
