@@ -50,6 +50,8 @@ class WeightNames:
     head_matrix: Stored
     layers: tuple[Mapping[str, Stored], ...]
     """Each layer's matrices, by their names in transformers."""
+    biased: frozenset[str] = frozenset()
+    """A layer's modules whose bias is used; others may have one of zeros."""
     notes: tuple[str, ...] = ()
     """Where the checkpoint says other than the config, and which of the two is followed."""
 
@@ -124,6 +126,7 @@ def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
         embedding_matrix=embedding,
         head_matrix=head,
         layers=tuple(layers),
+        biased=config.biased,
         notes=(*outside.notes, *_summed_up(remarks)),
     )
 

@@ -49,7 +49,7 @@ def sources(manifest: Manifest, config: ModelConfig, names: WeightNames) -> dict
         for module, own in names.modules.items():
             for kind in ("weight", "bias"):
                 spec = layer.tensors.get(f"{own}.{kind}")
-                if spec is not None:
+                if spec is not None and (kind == "weight" or module in config.biased):
                     name = f"model.layers.{layer.layer_idx}.{module}.{kind}"
                     added = shift if module.endswith("norm") else 0.0
                     found[name] = Source(spec, permuted_heads(module, names, config), added)

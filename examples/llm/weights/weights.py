@@ -49,7 +49,9 @@ class StepWeights:
         packed = matrix.packed(self._tensors)
         if self._check is not None:
             self._check.see(packed, self._layer.tensors[matrix.scale_key])
-        bias = self._tensors.get(f"{self._names.modules[module]}.bias")
+        bias = None
+        if module in self._names.biased:
+            bias = self._tensors[f"{self._names.modules[module]}.bias"]
         return project(x_TD, packed, self._unpacker, bias)
 
 
