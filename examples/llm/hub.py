@@ -99,8 +99,20 @@ def choose(repo: str, names: Sequence[str]) -> list[str]:
     if len(files) == 1:
         return files[0]
     if not files:
-        raise HubError(f"{repo}: no safetensors and no GGUF files in this repository")
+        raise HubError(f"{repo}: no safetensors and no GGUF files in this repository{_hint(names)}")
     raise HubError(f"{repo}: several GGUF files, name one of them: {_choices(repo, files)}")
+
+
+def _hint(names: Sequence[str]) -> str:
+    """What a repository without a model is."""
+    if any(name.startswith("adapter_model.") for name in names):
+        return (
+            " but an adapter: merge it into its base model, which adapter_config.json names, and "
+            "name the result"
+        )
+    if "model_index.json" in names:
+        return " itself: a diffusers pipeline, of which no part is run here"
+    return ""
 
 
 def choose_gguf(repo: str, names: Sequence[str], choice: str) -> list[str]:

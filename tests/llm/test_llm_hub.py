@@ -66,6 +66,7 @@ def test_a_name_below_a_folder_that_is_here_is_a_path_unless_it_says_otherwise(n
     [
         (["model.safetensors", "pytorch_model.bin", "a.gguf"], ["model.safetensors"]),
         ([INDEX, *SHARDS, "consolidated.safetensors"], [INDEX]),
+        ([INDEX, *SHARDS, "model.safetensors"], ["model.safetensors"]),
         (["b.safetensors", "consolidated.safetensors", "other/c.safetensors"], ["b.safetensors"]),
         (["a-Q4_0.gguf", "mmproj-a-f16.gguf", "README.md"], ["a-Q4_0.gguf"]),
         ([*reversed(SPLIT), "config.json"], SPLIT),
@@ -85,6 +86,19 @@ def test_several_files_are_listed_as_what_to_write():
 def test_a_repository_without_weights_that_can_be_read_is_an_error():
     with pytest.raises(HubError, match="a/b: no safetensors and no GGUF"):
         choose("a/b", ["pytorch_model.bin", "config.json"])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["adapter_model.safetensors", "adapter_config.json"], "but an adapter: merge it into"),
+        (["adapter_model.bin", "adapter_config.json"], "but an adapter: merge it into"),
+        (["model_index.json", "unet/model.safetensors"], "itself: a diffusers pipeline"),
+    ],
+)
+def test_a_repository_of_something_else_is_named_for_what_it_is(names, message):
+    with pytest.raises(HubError, match=message):
+        choose("a/b", names)
 
 
 GGUFS = [

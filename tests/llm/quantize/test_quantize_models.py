@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from assets import relative_error
+from assets import edit_weights, relative_error
 from forward import open_forward
 from gguf_models import write_gguf
 from packed_models import write_packed
@@ -80,6 +80,30 @@ def test_what_is_not_quantized_is_the_original(tmp_path):
     for name in plain:
         assert found[name].dtype == torch.bfloat16
         assert torch.equal(found[name], state[name])
+
+
+def test_a_head_that_is_stored_beside_a_tied_config_is_kept(tmp_path):
+    model = zoo_model("llama")
+    save(tmp_path / "in", model)
+    fields = json.loads((tmp_path / "in" / "config.json").read_text())
+    fields |= {"tie_word_embeddings": True, "num_nextn_predict_layers": 1}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(fields))
+    assert run(tmp_path / "in", tmp_path / "out", "--bits", 8, "--dtype", "float32") == 0
+    assert torch.equal(tensors(tmp_path / "out")["lm_head.weight"], model.lm_head.weight)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False and "num_nextn_predict_layers" not in config
+    theirs = load(tmp_path / "out")
+    assert torch.equal(theirs.lm_head.weight, model.lm_head.weight)
+    with open_forward(tmp_path / "out", load_config(tmp_path / "out")) as forward:
+        assert relative_error(stepwise(forward), reference(theirs)) <= 1e-5
+
+
+def test_a_tensor_that_nothing_uses_is_refused_before_anything_is_written(tmp_path, capsys):
+    save(tmp_path / "in", zoo_model("llama"))
+    edit_weights(tmp_path / "in", lambda t: t.update({"lm_head.bias": torch.ones(512)}))
+    assert run(tmp_path / "in", tmp_path / "out", "--bits", 8) == 2
+    assert "'lm_head.bias' is no part of a llama model" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_model_in_half_precision_stays_in_it(tmp_path):
