@@ -154,6 +154,8 @@ def check_model_type(model_type: str, fields: Mapping[str, Any] = MappingProxyTy
         what = ": an encoder-decoder, not a decoder alone"
     elif "bert" in model_type or model_type in ENCODERS:
         what = ": an encoder, which generates no text"
+    elif "_class_name" in fields:
+        what = f": a part of a diffusers pipeline ({fields['_class_name']})"
     elif fields.get("part_of"):
         what = f", the text part of a {fields['part_of']} model"
     raise UnsupportedModelError(
@@ -210,7 +212,9 @@ def _notes(hf_config: Any, types: list[str]) -> Iterator[str]:
         yield f"sliding_window={window} is not used: every layer of a llama model sees all tokens"
     named = getattr(hf_config, "layer_types", None)
     if named is not None and list(named) != types:
-        yield f"layer_types is not used: all layers of a {model_type} model are {types[0]}"
+        yield f"layer_types is not used: all layers of a {model_type} model are alike"
+    if model_type in ("qwen2", "qwen3") and LAYER_TYPES[1] in types and not window:
+        yield "layer_types names windows, but there is no sliding_window: layers see all tokens"
 
 
 def _biased(hf_config: Any, model_type: str) -> frozenset[str]:

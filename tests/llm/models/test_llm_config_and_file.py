@@ -119,6 +119,37 @@ def test_columns_that_are_out_of_order_are_followed_whatever_the_config_says(
     assert len(notes) == 1 and "(and 20 more) is out of order" in notes[0]
 
 
+def test_columns_whose_groups_were_never_set_are_in_order(tmp_path):
+    model = zoo_model("llama")
+    path = write_packed(tmp_path, model, "ct4-asym-g16")
+    key = "model.layers.1.mlp.up_proj.weight_g_idx"
+    edit_weights(path, lambda t: t.update({key: torch.full((64,), -1, dtype=torch.int32)}))
+    found, notes = ours(path)
+    assert relative_error(found, reference(model, IDS, len(IDS))) <= 1e-5 and notes == []
+
+
+def test_columns_out_of_order_where_they_cannot_be_followed_are_refused(tmp_path):
+    path = write_packed(tmp_path, zoo_model("llama"), "int8-asym-g32")
+    key = "model.layers.1.mlp.up_proj.weight_g_idx"
+    edit_weights(path, lambda t: t.update({key: torch.arange(64).int() % 2}))
+    with pytest.raises(UnsupportedModelError, match=f"{key}' is out of order, which is supported"):
+        Model.read(path, pytest.fail)
+
+
+@pytest.mark.parametrize("kind", ["weight", "qweight", "weight_scale", "scales", "qzeros"])
+@pytest.mark.parametrize("packing", ["fp8-channel", "gptq4-g32", "ct4-g32", None])
+def test_a_module_that_is_stored_twice_is_refused(tmp_path, packing, kind):
+    model = zoo_model("llama")
+    path = write_packed(tmp_path, model, packing) if packing else tiny_checkpoint(tmp_path, model)
+    key = f"model.layers.1.mlp.up_proj.{kind}"
+    found = read_manifest(path)
+    if key in {spec.name for spec in found.layers[1].tensors.values()}:
+        return
+    edit_weights(path, lambda t: t.update({key: torch.ones(96, 64)}))
+    with pytest.raises(UnsupportedModelError, match=r"up_proj\.\w+'"):
+        Model.read(path, pytest.fail)
+
+
 def test_columns_in_their_order_take_no_part_whatever_the_config_says(tmp_path):
     model = zoo_model("llama")
     write_packed(tmp_path, model, "gptq4-g32")
@@ -159,6 +190,7 @@ def test_an_adapter_beside_the_model_is_not_used_and_a_note_says_so(tmp_path):
     [
         ("llama", {"sliding_window": 9}, "sliding_window=9 is not used"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is not used"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "there is no sliding_window"),
     ],
 )
 def test_a_window_that_a_model_type_does_not_have_is_named(tmp_path, name, fields, said):
@@ -185,6 +217,33 @@ def test_a_tensor_of_a_gguf_file_that_nothing_uses_is_refused_by_name(tmp_path, 
     write_gguf(path, zoo_model("llama"))
     with pytest.raises(UnsupportedModelError, match=f"'{name}' is no part of a llama"):
         weight_names(with_tensor(path, name), file_config(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "refused"),
+    [
+        ("attn_rot_embd.weight", False),
+        ("attn_q.scale", True),
+        ("attn_q.input_scale", False),
+        ("attn_sinks.weight", True),
+        ("attn_output.bias", True),
+        ("ffn_gate_inp.weight", True),
+        ("nextn.eh_proj.weight", True),
+    ],
+)
+def test_a_tensor_of_a_gguf_layer_that_nothing_uses_is_refused_by_name(tmp_path, key, refused):
+    path = tmp_path / "a.gguf"
+    write_gguf(path, zoo_model("llama"))
+    manifest, config = read_manifest(path), file_config(path)
+    first, *rest = manifest.layers
+    spec = replace(first.tensors["attn_norm.weight"], name=f"blk.0.{key}")
+    layers = (replace(first, tensors={**first.tensors, key: spec}), *rest)
+    manifest = replace(manifest, layers=layers)
+    if not refused:
+        assert weight_names(manifest, config).notes == ()
+        return
+    with pytest.raises(UnsupportedModelError, match=f"'{key}' is no part of a llama"):
+        weight_names(manifest, config)
 
 
 def test_rope_factors_are_of_llama_files_alone(tmp_path):

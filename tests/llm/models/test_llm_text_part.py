@@ -138,12 +138,13 @@ def test_a_tensor_of_the_text_part_that_nothing_uses_is_refused(tmp_path):
             {"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}},
             "'qwen3_vl_text' is not supported, the text part of a qwen3_vl model",
         ),
+        ({"_class_name": "UNet2DConditionModel"}, "a part of a diffusers pipeline .UNet2DCond"),
         ({"model_type": "llama", "is_causal": False}, "is_causal=False is not supported"),
     ],
 )
 def test_what_is_no_decoder_is_named_for_what_it_is(tmp_path, fields, message):
     tensors = {f"encoder.layer.{i}.attention.self.query.weight": torch.ones(2, 2) for i in range(2)}
-    if fields["model_type"] == "llama":
+    if fields.get("model_type") == "llama":
         tensors = {"model.layers.0.x": torch.ones(2)}
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(fields))
