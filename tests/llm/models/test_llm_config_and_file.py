@@ -136,20 +136,6 @@ def test_columns_out_of_order_where_they_cannot_be_followed_are_refused(tmp_path
         Model.read(path, pytest.fail)
 
 
-@pytest.mark.parametrize("kind", ["weight", "qweight", "weight_scale", "scales", "qzeros"])
-@pytest.mark.parametrize("packing", ["fp8-channel", "gptq4-g32", "ct4-g32", None])
-def test_a_module_that_is_stored_twice_is_refused(tmp_path, packing, kind):
-    model = zoo_model("llama")
-    path = write_packed(tmp_path, model, packing) if packing else tiny_checkpoint(tmp_path, model)
-    key = f"model.layers.1.mlp.up_proj.{kind}"
-    found = read_manifest(path)
-    if key in {spec.name for spec in found.layers[1].tensors.values()}:
-        return
-    edit_weights(path, lambda t: t.update({key: torch.ones(96, 64)}))
-    with pytest.raises(UnsupportedModelError, match=r"up_proj\.\w+'"):
-        Model.read(path, pytest.fail)
-
-
 def test_columns_in_their_order_take_no_part_whatever_the_config_says(tmp_path):
     model = zoo_model("llama")
     write_packed(tmp_path, model, "gptq4-g32")
@@ -273,7 +259,7 @@ EXTRA = (
 
 
 @given(st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_a_checkpoint_of_any_tensors_gives_the_text_of_transformers_or_none(tmp_path_factory, data):
     """With one tensor more, less, of another shape, or another tied flag."""
     name = data.draw(st.sampled_from(MODELS))

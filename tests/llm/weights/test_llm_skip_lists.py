@@ -6,7 +6,7 @@ import pytest
 import torch
 from assets import relative_error
 from compressed_tensors.utils.match import is_match
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import write_packed
 from packings import PACKINGS, ct_config
@@ -35,6 +35,7 @@ METHODS = (
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @given(listed=st.lists(ENTRIES, max_size=3))
+@settings(max_examples=40, deadline=None)
 def test_a_skip_list_means_what_it_means_in_transformers(method, listed):
     found = read_quantization(method | {"modules_to_not_convert": listed})
     for module in MODULES:
@@ -42,6 +43,7 @@ def test_a_skip_list_means_what_it_means_in_transformers(method, listed):
 
 
 @given(ignored=st.lists(st.one_of(ENTRIES, ENTRIES.map("re:{}".format)), max_size=3))
+@settings(max_examples=60, deadline=None)
 def test_an_ignore_list_means_what_it_means_in_compressed_tensors(ignored):
     shape = {"num_bits": 4, "strategy": "group", "group_size": 32}
     config = ct_config("pack-quantized", **shape) | {"ignore": ignored}
@@ -74,7 +76,10 @@ def test_an_entry_that_is_no_expression_is_refused_in_one_line():
     [["lm_head", "model.layers.0.mlp.gate"], ["model.layers.1"], ["gate"], ["down_proj"]],
 )
 def test_a_model_whose_list_names_parts_of_longer_names_runs(tmp_path, skipped):
-    model, packing = zoo_model("llama", num_hidden_layers=11), PACKINGS["fp8-blocks"]
+    model, packing = (
+        zoo_model("llama", num_hidden_layers=11, hidden_size=32, intermediate_size=48),
+        PACKINGS["fp8-blocks"],
+    )
     config = packing.config | {"modules_to_not_convert": skipped}
 
     def choose(module):
