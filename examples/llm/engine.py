@@ -11,16 +11,17 @@ import torch
 
 from layer_streamer import LayerStreamer
 
-from .errors import PromptTooLongError
-from .kv.rows import Row
+from .errors import TELLING, one_line_errors, without_frames
+from .kv.kept import KeptRow
 from .memory.plan import MemoryPlan, Wishes
 from .models.config import id_set
+from .models.rope_config import rotated_alike
 from .opening import Limits, Model, open_runner, place, plan_memory
-from .scheduler import Event, Request, Scheduler
-from .text.completion import Asked, Completion, in_order
+from .request import Event, Request
+from .scheduler import Scheduler
+from .text.completion import Asked, Completion, in_order, raising, results
 from .text.prompts import Prompt, PromptEncoder, is_batch
-from .text.sampling import Sampler, default_sampling, merge_options
-from .text.stopping import TextStream
+from .text.requests import Encoded, RequestMaker, Room
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class StreamingEngine:
     * ``streamer_options``: those of ``LayerStreamer.from_checkpoint``, such as the tuner prints;
       ``reserve_bytes`` is the caller's part of ``device_budget``.
 
-    Errors: ValueError, in one line, for the model, an option, or a budget that is too small.
+    Errors, each in one line: ValueError for the model, an option, or a budget that is too small;
+    StreamerError for what the machine refuses (:mod:`.errors`).
     """
 
     def __init__(  # noqa: PLR0913 - every option by name
@@ -92,10 +94,13 @@ class StreamingEngine:
         """Where everything is, and the bytes that it takes."""
         self._notify = notify
         self._encoder = PromptEncoder(lambda: self.tokenizer, self.config.vocab_size, notify)
-        self._defaults = default_sampling(self.model.generation_config())
-        self._kept: tuple[Row, list[int]] | None = None
+        self._room = Room(self.max_length, self.config.max_positions, self.config.vocab_size)
+        self._defaults = self.model.default_sampling(notify)
         self._current: Generator[Event] | None = None
-        self._runner = open_runner(self.model, plan, needs)
+        with one_line_errors("the engine cannot be opened"):
+            self._runner = open_runner(self.model, plan, needs)
+        alike = rotated_alike(self.config.ropes)
+        self._kept = KeptRow(self._runner.kv.rows, self.max_length, alike)
 
     @property
     def streamer(self) -> LayerStreamer:
@@ -125,8 +130,7 @@ class StreamingEngine:
 
         One prompt gives its text, a list gives a list. ``return_details``: a Completion instead of
         a text. ``stream``: an iterator of pieces of text, for a list of (row, piece); none cuts a
-        character or shows anything of a stop string. An iterator that is left early ends its
-        generation, and so does a newer call.
+        character or shows a part of a stop string. Leaving it ends it, and so does a newer call.
 
         * ``stop``: strings that end the text and are no part of it.
         * ``sampling``: temperature (0: greedy), top_k, top_p, min_p, repetition_penalty; what is
@@ -136,32 +140,32 @@ class StreamingEngine:
         * ``reuse_prefix``: for one prompt: start from what it has in common with the last such
           prompt and its text, whose keys and values are kept until a call without it.
 
-        ValueError, in one line, for a prompt that is too long or an option that makes no sense.
+        ValueError, in one line, for an option that makes no sense or a bad prompt. Of a list, each
+        prompt fails alone: when the others have ended, its Completion has the ``error``, or a
+        RowsError is raised that has all Completions.
         """
         if stream and return_details:
             raise ValueError("return_details=True: not together with stream=True")
         several = is_batch(prompt)
         if several and reuse_prefix:
             raise ValueError("reuse_prefix=True: takes one prompt, not a list")
-        prompts: Any = prompt if several else [prompt]
-        events = self.events(
-            [self.encode(item, chat_template_kwargs) for item in prompts],
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            seed=seed,
-            reuse_prefix=reuse_prefix,
-            **sampling,
-        )
+        if not return_details:
+            assert self.tokenizer is not None  # else it raises, before anything is computed
+        prompts = self._encoded(prompt, several, chat_template_kwargs)
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed,
+            "reuse_prefix": reuse_prefix, **sampling,
+        }  # fmt: skip
         if stream:
+            events = self.events(prompts, **options)
             pairs = ((request.index, piece) for request, piece in events if piece)
             return pairs if several else (piece for _, piece in pairs)
-        found = list(in_order(events))
-        results = found if return_details else [self._text(done) for done in found]
-        return results if several else results[0]
+        found = list(self.completions(prompts, **options))
+        return results(found, several=several, details=return_details)
 
     def events(
         self,
-        prompts: Iterable[Sequence[int]],
+        prompts: Iterable[Encoded],
         *,
         on_layer: Callable[[int], object] | None = None,
         **options: Any,
@@ -170,34 +174,27 @@ class StreamingEngine:
 
         ``prompts`` are token ids, taken one by one as rows come free, so that there may be any
         number; ``on_layer(layer_idx)`` hears of the first pass's layers. The other options are
-        ``generate``'s, but for those that shape its result.
+        ``generate``'s, but for those that shape its result. A prompt that fails has no event: what
+        it raised is raised when all others have ended, the error itself if there is no other,
+        else a RowsError.
         """
-        asked = self._asked(options)
-        self._end_current()
-        requests = self._requests(prompts, asked)
-        row = None
-        if asked.reuse_prefix:
-            first = next(requests)
-            row, requests = self._reuse(first.prompt_ids), iter([first])
-        else:
-            self._forget()
-        stop_ids = self._stop_ids()
-        scheduler = Scheduler(self._runner, requests, stop_ids, row=row, on_layer=on_layer)
-        events = self._current = scheduler.run()
-        return self._guard(events)
+        return raising(self._start(prompts, on_layer, options))
+
+    def completions(self, prompts: Iterable[Encoded], **options: Any) -> Iterator[Completion]:
+        """The results of any number of prompts, taken as by :meth:`events`, in their order.
+
+        One that fails has its ``error``, and raises nothing. An exception among the prompts is the
+        result of its place, so that what was wrong with it may be told there.
+        """
+        return in_order(self._start(prompts, None, options))
 
     def encode(
         self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Token ids of a prompt; ValueError if it is malformed, empty or too long."""
-        ids = self._encoder.encode(prompt, chat_template_kwargs or {})
-        if len(ids) >= self.max_length:
-            context, length = self.config.max_positions, self.max_length
-            limit = f"the model's context is {context}"
-            if length < context:
-                limit = f"max_length={length} ({limit}): grant more"
-            raise PromptTooLongError(f"the prompt has {len(ids)} tokens, {limit}")
-        return ids
+        """Token ids of a prompt; ValueError if it is malformed, empty or too long, or if the
+        tokenizer cannot take it."""
+        with one_line_errors("the tokenizer cannot take the prompt", ValueError):
+            return self._room.check(self._encoder.encode(prompt, chat_template_kwargs or {}))
 
     def close(self) -> None:
         """End what is being generated and return all memory. Idempotent."""
@@ -212,89 +209,90 @@ class StreamingEngine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _asked(self, options: Mapping[str, Any]) -> Asked:
-        own = ("max_new_tokens", "stop", "seed", "reuse_prefix")
-        given = {name: options[name] for name in own if name in options}
-        if isinstance(given.get("stop"), str):
-            given["stop"] = [given["stop"]]
-        rest = {name: value for name, value in options.items() if name not in own}
-        return Asked(sampling=merge_options(self._defaults, rest), **given)
+    def _encoded(
+        self, prompt: Any, several: bool, chat_template_kwargs: Mapping[str, Any] | None
+    ) -> list[Encoded]:
+        """The one prompt, or for each of several its ids or what is wrong with it."""
+        if not several:
+            return [self.encode(prompt, chat_template_kwargs)]
+        found: list[Encoded] = []
+        for item in prompt:
+            try:
+                found.append(self.encode(item, chat_template_kwargs))
+            except (ValueError, OSError) as error:
+                found.append(without_frames(error))
+        return found
 
-    def _requests(self, prompts: Iterable[Sequence[int]], asked: Asked) -> Iterator[Request]:
-        noted = False
-        for index, ids in enumerate(prompts):
-            room = self.max_length - len(ids)
-            if room < asked.max_new_tokens and not noted:
-                noted = True
-                self._notify(f"the context has room for {room} new tokens")
-            count = min(room, asked.max_new_tokens)
-            seed = None if asked.seed is None else asked.seed + index
-            sampler = Sampler(asked.sampling, seed=seed)
-            sampler.see(ids, self.config.vocab_size, self.streamer.device)
-            text = TextStream(self.tokenizer, ids, asked.stop) if self._has_text(asked) else None
-            places = self.max_length if asked.reuse_prefix else len(ids) + count
-            yield Request(index, ids, count, sampler, text, places)
+    def _start(
+        self,
+        prompts: Iterable[Encoded],
+        on_layer: Callable[[int], object] | None,
+        options: Mapping[str, Any],
+    ) -> Iterator[Event]:
+        """A new generation, in the place of the one that was under way."""
+        asked = Asked.of(self._defaults, options)
+        self._end_current()
+        requests = RequestMaker(
+            asked=asked,
+            room=self._room,
+            device=self.streamer.device,
+            tokenizer=self.tokenizer if self._has_text(asked) else None,
+            notify=self._notify,
+        ).requests(prompts)
+        row = None
+        if asked.reuse_prefix:
+            first = next(requests, None)
+            requests = iter(() if first is None else (first,))
+            if first is not None and first.error is None:
+                row = self._kept.take(first.prompt_ids)
+        else:
+            self._kept.forget()
+        scheduler = Scheduler(self._runner, requests, self._stop_ids(), row=row, on_layer=on_layer)
+        events = self._current = scheduler.run()
+        return self._guard(scheduler, events)
 
     def _has_text(self, asked: Asked) -> bool:
-        """False for a model without a tokenizer, of which ids alone can be had."""
+        """False for a model without a tokenizer that can be used, of which ids alone can be had."""
         try:
-            return self.tokenizer is not None
-        except ValueError:
+            with one_line_errors("the tokenizer cannot be loaded"):
+                return self.tokenizer is not None
+        except TELLING:
             if asked.stop:
                 raise
             return False
 
-    def _text(self, done: Completion) -> str:
-        """The text, or the error that there is no tokenizer to make it."""
-        return done.text if self.tokenizer is not None else ""
-
     def _stop_ids(self) -> frozenset[int]:
         try:
-            own = id_set(self.tokenizer.eos_token_id)
-        except ValueError:
+            with one_line_errors("the tokenizer cannot be loaded"):
+                own = id_set(self.tokenizer.eos_token_id)
+        except TELLING:
             own = frozenset()
         return self.config.eos_ids | own
 
-    def _guard(self, events: Generator[Event]) -> Iterator[Event]:
-        """The events; RuntimeError once a newer call has ended them."""
+    def _guard(self, scheduler: Scheduler, events: Generator[Event]) -> Iterator[Event]:
+        """The events; RuntimeError if a newer call has ended them before their end."""
         try:
             for request, piece in events:
+                self._keep(request)
                 yield request, piece
-                if self._kept is not None and request.row is self._kept[0]:
-                    self._kept = self._kept[0], [*request.prompt_ids, *request.new_ids]
-                if self._current is not events:
-                    raise RuntimeError("this generation was ended by a newer one")
         finally:
             events.close()
+        if self._current is not events and not scheduler.has_ended:
+            raise RuntimeError("this generation was ended by a newer one, or by close()")
 
-    def _reuse(self, ids: Sequence[int]) -> Row:
-        """The kept row, cut back to what it has in common with these tokens; or a new one."""
-        if self._kept is None:
-            row = self._runner.kv.rows.add(self.max_length)
-            assert row is not None
-            self._kept = row, []
-        row, known = self._kept
-        same = 0
-        # The last token is computed in any case: its logits are needed.
-        for a, b in zip(known[: row.length], ids[:-1], strict=False):
-            if a != b:
-                break
-            same += 1
-        self._runner.kv.rows.truncate(row, same)
-        self._kept = row, list(ids)
-        return row
-
-    def _forget(self) -> None:
-        if self._kept is not None:
-            self._runner.kv.rows.drop(self._kept[0])
-            self._kept = None
+    def _keep(self, request: Request) -> None:
+        """Note what the kept row holds; nothing of a row that has failed."""
+        if self._kept.row is not None and request.row is self._kept.row:
+            if request.error is None:
+                self._kept.note([*request.prompt_ids, *request.new_ids])
+            else:
+                self._kept.forget()
 
     def _end_current(self) -> None:
         """No generation is under way any more, and no row is held but the one that is kept."""
         current, self._current = self._current, None
         if current is not None:
             current.close()
-        kept = self._kept[0] if self._kept is not None else None
         for row in self._runner.kv.rows:
-            if row is not kept:
+            if row is not self._kept.row:
                 self._runner.kv.rows.drop(row)

@@ -24,7 +24,8 @@ from layer_streamer import CheckpointError, Manifest, read_json
 
 from .cache import cache_root
 from .errors import UnsupportedModelError, optional_packages
-from .models.config import ModelConfig, check_model_type, id_set, model_config
+from .generation_config import read_generation_config
+from .models.config import ModelConfig, check_model_type, model_config
 from .models.config_fields import config_fields, text_part
 from .models.gguf_config import gguf_config, window_note
 from .models.rope_config import check_rope_types
@@ -96,11 +97,7 @@ def load_config(directory: Path) -> ModelConfig:
         config = model_config(config_fields(fields))
     except (TypeError, ValueError) as error:
         raise UnsupportedModelError(f"{path}: {' '.join(str(error).split())}") from error
-    generation = directory / "generation_config.json"
-    if generation.is_file():
-        more = id_set(_read_json(generation).get("eos_token_id"))
-        config = replace(config, eos_ids=config.eos_ids | more)
-    return config
+    return replace(config, eos_ids=config.eos_ids | read_generation_config(directory).eos_ids)
 
 
 def load_tokenizer(directory: Path) -> Any:

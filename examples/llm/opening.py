@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from layer_streamer import CheckpointError, LayerStreamer, Manifest, read_json, read_manifest
+from layer_streamer import CheckpointError, LayerStreamer, Manifest, read_manifest
 
+from .generation_config import read_generation_config
 from .hub import find_model
 from .kernels.triton_support import triton_serves
 from .kv.cache import KVCache, KVLayout
@@ -25,6 +26,7 @@ from .models.config import ModelConfig
 from .models.names import WeightNames, known_layers, weight_names
 from .passes.decode import captured_rows
 from .passes.runner import Chunking, Runner
+from .text.sampling import Sampling
 from .threads import leave_a_core
 from .weights.dequant import Unpacker
 
@@ -119,13 +121,13 @@ class Model:
         """The model's tokenizer, loaded when it is first needed; ValueError if it has none."""
         return load_tokenizer(self.directory)
 
-    def generation_config(self) -> Mapping[str, Any]:
-        """What the model's makers say of sampling; empty if nothing."""
-        path = self.directory / "generation_config.json"
-        if not path.is_file():
-            return {}
-        found = read_json(path)
-        return found if isinstance(found, dict) else {}
+    def default_sampling(self, notify: Callable[[str], object]) -> Sampling:
+        """How tokens are chosen where nobody says: by the model's generation_config.json, of which
+        ``notify`` hears what cannot be used."""
+        config = read_generation_config(self.directory)
+        for note in config.notes:
+            notify(note)
+        return config.sampling
 
 
 def _read_manifest(path: Path, layer_pattern: str | None) -> Manifest:

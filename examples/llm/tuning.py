@@ -17,7 +17,8 @@ from .engine import StreamingEngine
 from .memory.plan import Wishes
 from .models.config import ModelConfig
 from .opening import Limits, Model, place, plan_memory
-from .scheduler import Request, Scheduler
+from .request import Request
+from .scheduler import Scheduler
 from .text.sampling import Sampler
 
 logger = logging.getLogger(__name__)

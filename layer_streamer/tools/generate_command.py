@@ -80,10 +80,12 @@ def as_prompt(text: str, args: argparse.Namespace) -> Any:
 
 def room_for(model: Model, text: str, args: argparse.Namespace) -> int:
     """Tokens of the prompt and its answer, as far as the model's context goes."""
+    from ..llm.errors import one_line_errors
     from ..llm.text.prompts import PromptEncoder
 
     encoder = PromptEncoder(lambda: model.tokenizer, model.config.vocab_size, lambda _: None)
-    ids = encoder.encode(as_prompt(text, args), template_options(args))
+    with one_line_errors("the tokenizer cannot take the prompt"):
+        ids = encoder.encode(as_prompt(text, args), template_options(args))
     room: int = len(ids) + args.max_new_tokens
     return min(room, model.config.max_positions)
 

@@ -30,22 +30,9 @@ def choose_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype
 def suited_dtype(capability: tuple[int, int]) -> torch.dtype:
     """What a GPU of this compute capability multiplies fastest.
 
-    bfloat16 from 8.0 on. float16 on those of 7, which only emulate bfloat16: its range is small, so
-    what is computed in it goes through ``require_finite``. float32 on older ones.
+    bfloat16 from 8.0 on. float16 on those of 7, which only emulate bfloat16: its range is small,
+    and what goes beyond it ends in logits that are not numbers. float32 on older ones.
     """
     if capability >= (8, 0):
         return torch.bfloat16
     return torch.float16 if capability >= (7, 0) else torch.float32
-
-
-def require_finite(logits: torch.Tensor, dtype: torch.dtype) -> None:
-    """ValueError if what was computed in float16 went beyond its range, 65504.
-
-    An overflow anywhere in a pass reaches the logits of the tokens that see it as infinity or NaN.
-    Other dtypes are not looked at: waiting for the device costs time.
-    """
-    if dtype == torch.float16 and not bool(torch.isfinite(logits).all()):
-        raise ValueError(
-            "float16 is too small for this model: its logits are not finite; "
-            "compute in float32 (dtype=torch.float32, --dtype float32)"
-        )

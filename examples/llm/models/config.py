@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..weights.quantization import Quantization, read_quantization
-from .rope_config import Rope, rope_of
+from .rope_config import Rope, context_length, rope_of
 
 __all__ = ["ModelConfig", "UnsupportedModelError", "check_model_type", "id_set", "model_config"]
 
@@ -51,7 +51,7 @@ class ModelConfig:
     vocab_size: int
     norm_eps: float
     max_positions: int
-    """Context length in tokens."""
+    """Context length in tokens, as far as scaled rotations extend it."""
     tied_head: bool
     """True: the output head is the token embedding."""
     windows: tuple[int | None, ...]
@@ -130,7 +130,10 @@ def model_config(hf_config: Any) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=int(hf_config.vocab_size),
         norm_eps=float(hf_config.rms_norm_eps),
-        max_positions=int(hf_config.max_position_embeddings),
+        # Gemma 3 names the context that its scaling has made.
+        max_positions=context_length(
+            () if gemma else ropes.values(), int(hf_config.max_position_embeddings)
+        ),
         tied_head=bool(hf_config.tie_word_embeddings),
         windows=tuple(int(window) if t == LAYER_TYPES[1] and window else None for t in types),
         ropes=tuple(ropes[t] for t in types),

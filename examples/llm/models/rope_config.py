@@ -6,7 +6,7 @@ Knows which kinds of scaling the engine computes and refuses every other by name
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,36 @@ def rope_of(hf_config: Any, layer_type: str | None = None) -> Rope:
     return Rope(float(theta), _scaling(fields, int(hf_config.max_position_embeddings)))
 
 
+def context_length(ropes: Iterable[Rope], max_positions: int) -> int:
+    """Tokens that a model's rotations are for, whose config names ``max_positions``.
+
+    transformers computes with any number; this is what those who publish such models mean. Linear
+    and dynamic scaling multiply what the config names. Yarn multiplies the context of training,
+    which the config may leave at what it was; so does llama3, where nothing longer is named.
+    """
+    return max([max_positions, *(_stretched(rope.scaling, max_positions) for rope in ropes)])
+
+
+def _stretched(scaling: Scaling | None, max_positions: int) -> int:
+    if isinstance(scaling, LinearScaling | DynamicScaling):
+        return int(max_positions * scaling.factor)
+    if isinstance(scaling, YarnScaling):
+        return int(scaling.original_max_positions * scaling.factor)
+    if isinstance(scaling, Llama3Scaling) and max_positions <= scaling.original_max_positions:
+        return int(scaling.original_max_positions * scaling.factor)
+    return max_positions
+
+
+def rotated_alike(ropes: Iterable[Rope]) -> float:
+    """Tokens up to which a key is rotated in the same way, however long its sequence becomes."""
+    originals = (
+        rope.scaling.original_max_positions
+        for rope in ropes
+        if isinstance(rope.scaling, DynamicScaling)
+    )
+    return min(originals, default=math.inf)
+
+
 def check_rope_types(config: Mapping[str, Any]) -> None:
     """UnsupportedModelError for a config.json, of either schema, with a kind not in ROPE_TYPES."""
     for name in ("rope_parameters", "rope_scaling"):
@@ -111,7 +141,7 @@ def _scaling(fields: Mapping[str, Any], max_positions: int) -> Scaling | None:
     try:
         if kind == "yarn":
             return _yarn(fields, original, max_positions)
-        factor = float(fields["factor"])
+        factor = _positive("factor", fields["factor"])
         if kind == "linear":
             return LinearScaling(factor=factor)
         if kind == "dynamic":  # transformers goes by the context, whatever else is written
@@ -126,8 +156,15 @@ def _scaling(fields: Mapping[str, Any], max_positions: int) -> Scaling | None:
         raise UnsupportedModelError(f"rope type {kind!r} needs the field {error}") from error
 
 
+def _positive(name: str, value: Any) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise UnsupportedModelError(f"rope scaling {name}={value}: must be above 0 and finite")
+    return number
+
+
 def _yarn(fields: Mapping[str, Any], original: int, max_positions: int) -> YarnScaling:
-    factor = float(fields.get("factor") or max_positions / original)
+    factor = _positive("factor", fields.get("factor") or max_positions / original)
     attention = fields.get("attention_factor")
     if attention is None:
         above, below = fields.get("mscale"), fields.get("mscale_all_dim")

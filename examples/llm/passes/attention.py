@@ -43,7 +43,8 @@ def attend(
     if tokens == 1:
         first = 0 if window is None else max(0, positions - window)
         k_GPE, v_GPE = k_GPE[:, first:], v_GPE[:, first:]
-        if q_HTE.device.type == "cpu":
+        # In float16 a product goes beyond its range before it is scaled; SDPA sums up in float32.
+        if q_HTE.device.type == "cpu" and q_HTE.dtype != torch.float16:
             return _attend_one(q_HTE, k_GPE, v_GPE, scale)
         return attend_rows(q_HTE.transpose(0, 1), k_GPE[None], v_GPE[None], scale=scale)[0][:, None]
     if window is not None and window < positions:

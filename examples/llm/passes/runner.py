@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,7 +13,6 @@ from layer_streamer import LayerStreamer
 from ..kernels.fused import rms_norm
 from ..kernels.triton_support import triton_serves
 from ..kv.cache import KVCache
-from ..memory.placing import require_finite
 from ..models.config import ModelConfig
 from ..models.model import decoder_layer
 from ..models.names import WeightNames
@@ -26,6 +26,9 @@ from .batch import Batch, Chunk, Entry, pack
 from .decode import DecodeAttention, open_decoder
 from .embedding import Embedding
 from .row_attention import GATHER_NBYTES, RowAttention
+
+Step = Callable[[torch.Tensor, Mapping[str, torch.Tensor], int], torch.Tensor]
+"""What the streamer calls for each layer of a pass."""
 
 DEFAULT_CHUNK = 2048
 """Tokens that go through a layer at a time."""
@@ -68,7 +71,7 @@ class Runner:
         chunking: Chunking | None = None,
     ) -> None:
         self.streamer, self.config, self.kv = streamer, config, kv
-        self._names, self._dtype = names, dtype
+        self.dtype, self._names = dtype, names
         self._chunking = chunking if chunking is not None else Chunking()
         manifest, device = streamer.manifest, streamer.device
         self._specs = manifest.static
@@ -112,15 +115,29 @@ class Runner:
         what follows each token (tokens, vocab_size), packed as the rows are. ``on_layer`` hears of
         each layer as it starts. A pass that fails leaves the rows as they were.
         """
+        count = sum(len(ids) for _, ids in entries)
+        if count > self.most_tokens:
+            raise ValueError(f"{count} tokens in one pass: room is for {self.most_tokens}")
         self.kv.begin([(row, len(ids)) for row, ids in entries])
         with torch.inference_mode():
             logits = self._decode(entries) if on_layer is None else None
             if logits is None:
                 step = self._stream(entries, every_position=every_position, on_layer=on_layer)
                 logits = step.logits
-            require_finite(logits, self._dtype)
         self.kv.end()
         return logits
+
+    @property
+    def most_tokens(self) -> int:
+        """Of one pass: there is room for so many residuals, whatever the rows' windows hold."""
+        return len(self._stream_ND)
+
+    def repeat(self, entries: Sequence[Entry], around: Callable[[Step, Batch, Any], Step]) -> None:
+        """A pass of the streamer that leaves the rows as they are, for who looks at it: its step
+        is ``around(step, batch, x_ND)``, where x_ND are the residuals before it."""
+        self.kv.begin([(row, len(ids)) for row, ids in entries])
+        with torch.inference_mode():
+            self._stream(entries, every_position=False, on_layer=None, around=around)
 
     def close(self) -> None:
         """Let go of the layers, after the streamer has been closed. Idempotent."""
@@ -133,6 +150,7 @@ class Runner:
         *,
         every_position: bool,
         on_layer: Callable[[int], object] | None,
+        around: Callable[[Step, Batch, Any], Step] = lambda step, batch, x_ND: step,
     ) -> _Pass:
         """A pass of the streamer."""
         with fast_kernels(self.kv.device):
@@ -142,7 +160,8 @@ class Runner:
             logits = torch.empty(count, self.config.vocab_size, device=self.kv.device)
             last = None if every_position else batch.last
             step = _Pass(self, batch, attentions, logits, last=last, on_layer=on_layer)
-            self.streamer.run_pass(self._begin(batch), step)
+            x_ND = self._begin(batch)
+            self.streamer.run_pass(x_ND, around(step, batch, x_ND))
             self._check.end()
         if self.decoder is not None:
             self.decoder.steps = step.steps
@@ -169,10 +188,11 @@ class Runner:
         one by one, so that the device computes while their rows are gathered."""
         x_ND = self._stream_ND[: len(batch.ids)]
         for chunk in batch.chunks[:1]:
-            self._embed(batch, chunk, x_ND)
+            self.embed(batch, chunk, x_ND)
         return x_ND
 
-    def _embed(self, batch: Batch, chunk: Chunk, x_ND: torch.Tensor) -> None:
+    def embed(self, batch: Batch, chunk: Chunk, x_ND: torch.Tensor) -> None:
+        """What the first layer gets of a chunk, written to its place among the residuals."""
         part = slice(chunk.first, chunk.first + chunk.count)
         self._embedding.put(batch.ids[part], x_ND[part])
 
@@ -185,7 +205,7 @@ class Runner:
         span, memory = self.kv.span(layer_idx), self.kv.open(layer_idx)
         for chunk, attention in zip(run.batch.chunks, run.attentions, strict=True):
             if layer_idx == 0 and chunk.first:
-                self._embed(run.batch, chunk, x_ND)
+                self.embed(run.batch, chunk, x_ND)
             x_TD = x_ND[chunk.first : chunk.first + chunk.count]
             table = None if attention.rotates else run.table(chunk, layer_idx)
             decoder_layer(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PromptTooLongError
+from ..errors import EngineError, PromptTooLongError
 
 if TYPE_CHECKING:
     from ..engine import StreamingEngine
@@ -125,7 +125,7 @@ def _answer(chat: Chat, text: str, say: Callable[[str], None]) -> None:
     except PromptTooLongError as error:
         say(f"error: the conversation does not fit any more: {error} (/new starts over)")
         return
-    except ValueError as error:
+    except (ValueError, EngineError) as error:
         say(f"error: {error}")
         return
     if chat.note:

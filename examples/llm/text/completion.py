@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ..scheduler import Event, Request
-from .sampling import Sampling
+from ..errors import RowsError
+from ..request import Event, Request
+from .sampling import Sampling, merge_options, whole
 from .stopping import StopStrings
 
 
@@ -21,11 +24,13 @@ class Completion:
     """Token ids; the one that ended the text is the last."""
     prompt_tokens: int
     finish_reason: str
-    """"stop": an end of text or a stop string; "length": no more tokens were allowed."""
+    """"stop": an end of text or a stop string; "length": no more tokens were allowed; "error"."""
     prompt_seconds: float
     """From the first pass over the prompt to its first token."""
     decode_seconds: float
     """From the first token to the last."""
+    error: Exception | None = None
+    """What ended the row before its time; text and ids are what there was by then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,15 +40,31 @@ class Asked:
     sampling: Sampling
     max_new_tokens: int = 128
     stop: Sequence[str] = ()
+    """One string will do, and None is none."""
     seed: int | None = None
     """Row i draws from the random stream of seed + i; None: a new one each."""
     reuse_prefix: bool = False
 
+    @classmethod
+    def of(cls, defaults: Sampling, options: Mapping[str, Any]) -> Asked:
+        """The options of one call; what it does not say of sampling is ``defaults``."""
+        own = ("max_new_tokens", "stop", "seed", "reuse_prefix")
+        given = {name: options[name] for name in own if name in options}
+        rest = {name: value for name, value in options.items() if name not in own}
+        return cls(sampling=merge_options(defaults, rest), **given)
+
     def __post_init__(self) -> None:
-        count = self.max_new_tokens
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"max_new_tokens={count!r}: must be an int of at least 1")
-        StopStrings(self.stop)
+        count = whole("max_new_tokens", self.max_new_tokens, 1)
+        object.__setattr__(self, "max_new_tokens", count)
+        if self.seed is not None:
+            object.__setattr__(self, "seed", whole("seed", self.seed))
+        stop: Any = () if self.stop is None else self.stop
+        try:
+            stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        except TypeError as error:
+            raise ValueError(f"stop={reprlib.repr(stop)}: must be strings") from error
+        object.__setattr__(self, "stop", stop)
+        StopStrings(stop)
 
 
 def complete(request: Request, pieces: Sequence[str]) -> Completion:
@@ -57,6 +78,7 @@ def complete(request: Request, pieces: Sequence[str]) -> Completion:
         finish_reason=request.finish_reason,
         prompt_seconds=request.prompt_seconds,
         decode_seconds=request.decode_seconds,
+        error=request.error,
     )
 
 
@@ -72,3 +94,30 @@ def in_order(events: Iterator[Event]) -> Iterator[Completion]:
         while following in ended:
             yield ended.pop(following)
             following += 1
+
+
+def raising(events: Iterator[Event]) -> Iterator[Event]:
+    """The events of rows that do not fail. What fails is raised when all others have ended: a
+    single prompt's error as it is, otherwise a RowsError."""
+    errors: dict[int, Exception] = {}
+    last = 0
+    for request, piece in events:
+        last = max(last, request.index)
+        if request.error is None:
+            yield request, piece
+        else:
+            errors[request.index] = request.error
+    if errors:
+        raise errors[0] if last == 0 else RowsError(errors)
+
+
+def results(completions: Sequence[Completion], *, several: bool, details: bool) -> Any:
+    """What is returned of one prompt, or of several: Completions, or texts alone.
+
+    The one's error is raised; so is, where texts are asked for, a RowsError that has everything.
+    """
+    errors = {done.index: done.error for done in completions if done.error is not None}
+    if errors and not (several and details):
+        raise RowsError(errors, completions) if several else errors[0]
+    found = list(completions) if details else [done.text for done in completions]
+    return found if several else found[0]

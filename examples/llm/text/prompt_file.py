@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..engine import StreamingEngine
-from .completion import Completion, in_order
+from ..errors import without_frames
+from .completion import Completion
 from .prompts import Prompt
+from .requests import Encoded
 
 
 class PromptFile:
@@ -34,36 +36,31 @@ class PromptFile:
 
     def run(self, path: Path, done: int, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """One record for each line after the first ``done`` that is not blank, in order."""
-        waiting: dict[int, dict[str, Any] | None] = {}
         numbers: list[int] = []
 
-        def prompts() -> Iterator[list[int]]:
+        def prompts() -> Iterator[Encoded]:
             with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
-                    if number <= done or not line.strip():
-                        continue
-                    try:
-                        ids = self._encode(line)
-                    except ValueError as error:
-                        message = " ".join(str(error).split())
-                        self._complain(f"{path}, line {number}: {message}")
-                        waiting[number] = {"line": number, "error": message}
-                        continue
-                    waiting[number] = None
-                    numbers.append(number)
-                    yield ids
+                    if number > done and line.strip():
+                        numbers.append(number)
+                        yield self._encode(line)
 
-        for result in in_order(self._engine.events(prompts(), **options)):
-            waiting[numbers[result.index]] = record(numbers[result.index], result)
-            yield from _ready(waiting)
-        yield from _ready(waiting)
+        for result in self._engine.completions(prompts(), **options):
+            number = numbers[result.index]
+            if result.error is None:
+                yield record(number, result)
+                continue
+            message = " ".join(str(result.error).split())
+            self._complain(f"{path}, line {number}: {message}")
+            yield {"line": number, "error": message}
 
-    def _encode(self, line: bytes) -> list[int]:
+    def _encode(self, line: bytes) -> Encoded:
+        """Token ids, or what is wrong with the line."""
         try:
-            found = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
-            raise ValueError(f"not JSON ({error})") from error
-        return self._engine.encode(self._prompt(found), self._template_options)
+            found = self._prompt(read_line(line))
+            return self._engine.encode(found, self._template_options)
+        except (ValueError, OSError) as error:
+            return without_frames(error)
 
     def _prompt(self, found: Any) -> Prompt:
         if isinstance(found, Mapping):
@@ -78,15 +75,12 @@ class PromptFile:
         return found
 
 
-def _ready(waiting: dict[int, dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
-    """Take the records at the front that are there."""
-    while waiting:
-        first = next(iter(waiting))
-        found = waiting[first]
-        if found is None:
-            return
-        del waiting[first]
-        yield found
+def read_line(line: bytes) -> Any:
+    """The JSON of a line; ValueError if it is none. A mark of byte order before it is not of it."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from error
 
 
 def record(line: int, result: Completion) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from zoo import CASES, IDS, zoo_model
 from layer_streamer.llm.kernels.triton_support import interpreted
 from layer_streamer.llm.models.config import model_config
 from layer_streamer.llm.passes.runner import Chunking, Runner
+from layer_streamer.llm.passes.second_look import why_not_finite
+from layer_streamer.llm.text.sampling import Sampler, choose_tokens
 
 DEVICE = "cpu" if interpreted() else "cuda"
 TOLERANCE = 1e-5
@@ -183,7 +185,9 @@ def test_a_pass_that_fails_after_its_launches_is_streamed_as_if_it_had_not_begun
     assert torch.equal(found, expected)
 
 
-def test_an_overflow_is_an_error_that_leaves_the_rows_as_they_were(llama: tuple[Path, Any]) -> None:
+def test_a_captured_pass_that_overflows_is_found_and_the_row_can_be_taken_back(
+    llama: tuple[Path, Any],
+) -> None:
     with opened(*llama, rows=1, dtype=torch.float16) as runner:
         row = runner.kv.rows.add(20)
         assert row is not None
@@ -194,10 +198,12 @@ def test_an_overflow_is_an_error_that_leaves_the_rows_as_they_were(llama: tuple[
         memory = runner.kv.open(1)
         kept = memory[place].clone()
         memory[place] = float("inf")
-        # NumPy, which the interpreter computes with, warns of what is not finite.
-        with np.errstate(all="ignore"), pytest.raises(ValueError, match="float16 is too small"):
-            runner.forward([(row, [8])])
-        assert (row.length, passes(runner)) == (3, 2)
+        with np.errstate(all="ignore"):  # NumPy, which the interpreter computes with, warns
+            logits = runner.forward([(row, [8])])
+            assert choose_tokens(logits, [Sampler()]) == [None] and passes(runner) == 2
+            runner.kv.rows.truncate(row, 3)
+            (why,) = why_not_finite(runner, [(row, [8])])
+        assert "layer 1" in why and "float16 is too small" in why and row.length == 3
         memory[place] = kept
         assert torch.equal(runner.forward([(row, [8])]), expected)
 

@@ -164,7 +164,7 @@ def gather_before(runner: Runner) -> None:
         return x_ND
 
     runner._begin = begin  # type: ignore[method-assign]
-    runner._embed = lambda *_: None  # type: ignore[method-assign, assignment]
+    runner.embed = lambda *_: None  # type: ignore[method-assign, assignment]
 
 
 def test_chunks_are_gathered_one_by_one_between_the_first_layers_work(

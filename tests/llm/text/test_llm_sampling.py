@@ -1,10 +1,14 @@
+import json
 import math
+from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -13,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from layer_streamer.llm.generation_config import read_generation_config
 from layer_streamer.llm.text.sampling import (
     Sampler,
     Sampling,
@@ -132,8 +137,156 @@ def test_an_option_that_makes_no_sense_is_named_in_one_line(options, message):
 def test_defaults_are_those_of_the_generation_config():
     config = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "eos_token_id": 2}
     assert default_sampling(config) == Sampling(temperature=0.7, top_k=20, top_p=0.8)
-    assert default_sampling({"do_sample": True}) == Sampling(temperature=1.0)
-    assert default_sampling(config | {"do_sample": False}) == Sampling()
-    assert default_sampling({"repetition_penalty": 1.1}) == Sampling(repetition_penalty=1.1)
+    greedy = default_sampling(config | {"do_sample": False})
+    assert greedy == Sampling(temperature=0, top_k=20, top_p=0.8)
+    assert default_sampling({"repetition_penalty": 1.1}).repetition_penalty == 1.1
     merged = merge_options(default_sampling(config), {"temperature": 0, "top_p": None})
     assert merged == Sampling(temperature=0, top_k=20, top_p=0.8)
+
+
+@pytest.mark.parametrize("named", [{}, {"top_k": None}, {"top_k": 7}, {"top_k": 0}])
+def test_a_top_k_that_is_not_named_is_that_of_transformers(named):
+    """Its own generation fills a config up so: what is null counts as not named."""
+    config = GenerationConfig(do_sample=True, **named)
+    config.update(**config._get_default_generation_params(), defaults_only=True)
+    for samples in (True, False):
+        assert default_sampling(named | {"do_sample": samples}).top_k == config.top_k
+
+
+TINY = [5e-324, 1e-45, 1e-38, 1.2e-38, 1e-20, 1e-8, 1e-6]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([*TINY, "top_p"]),
+    st.sampled_from(
+        [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.1}]
+    ),
+    st.sampled_from([1.0, 300.0, 3e37]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.booleans(),
+)
+def test_next_to_0_the_likeliest_token_is_drawn(seed, least, options, spread, dtype, masked):
+    torch.manual_seed(seed)
+    spread = min(spread, torch.finfo(dtype).max / 4)
+    logits = (torch.rand(40) * 2 - 1) * spread
+    if masked:
+        logits[:20] = -math.inf
+    logits[seed % 20 + 20] = 2 * spread
+    logits = logits.to(dtype)
+    tiny = {"top_p": 5e-324} if least == "top_p" else {"temperature": least}
+    sampler = hot(seed, **(options | tiny))
+    sampler.see([0, 1], 40, torch.device("cpu"))
+    assert int(sampler.choose(logits)) == seed % 20 + 20
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e38, 1e300, 1.7e308])
+def test_at_a_huge_temperature_all_tokens_are_alike_but_those_that_are_ruled_out(temperature):
+    logits = torch.tensor([5.0, -math.inf, 1.0, -5.0])
+    assert set(draws(hot(0, temperature=temperature), logits)) == {0, 2, 3}
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e-38, 1e38, 1e300])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_of_any_size_leaves_a_token_to_be_drawn(penalty, temperature):
+    logits = torch.tensor([3.0, 0.0, -2.0, -math.inf, 2.5])
+    sampler = Sampler(Sampling(temperature=temperature, repetition_penalty=penalty), seed=1)
+    sampler.see([0, 1, 2, 3], 5, torch.device("cpu"))
+    expected = {4} if penalty > 1 else {0}
+    first = int(sampler.choose(logits))
+    assert first in ({0, 1, 4} if temperature and penalty > 1 else expected)
+
+
+NOT_NUMBERS = [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf], [1.0, math.nan]]
+
+
+@pytest.mark.parametrize("row", NOT_NUMBERS)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 1}])
+def test_a_row_that_is_no_numbers_has_no_token_and_the_others_have_theirs(row, options):
+    logits = torch.tensor([[1.0, 2.0], row, [-math.inf, 0.5]])
+    found = choose_tokens(logits, [Sampler(), hot(1, **options), hot(2)])
+    assert found == [1, None, 1]
+
+
+def test_what_a_sampler_raises_is_the_choice_of_its_row():
+    class Broken(Sampler):
+        def choose(self, logits_V):
+            raise RuntimeError("no memory")
+
+    broken = Broken(Sampling(temperature=1.0))
+    first, second, third = choose_tokens(torch.eye(3), [Sampler(), broken, hot(1, top_k=1)])
+    assert (first, third) == (0, 2) and isinstance(second, RuntimeError)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64, -(2**70), np.int64(-1), np.uint8(7)])
+def test_a_seed_is_any_whole_number_of_which_64_bits_count(seed):
+    same = int(seed) % 2**64
+    logits = torch.zeros(1000)
+    assert draws(hot(seed), logits, 9) == draws(hot(same), logits, 9)
+
+
+@pytest.mark.parametrize("seed", [1.5, "3", True, np.bool_(True), [1]])
+def test_another_seed_is_refused_in_one_line(seed):
+    with pytest.raises(ValueError, match=r"seed=.*must be an int"):
+        Sampler(Sampling(), seed=seed)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons_own():
+    found = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), min_p=np.float64(0.25))
+    assert found == Sampling(temperature=0.5, top_k=3, min_p=0.25)
+    assert {type(found.temperature), type(found.top_k)} == {float, int}
+    with pytest.raises(ValueError, match=r"top_p=.*must be a number"):
+        Sampling(top_p=np.bool_(True))
+    with pytest.raises(ValueError, match="temperature=inf"):
+        Sampling(temperature=10**400)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+FIELDS = (*(field.name for field in fields(Sampling)), "do_sample", "eos_token_id", "num_beams")
+ODD = st.sampled_from([-1, 0, 1, 2, 0.5, 20.0, "0.6", "2", [2, None], [[2]], 1e400, 10**400, True])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON | ODD))
+def test_of_any_generation_config_each_value_is_used_or_named_with_the_file(tmp_path_factory, said):
+    directory = tmp_path_factory.getbasetemp()
+    (directory / "generation_config.json").write_text(json.dumps(said))
+    found = read_generation_config(directory)
+    for name, value in said.items():
+        noted = any("generation_config.json" in n and f"{name}=" in n for n in found.notes)
+        if value is None or noted:
+            continue
+        if name == "eos_token_id":
+            assert found.eos_ids == set(value if isinstance(value, list) else [value])
+        elif name == "num_beams":
+            assert value == 1
+        elif name == "temperature" and not said.get("do_sample"):
+            assert found.sampling.temperature == 0
+        elif name != "do_sample":
+            assert getattr(found.sampling, name) == value or not found.sampling.temperature
+    assert all("\n" not in note for note in found.notes)
+    caller = {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.0, "repetition_penalty": 1.5}
+    assert merge_options(found.sampling, caller) == Sampling(**caller)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[1]", b"{", b"", b"\xff\xfe{}", b"null", b"[" * 100_000, b'{"top_k": ' + b"9" * 5000],
+)
+def test_a_generation_config_that_is_none_is_named_and_left_out(tmp_path, content):
+    (tmp_path / "generation_config.json").write_bytes(content)
+    found = read_generation_config(tmp_path)
+    assert found.sampling == default_sampling({}) and not found.eos_ids
+    (note,) = found.notes
+    assert str(tmp_path / "generation_config.json") in note and "\n" not in note
+
+
+def test_a_mark_of_byte_order_is_no_part_of_a_generation_config(tmp_path):
+    (tmp_path / "generation_config.json").write_bytes(b'\xef\xbb\xbf{"eos_token_id": [7, 8.0]}')
+    found = read_generation_config(tmp_path)
+    assert found.eos_ids == {7, 8} and not found.notes

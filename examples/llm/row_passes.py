@@ -1,0 +1,112 @@
+"""A pass over several rows, of which each fails alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from layer_streamer import StreamerError
+
+from .errors import NotFiniteError, one_line_errors, without_frames
+from .kv.rows import Row
+from .passes.runner import Runner
+from .passes.second_look import why_not_finite
+from .request import Request
+from .text.sampling import Choice, choose_tokens
+
+OnLayer = Callable[[int], object]
+
+
+class RowPasses:
+    """Passes over a runner's rows.
+
+    What a row raises is its own; what the streamer raises, or ``on_layer``, is raised. Thread
+    rules: one thread.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def choose(self, requests: Sequence[Request], on_layer: OnLayer | None = None) -> list[Choice]:
+        """Append each request's tokens to its row; what follows in each, a token or an error.
+
+        A pass that fails is done again over either half, down to the row that it fails for: torch
+        does not say for whose tokens there was no memory.
+        """
+        before = {request: request.row.length for request in requests if request.row is not None}
+        half = len(requests) // 2
+        if half == 0 or self._fit(requests):
+            heard = None if on_layer is None else Heard(on_layer)
+            try:
+                logits = self._runner.forward(entries(requests), on_layer=heard)
+            except Exception as error:
+                if isinstance(error, StreamerError) or (heard and error is heard.error):
+                    raise
+                failed = without_frames(error)
+            else:
+                with one_line_errors("the pass cannot be ended"):  # of the device, of all rows
+                    choices = choose_tokens(logits, [request.sampler for request in requests])
+                return self._explained(requests, choices, before)
+            self._take_back(before)
+            if half == 0:
+                return [failed]
+        return self.choose(requests[:half]) + self.choose(requests[half:])
+
+    def _fit(self, requests: Sequence[Request]) -> bool:
+        """True if one pass has room for all of their tokens."""
+        return sum(request.behind for request in requests) <= self._runner.most_tokens
+
+    def _explained(
+        self, requests: Sequence[Request], choices: list[Choice], before: dict[Request, int]
+    ) -> list[Choice]:
+        """The choices, with an error in place of each None."""
+        bad = {i: requests[i] for i, choice in enumerate(choices) if choice is None}
+        self._take_back({request: before[request] for request in bad.values()})
+        for (i, request), why in zip(bad.items(), self._why(list(bad.values())), strict=True):
+            count = len(request.new_ids)
+            what = f"after {count} new tokens" if count else "over the prompt"
+            choices[i] = NotFiniteError(
+                f"pass {count + 1} of the row, {what}: the logits are not finite numbers; {why}"
+            )
+        return choices
+
+    def _why(self, requests: Sequence[Request]) -> list[str]:
+        """Where each row's numbers ceased to be finite, found by a second look."""
+        half = len(requests) // 2
+        if half and not self._fit(requests):
+            return self._why(requests[:half]) + self._why(requests[half:])
+        if not requests:
+            return []
+        try:
+            found = why_not_finite(self._runner, entries(requests))
+        except StreamerError:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())
+            return [f"a second look failed: {text}"] * len(requests)
+        return [f"the first output that is not finite is {why}" for why in found]
+
+    def _take_back(self, before: dict[Request, int]) -> None:
+        """Rows to their lengths before a pass that brought them nothing."""
+        for request, length in before.items():
+            if request.row is not None:
+                self._runner.kv.rows.truncate(request.row, length)
+
+
+class Heard:
+    """An ``on_layer``, and what it has raised."""
+
+    def __init__(self, on_layer: OnLayer) -> None:
+        self._on_layer = on_layer
+        self.error: Exception | None = None
+
+    def __call__(self, layer_idx: int) -> None:
+        try:
+            self._on_layer(layer_idx)
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def entries(requests: Sequence[Request]) -> list[tuple[Row, Sequence[int]]]:
+    """What a pass appends to their rows."""
+    return [(request.row, request.pending) for request in requests if request.row is not None]

@@ -1,0 +1,86 @@
+"""Prompts of one call to requests. What one prompt raises becomes the error of its request."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import PromptTooLongError
+from ..request import Request
+from .completion import Asked
+from .sampling import Sampler
+from .stopping import TextStream
+
+Encoded = Sequence[int] | Exception
+"""Token ids of a prompt, or the error that stands in their place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What ids the engine takes."""
+
+    max_length: int
+    """Tokens of a row, prompt and text."""
+    context: int
+    """The most that the model knows."""
+    vocab_size: int
+
+    def check(self, ids: Iterable[Any]) -> list[int]:
+        """The ids; ValueError for none, for one without an embedding, and for too many."""
+        try:
+            known = [operator.index(item) for item in ids]
+        except TypeError as error:
+            raise ValueError(f"token ids must be whole numbers ({error})") from error
+        if not known:
+            raise ValueError("the prompt is empty")
+        for item in known:
+            if not 0 <= item < self.vocab_size:
+                raise ValueError(f"token id {item}: must be from 0 to {self.vocab_size - 1}")
+        if len(known) >= self.max_length:
+            limit = f"the model's context is {self.context}"
+            if self.max_length < self.context:
+                limit = f"max_length={self.max_length} ({limit}): grant more"
+            raise PromptTooLongError(f"the prompt has {len(known)} tokens, {limit}")
+        return known
+
+
+@dataclass(kw_only=True, slots=True)
+class RequestMaker:
+    """Makes the requests of one call."""
+
+    asked: Asked
+    room: Room
+    device: torch.device
+    tokenizer: Any
+    """None: ids alone come out."""
+    notify: Callable[[str], object]
+    noted: bool = False
+
+    def requests(self, prompts: Iterable[Encoded]) -> Iterator[Request]:
+        """One for each prompt, taken when it is asked for."""
+        for index, prompt in enumerate(prompts):
+            request = Request(index, (), 0, Sampler(), None, 0)
+            try:
+                if isinstance(prompt, Exception):
+                    raise prompt
+                request = self._make(index, prompt)
+            except BaseException as error:  # tokenizers panic, which is no Exception
+                request.fail(error)
+            yield request
+
+    def _make(self, index: int, prompt: Sequence[int]) -> Request:
+        asked, ids = self.asked, self.room.check(prompt)
+        left = self.room.max_length - len(ids)
+        if left < asked.max_new_tokens and not self.noted:
+            self.noted = True
+            self.notify(f"the context has room for {left} new tokens")
+        count = min(left, asked.max_new_tokens)
+        sampler = Sampler(asked.sampling, seed=None if asked.seed is None else asked.seed + index)
+        sampler.see(ids, self.room.vocab_size, self.device)
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, ids, asked.stop)
+        places = self.room.max_length if asked.reuse_prefix else len(ids) + count
+        return Request(index, ids, count, sampler, text, places)
