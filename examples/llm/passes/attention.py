@@ -46,7 +46,8 @@ def attend(
         # In float16 a product goes beyond its range before it is scaled; SDPA sums up in float32.
         if q_HTE.device.type == "cpu" and q_HTE.dtype != torch.float16:
             return _attend_one(q_HTE, k_GPE, v_GPE, scale)
-        return attend_rows(q_HTE.transpose(0, 1), k_GPE[None], v_GPE[None], scale=scale)[0][:, None]
+        one = attend_rows(q_HTE.transpose(0, 1), k_GPE[None], v_GPE[None], scale=scale)
+        return _not_hidden(one[0][:, None], q_HTE, k_GPE)
     if window is not None and window < positions:
         mask = window_mask(tokens, positions, window, q_HTE.device)
         return _by_group(q_HTE, k_GPE, v_GPE, scale, mask)
@@ -98,7 +99,17 @@ def _by_group(
     mixed = F.scaled_dot_product_attention(
         q_GSTE, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
     )
-    return mixed.flatten(0, 1)
+    return _not_hidden(mixed, q_GSTE, k_GPE).flatten(0, 1)
+
+
+def _not_hidden(mixed: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The mixed values, nan if queries or keys are not finite: torch's kernel for CPUs takes scores
+    of nan for masked ones, and gives zeros."""
+    if mixed.device.type == "cpu":
+        total = q.sum(dtype=torch.float32) + k.sum(dtype=torch.float32)
+        if not torch.isfinite(total):
+            mixed.fill_(torch.nan)
+    return mixed
 
 
 def window_mask(tokens: int, positions: int, window: int, device: torch.device) -> torch.Tensor:
