@@ -211,6 +211,39 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_2(tiny, capfd, tmp_path, a
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory\nframe #0: <unknown>"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("can't start new thread"),
+        MemoryError(),
+    ],
+    ids=lambda error: str(error)[:20],
+)
+@pytest.mark.parametrize("place", ["opening.Runner.__init__", "passes.runner.Runner.forward"])
+def test_what_the_machine_refuses_is_one_line(tiny, capfd, monkeypatch, place, error):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(f"layer_streamer.llm.{place}", refuse)
+    assert main(tiny[0], "--prompt", "Hi") == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and type(error).__name__ in err
+
+
+def test_a_generation_config_that_makes_no_sense_is_named_and_the_model_answers(
+    tiny, capfd, tmp_path
+):
+    shutil.copytree(tiny[0], tmp_path, dirs_exist_ok=True)
+    said = {"do_sample": True, "top_k": -1, "temperature": "0.6", "eos_token_id": ["2", None]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    assert main(tmp_path, "--prompt", "Hi", "--max-new-tokens", 3, "--temperature", 0) == 0
+    lines = capfd.readouterr().err.splitlines()
+    named = [line for line in lines if str(tmp_path / "generation_config.json") in line]
+    assert len(named) == 4 and all("not used" in line for line in named)
+
+
 def test_a_truncated_checkpoint_is_an_error_that_names_the_file(tiny, capfd, tmp_path):
     shutil.copytree(tiny[0], tmp_path, dirs_exist_ok=True)
     path = tmp_path / "model.safetensors"

@@ -14,6 +14,9 @@ import pytest
 from byte_model import byte_model
 from paths import ROOT
 
+from layer_streamer import ReadError
+from layer_streamer.llm.passes.runner import Runner
+from layer_streamer.llm.text.stopping import TextStream
 from layer_streamer.tools import cli
 
 OPTIONS = ["--max-new-tokens", "5", "--device", "cpu", "--raw"]
@@ -78,6 +81,62 @@ def test_a_bad_line_is_named_and_the_rest_goes_on(model: Path, tmp_path: Path, c
     ):
         (line,) = (text for text in err.splitlines() if f"line {number}:" in text)
         assert part in line
+
+
+def test_a_line_that_anything_breaks_down_over_is_its_own_error(
+    model: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer over a text, or over the answer; the JSON parser; a pass; a missing row."""
+    push = TextStream.push
+
+    def panicking(self: Any, token_id: int) -> str:
+        if self.bad:
+            raise type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})("at 4")
+        return push(self, token_id)
+
+    start = TextStream.__init__
+
+    def noting(self: Any, tokenizer: Any, ids: Any, stops: Any) -> None:
+        start(self, tokenizer, ids, stops)
+        self.bad = bytes(ids) == b"panic"
+
+    monkeypatch.setattr(TextStream, "push", panicking)
+    monkeypatch.setattr(TextStream, "__init__", noting)
+    bad = [
+        b'"half \\ud83d"', b"[" * 50_000, b'{"prompt": [257, 258]}', b'{"prompt": [-1]}', b"NaN",
+        b'{"prompt": [1.5]}', b'{"messages": [5]}', b'"panic"', b'{"prompt": [[1], [2]]}',
+        b"9" * 5000, b"\x00", b'{"prompt": 1e999}',
+    ]  # fmt: skip
+    good = b'"One"'
+    prompts, lines = tmp_path / "in", [b"\xef\xbb\xbf" + good]
+    for line in bad:
+        lines += [line, good]
+    prompts.write_bytes(b"\n".join(lines))
+    assert run(model, prompts, tmp_path / "out", "--max-batch", "3") == 0
+    found = results(tmp_path / "out")
+    assert [record["line"] for record in found] == list(range(1, len(lines) + 1))
+    assert ["error" in record for record in found] == [False, *[True, False] * len(bad)]
+    assert len({record["text"] for record in found[::2]}) == 1
+    err = capfd.readouterr().err
+    assert "Traceback" not in err and len(err.splitlines()) == len(bad)
+
+
+def test_what_ends_a_run_is_one_line_and_what_was_done_before_is_kept(
+    model: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = write_prompts(tmp_path / "in", ["One", "Two", "Three"])
+    forward, passes = Runner.forward, []
+
+    def failing(self: Any, *arguments: Any, **options: Any) -> Any:
+        passes.append(1)
+        if len(passes) > 7:
+            raise ReadError("model.safetensors: layer 1: bytes 0 to 9: I/O error")
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(Runner, "forward", failing)
+    assert run(model, prompts, tmp_path / "out", "--max-batch", "1") == 2
+    assert [record["line"] for record in results(tmp_path / "out")] == [1]
+    assert capfd.readouterr().err == "error: model.safetensors: layer 1: bytes 0 to 9: I/O error\n"
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30])

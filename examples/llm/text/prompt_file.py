@@ -67,12 +67,19 @@ class PromptFile:
             keys = set(found) & {"prompt", "messages"}
             if len(keys) != 1:
                 raise ValueError('must have one of "prompt" and "messages"')
-            found = found[keys.pop()]
+            key = keys.pop()
+            found = found[key]
+            if key == "messages" and not _are_messages(found):
+                raise ValueError('"messages" must be a list of objects')
         if isinstance(found, str):
             return found if self._raw else [{"role": "user", "content": found}]
         if not isinstance(found, list):
             raise ValueError("must be a string, or an object with a prompt or messages")
         return found
+
+
+def _are_messages(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(item, Mapping) for item in found)
 
 
 def read_line(line: bytes) -> Any:

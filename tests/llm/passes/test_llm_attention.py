@@ -49,6 +49,38 @@ def test_rows_that_decode_together_see_what_each_would_alone(seen):
         torch.testing.assert_close(found[row], alone)
 
 
+@pytest.mark.parametrize(("tokens", "positions"), [(1, 30), (7, 7), (3, 30)])
+@pytest.mark.parametrize("window", [None, 5])
+def test_products_beyond_the_range_of_float16_are_scaled_before_they_leave_it(
+    tokens, positions, window
+):
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(2, n, 128) for n in (tokens, positions, positions))
+    q, k, v = (x.half() for x in (q + 100, k + 100, v))
+    found = attend(q, k, v, scale=128**-0.5, window=window)
+    assert (q[0] @ k[0].T).isinf().any() and found.isfinite().all()
+    expected = naive(q.float(), k.float(), v.float(), window)
+    torch.testing.assert_close(found.float(), expected, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (1, 7), (3, 7), (12, 12), (40, 40)])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("spoiled", ["query", "key", "value"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_none_in_the_result(dtype, tokens, positions, window, spoiled, value):
+    """Kernels may take it for what a mask has ruled out, and give zeros."""
+    q, k, v = (torch.randn(2, n, 8).to(dtype) for n in (tokens, positions, positions))
+    {"query": q, "key": k, "value": v}[spoiled][:, -1, 3] = value
+    if spoiled == "key" and value == math.inf:
+        q = q.abs()  # else what is seen of it is -inf, and rightly nothing
+    assert not attend(q, k, v, scale=1.0, window=window)[:, -1].isfinite().any() or (
+        spoiled == "value"
+    )
+    if spoiled == "value":
+        assert not attend(q, k, v, scale=1.0, window=window)[:, -1, 3].isfinite().any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "positions"), [(1, 700), (512, 512), (300, 900)])
