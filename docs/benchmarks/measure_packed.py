@@ -127,7 +127,7 @@ def make(args: argparse.Namespace, kind: str) -> None:
     if path.exists():
         return
     args.dir.mkdir(parents=True, exist_ok=True)
-    script = str(ROOT / "examples" / "make_checkpoint.py")
+    script = str(ROOT / "examples" / "make" / "make_checkpoint.py")
     command = [sys.executable, script, str(path), "--shape", args.shape, "--format", kind]
     if args.layers is not None:
         command += ["--layers", str(args.layers)]

@@ -91,6 +91,8 @@ class Workload:
         # No more than the engine's own loop, without a tokenizer.
         for _ in Scheduler(self._engine._runner, [request], frozenset()).run():
             self._alive()
+        if request.error is not None:
+            raise request.error
         return {"prompt": request.prompt_seconds, "decode": request.decode_seconds}
 
     def close(self) -> None:

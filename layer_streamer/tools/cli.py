@@ -11,6 +11,7 @@ import argparse
 import difflib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -41,6 +42,9 @@ GROUPS = {
     },
 }
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
+REFUSED = re.compile("can't start new thread|can't allocate memory|out of memory", re.IGNORECASE)
+"""What Python and torch say of threads and memory that the machine refuses: they raise nothing
+narrower than RuntimeError."""
 HELP = ("-h", "--help", "help")
 
 
@@ -80,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_the_users(error):
             raise
-        say(f"error: {printable(' '.join(str(error).split()))}")
+        say(f"error: {printable(' '.join(str(error).split())) or type(error).__name__}")
         return 2
     return 0
 
@@ -104,10 +108,9 @@ def unknown(name: str) -> str:
 
 def is_the_users(error: Exception) -> bool:
     """True for what arguments, files and the machine can be the cause of: one line will do."""
-    if isinstance(error, StreamerError | OSError | ValueError | ImportError):
+    if isinstance(error, StreamerError | OSError | ValueError | ImportError | MemoryError):
         return True
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, RuntimeError) and REFUSED.search(str(error)) is not None
 
 
 @contextmanager

@@ -79,6 +79,27 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
         main(["inspect", "x"])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nframe #0"),
+        RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
+        MemoryError(),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception
+) -> None:
+    def refuse(args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("layer_streamer.tools.inspect_command.run", refuse)
+    assert cli.main(["inspect", "x"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and len(err) > 10 and err.count("\n") == 1
+
+
 def test_sigterm_ends_a_command_as_ctrl_c_does_and_the_handler_comes_back(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

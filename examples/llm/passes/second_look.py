@@ -65,7 +65,7 @@ class _Look:
 
     def words(self) -> list[str]:
         """Of each row."""
-        head = "that of the final norm or the output head"
+        head = f"that of the final norm or the output head{self._cause({}, {})}"
         return [found if found is not None else head for found in self._found]
 
     def _see(
