@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 from dataclasses import fields
 
 import numpy as np
@@ -290,3 +291,25 @@ def test_a_mark_of_byte_order_is_no_part_of_a_generation_config(tmp_path):
     (tmp_path / "generation_config.json").write_bytes(b'\xef\xbb\xbf{"eos_token_id": [7, 8.0]}')
     found = read_generation_config(tmp_path)
     assert found.eos_ids == {7, 8} and not found.notes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_k": 9, "min_p": 0.1}])
+def test_a_gpu_finds_rows_that_are_no_numbers_and_is_waited_for_once(options):
+    torch.manual_seed(0)
+    logits = torch.randn(len(NOT_NUMBERS) + 2, 50_000)
+    logits[-1, ::2] = -math.inf
+    for row, bad in enumerate(NOT_NUMBERS):
+        logits[row, ::2], logits[row, 1::2] = bad
+    here = choose_tokens(logits, [hot(i, **options) for i in range(len(logits))])
+    there, samplers = logits.cuda(), [hot(i, **options) for i in range(len(logits))]
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            found = choose_tokens(there, samplers)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert found == here and found[:-2] == [None] * len(NOT_NUMBERS)
+    assert len([w for w in waits if "called a synchronizing" in str(w.message)]) == 1
