@@ -5,9 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,9 +17,9 @@ from .devices.accelerator import open_device, open_devices
 from .errors import ClosedError
 from .passes.caller import Caller
 from .passes.claims import Claims
-from .passes.inputs import LayerFn, move
+from .passes.inputs import LayerFn
 from .passes.statics import sum_by_device
-from .passes.sweep import Parts, Sweep, sweep
+from .passes.sweep import Parts, Sweep, run_layers, sweep
 from .planning.plan import Plan
 from .planning.settings import Bytes, Count, DeviceName, OnCopy, ReadMode, Settings, read_count
 from .transport.memory import MemoryUse
@@ -223,14 +222,7 @@ class LayerStreamer:
 
         Raises what ``layer_fn`` raises, or the error of the layer that could not be streamed.
         """
-        steps = sweep(self.opened(), self, guarded=True)
-        state: Any = x
-        try:
-            for (layer_idx, weights), device in zip(steps, cycle(self._devices), strict=False):
-                state = layer_fn(move(state, device.torch_device), weights, layer_idx)
-        finally:
-            steps.close()
-        result: X = move(state, self.device)
+        result: X = run_layers(self.opened(), self, x, layer_fn)
         return result
 
     def sweep(self) -> Sweep:

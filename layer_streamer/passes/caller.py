@@ -6,14 +6,23 @@ there is no state beside the run's counters: the next pass begins from them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ..devices.device import Event, Stream
 from ..errors import ClosedError, StreamerError
 from ..transport.clock import PassClock
 from ..transport.lane import Lane
 from ..transport.pipeline import Pipeline
-from ..transport.pool import Weights
 from ..transport.stage import LaneRun, Run
 from ..transport.stats import PassReport
+from ..transport.weights import Weights
+
+
+class _Finished(NamedTuple):
+    """A finished pass. Its clock is whole for as long as it is the last one."""
+
+    clock: PassClock
+    number: int
 
 
 class Caller:
@@ -28,7 +37,9 @@ class Caller:
         self._control = pipeline.control
         self._schedule = pipeline.schedule
         self._lanes = pipeline.lanes
-        self._finished: PassClock | None = None
+        self._finished: _Finished | None = None
+        self._asking: dict[object, None] = {}
+        self._reported: tuple[int, PassReport] | None = None
 
     def begin(self) -> None:
         """Begin a pass at its first step, starting over if the one before did not end."""
@@ -66,10 +77,10 @@ class Caller:
                 self._pipeline.files.check_unchanged({read.path for read in layout.reads})
             slot = lane.pool.slots[n % lane.pool.count]
             slot.handed_on = stream
-            run.handed = number + 1
             self.order_after_copy(slot.ready, stream)
         elif self._control.closing:
-            raise ClosedError("the streamer was closed during the pass")
+            raise self._closed()
+        run.handed = number + 1
         self._schedule.clock(run, number).compute_begin[index].record(stream)
         return self._schedule.steps[index].layer_idx, lane.weights_of(index, n, stream)
 
@@ -78,16 +89,27 @@ class Caller:
         ready.wait(stream)
 
     def give_back(self) -> None:
-        """The caller's work on the step has been enqueued; once done, its slot is free."""
+        """The caller's work on the step has been enqueued; once done, its slot is free.
+
+        StreamerError if the caller has written to the step's tensors.
+        """
+        if self._control.closing:
+            self._pipeline.check_process()
         run = self._run()
         number = run.released
         index = self._schedule.index(number)
         lane = self._lane(index)
         stream = lane.device.current_stream()
-        self._record_uses(lane, index, number, stream)
+        written = lane.release(index, number, stream)
         self._schedule.clock(run, number).compute_end[index].record(stream)
         run.released = number + 1
         lane.filler_bell.ring()
+        if written:
+            layer_idx = self._schedule.steps[index].layer_idx
+            raise StreamerError(
+                f"layer {layer_idx}: its weights were written to, now or after an earlier hand-out "
+                "of the same memory, which other layers and passes use: change a clone of them"
+            )
 
     def finish(self) -> None:
         """The pass's last step has been given back."""
@@ -95,7 +117,10 @@ class Caller:
         clock = self._schedule.clock(run, run.released - 1)
         clock.stop()
         self._pipeline.files.check_unchanged()
-        self._finished = clock
+        number = self._finished.number + 1 if self._finished is not None else 0
+        self._finished = _Finished(clock, number)
+        if self._asking:
+            self._reported = number, clock.report(self._schedule.layouts)
 
     def abort(self) -> None:
         """Drop the pass that is under way and start prefetching the first layers again.
@@ -109,15 +134,47 @@ class Caller:
                 index = self._schedule.index(run.released)
                 lane = self._lane(index)
                 stream = lane.device.current_stream()
-                self._record_uses(lane, index, run.released, stream)
+                lane.release(index, run.released, stream)
             base_pass = run.base_pass + run.released // self._schedule.length
+        for lane in self._lanes:
+            lane.start_over()
         self._pipeline.publish(base_pass)
 
     def report(self) -> PassReport | None:
-        """The report of the last finished pass; waits until the device has done it."""
-        if self._finished is None:
+        """The report of the last finished pass; waits until the device has done it. Any thread.
+
+        The clock of a pass is used again once the next one has finished. If passes are quicker
+        than this, the thread that runs them is asked to make the report.
+        """
+        token, begun = object(), self._finished
+        try:
+            while True:
+                finished = self._finished
+                if finished is None or begun is None:
+                    return None
+                report = self._attempt(finished)
+                if report is not None:
+                    return report
+                if self._reported is not None and self._reported[0] > begun.number:
+                    return self._reported[1]
+                self._asking[token] = None
+        finally:
+            self._asking.pop(token, None)
+
+    def _attempt(self, finished: _Finished) -> PassReport | None:
+        """The report of ``finished``; None if another pass has finished meanwhile."""
+        try:
+            report = finished.clock.report(self._schedule.layouts)
+        except Exception:
+            # Events that are recorded again meanwhile may say that they cannot be compared.
+            if self._finished is finished:
+                raise
             return None
-        return self._finished.report(self._schedule.layouts)
+        return report if self._finished is finished else None
+
+    def _closed(self) -> ClosedError:
+        self._pipeline.check_process()
+        return ClosedError("the streamer was closed during the pass")
 
     def _run(self) -> Run:
         run = self._control.run
@@ -133,18 +190,10 @@ class Caller:
         at_start = run.released % self._schedule.length == 0
         return at_start and run.handed <= run.released and not run.aborted
 
-    def _record_uses(self, lane: Lane, index: int, number: int, stream: Stream) -> None:
-        if index not in lane.orders.copied:
-            return
-        n = lane.orders.copied.before(number)
-        lane.pool.slots[n % lane.pool.count].record_uses(stream)
-        if lane.scratch is not None:
-            lane.scratch.record_uses(stream)
-
     def _await(self, run: Run, lane_run: LaneRun, n: int, number: int) -> None:
         while True:
             if self._control.closing:
-                raise ClosedError("the streamer was closed during the pass")
+                raise self._closed()
             if self._control.fatal is not None:
                 raise StreamerError(
                     f"a thread of the streamer ended: {self._control.fatal}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..transport.pool import Weights
+from ..transport.weights import Weights
 
 LayerFn = Callable[[Any, Weights, int], Any]
 """``layer_fn(x, weights, layer_idx) -> x``."""

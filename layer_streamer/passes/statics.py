@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import mmap
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..checkpoint.manifest import Manifest, TensorSpec
 from ..planning.layout import CASTABLE, View
 from ..transport.files import OpenFiles
+from ..transport.mapped import map_range
 from ..transport.memory import view_tensor
-
-MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
-"""Linux's flag, which the mmap module of Python 3.11 does not name."""
 
 BOUNCE = 16 << 20
 """Bytes of host memory that a tensor passes through on its way to the device."""
@@ -25,7 +21,7 @@ BOUNCE = 16 << 20
 class Statics:
     """Loads single tensors of a checkpoint.
 
-    Thread rules: any thread. What two threads ask for at once may be read twice, and is kept once.
+    Thread rules: any thread. What two threads ask for at once may be read twice; both get the same.
     """
 
     def __init__(self, manifest: Manifest, files: OpenFiles, dtype: torch.dtype | None) -> None:
@@ -33,7 +29,7 @@ class Statics:
         self._files = files
         self._dtype = dtype
         self._loaded: dict[tuple[str, torch.device], torch.Tensor] = {}
-        self._mapped: dict[str, torch.Tensor] = {}
+        self._viewed: dict[str, torch.Tensor] = {}
         self.sizes: dict[tuple[str, torch.device], int] = {}
         """Bytes of what was loaded, by name and device."""
 
@@ -49,33 +45,22 @@ class Statics:
         """The tensor as stored, over the file's mapped pages; a copy if it is misaligned there."""
         spec = self._manifest.tensor(name)
         self._files.check_unchanged([spec.path])
-        if spec.offset % spec.dtype.itemsize:
+        if name not in self._viewed:
+            return self._viewed.setdefault(name, self._view(spec))
+        return self._viewed[name]
+
+    def _view(self, spec: TensorSpec) -> torch.Tensor:
+        if spec.nbytes and not spec.offset % spec.dtype.itemsize:
+            start = spec.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            end = spec.offset + spec.nbytes
+            memory = map_range(self._files, spec.path, start, end, private=True).memory
+        else:
+            start = spec.offset
             with torch.inference_mode(False):
                 memory = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
             self._files.read_into(spec.path, _bytes_of(memory), spec.offset)
-            return view_tensor(memory, View(name, spec.dtype, spec.shape, 0, spec.nbytes))
-        if spec.nbytes == 0:
-            return torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
-        viewed = self._mapped.get(name)
-        if viewed is None:
-            viewed = self._mapped[name] = self._map(spec)
-        return viewed
-
-    def _map(self, spec: TensorSpec) -> torch.Tensor:
-        # Copy-on-write: a stray write reaches neither the file nor a read-only page. No reserve:
-        # a table larger than the free memory may be mapped all the same.
-        start = spec.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        pages = mmap.mmap(
-            self._files.descriptor(spec.path),
-            spec.offset + spec.nbytes - start,
-            flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", MAP_NORESERVE),
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            offset=start,
-        )
-        with torch.inference_mode(False):
-            mapped = torch.from_numpy(np.frombuffer(pages, dtype=np.uint8))
         offset = spec.offset - start
-        return view_tensor(mapped, View(spec.name, spec.dtype, spec.shape, offset, spec.nbytes))
+        return view_tensor(memory, View(spec.name, spec.dtype, spec.shape, offset, spec.nbytes))
 
     def _load(self, spec: TensorSpec, device: torch.device) -> torch.Tensor:
         dtype = spec.dtype

@@ -5,17 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator
 from contextlib import nullcontext
-from typing import NamedTuple, TypeAlias
+from itertools import cycle
+from typing import Any, NamedTuple, TypeAlias
 
-from ..errors import SupersededError
+from ..errors import StreamerError, SupersededError
 from ..progress import ProgressBar
 from ..transport.pipeline import Pipeline
-from ..transport.pool import Weights
+from ..transport.weights import Weights
 from .caller import Caller
 from .claims import Claims, Pass
+from .inputs import LayerFn, move
 from .statics import Statics
 
 Sweep: TypeAlias = Generator[tuple[int, Weights], None, None]
+
+
+class StoppedError(StreamerError):
+    """on_copy raised StopIteration (the cause), which a loop would take for its end."""
 
 
 class Parts(NamedTuple):
@@ -47,7 +53,7 @@ def sweep(parts: Parts, owner: object, *, guarded: bool) -> Sweep:
             bar = ProgressBar(total=length, unit="layer", leave=False)
         for index in range(length):
             with devices[index % len(devices)].guard() if guarded else nullcontext():
-                yield caller.take()
+                yield _take(caller)
                 if not parts.claims.has(current):
                     raise SupersededError("this sweep was overtaken by a newer pass")
                 caller.give_back()
@@ -61,6 +67,30 @@ def sweep(parts: Parts, owner: object, *, guarded: bool) -> Sweep:
         current.over = True
         if bar is not None:
             bar.close()
+
+
+def run_layers(parts: Parts, owner: object, x: Any, layer_fn: LayerFn) -> Any:
+    """One pass of ``layer_fn`` from ``x``; its result, on the first device."""
+    devices = [device.torch_device for device in parts.pipeline.devices]
+    steps = sweep(parts, owner, guarded=True)
+    stopped: BaseException | None = None
+    try:
+        for (layer_idx, weights), device in zip(steps, cycle(devices), strict=False):
+            x = layer_fn(move(x, device), weights, layer_idx)
+    except StoppedError as error:
+        stopped = error.__cause__
+    finally:
+        steps.close()
+    if stopped is not None:
+        raise stopped
+    return move(x, devices[0])
+
+
+def _take(caller: Caller) -> tuple[int, Weights]:
+    try:
+        return caller.take()
+    except StopIteration as error:
+        raise StoppedError(f"on_copy raised StopIteration({error.value!r})") from error
 
 
 def _end(parts: Parts, current: Pass) -> None:

@@ -27,6 +27,8 @@ TENSOR_ALIGNMENT = 16
 """Alignment on a device that lets kernels use their widest loads, bytes."""
 READ_THROUGH = 4096
 """Gaps up to this many bytes are read along rather than split a run."""
+MAX_TAIL_STEPS = 1024
+"""Steps that one tail tensor is split into at most."""
 CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that ``dtype=`` casts; every other one is handed out as stored."""
 
@@ -104,8 +106,9 @@ def plan_steps(
 
     A layer keeps the index that it has in the checkpoint; tail steps are numbered from the
     checkpoint's number of layers on. No tail step is larger than the largest layer of the pass,
-    except that one row is never split. Errors: ConfigError for a layer or a tail name that the
-    checkpoint lacks, a layer named twice, no layer at all.
+    except that one row is never split, nor a tensor into more than MAX_TAIL_STEPS.
+    Errors: ConfigError for a layer or a tail name that the checkpoint lacks, a layer named twice,
+    no layer at all.
     """
     steps = _choose_layers(manifest, layers)
     limit = max(step.nbytes for step in steps)
@@ -139,11 +142,14 @@ def _choose_layers(manifest: Manifest, layers: Sequence[int] | None) -> list[Ste
 
 
 def split_rows(spec: TensorSpec, limit: int) -> Iterable[TensorSpec]:
-    """``spec`` cut into ranges of rows (its first dimension), each at most ``limit`` bytes."""
+    """``spec`` cut into ranges of rows (its first dimension), each at most ``limit`` bytes.
+
+    Of more if that were more than MAX_TAIL_STEPS ranges: where layers are tiny, a table is not.
+    """
     if spec.nbytes <= limit or not spec.shape or spec.shape[0] == 0:
         return [spec]
     row_nbytes = spec.nbytes // spec.shape[0]
-    rows = max(1, limit // row_nbytes)
+    rows = max(1, limit // row_nbytes, -(-spec.shape[0] // MAX_TAIL_STEPS))
     return [
         replace(
             spec,

@@ -57,7 +57,6 @@ class PassClock:
         self.compute_end = self._events()
         # Times of events can be compared on one device only: each has a begin of its own.
         self._begins = [device.new_event() for device in routes.devices]
-        self._nows = [device.new_event() for device in routes.devices]
         self._end = routes.devices[0].new_event()
         self._begin_seconds = 0.0
         self.peak_slots = dict.fromkeys(pools, 0)
@@ -144,7 +143,8 @@ class PassClock:
 
     def _offset(self, device_idx: int) -> float:
         """Seconds from the pass's begin on the host's clock to its begin on a device's."""
-        device, now = self._routes.devices[device_idx], self._nows[device_idx]
+        device = self._routes.devices[device_idx]
+        now = device.new_event()  # of its own: two threads may ask at once
         now.record(device.current_stream())
         now.synchronize()
         since_begin = self._begins[device_idx].elapsed_time(now) / 1e3

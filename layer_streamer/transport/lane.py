@@ -16,13 +16,14 @@ from .copier import Copier, Memcpy
 from .files import OpenFiles
 from .memory import HostArena, allocate, device_slots
 from .pieces import RingCutter, SlotCutter, SlotJobs
-from .pool import DevicePool, HostPool, Scratch, Weights
+from .pool import DevicePool, DeviceSlot, HostPool, Scratch
 from .reader import Feeder, Reader
 from .residents import Residents
 from .ring import Parts, Ring, RingJobs, RingTarget
 from .schedule import Order, Orders, Schedule
 from .stage import Bell, Control, LaneRun, Progress, Run, Stage
 from .target import DeviceTarget, Target, UnifiedTarget
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -109,15 +110,43 @@ class Lane:
 
     def weights_of(self, index: int, n: int, stream: Stream) -> Weights:
         """The tensors of a step, which is the lane's ``n``-th; casts are enqueued on ``stream``."""
+        if self.residents.written:
+            self.residents.restore(index)
         resident = self.residents.weights.get(index)
         if resident is not None:
             return resident
-        slot, layout = self.pool.slots[n % self.pool.count], self.orders.layouts[index]
-        mapped = self.residents.mapped.get(index)
-        stored = slot.weights(layout) if mapped is None else mapped
+        stored = self._stored(index, self.pool.slots[n % self.pool.count])
         if self.scratch is None:
             return stored
-        return self.scratch.cast(stored, layout, stream)
+        return self.scratch.cast(stored, self.orders.layouts[index], stream)
+
+    def release(self, index: int, number: int, stream: Stream) -> bool:
+        """The caller's work on a step is enqueued; True if it has written to the step's tensors.
+
+        ``number``: the step's in its run. May be interrupted anywhere, and called again.
+        """
+        written = False
+        if index in self.orders.copied:
+            slot = self.pool.slots[self.orders.copied.before(number) % self.pool.count]
+            layout = self.orders.layouts[index]
+            slot.record_uses(stream)
+            if self.scratch is not None:
+                self.scratch.record_uses(stream)
+                written = self.scratch.expire(self._stored(index, slot), layout)
+            written |= slot.expire(layout)
+        return self.residents.release(index) or written
+
+    def start_over(self) -> None:
+        """All slots will be filled anew, and what stays has to be what the files have."""
+        for slot in self.pool.slots:
+            slot.forget_writes()
+        if self.scratch is not None:
+            self.scratch.forget_writes()
+        self.residents.find_written()
+
+    def _stored(self, index: int, slot: DeviceSlot) -> Weights:
+        mapped = self.residents.mapped.get(index)
+        return slot.weights(self.orders.layouts[index]) if mapped is None else mapped
 
     def wait_device(self) -> None:
         """No copy and no compute uses the slots or the resident layers any more."""

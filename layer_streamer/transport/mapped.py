@@ -13,11 +13,15 @@ import errno
 import logging
 import mmap
 import os
+import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +30,12 @@ from ..checkpoint.manifest import TensorSpec
 from ..devices.device import Device
 from ..errors import ReadError
 from ..machine.libc import populate
-from ..planning.layout import PAGE, Copy, Layout, Read, View
+from ..planning.layout import PAGE, Copy, Layout, Read, Step, View
 from .files import OpenFiles
-from .memory import view_tensor
+from .memory import Watch, view_tensor
 from .pool import Source, cut_source
 from .tasks import run_all
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +43,8 @@ MERGE_GAP = 1 << 20
 """Extents this many bytes apart are mapped and page-locked as one."""
 POPULATE_CHUNK = 16 << 20
 """Bytes that one thread faults in at a time."""
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+"""Linux's flag, which the mmap module of Python 3.11 does not name."""
 UNSUPPORTED = (None, errno.EINVAL, errno.ENOSYS)
 """Of errno, where the system cannot populate; any other one tells of the pages."""
 
@@ -46,7 +53,7 @@ class _Pages:
     """Memory of a read-only mapping, as numpy takes it.
 
     The array keeps this object, and with it the mapping. Said to be writable, because torch warns
-    of arrays that are not: a write through it kills the process, as the contract of weights says.
+    of arrays that are not. Nobody is handed it: a write through it kills the process.
     """
 
     def __init__(self, mapping: mmap.mmap) -> None:
@@ -66,11 +73,9 @@ class Region:
 
     path: Path
     offset: int
+    mapping: mmap.mmap
     memory: torch.Tensor
-    """uint8, read-only."""
-
-    def holds(self, path: Path, offset: int) -> bool:
-        return path == self.path and self.offset <= offset < self.offset + self.memory.nbytes
+    """uint8."""
 
 
 class MappedFiles:
@@ -78,14 +83,18 @@ class MappedFiles:
 
     Thread rules: built and closed by one thread; populated by any. Nothing is read until then.
     Errors: OSError where the file system cannot map, CheckpointChangedError for a file that shrank.
+
+    ``private``: for tensors that are handed out. A write changes a copy of the page, never the
+    file. Not for pages that a device copies from: locking private ones would first copy them all.
     """
 
-    def __init__(self, files: OpenFiles, reads: Iterable[Read]) -> None:
+    def __init__(self, files: OpenFiles, reads: Iterable[Read], *, private: bool = False) -> None:
         self._files = files
         self.regions = [
-            Region(path, start, _map(files, path, start, end))
+            map_range(files, path, start, end, private=private)
             for path, start, end in merge_ranges(reads)
         ]
+        self._places = [(str(region.path), region.offset) for region in self.regions]
         self._pinned: list[torch.Tensor] = []
         self._device: Device | None = None
 
@@ -95,24 +104,49 @@ class MappedFiles:
 
     def find(self, path: Path, offset: int) -> Region:
         """The region that has this byte of the file."""
-        return next(region for region in self.regions if region.holds(path, offset))
+        # Ranges of a file are in order and apart, so the last that begins by then has it.
+        return self.regions[bisect_right(self._places, (str(path), offset)) - 1]
 
-    def view(self, spec: TensorSpec) -> torch.Tensor:
-        """The tensor over the file's own pages; it lies there aligned for its dtype."""
-        if not spec.nbytes:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        region = self.find(spec.path, spec.offset)
-        offset = spec.offset - region.offset
-        return view_tensor(region.memory, View("", spec.dtype, spec.shape, offset, spec.nbytes))
+    def view(self, step: Step) -> tuple[Weights, Watch]:
+        """A step's tensors over the files' own pages, where they lie aligned for their dtypes."""
+        specs = step.tensors.items()
+        regions = {id(r): r for r in (self._region_of(spec) for _, spec in specs if spec.nbytes)}
+        watch = Watch([region.memory for region in regions.values()])
+        memories = dict(zip(regions, watch.memory, strict=True))
+        tensors = {}
+        for key, spec in specs:
+            memory, offset = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
+            if spec.nbytes:
+                region = self._region_of(spec)
+                memory, offset = memories[id(region)], spec.offset - region.offset
+            view = View(key, spec.dtype, spec.shape, offset, spec.nbytes)
+            tensors[key] = view_tensor(memory, view)
+        return Weights(tensors), watch
+
+    def _region_of(self, spec: TensorSpec) -> Region:
+        return self.find(spec.path, spec.offset)
+
+    def restore(self, reads: Iterable[Read], jobs: Sequence[Sequence[MappedPiece]]) -> None:
+        """Have the (private) pages that hold these reads be the file's again, faulted in."""
+        for read in reads:
+            region = self.find(read.path, read.offset)
+            start = (read.offset - region.offset) // PAGE * PAGE
+            nbytes = read.offset - region.offset + read.nbytes - start
+            region.mapping.madvise(mmap.MADV_DONTNEED, start, nbytes)
+        for piece in chain.from_iterable(jobs):
+            piece.make_ready(self._files)
 
     def source(self, layout: Layout, segment: int) -> Source:
         """Where a step's bytes lie, as they are copied; pages are pinned in segments."""
         copies, parts = list[Copy](), list[torch.Tensor]()
-        for read in layout.reads:
+        inside: list[list[Copy]] = [[] for _ in layout.reads]
+        begins = [read.slot_offset for read in layout.reads]
+        for copy in layout.copies:
+            inside[bisect_right(begins, copy.src) - 1].append(copy)
+        for read, of_read in zip(layout.reads, inside, strict=True):
             region = self.find(read.path, read.offset)
-            inside = [copy for copy in layout.copies if read.holds(copy.src)]
             base = read.offset - region.offset - read.slot_offset
-            cut = cut_source(region.memory, base, tuple(inside), segment, pinned=True)
+            cut = cut_source(region.memory, base, tuple(of_read), segment, pinned=True)
             copies += cut.copies
             parts += cut.parts
         # As one object if nothing was split: what goes to the same places is looked up by it.
@@ -121,7 +155,8 @@ class MappedFiles:
 
     def check_populates(self) -> None:
         """Raises OSError if pages cannot be populated, so that a look at them might kill."""
-        for region in self.regions:
+        # A page of each file tells: it is the kernel or the file system that cannot.
+        for region in {region.path: region for region in self.regions}.values():
             populate_range(self._files, region, 0, min(PAGE, region.memory.nbytes))
 
     def populate_all(self, threads: int, on_done: Callable[[int], object]) -> None:
@@ -240,18 +275,25 @@ def merge_ranges(reads: Iterable[Read]) -> list[tuple[Path, int, int]]:
     return ranges
 
 
-def _map(files: OpenFiles, path: Path, start: int, end: int) -> torch.Tensor:
+def map_range(files: OpenFiles, path: Path, start: int, end: int, *, private: bool) -> Region:
+    """Map a file from ``start``, which a page begins at, to ``end``.
+
+    ``private``: writable, and what is written is not the file's. Without a reserve of memory: more
+    may be mapped than is free. Errors: OSError, CheckpointChangedError, ReadError.
+    """
+    flags, access = mmap.MAP_SHARED, mmap.PROT_READ
+    if private:
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", MAP_NORESERVE)
+        access = mmap.PROT_READ | mmap.PROT_WRITE
     try:
         mapping = mmap.mmap(
-            files.descriptor(path),
-            end - start,
-            flags=mmap.MAP_SHARED,
-            prot=mmap.PROT_READ,
-            offset=start,
+            files.descriptor(path), end - start, flags=flags, prot=access, offset=start
         )
     except ValueError as error:
         # What Python says of a range beyond the end of the file.
         files.check_unchanged([path])
         raise ReadError(f"{path}: bytes {start} to {end} cannot be mapped: {error}") from error
+    pages: Any = mapping if private else np.asarray(_Pages(mapping))
     with torch.inference_mode(False):
-        return torch.from_numpy(np.asarray(_Pages(mapping)))
+        memory = torch.from_numpy(np.frombuffer(pages, dtype=np.uint8))
+    return Region(path, start, mapping, memory)

@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
+from operator import attrgetter
 
 import numpy as np
 import torch
+from torch.autograd.graph import increment_version
 
 from ..devices.device import Device
 from ..machine.libc import populate
@@ -23,6 +25,8 @@ from ..planning.layout import COPY_ALIGNMENT, PAGE, View, align_up
 from .tasks import run_all
 
 logger = logging.getLogger(__name__)
+
+_version_of = attrgetter("_version")
 
 # Not named by the mmap module; the child of a fork sees zeros, the parent keeps its pages.
 MADV_WIPEONFORK = 18
@@ -143,6 +147,47 @@ def allocate(nbytes: int, device: Device) -> torch.Tensor:
     """Device memory that worker threads may write, also if the caller is in inference mode."""
     with torch.inference_mode(False):
         return device.allocate(nbytes)
+
+
+class Watch:
+    """Memory as it is handed out: knows of writes to it, and has autograd know when it goes.
+
+    :attr:`memory` are the same bytes with a version counter of their own, which all tensors viewed
+    there share. So it counts the caller's writes alone: the library's own go through the memory
+    that this was made of. What the caller does through ``.data`` is not counted either.
+
+    Ownership: the caller's thread. Every method may be interrupted anywhere, and called again.
+    """
+
+    __slots__ = ("_known", "memory")
+
+    def __init__(self, memories: Sequence[torch.Tensor]) -> None:
+        with torch.inference_mode(False):
+            self.memory = tuple(memory.data for memory in memories)
+        self._known = self._version()
+
+    def written(self) -> bool:
+        """True if the caller has written to it since it was known to be as the file has it."""
+        return self._version() > self._known
+
+    def expire(self) -> bool:
+        """Other bytes will lie there: a backward that needs the present ones is to raise.
+
+        True if the caller has written to it.
+        """
+        version = self._version()
+        written = version > self._known
+        # In this order: an interrupt in between must not make the next look see a write.
+        self._known = version + len(self.memory)
+        increment_version(self.memory)
+        return written
+
+    def forget(self) -> None:
+        """It is going to be filled anew, whatever was written."""
+        self._known = self._version()
+
+    def _version(self) -> int:
+        return sum(map(_version_of, self.memory))
 
 
 def view_tensor(memory: torch.Tensor, view: View) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,10 +23,10 @@ from .clock import Routes
 from .files import OpenFiles
 from .lane import Lane
 from .memory import MemoryUse
-from .pool import show_weights_to_pytree
 from .residents import Loader, Residents
 from .schedule import Schedule
 from .stage import Bell, Control, Run
+from .weights import show_weights_to_pytree
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Pipeline:
         self._steps = tuple(steps)
         self._layouts = list(layouts)
         self._pid = os.getpid()
+        _pipelines.add(self)
         self._residents = [Residents() for _ in devices]
         show_weights_to_pytree()
         try:
@@ -219,7 +221,7 @@ class Pipeline:
             self.plan = self.plan.unmapped("mapping or populating was refused")
             return
         for residents in self._residents[1:]:
-            residents.mapped, residents.jobs = self._residents[0].mapped, self._residents[0].jobs
+            residents.view_mapped(self._residents[0])
 
     def _indices(self, lane_idx: int, tier: str | None = None) -> list[int]:
         """The steps of a lane (of one tier)."""
@@ -265,6 +267,20 @@ class Pipeline:
             copied=frozenset(i for i, layout in enumerate(layouts) if layout.copies),
             limits=partial(_limits_of, self.plan, self.files),
         )
+
+
+_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A forked child has none of the threads, and zeros in the slots: its passes end."""
+    for pipeline in tuple(_pipelines):
+        pipeline.control.closing = True
+        pipeline.caller_bell.ring()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _limits_of(plan: Plan, files: OpenFiles) -> dict[str, float]:

@@ -6,69 +6,16 @@ device work that still reads or writes it: that is what makes starting over safe
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NamedTuple
 
 import torch
 
-# There is no public name of it: this is the one by which torch's documentation registers types.
-from torch.utils._pytree import MappingKey, register_pytree_node
-
-from ..checkpoint.manifest import FrozenMapping
 from ..devices.device import Device, Stream
-from ..planning.layout import Copy, Layout
-from .memory import HostArena, view_tensor
-
-_registering = threading.Lock()
-
-
-class Weights(FrozenMapping[str, torch.Tensor]):
-    """One layer's tensors by key, read-only. Views of a slot: gone when the hand-out ends.
-
-    ``dict(weights)``, which is also what torch.func.functional_call takes, and ``copy()`` are plain
-    dicts of the same tensors; deep copies and pickles hold the tensors' values. torch's pytree sees
-    into it, and what tree_map makes of it is read-only as well.
-    """
-
-    __slots__ = ()
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError("a layer's weights are read-only; change a dict(weights)")
-
-    __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
-
-    def copy(self) -> dict[str, torch.Tensor]:
-        """A dict of the same tensors."""
-        return dict(self.items())
-
-    __copy__ = copy
-
-    def __deepcopy__(self, memo: object) -> dict[str, torch.Tensor]:
-        # Of the views alone: a tensor's own deep copy is one of the slot, or of a mapped file.
-        return {key: tensor.clone() for key, tensor in self.items()}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (self.__deepcopy__(None),)
-
-
-def show_weights_to_pytree() -> None:
-    """Have torch's pytree see into Weights. Once a process, as its first streamer is opened."""
-    # ValueError: it does already.
-    with _registering, suppress(ValueError):
-        register_pytree_node(
-            Weights,
-            lambda weights: (list(weights.values()), list(weights)),
-            lambda tensors, keys: Weights(dict(zip(keys, tensors, strict=True))),
-            serialized_type_name="layer_streamer.Weights",
-            flatten_with_keys_fn=lambda weights: (
-                [(MappingKey(key), tensor) for key, tensor in weights.items()],
-                list(weights),
-            ),
-        )
+from ..planning.layout import Copy, Layout, View
+from .memory import HostArena, Watch, view_tensor
+from .weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +55,11 @@ def _split_copy(copy: Copy, base: int, segment: int) -> Iterator[Copy]:
         nbytes = min(copy.nbytes - done, segment - (base + start) % segment)
         yield Copy(start, copy.dst + done, nbytes)
         done += nbytes
+
+
+def view_all(memory: torch.Tensor, views: Iterable[View]) -> Weights:
+    """A step's tensors in uint8 ``memory``."""
+    return Weights({view.key: view_tensor(memory, view) for view in views})
 
 
 class HostPool:
@@ -169,6 +121,7 @@ class DeviceSlot:
         self.handed_on: Stream | None = None
         self._uses = (device.new_event(), device.new_event())
         self._num_uses = 0
+        self._watch = Watch([memory])
         self._weights: dict[int, Weights] = {}
         self._parts: dict[tuple[tuple[int, int], ...], tuple[torch.Tensor, ...]] = {}
         self._parts_by_id: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -209,9 +162,31 @@ class DeviceSlot:
         """The step's tensors in this slot, as stored; built once, then kept."""
         weights = self._weights.get(id(layout.views))
         if weights is None:
-            weights = Weights({v.key: view_tensor(self.memory, v) for v in layout.views})
+            (memory,) = self._watch.memory
+            weights = view_all(memory, layout.views)
             self._weights[id(layout.views)] = weights
         return weights
+
+    def expire(self, layout: Layout) -> bool:
+        """The step's hand-out has ended; True if the caller has written to its tensors."""
+        weights = self._weights.get(id(layout.views))
+        if weights is not None and weights.wants_grad():
+            # The next layer's gradients are not to be added to these.
+            self._weights[id(layout.views)] = weights.without_grad()
+        return self._watch.expire()
+
+    def forget_writes(self) -> None:
+        """It is going to be filled anew. From the caller's thread."""
+        self._watch.forget()
+
+
+class _Cast(NamedTuple):
+    """A step's tensors with cast ones among them."""
+
+    weights: Weights
+    stored: Weights
+    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    """Where each tensor is cast to, and from where."""
 
 
 class Scratch:
@@ -225,7 +200,8 @@ class Scratch:
         self.memory = memory
         self._device = device
         self._slot = DeviceSlot(memory, device)
-        self._cast: dict[tuple[int, int], tuple[Weights, Weights]] = {}
+        self._watch = Watch([memory])
+        self._cast: dict[tuple[int, int], _Cast] = {}
 
     def cast(self, stored: Weights, layout: Layout, stream: Stream) -> Weights:
         """Enqueue the casts of a step on the caller's current stream; its tensors, cast."""
@@ -234,13 +210,25 @@ class Scratch:
         key = (id(stored), id(layout.casts))
         kept = self._cast.get(key)
         if kept is None:
-            cast = {view.key: view_tensor(self.memory, view) for view in layout.casts}
+            (memory,) = self._watch.memory
+            cast, targets = view_all(memory, layout.casts), view_all(self.memory, layout.casts)
+            pairs = [(targets[view.key], stored[view.key]) for view in layout.casts]
             # The stored ones are kept as well, so that no other can take their place as the key.
-            kept = self._cast[key] = (Weights({**stored, **cast}), stored)
-        weights = kept[0]
-        for view in layout.casts:
-            self._device.copy(weights[view.key], stored[view.key])
-        return weights
+            kept = self._cast[key] = _Cast(Weights({**stored, **cast}), stored, tuple(pairs))
+        for target, source in kept.copies:
+            self._device.copy(target, source)
+        return kept.weights
+
+    def expire(self, stored: Weights, layout: Layout) -> bool:
+        """The step's hand-out has ended; True if the caller has written to its cast tensors."""
+        key = (id(stored), id(layout.casts))
+        if key in self._cast and self._cast[key].weights.wants_grad():
+            del self._cast[key]
+        return self._watch.expire()
+
+    def forget_writes(self) -> None:
+        """Each use begins with a cast. From the caller's thread."""
+        self._watch.forget()
 
     def order_after_uses(self, stream: Stream) -> None:
         """Let ``stream`` wait for the caller's work on the last step's cast tensors."""

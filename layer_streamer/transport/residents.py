@@ -19,18 +19,23 @@ from ..devices.device import Device, Event, Stream
 from ..errors import StreamerError
 from ..planning.layout import PAGE, Layout, Step, align_up, lay_out_resident
 from .files import OpenFiles
-from .mapped import MappedFiles, cut_mapped_jobs
-from .memory import HostArena, allocate, view_tensor
+from .mapped import MappedFiles, MappedPiece, cut_mapped_jobs
+from .memory import HostArena, Watch, allocate
 from .pieces import Piece, SlotCutter
-from .pool import Source, Weights, cut_source
+from .pool import Source, cut_parts, cut_source, view_all
 from .tasks import run_all
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Residents:
-    """What steps have in memory for good, by their index in the pass."""
+    """What steps have in memory for good, by their index in the pass.
+
+    Ownership: filled while opening, then the caller's thread's. What changes afterwards may be
+    interrupted anywhere, and called again.
+    """
 
     weights: dict[int, Weights] = field(default_factory=dict)
     """On their device, as they are handed out."""
@@ -38,13 +43,46 @@ class Residents:
     """In host memory, as they are copied."""
     mapped: dict[int, Weights] = field(default_factory=dict)
     """Over the pages of a mapped file, as stored; faulted in anew for every pass (CPU)."""
-    jobs: dict[int, Sequence[Sequence[Piece]]] = field(default_factory=dict)
+    jobs: dict[int, Sequence[Sequence[MappedPiece]]] = field(default_factory=dict)
     """What faults the mapped ones in."""
+    watches: dict[int, Watch] = field(default_factory=dict)
+    """Over the memory that is handed out, on the device or mapped."""
+    reload: dict[int, Callable[[], None]] = field(default_factory=dict)
+    """What brings a step's bytes there again."""
+    written: set[int] = field(default_factory=set)
+    """Steps whose bytes are no longer those of the files, for the caller wrote to them."""
     owners: list[HostArena | MappedFiles] = field(default_factory=list)
     """What has page locks to give back."""
     device_nbytes: int = 0
     host_nbytes: int = 0
     pinned_nbytes: int = 0
+
+    def view_mapped(self, other: Residents) -> None:
+        """Hand out the mapped steps of ``other``, which owns them."""
+        self.mapped, self.jobs = other.mapped, other.jobs
+        for i in other.mapped:
+            self.watches[i], self.reload[i] = other.watches[i], other.reload[i]
+
+    def release(self, i: int) -> bool:
+        """The hand-out of a step has ended; True if the caller has written to its tensors."""
+        mapped = self.mapped.get(i)
+        if mapped is not None and mapped.wants_grad():
+            self.mapped[i] = mapped.without_grad()
+        if i not in self.watches or not self.watches[i].written():
+            return False
+        self.written.add(i)
+        return True
+
+    def find_written(self) -> None:
+        """Look for steps that the caller has written to."""
+        self.written |= {i for i, watch in self.watches.items() if watch.written()}
+
+    def restore(self, i: int) -> None:
+        """Load a step again if it has been written to. Raises what reads raise."""
+        if i in self.written:
+            self.reload[i]()
+            self.watches[i].expire()  # what autograd has saved of it is gone
+            self.written.discard(i)
 
     def close(self) -> None:
         """Give the page locks back; the memory goes with its last view. Idempotent."""
@@ -74,16 +112,29 @@ class Loader:
         placed = {i: lay_out_resident(step, dtype) for i, step in steps.items()}
         slab = allocate(sum(nbytes for _, nbytes in placed.values()), device)
         into.device_nbytes += slab.nbytes
+        again = Loader(self._files, self._chunk, self._threads, lambda nbytes: None)
+        targets, base = list[tuple[Step, Weights]](), 0
+        for i, (views, nbytes) in placed.items():
+            (memory,) = cut_parts(slab, [(base, nbytes)])
+            watch = into.watches[i] = Watch([memory])
+            into.weights[i] = view_all(watch.memory[0], views)
+            targets.append((steps[i], view_all(memory, views)))
+            into.reload[i] = partial(again._reload, targets[-1:], device)
+            base += nbytes
+        self._fill(targets, device)
+
+    def _reload(self, targets: Sequence[tuple[Step, Weights]], device: Device) -> None:
+        device.wait_idle()  # no event tells what still reads them
+        with device.guard():
+            self._fill(targets, device)
+
+    def _fill(self, targets: Sequence[tuple[Step, Weights]], device: Device) -> None:
         bounces = _Bounces(device, self._chunk, self._threads)
         try:
-            tasks, base = list[Callable[[], int]](), 0
-            for i, (views, nbytes) in placed.items():
-                memory = slab[base : base + nbytes]
-                tensors = Weights({view.key: view_tensor(memory, view) for view in views})
-                into.weights[i] = tensors
-                for key, spec in steps[i].tensors.items():
+            tasks = list[Callable[[], int]]()
+            for step, tensors in targets:
+                for key, spec in step.tensors.items():
                     tasks += self._cut_tensor(spec, tensors[key], bounces)
-                base += nbytes
             self._run(tasks, bounces.use_in_this_thread)
         finally:
             bounces.close()
@@ -107,13 +158,13 @@ class Loader:
             into.sources[i] = cut_source(
                 arena.memory, base, layout.copies, device.pin_segment, pinned=arena.pinned
             )
-            tasks += [partial(self._fill, pieces) for pieces in cutter.cut(layout.reads, slot)]
+            tasks += [partial(self._read_all, pieces) for pieces in cutter.cut(layout.reads, slot)]
         self._run(tasks, lambda: None)
 
     def map_host(self, into: Residents, layouts: Mapping[int, Layout], device: Device) -> bool:
         """Page-lock the files' own pages; False, with nothing kept, where that is refused."""
         try:
-            mapped = self._map(layouts)
+            mapped = self._map(layouts, private=False)
         except OSError as error:
             logger.warning("mapping files was refused (%s)", error)
             return False
@@ -135,25 +186,27 @@ class Loader:
         False, with nothing kept, where the system cannot say that a look at them would kill.
         """
         try:
-            mapped = self._map(layouts)
+            mapped = self._map(layouts, private=True)
             mapped.check_populates()
         except OSError as error:
             logger.warning("mapping or populating files was refused (%s)", error)
             return False
         into.owners.append(mapped)
         for i, step in steps.items():
-            into.mapped[i] = Weights({key: mapped.view(spec) for key, spec in step.tensors.items()})
+            into.mapped[i], into.watches[i] = mapped.view(step)
             into.jobs[i] = cut_mapped_jobs(layouts[i].reads, mapped, self._chunk)
+            into.reload[i] = partial(mapped.restore, layouts[i].reads, into.jobs[i])
         return True
 
-    def _map(self, layouts: Mapping[int, Layout]) -> MappedFiles:
-        return MappedFiles(self._files, [r for layout in layouts.values() for r in layout.reads])
+    def _map(self, layouts: Mapping[int, Layout], *, private: bool) -> MappedFiles:
+        reads = [read for layout in layouts.values() for read in layout.reads]
+        return MappedFiles(self._files, reads, private=private)
 
     def _run(self, tasks: Sequence[Callable[[], int]], on_start: Callable[[], object]) -> None:
         run_all(tasks, self._threads, on_start=on_start, on_done=self._on_loaded)
         self._files.check_unchanged()
 
-    def _fill(self, pieces: Sequence[Piece]) -> int:
+    def _read_all(self, pieces: Sequence[Piece]) -> int:
         for piece in pieces:
             piece.make_ready(self._files)
         return sum(piece.wanted for piece in pieces)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from ..errors import ClosedError
 
 T = TypeVar("T")
 
@@ -40,10 +44,24 @@ def run_all(
                 worker.join()
 
 
+_at_work: weakref.WeakSet[_Work[Any]] = weakref.WeakSet()
+
+
+def _end_in_child() -> None:
+    """A forked child has none of the threads: nobody does the tasks."""
+    for work in tuple(_at_work):
+        work.fail(ClosedError("the process was forked while a streamer was opened: open it anew"))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_end_in_child)
+
+
 class _Work(Generic[T]):
     """Tasks to do, and results. Thread rules: ``run`` on any number of threads."""
 
     def __init__(self, tasks: Iterable[Callable[[], T]], on_start: Callable[[], object]) -> None:
+        _at_work.add(self)
         self.stop = threading.Event()
         self.count = 0
         self._on_start = on_start
@@ -64,6 +82,10 @@ class _Work(Generic[T]):
             return
         except BaseException as error:
             self._results.put(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Have the next result be ``error``, after those that are there."""
+        self._results.put(error)
 
     def next_result(self) -> T:
         """Wait for the next result; raises the error of a task."""

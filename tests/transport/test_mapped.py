@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from support import Witness, make_device, open_checkpoint, raw
 
 from layer_streamer import CheckpointChangedError, ReadError
-from layer_streamer.checkpoint.manifest import TensorSpec
+from layer_streamer.checkpoint.manifest import LayerSpec, TensorSpec
 from layer_streamer.planning.layout import PAGE, Read
 from layer_streamer.transport import mapped
 from layer_streamer.transport.files import OpenFiles
@@ -77,7 +77,7 @@ def test_ranges_hold_no_more_than_the_reads_the_pages_they_begin_in_and_small_ga
 class Mapped:
     """A file of three tensors, of which the second is in a region of its own, mapped."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, private: bool = False) -> None:
         self.path = folder / "data"
         self.content = os.urandom(40_000)
         with self.path.open("wb") as file:
@@ -91,7 +91,7 @@ class Mapped:
             TensorSpec("c", torch.int16, (3,), self.path, 10_000, 6),
         ]
         reads = [Read(spec.path, spec.offset, 0, spec.nbytes) for spec in self.specs]
-        self.mapped = MappedFiles(self.files, reads)
+        self.mapped = MappedFiles(self.files, reads, private=private)
 
     def expected(self, spec: TensorSpec) -> bytes:
         start = spec.offset % (2 * MERGE_GAP)
@@ -108,24 +108,46 @@ def some(tmp_path: Path) -> Any:
 
 def test_views_hold_the_files_bytes(some: Mapped) -> None:
     assert len(some.mapped.regions) == 2
+    empty = TensorSpec("e", torch.float16, (0, 3), some.path, 1, 0)
+    weights, _ = some.mapped.view(LayerSpec(0, {spec.name: spec for spec in (*some.specs, empty)}))
     for spec in some.specs:
-        view = some.mapped.view(spec)
+        view = weights[spec.name]
         assert (view.dtype, tuple(view.shape)) == (spec.dtype, spec.shape)
         assert raw(view).numpy().tobytes() == some.expected(spec)
-    empty = TensorSpec("e", torch.float16, (0, 3), some.path, 1, 0)
-    assert some.mapped.view(empty).shape == (0, 3)
+    assert weights["e"].shape == (0, 3)
 
 
 @linux
-def test_the_pages_are_mapped_for_reading_only_and_never_copied(some: Mapped) -> None:
+@pytest.mark.parametrize(("private", "access"), [(False, "r--s"), (True, "rw-p")])
+def test_pages_that_devices_copy_from_are_the_files_and_those_handed_out_copied_on_a_write(
+    tmp_path: Path, private: bool, access: str
+) -> None:
+    some = Mapped(tmp_path, private=private)
     lines = [line.split() for line in MAPS.read_text().splitlines() if str(some.path) in line]
-    assert [fields[1] for fields in lines] == ["r--s", "r--s"]
+    assert [fields[1] for fields in lines] == [access, access]
+    some.files.close()
+
+
+def test_what_is_written_to_private_pages_reaches_no_file_and_is_dropped_again(
+    tmp_path: Path,
+) -> None:
+    some = Mapped(tmp_path, private=True)
+    weights, watch = some.mapped.view(LayerSpec(0, {spec.name: spec for spec in some.specs}))
+    before = some.path.read_bytes()
+    for tensor in weights.values():
+        tensor.zero_()
+    assert watch.written()
+    assert some.path.read_bytes() == before
+    some.mapped.restore([Read(s.path, s.offset, 0, s.nbytes) for s in some.specs], [])
+    for spec in some.specs:
+        assert raw(weights[spec.name]).numpy().tobytes() == some.expected(spec)
+    some.files.close()
 
 
 @linux
 def test_the_mapping_lives_as_long_as_a_view_of_it_and_no_longer(tmp_path: Path) -> None:
     some = Mapped(tmp_path)
-    view = some.mapped.view(some.specs[0])[3:]
+    view = some.mapped.view(LayerSpec(0, {"a": some.specs[0]}))[0]["a"][3:]
     some.mapped.close()
     some.files.close()
     some.mapped.regions.clear()
@@ -280,7 +302,7 @@ def test_a_file_system_that_cannot_map_has_the_cpu_read_buffered(
     tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
     class Unmapped:
-        MAP_SHARED = PROT_READ = 1
+        MAP_SHARED = MAP_PRIVATE = MAP_NORESERVE = PROT_READ = PROT_WRITE = 1
 
         @staticmethod
         def mmap(*arguments: Any, **options: Any) -> None:
