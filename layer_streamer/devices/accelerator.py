@@ -168,7 +168,7 @@ def _drain_error() -> None:
     torch has no binding for cudaGetLastError; its check after a kernel launch reads and clears it.
     """
     try:
-        torch.zeros(1, device="cuda").add_(1)
+        torch.zeros(1, dtype=torch.float32, device="cuda").add_(1)
     except RuntimeError as error:
         logger.debug("drained after a refused registration: %s", error)
 

@@ -173,7 +173,7 @@ class _Runner:
         self._streamer = streamer
         self._load = load
         self._bench = bench
-        self._x = torch.zeros(1, device=streamer.device)
+        self._x = torch.zeros(1, dtype=torch.float32, device=streamer.device)
         self._prefetches = False
         self._disk_rests_since = 0.0
 

@@ -199,7 +199,9 @@ class Load:
         key = (weight.shape[1], weight.dtype, weight.device)
         if key not in self._inputs:
             shape = (self.tokens, weight.shape[1])
-            self._inputs[key] = torch.randn(shape, device=weight.device).to(weight.dtype)
+            self._inputs[key] = torch.randn(shape, dtype=torch.float32, device=weight.device).to(
+                weight.dtype
+            )
         return self._inputs[key]
 
 

@@ -208,7 +208,10 @@ def measure_product_tiles(
     from ..llm.kernels.unpacking import Launch
 
     say(bar, f"\n{'product':8} {'tile':>10} {'warps':>6} {'tall GB/s':>10} {'wide':>6}")
-    xs = [torch.randn(1, shape[1], device=device).bfloat16() for shape in (GATE, DOWN)]
+    xs = [
+        torch.randn(1, shape[1], dtype=torch.float32, device=device).bfloat16()
+        for shape in (GATE, DOWN)
+    ]
     for kind, own in PRODUCTS.items():
         shapes = (GATE, DOWN) if kind in formats else ()
         both = [timing.rotated(kind, *shape, device) for shape in shapes]
@@ -239,7 +242,7 @@ def measure_products(
     for kind in PRODUCT_TOKENS:
         matrices = timing.rotated(kind, *GATE, device) if kind in formats else []
         for tokens in TOKENS if matrices else ():
-            x_TD = torch.randn(tokens, GATE[1], device=device).bfloat16()
+            x_TD = torch.randn(tokens, GATE[1], dtype=torch.float32, device=device).bfloat16()
             fused, plain = timing.product_seconds(matrices, x_TD, args.repeats)
             rate = timing.packed_nbytes(matrices[0]) / fused / 1e9
             row = {"format": kind, "tokens": tokens, "gb_s": rate}

@@ -14,7 +14,7 @@ def synthetic_setup(tokens: int) -> Callable[[LayerStreamer], Callable[[], None]
     """A setup_fn whose run() is one pass: each matrix times ``tokens`` vectors, as bench does."""
 
     def setup(streamer: LayerStreamer) -> Callable[[], None]:
-        load, x = Load(tokens), torch.zeros(1, device=streamer.device)
+        load, x = Load(tokens), torch.zeros(1, dtype=torch.float32, device=streamer.device)
 
         def run() -> None:
             streamer.run_pass(x, load)

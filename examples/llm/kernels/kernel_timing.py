@@ -89,7 +89,7 @@ def copy_rate(device: torch.device, repeats: int) -> float:
     The best of two ways: what a graph calls a copy is not always the faster one.
     """
     count = ROTATED_NBYTES // 4
-    pairs = [torch.rand(2, count, device=device).unbind(0) for _ in range(2)]
+    pairs = [torch.rand(2, count, dtype=torch.float32, device=device).unbind(0) for _ in range(2)]
     calls = [partial(b.copy_, a) for a, b in pairs]
 
     def copy_all() -> None:
@@ -112,11 +112,11 @@ def random_matrix(kind: str, rows: int, width: int, device: torch.device) -> Pac
         )
     packed = Packed(format=kind, rows=rows, width=width, parts={}, group=128)
     codes = _bytes((rows, width // 2 if kind == "ct4" else width), device)
-    scale = torch.rand(rows, width // 128, device=device).div_(50).bfloat16()
+    scale = torch.rand(rows, width // 128, dtype=torch.float32, device=device).div_(50).bfloat16()
     if kind in ("ct4", "ct8"):
         return replace(packed, parts={"packed": codes.view(torch.int32), "scale": scale})
     if kind == "fp8":
-        scale = torch.rand(-(-rows // 128), -(-width // 128), device=device)
+        scale = torch.rand(-(-rows // 128), -(-width // 128), dtype=torch.float32, device=device)
         return replace(packed, parts={"weight": codes, "scale": scale}, group_rows=128)
     if kind == "int8":
         scale = scale[:, :1].contiguous()
@@ -195,7 +195,9 @@ def norm_seconds(tokens: int, width: int, device: torch.device, repeats: int) ->
     """Of an addition and a norm, launched from Python: one kernel, several of torch's; bytes."""
     from .launching import launch_norm
 
-    x, added = torch.randn(2, tokens, width, device=device).bfloat16().unbind(0)
+    x, added = (
+        torch.randn(2, tokens, width, dtype=torch.float32, device=device).bfloat16().unbind(0)
+    )
     weight = torch.ones(width, dtype=torch.bfloat16, device=device)
     one = loop_seconds(lambda: launch_norm(x, added, weight, 1e-6), LOOP, repeats)
     several = loop_seconds(lambda: plain_rms_norm(x + added, weight, 1e-6), LOOP, repeats)
@@ -206,7 +208,9 @@ def swiglu_seconds(tokens: int, width: int, device: torch.device, repeats: int) 
     """The same of SwiGLU."""
     from .launching import launch_swiglu
 
-    gate, up = torch.randn(2, tokens, width, device=device).bfloat16().unbind(0)
+    gate, up = (
+        torch.randn(2, tokens, width, dtype=torch.float32, device=device).bfloat16().unbind(0)
+    )
     one = loop_seconds(lambda: launch_swiglu(gate, up), LOOP, repeats)
     several = loop_seconds(lambda: F.silu(gate).mul_(up), LOOP, repeats)
     return Pair(one, several, 3 * gate.nbytes)

@@ -62,9 +62,9 @@ def _unpacks_one_block(device: torch.device) -> bool:
     from ..weights.packed import Packed
     from .unpacking import launch_unpack
 
-    raw = torch.arange(34, dtype=torch.uint8)
-    raw[:2] = torch.tensor([1.0], dtype=torch.float16).view(torch.uint8)
+    raw = torch.arange(34, dtype=torch.uint8, device="cpu")
+    raw[:2] = torch.tensor([1.0], dtype=torch.float16, device="cpu").view(torch.uint8)
     packed = Packed(format="Q8_0", rows=1, width=32, parts={"raw": raw[None].to(device)}, group=32)
-    out = torch.zeros(1, 32, device=device)
+    out = torch.zeros(1, 32, dtype=torch.float32, device=device)
     launch_unpack(packed, 0, 1, out)
-    return torch.equal(out[0].cpu(), torch.arange(2.0, 34.0))
+    return torch.equal(out[0].cpu(), torch.arange(2.0, 34.0, dtype=torch.float32, device="cpu"))

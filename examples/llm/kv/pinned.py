@@ -107,7 +107,7 @@ class GrowingMemory:
             if int(code) == 0:
                 return True
             try:  # the error stays with the thread until the next launch looks at it
-                torch.zeros(1, device=self._device).add_(1)
+                torch.zeros(1, dtype=torch.float32, device=self._device).add_(1)
             except RuntimeError as error:
                 logger.debug("taken after a refused page lock: %s", error)
         logger.warning("page-locking host memory was refused (%s): copies are slower", code)

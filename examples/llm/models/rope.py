@@ -74,7 +74,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
 
     For dynamic scaling those of the original context, which :class:`Rotary` does not use.
     """
-    frequencies = 1.0 / (rope.theta ** _exponents(head_dim))
+    frequencies = 1.0 / (rope.theta ** _exponents(head_dim, torch.device("cpu")))
     scaling = rope.scaling
     if isinstance(scaling, LinearScaling):
         return frequencies / scaling.factor
@@ -85,7 +85,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     return frequencies
 
 
-def _exponents(head_dim: int, device: torch.device | None = None) -> torch.Tensor:
+def _exponents(head_dim: int, device: torch.device) -> torch.Tensor:
     return torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
 
 
@@ -120,7 +120,8 @@ def _yarn(frequencies: torch.Tensor, scaling: YarnScaling, theta: float) -> torc
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     width = high - low or 0.001
-    stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    indices = torch.arange(head_dim // 2, dtype=torch.float32, device=frequencies.device)
+    stretched = ((indices - low) / width).clamp(0, 1)
     return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)
 
 

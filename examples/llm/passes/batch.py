@@ -67,9 +67,13 @@ def pack(entries: Sequence[Entry], chunk_tokens: int, device: torch.device) -> B
     table = [
         (row.length, end - number, number) for end, (row, number) in zip(ends, rows, strict=True)
     ]
-    known_R, first_R, count_R = torch.tensor(table, dtype=torch.long).view(-1, 3).unbind(1)
+    known_R, first_R, count_R = (
+        torch.tensor(table, dtype=torch.long, device="cpu").view(-1, 3).unbind(1)
+    )
     # By tensors: a list of a long prompt's positions takes as long as a chunk of it on a GPU.
-    positions = torch.arange(len(ids)) + (known_R - first_R).repeat_interleave(count_R)
+    positions = torch.arange(len(ids), device="cpu") + (known_R - first_R).repeat_interleave(
+        count_R
+    )
     lengths = (known_R + count_R).repeat_interleave(count_R)
     last = first_R + count_R - 1
     numbers = torch.cat((positions, lengths, last)).to(device)
@@ -79,7 +83,7 @@ def pack(entries: Sequence[Entry], chunk_tokens: int, device: torch.device) -> B
         end = min(first + chunk_tokens, len(ids))
         pieces = _pieces(rows, first, end)
         chunks.append(Chunk(first, pieces, positions_N[first:end], lengths_N[first:end]))
-    return Batch(torch.tensor(ids), rows, tuple(chunks), last_R)
+    return Batch(torch.tensor(ids, device="cpu"), rows, tuple(chunks), last_R)
 
 
 def _pieces(rows: Sequence[tuple[Row, int]], first: int, end: int) -> tuple[Piece, ...]:

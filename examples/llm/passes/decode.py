@@ -82,9 +82,9 @@ class Decoder:
                 rows, 2 + 2 * len(self._spans), dtype=torch.long, device=device
             )
             self._last = torch.arange(rows, device=device)
-            self._logits = torch.empty(rows, config.vocab_size, device=device)
-            self._sums = torch.empty(lines * config.head_dim, device=device)
-            self._stats = torch.empty(lines * STATS, device=device)
+            self._logits = torch.empty(rows, config.vocab_size, dtype=torch.float32, device=device)
+            self._sums = torch.empty(lines * config.head_dim, dtype=torch.float32, device=device)
+            self._stats = torch.empty(lines * STATS, dtype=torch.float32, device=device)
         self._block, self._splits = block, splits
         self._graphs = Graphs(device) if device.type == "cuda" else None
 
@@ -104,10 +104,10 @@ class Decoder:
         ]
         numbers = self._numbers[: len(values)]
         # From pageable memory, which the driver has read when this returns.
-        numbers.copy_(torch.tensor(values), non_blocking=True)
+        numbers.copy_(torch.tensor(values, device="cpu"), non_blocking=True)
         chunk = Chunk(0, (), numbers[:, 0], numbers[:, 1])
         rows = tuple((row, 1) for row, _ in entries)
-        ids = torch.tensor([int(ids[0]) for _, ids in entries])
+        ids = torch.tensor([int(ids[0]) for _, ids in entries], device="cpu")
         return Batch(ids, rows, (chunk,), self._last[: len(rows)])
 
     def attention(self, batch: Batch) -> DecodeAttention:

@@ -51,7 +51,7 @@ class Embedding:
         self._stages: list[_Stage] = []
         self._turn = 0
         if transfers is not None:
-            one = take_rows(table, torch.zeros(1, dtype=torch.long))
+            one = take_rows(table, torch.zeros(1, dtype=torch.long, device="cpu"))
             row_nbytes = sum(part.nbytes for part in one.parts.values())
             self._rows = max(1, min(chunk, STAGE_NBYTES // row_nbytes))
             nbytes = self._rows * row_nbytes + len(one.parts) * ALIGNMENT

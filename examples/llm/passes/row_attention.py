@@ -143,7 +143,8 @@ def _make_group(
     numbers = [
         (p.offset, p.position, *p.row.starts[span], n) for p, n in zip(pieces, seen, strict=True)
     ]
-    offsets, positions, starts, sizes, counts = torch.tensor(numbers).to(memory.device).unbind(1)
+    table = torch.tensor(numbers, device="cpu").to(memory.device)
+    offsets, positions, starts, sizes, counts = table.unbind(1)
     back = torch.arange(max(seen), device=memory.device)  # 0 is the token itself
     mask = back < counts[:, None]
     places = (positions[:, None] - torch.where(mask, back, 0)).remainder(sizes[:, None])

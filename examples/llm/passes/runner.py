@@ -157,7 +157,9 @@ class Runner:
             batch = pack(entries, self._chunking.tokens, self.kv.device)
             attentions = [self.attention(chunk) for chunk in batch.chunks]
             count = len(batch.ids) if every_position else len(batch.rows)
-            logits = torch.empty(count, self.config.vocab_size, device=self.kv.device)
+            logits = torch.empty(
+                count, self.config.vocab_size, dtype=torch.float32, device=self.kv.device
+            )
             last = None if every_position else batch.last
             step = _Pass(self, batch, attentions, logits, last=last, on_layer=on_layer)
             x_ND = self._begin(batch)

@@ -43,5 +43,5 @@ class Quantized:
         words, scales = torch.cat(self._words), torch.cat(self._scales)
         if permuted_heads:
             words, scales = in_order(words, permuted_heads), in_order(scales, permuted_heads)
-        shape = torch.tensor([words.shape[0], self._width])
+        shape = torch.tensor([words.shape[0], self._width], device="cpu")
         return {"weight_packed": words, "weight_scale": scales, "weight_shape": shape}

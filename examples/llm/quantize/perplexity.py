@@ -63,8 +63,8 @@ class _Likelihood:
         self._targets = torch.tensor([ids[i + 1] for i in places], device=device)
         self.rows = 0
         """Rows of the head that have been taken in."""
-        self._total = torch.full((len(places),), -torch.inf, device=device)
-        self._own = torch.zeros(len(places), device=device)
+        self._total = torch.full((len(places),), -torch.inf, dtype=torch.float32, device=device)
+        self._own = torch.zeros(len(places), dtype=torch.float32, device=device)
 
     def add(self, x_TD: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Take in the next piece of the head, of which ``head`` makes the logits."""

@@ -57,7 +57,7 @@ def search_scales(
     # As large as this if the largest weight is the one negative number that has no positive.
     best = _Best(groups, importance, rounding, rounding.stored(reach / -low))
     first, last, count = GRIDS[rounding.bits]
-    for ratio in torch.linspace(first, last, count).tolist():
+    for ratio in torch.linspace(first, last, count, dtype=torch.float32, device="cpu").tolist():
         best.see(rounding.stored(largest * ratio))
     for _ in range(REFINEMENTS):
         best.see(rounding.stored(best.least_squares()))

@@ -63,7 +63,7 @@ class TextPass:
             streamer.device,
             factors=streamer.load_static(factors) if factors else None,
         )
-        self._ids = torch.tensor(ids)
+        self._ids = torch.tensor(ids, device="cpu")
         self.windows = windows(len(ids), model.config.max_positions)
 
     def embed(self) -> torch.Tensor:
@@ -78,7 +78,7 @@ class TextPass:
         """All windows through one layer, in place."""
         config = self._model.config
         for window in self.windows:
-            positions = torch.arange(window.stop - window.start)
+            positions = torch.arange(window.stop - window.start, device="cpu")
             table = self._rotary.rows(weights.layer_idx, positions)
             x_ND[window] = decoder_layer(x_ND[window], weights, config, table, self._attend)
 

@@ -129,7 +129,7 @@ class Sampler:
         """The same seed, of which 64 bits count, gives the same draws; None takes a new one each
         time."""
         self.sampling = sampling if sampling is not None else Sampling()
-        self._generator = torch.Generator()
+        self._generator = torch.Generator("cpu")
         if seed is None:
             self._generator.seed()
         else:
@@ -166,7 +166,9 @@ class Sampler:
 
     def _draw(self, scores_V: torch.Tensor) -> torch.Tensor:
         """One uniform number, looked up in the running sum of the probabilities."""
-        uniform = float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        uniform = float(
+            torch.rand((), dtype=torch.float64, device="cpu", generator=self._generator)
+        )
         kept, order = keep_likely(scores_V, self.sampling)
         sums = kept.double().cumsum(0)
         index = torch.searchsorted(sums, sums[-1:] * uniform, right=True)

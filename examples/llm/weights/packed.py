@@ -157,7 +157,7 @@ def take_rows(packed: Packed, ids: torch.Tensor, take: Take = copied_rows) -> Pa
         bits = CT_BITS[packed.format]
         numbers = packed.first_row + ids
         words = pack_rows(zeros_along_rows(packed.parts["zero"], bits, numbers), bits)
-        parts["zero"] = take(words, torch.arange(len(words)))
+        parts["zero"] = take(words, torch.arange(len(words), device="cpu"))
     elif not packed.symmetric:
         parts["zero"] = take(packed.parts["zero"], ids)
     return replace(packed, rows=len(ids), parts=parts, first_row=0, group_rows=1)

@@ -126,7 +126,9 @@ def read_values(spec: TensorSpec) -> torch.Tensor:
         content = bytearray(file.read(spec.nbytes))
     if len(content) < spec.nbytes:
         raise UnsupportedModelError(f"{spec.path}: ends within tensor {spec.name!r}")
-    return torch.frombuffer(content, dtype=spec.dtype) if content else torch.empty(0)
+    if not content:
+        return torch.empty(0, dtype=torch.float32, device="cpu")
+    return torch.frombuffer(content, dtype=spec.dtype)
 
 
 def equal_values(one: TensorSpec, other: TensorSpec) -> bool:

@@ -103,4 +103,4 @@ def fill_embedding(
         for start, end, block in unpacker.blocks(rows):
             out_TD[start:end] = block
     if config.embed_scale != 1.0:  # rounded to the dtype first, as the models were trained
-        out_TD *= torch.tensor(config.embed_scale, dtype=out_TD.dtype)
+        out_TD *= torch.tensor(config.embed_scale, dtype=out_TD.dtype, device="cpu")
