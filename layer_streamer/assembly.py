@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+from .checkpoint.formats import as_manifest
 from .checkpoint.manifest import Manifest
 from .devices.device import Device
 from .machine.hostmem import available_host_bytes
@@ -16,15 +19,34 @@ from .planning.placement import Rates
 from .planning.plan import Machine, Plan
 from .planning.planner import make_plan, measure_steps
 from .planning.settings import Settings
+from .transport.copier import Listener
 from .transport.files import OpenFiles
 from .transport.pipeline import Pipeline
 from .transport.schedule import lay_out_all
+from .transport.tasks import run_all
+
+
+def read_headers(path: str | Path | Manifest, layer_pattern: str | None) -> Manifest:
+    """As :func:`as_manifest`, on a thread of its own.
+
+    There no interrupt can come between the opening of a file and what closes it.
+    """
+    found: list[Manifest] = []
+    run_all([partial(as_manifest, path, layer_pattern)], 1, on_done=found.append)
+    return found[0]
 
 
 def assemble(
     manifest: Manifest, devices: Sequence[Device], settings: Settings
-) -> tuple[Pipeline, Statics]:
-    """An open pipeline, its threads not yet started, and the tensors beside it."""
+) -> tuple[Pipeline, Statics, Listener | None]:
+    """An open pipeline, its threads not yet started; the tensors beside it; who listens to it.
+
+    The caller holds the listener: the pipeline, which its threads hold, does not.
+    """
+    listener = None
+    if settings.on_copy is not None:
+        listener = Listener(settings.on_copy)
+        settings = replace(settings, on_copy=listener.weakly())
     steps = plan_steps(manifest, settings.tail, settings.layers)
     layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
     files = OpenFiles(manifest.files)
@@ -39,7 +61,7 @@ def assemble(
     except BaseException:
         files.close()
         raise
-    return pipeline, statics
+    return pipeline, statics, listener
 
 
 def draw_plan(

@@ -10,8 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from .assembly import assemble
-from .checkpoint.formats import as_manifest
+from .assembly import assemble, read_headers
 from .checkpoint.manifest import Manifest, manifest_from_tensor_info
 from .devices.accelerator import open_device, open_devices
 from .errors import ClosedError
@@ -23,6 +22,7 @@ from .passes.sweep import Parts, Sweep, run_layers, sweep
 from .planning.plan import Plan
 from .planning.settings import Bytes, Count, DeviceName, OnCopy, ReadMode, Settings, read_count
 from .transport.memory import MemoryUse
+from .transport.pipeline import noted_on
 from .transport.stats import PassReport
 
 X = TypeVar("X")
@@ -142,15 +142,15 @@ class LayerStreamer:
             layers=layers, on_copy=on_copy, track_progress=track_progress,
         )  # fmt: skip
         self = cls.__new__(cls)
-        self._open(as_manifest(path, layer_pattern), settings)
+        self._open(read_headers(path, layer_pattern), settings)
         return self
 
     def _open(self, manifest: Manifest, settings: Settings) -> None:
         self.manifest = manifest
         self._devices = open_devices(settings.device)
-        pipeline, statics = assemble(manifest, self._devices, settings)
-        # First of all: from here on, whatever comes, what is open gets closed.
-        self._close_pipeline = weakref.finalize(self, pipeline.close)
+        pipeline, statics, self._listener = assemble(manifest, self._devices, settings)
+        # Before the threads start: from here on, whatever comes, what is open gets closed.
+        self._close_pipeline = weakref.finalize(self, pipeline.close_unheld)
         self._plan, self._memory, self._sizes = pipeline.plan, pipeline.memory, statics.sizes
         self._last_pass: PassReport | None = None
         show = settings.track_progress
@@ -274,8 +274,9 @@ class LayerStreamer:
     def __enter__(self) -> LayerStreamer:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        with noted_on(error):
+            self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.num_layers} layers on {self.device}"

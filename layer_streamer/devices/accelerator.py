@@ -126,8 +126,13 @@ class CudaDevice(AcceleratorDevice):
 
     def _unregister(self, memory: torch.Tensor, end: int) -> None:
         cudart = torch.cuda.cudart()
-        for offset in range(0, end, self.pin_segment):
+        codes = [
             cudart.cudaHostUnregister(memory.data_ptr() + offset)
+            for offset in range(0, end, self.pin_segment)
+        ]
+        if any(int(code) != 0 for code in codes):
+            with self.guard():
+                _drain_error()
 
     def new_stream(self) -> Stream:
         # High priority: the pool of streams that users rarely draw from.

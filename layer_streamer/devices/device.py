@@ -54,7 +54,7 @@ class Device(Protocol):
         """Page-lock host memory; False, with a logged reason, where that is refused."""
 
     def unpin(self, memory: torch.Tensor) -> None:
-        """Undo :meth:`pin`."""
+        """Undo :meth:`pin`; of memory that is not page-locked (any more): nothing."""
 
     def new_stream(self) -> Stream:
         """A stream for copies."""

@@ -129,7 +129,7 @@ class Caller:
         """
         run, base_pass = self._control.run, 0
         if run is not None:
-            run.aborted = True
+            run.abort()
             if run.handed > run.released:
                 index = self._schedule.index(run.released)
                 lane = self._lane(index)
@@ -202,4 +202,4 @@ class Caller:
                 break
             self._pipeline.caller_bell.wait()
         if number in run.failures:
-            raise run.failures[number]
+            raise run.failures.pop(number)

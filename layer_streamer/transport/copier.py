@@ -8,6 +8,7 @@ overwrites it; a host slot is filled again only when the device has read it.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 from ..devices.device import Device, Stream
@@ -16,6 +17,30 @@ from .pool import DeviceSlot, HostPool
 from .schedule import Order, Orders, Schedule
 from .stage import Bell, Control, LaneRun, Stage
 from .target import Target
+
+
+class Listener:
+    """The caller's on_copy: the streamer has it, and the threads only know of it.
+
+    It may lead back to the streamer, as a method of what owns it does: held by a thread, it would
+    keep the streamer from ever being collected. While a pass runs, the streamer is held.
+    """
+
+    __slots__ = ("__weakref__", "_on_copy")
+
+    def __init__(self, on_copy: OnCopy) -> None:
+        self._on_copy = on_copy
+
+    def weakly(self) -> OnCopy:
+        """What calls it for as long as it is there."""
+        known = weakref.ref(self)
+
+        def on_copy(layer_idx: int, stream: object) -> None:
+            listener = known()
+            if listener is not None:
+                listener._on_copy(layer_idx, stream)
+
+        return on_copy
 
 
 class Memcpy(Stage):
@@ -48,7 +73,7 @@ class Memcpy(Stage):
                 try:
                     self._move(lane_run, n, number)
                 except BaseException as error:
-                    run.failures.setdefault(number, error)
+                    run.fail(number, error)
             lane_run.staged.advance()
             self.source_bell.ring()
             self.target_bell.ring()
@@ -167,7 +192,7 @@ class Copier(Stage):
                 try:
                     self._target.enqueue_read(n, k, index, clock, self.stream)
                 except BaseException as error:
-                    run.failures.setdefault(number, error)
+                    run.fail(number, error)
             lane_run.enqueued = k + 1
             self.source_bell.ring()
         return True
@@ -179,7 +204,7 @@ class Copier(Stage):
         try:
             work(lane_run, n, number)
         except BaseException as error:
-            lane_run.run.failures.setdefault(number, error)
+            lane_run.run.fail(number, error)
 
     def _begin(self, lane_run: LaneRun, n: int, number: int) -> None:
         if self._next_stream is not None:

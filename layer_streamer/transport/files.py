@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 
 from ..checkpoint.manifest import FileStamp
@@ -13,6 +14,7 @@ from ..errors import CheckpointChangedError, CheckpointError, ClosedError, ReadE
 from ..machine.descriptors import OUT_OF_DESCRIPTORS, open_regular, reserve
 from ..planning.layout import PAGE
 from .direct import open_direct
+from .tasks import run_all
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +24,19 @@ SAMPLES = 16
 """Places in an extent that are looked at to tell whether it is cached."""
 
 
+class _Owner(FileIO):
+    """Closes its descriptor when it goes, if not before: once, in a single call."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class OpenFiles:
     """One read-only descriptor per file of a checkpoint, and one more for direct reads.
 
     Thread rules: reads and checks from any thread; :meth:`close` once no thread reads any more.
+    Ownership: descriptors are opened on a thread of their own, where no interrupt can come between
+    a descriptor and its owner, and closed with this object if not before.
     """
 
     def __init__(self, stamps: Mapping[Path, FileStamp]) -> None:
@@ -34,15 +45,14 @@ class OpenFiles:
         self._ctimes = {path: stamp.ctime_ns for path, stamp in stamps.items()}
         self._descriptors: dict[Path, int] = {}
         self._direct: dict[Path, int] = {}
-        self._refused: dict[Path, int] = {}
+        self._owners: list[_Owner] = []
         self.reads_direct = False
         """True if reads are to be page-aligned, so that they can be direct."""
         self.direct_refused = False
         """True once the file system has refused to read a file directly."""
         reserve(2 * len(self._stamps))
         try:
-            for path in stamps:
-                self._descriptors[path] = _open(path)
+            run_all([self._open_all], 1)
             self.check_unchanged(stamps)
         except BaseException:
             self.close()
@@ -51,8 +61,7 @@ class OpenFiles:
     def use_direct(self) -> None:
         """From now on, read past the page cache wherever the file system allows that."""
         self.reads_direct = True
-        for path in self._stamps:
-            self._open_direct(path)
+        run_all([self._open_all_direct], 1)
 
     def cached_share(self, extents: Iterable[tuple[Path, int, int]]) -> float:
         """About which part of some (path, offset, bytes) is in the page cache; 0 if unknown."""
@@ -112,14 +121,27 @@ class OpenFiles:
             raise _read_error(path, wanted, offset, error) from error
 
     def close(self) -> None:
-        """Close every descriptor. Idempotent."""
-        for opened in (self._direct, self._refused, self._descriptors):
-            while opened:
-                try:
-                    _, descriptor = opened.popitem()
-                except KeyError:
-                    break  # another thread that closes was first
-                os.close(descriptor)
+        """Close every descriptor. Idempotent; two threads may at once."""
+        for opened in (self._direct, self._descriptors):
+            opened.clear()
+        for owner in self._owners:
+            owner.close()
+
+    def _open_all(self) -> None:
+        for path in self._stamps:
+            self._descriptors[path] = self._own(_open(path), path)
+
+    def _own(self, descriptor: int, path: Path) -> int:
+        try:
+            self._owners.append(_Owner(descriptor))
+        except OSError as error:  # a directory by now
+            os.close(descriptor)
+            raise _open_error(path, error) from error
+        return descriptor
+
+    def _open_all_direct(self) -> None:
+        for path in self._stamps:
+            self._open_direct(path)
 
     def _look_at_name(self, path: Path, info: os.stat_result) -> None:
         """The file's time of change moved, and nothing else: a notice if its name is still its own,
@@ -147,7 +169,7 @@ class OpenFiles:
 
     def _open_direct(self, path: Path) -> None:
         try:
-            descriptor = open_direct(path)
+            descriptor = self._own(open_direct(path), path)
         except OSError as error:
             if error.errno in OUT_OF_DESCRIPTORS:
                 raise _open_error(path, error) from error
@@ -155,17 +177,15 @@ class OpenFiles:
                 raise _renamed(path) from error
             self._say_refused(path, error)
             return
-        self._direct[path] = descriptor
         # A link on the way may lead elsewhere by now, which the first descriptor does not show.
         if not os.path.sameopenfile(descriptor, self._descriptors[path]):
             raise _renamed(path)
+        self._direct[path] = descriptor
 
     def _refuse_direct(self, path: Path, error: OSError) -> None:
         """From now on the file is read through the page cache."""
-        descriptor = self._direct.pop(path, None)
-        if descriptor is not None:
-            # Other threads may still be reading from it: closed with the rest.
-            self._refused[path] = descriptor
+        # Other threads may still be reading from it: closed with the rest.
+        if self._direct.pop(path, None) is not None:
             self._say_refused(path, error)
 
     def _say_refused(self, path: Path, error: OSError) -> None:

@@ -32,7 +32,7 @@ from ..errors import ReadError
 from ..machine.libc import populate
 from ..planning.layout import PAGE, Copy, Layout, Read, Step, View
 from .files import OpenFiles
-from .memory import Watch, view_tensor
+from .memory import PageLocks, Watch, view_tensor
 from .pool import Source, cut_source
 from .tasks import run_all
 from .weights import Weights
@@ -95,8 +95,7 @@ class MappedFiles:
             for path, start, end in merge_ranges(reads)
         ]
         self._places = [(str(region.path), region.offset) for region in self.regions]
-        self._pinned: list[torch.Tensor] = []
-        self._device: Device | None = None
+        self._locks: PageLocks | None = None
 
     @property
     def nbytes(self) -> int:
@@ -174,33 +173,13 @@ class MappedFiles:
 
     def pin(self, device: Device) -> bool:
         """Page-lock every region; False, with nothing locked, if one is refused."""
-        self._device = device
-        try:
-            # An interrupt in the midst of it, on the calling thread, could lose a lock.
-            run_all([partial(self._pin_all, device)], 1)
-        except BaseException:
-            self.close()
-            raise
-        if len(self._pinned) < len(self.regions):
-            self.close()
-            return False
-        return True
-
-    def _pin_all(self, device: Device) -> None:
-        for region in self.regions:
-            if not device.pin(region.memory, read_only=True):
-                return
-            self._pinned.append(region.memory)
+        self._locks = PageLocks(device)
+        return self._locks.take([region.memory for region in self.regions], read_only=True)
 
     def close(self) -> None:
         """Give the page locks back. Pages go when the last view of them does. Idempotent."""
-        while self._pinned:
-            try:
-                memory = self._pinned.pop()
-            except IndexError:
-                return  # another thread that closes was first
-            assert self._device is not None
-            self._device.unpin(memory)
+        if self._locks is not None:
+            self._locks.close()
 
     def _read_ahead_and_populate(self, region: Region, start: int) -> int:
         nbytes = min(POPULATE_CHUNK, region.memory.nbytes - start)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -59,6 +60,54 @@ class MemoryUse:
         )
 
 
+class PageLocks:
+    """Page locks on host memory of one device. Given back with this object, if not before.
+
+    Thread rules: taken by one thread; closed by any, by two at once, and again after an interrupt.
+    In a forked child, whose they are not, closing does nothing.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._pid = os.getpid()
+        self._locked: list[torch.Tensor] = []  # last: what goes before has nothing to give back
+
+    def __bool__(self) -> bool:
+        return bool(self._locked)
+
+    def take(self, memories: Sequence[torch.Tensor], *, read_only: bool = False) -> bool:
+        """Page-lock all of them; False, with none locked, if one is refused."""
+        try:
+            # An interrupt in the midst of it, on the calling thread, could lose a lock.
+            run_all([partial(self._take, memories, read_only)], 1)
+        except BaseException:
+            self.close()
+            raise
+        if len(self._locked) < len(memories):
+            self.close()
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give them back. Idempotent."""
+        if not self._locked or os.getpid() != self._pid:
+            return
+        # Kept until all are given back: an interrupt in between must not lose one.
+        for memory in tuple(self._locked):
+            self._device.unpin(memory)
+        self._locked.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_locked"):
+            self.close()
+
+    def _take(self, memories: Sequence[torch.Tensor], read_only: bool) -> None:
+        for memory in memories:
+            if not self._device.pin(memory, read_only=read_only):
+                return
+            self._locked.append(memory)
+
+
 class HostArena:
     """Page-aligned slots of the given sizes in one anonymous mapping of exactly their sum.
 
@@ -66,7 +115,6 @@ class HostArena:
     """
 
     def __init__(self, sizes: Sequence[int], device: Device, *, pinned: bool, threads: int) -> None:
-        self._device = device
         ends = list(accumulate(align_up(max(size, 1), PAGE) for size in sizes))
         self.offsets = [0, *ends[:-1]]
         """Where each slot begins in ``memory``."""
@@ -78,29 +126,20 @@ class HostArena:
             self.slots = [self.memory[i:j] for i, j in pairwise([0, *ends])]
         whole = memoryview(self._mapping)
         self.bytes = [whole[i:j] for i, j in pairwise([0, *ends])]
-        self._pinned: list[torch.Tensor] = []
+        self._locks = PageLocks(device)
         if pinned:
-            try:
-                # Page-locking faults in what is missing, but on one thread.
-                populate_memory(self.memory, threads)
-                # An interrupt in the midst of it, on the calling thread, could lose the lock.
-                run_all([self._pin], 1)
-            except BaseException:
-                self.close()
-                raise
+            # Page-locking faults in what is missing, but on one thread.
+            populate_memory(self.memory, threads)
+            self._locks.take([self.memory])
 
     @property
     def pinned(self) -> bool:
         """True while the memory is page-locked."""
-        return bool(self._pinned)
+        return bool(self._locks)
 
     @property
     def nbytes(self) -> int:
         return self.memory.nbytes
-
-    def _pin(self) -> None:
-        if self._device.pin(self.memory):
-            self._pinned.append(self.memory)
 
     def _advise(self) -> None:
         wanted = [MADV_WIPEONFORK]
@@ -114,12 +153,7 @@ class HostArena:
 
     def close(self) -> None:
         """Give the page lock back. The memory goes when the last view of it does. Idempotent."""
-        while self._pinned:
-            try:
-                memory = self._pinned.pop()
-            except IndexError:
-                return  # another thread that closes was first
-            self._device.unpin(memory)
+        self._locks.close()
 
 
 def populate_memory(memory: torch.Tensor, threads: int) -> None:

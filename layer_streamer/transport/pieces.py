@@ -73,8 +73,16 @@ class SlotCutter:
         return jobs
 
 
+MAX_KEPT = 1 << 14
+"""Pieces that are kept, some 350 bytes each. Those of slots without end would outgrow the slots:
+where there are more, cutting them anew is little beside the reads."""
+
+
 class SlotJobs:
-    """The reads that fill slots which hold a step each; cut once, then kept."""
+    """The reads that fill slots which hold a step each; cut once, then kept if they are not many.
+
+    Thread rules: one thread.
+    """
 
     def __init__(
         self,
@@ -86,6 +94,7 @@ class SlotJobs:
         """``faults``: by step, what is done instead of reads."""
         self._layouts, self._slots, self._cutter, self._faults = layouts, slots, cutter, faults
         self._jobs: dict[tuple[int, int], Sequence[Sequence[Piece]]] = {}
+        self._room = MAX_KEPT
 
     def jobs(self, n: int, index: int, slot: int) -> Sequence[Sequence[Piece]]:
         """The jobs that bring step ``index`` of a pass into a slot."""
@@ -94,6 +103,10 @@ class SlotJobs:
             jobs = self._faults.get(index)
             if jobs is None:
                 jobs = self._cutter.cut(self._layouts[index].reads, self._slots[slot])
+                count = sum(map(len, jobs))
+                if count > self._room:
+                    return jobs
+                self._room -= count
             self._jobs[index, slot] = jobs
         return jobs
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -26,16 +28,32 @@ from .memory import MemoryUse
 from .residents import Loader, Residents
 from .schedule import Schedule
 from .stage import Bell, Control, Run
+from .tasks import join_all
 from .weights import show_weights_to_pytree
 
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 30.0
-"""How long close() waits for a thread that is inside a system call before it says so."""
+"""How long close() waits for threads that are inside a system call before it says so."""
+
+
+@contextmanager
+def noted_on(error: BaseException | None) -> Iterator[None]:
+    """Context of what is done on the way out of ``error``: an error of its own becomes a note on
+    it, so that the one that came first is raised. None: there was none."""
+    try:
+        yield
+    except Exception as later:
+        if error is None:
+            raise
+        error.add_note(str(later))
 
 
 class Pipeline:
     """Threads, slots and streams of one streamer.
+
+    What the collector does not free (descriptors, page locks) has an owner that gives it back when
+    it goes: a pipeline whose threads were not started may be dropped at any point.
 
     Ownership: built and closed by the streamer's threads; ``control.run`` is published by the
     caller's thread (:meth:`publish`). Closing may be done twice, by two threads at once, and again
@@ -93,9 +111,14 @@ class Pipeline:
         )
 
     def start(self) -> None:
-        """Start the threads; they wait for a run."""
-        for lane in self.lanes:
-            lane.start()
+        """Start the threads; they wait for a run. If that fails, or is interrupted, close."""
+        try:
+            for lane in self.lanes:
+                lane.start()
+        except BaseException as error:
+            with noted_on(error):
+                self.close()
+            raise
 
     @property
     def forked(self) -> bool:
@@ -127,20 +150,46 @@ class Pipeline:
         """Stop the threads and free what they used. Nothing is done in a forked child."""
         if self.forked:
             return
-        self.control.closing = True
-        self.caller_bell.ring()
-        self.wake()
-        alive: list[str] = []
-        for lane in self.lanes:
-            alive += [stage.name for stage in lane.stages if not stage.join(JOIN_SECONDS)]
-            alive += lane.reader.close(JOIN_SECONDS) if lane.reader is not None else []
+        self._stop()
+        alive = join_all(self.control.threads, JOIN_SECONDS)
         if alive:
             raise StreamerError(
                 f"close: {', '.join(alive)} did not stop within {JOIN_SECONDS:.0f} s "
                 "(a read that hangs?); its memory is kept until it does"
             )
-        self._wait_device()
-        self._free()
+        try:
+            self._wait_device()
+        finally:
+            self._free()
+
+    def close_unheld(self) -> None:
+        """As :meth:`close`, for a finalizer, which runs on any thread between any two bytecodes.
+
+        A thread of the pipeline may hold what the others wait for: it closes when it has left its
+        loop. What goes wrong is logged, since a finalizer has nobody to raise it to.
+        """
+        if self.forked:
+            return
+        self.control.on_leave.append(self._close_and_log)
+        self._stop()
+        if threading.get_ident() not in [thread.ident for thread in self.control.threads]:
+            self._close_and_log()
+
+    def _close_and_log(self) -> None:
+        try:
+            self.close()
+        except Exception as error:
+            logger.warning("a streamer that nobody holds: %s", error)
+        self.control.on_leave.clear()
+
+    def _stop(self) -> None:
+        """Have the threads end after what they are at. Never blocks."""
+        self.control.closing = True
+        self.caller_bell.ring()
+        self.wake()
+        for lane in self.lanes:
+            if lane.reader is not None:
+                lane.reader.stop()
 
     def _wait_device(self) -> None:
         """No copy and no compute uses the slots any more."""
@@ -148,11 +197,17 @@ class Pipeline:
             lane.wait_device()
 
     def _free(self) -> None:
-        for lane in self.lanes:
-            lane.free()
-        for residents in self._residents:
-            residents.close()
-        self.files.close()
+        """Give back what is not the collector's; an error keeps nothing else from being freed."""
+        with ExitStack() as owned:
+            owned.callback(self.files.close)
+            for residents in self._residents:
+                owned.callback(residents.close)
+            for lane in self.lanes:
+                owned.callback(lane.free)
+        # The frames of errors that nobody will raise any more lead back to all of this.
+        self.control.fatal = None
+        if self.control.run is not None:
+            self.control.run.abort()
 
     def _load(self) -> None:
         """Bring what is resident into memory, with a progress bar."""

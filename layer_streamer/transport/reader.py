@@ -54,15 +54,14 @@ class Reader:
         self._finished = 0
         self._pending = [0] * slots
         self._filled: set[int] = set()
-        self._threads: list[threading.Thread] = []
+        self._num_threads = 0
 
     def start(self, threads: int) -> None:
         """Start that many threads."""
+        self._num_threads = threads
         for i in range(threads):
             name = f"layer-streamer-read-{i}"
-            thread = threading.Thread(target=self._loop, name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            self._control.start(threading.Thread(target=self._loop, name=name, daemon=True))
 
     def begin_run(self) -> None:
         """Forget the steps of earlier runs; all their jobs are finished."""
@@ -88,19 +87,10 @@ class Reader:
         for i, pieces in enumerate(jobs):
             self._queue.put(Job(lane_run, n, number, begins and i == 0, pieces))
 
-    def close(self, seconds: float) -> list[str]:
-        """Stop the threads; the names of those that still run after ``seconds``."""
-        for _ in self._threads:
+    def stop(self) -> None:
+        """Have the threads end after what they are at. Never blocks."""
+        for _ in range(self._num_threads):
             self._queue.put(None)
-        deadline = time.monotonic() + seconds
-        alive = []
-        for thread in self._threads:
-            if thread is threading.current_thread() or thread.ident is None:
-                continue
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                alive.append(thread.name)
-        return alive
 
     def _complete(self, lane_run: LaneRun, n: int, number: int) -> None:
         """All of a step's reads have ended, well or not: count it once those before it are."""
@@ -120,6 +110,7 @@ class Reader:
                 del job  # an idle thread must not keep a run (and a slot) alive
         except BaseException as error:
             self._control.fail(error)
+        self._control.leave()
 
     def _do(self, job: Job) -> None:
         run, number = job.lane_run.run, job.number
@@ -128,7 +119,7 @@ class Reader:
             try:
                 self._read(run, job)
             except BaseException as error:
-                run.failures.setdefault(number, error)
+                run.fail(number, error)
         with self._lock:
             slot = job.n % len(self._pending)
             self._pending[slot] -= 1
@@ -159,7 +150,7 @@ class Reader:
             paths = {read.path for read in self._schedule.layouts[index].reads}
             self._files.check_unchanged(paths)
         except BaseException as error:
-            run.failures.setdefault(number, error)
+            run.fail(number, error)
 
     def _describe(self, index: int, piece: Piece) -> str:
         """The layer, and the first tensor that has bytes in the piece."""
@@ -214,7 +205,7 @@ class Feeder(Stage):
                 self._schedule.note_peak(run, number, self._order, self._pool.name, in_use)
                 jobs = self.jobs(n, self._schedule.index(number), slot)
             except BaseException as error:
-                run.failures.setdefault(number, error)
+                run.fail(number, error)
                 jobs = []
             self._reader.submit(lane_run, n, jobs)
             n += 1

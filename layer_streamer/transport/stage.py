@@ -12,6 +12,9 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
+
+from .tasks import start_thread
 
 
 class Bell:
@@ -30,10 +33,12 @@ class Bell:
 
     def ring(self) -> None:
         """Wake the waiter, or let its next wait return at once. Never blocks."""
+        if not self._lock.locked():
+            return  # was rung already
         try:
             self._lock.release()
         except RuntimeError:
-            return  # was rung already
+            return  # another thread's ring was first
 
     def wait(self) -> None:
         """Block until the next ring."""
@@ -87,8 +92,9 @@ class Run:
 
     Ownership: ``aborted``, ``handed`` and ``released`` (in steps of the pass, whatever the lane)
     belong to the caller's thread; ``lanes`` is complete before the run is published. ``failures``
-    maps a step to the error that its pass is to raise; a stage adds to it before it hands the step
-    on.
+    maps a step to the error that its pass is to raise; a stage adds to it (:meth:`fail`) before it
+    hands the step on, and the caller takes out what it raises. Nothing is kept that nobody will
+    raise: the frames of an error lead back to the run, and to all that a pass was given.
     """
 
     __slots__ = ("aborted", "base_pass", "failures", "handed", "lanes", "released")
@@ -100,6 +106,17 @@ class Run:
         self.released = 0
         self.failures: dict[int, BaseException] = {}
         self.lanes: tuple[LaneRun, ...] = ()
+
+    def fail(self, number: int, error: BaseException) -> None:
+        """Have the pass of step ``number`` raise ``error``, if no other was first. Any thread."""
+        self.failures.setdefault(number, error)
+        if self.aborted:
+            self.failures.clear()
+
+    def abort(self) -> None:
+        """End it: nobody takes its steps any more. From the caller's thread."""
+        self.aborted = True
+        self.failures.clear()
 
 
 class Stage(ABC):
@@ -115,23 +132,13 @@ class Stage(ABC):
         self.bell = Bell()
         self.run: Run | None = None
         self.on_adopted: Callable[[], None] = lambda: None
+        self._name = name
         self._control = control
         self._lane_idx = lane_idx
-        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
-
-    def join(self, seconds: float) -> bool:
-        """Wait for the thread's end; False if it still runs then. From itself: at once."""
-        if self._thread is threading.current_thread() or self._thread.ident is None:
-            return True
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    @property
-    def name(self) -> str:
-        return self._thread.name
+        """Start the thread."""
+        self._control.start(threading.Thread(target=self._loop, name=self._name, daemon=True))
 
     @abstractmethod
     def process(self, lane_run: LaneRun) -> None:
@@ -156,6 +163,7 @@ class Stage(ABC):
                 self.process(run.lanes[self._lane_idx])
         except BaseException as error:
             self._control.fail(error)
+        self._control.leave()
 
     def _next_run(self) -> Run | None:
         while not self._control.closing:
@@ -173,7 +181,8 @@ class Control:
 
     ``run`` is replaced, never changed, by the caller's thread in a single assignment, so that an
     interrupt leaves either the old or the new one. ``closing`` only ever becomes True. ``fatal``
-    is an error that ended a thread: no pass can succeed after it.
+    is an error that ended a thread: no pass can succeed after it. ``threads`` are all that were
+    started; the first of them that leaves its loop does what is in ``on_leave``.
     """
 
     def __init__(self) -> None:
@@ -181,6 +190,19 @@ class Control:
         self.closing = False
         self.fatal: BaseException | None = None
         self.on_fatal: Callable[[], None] = lambda: None
+        self.threads: list[threading.Thread] = []
+        self.on_leave: list[Callable[[], None]] = []
+
+    def start(self, thread: threading.Thread) -> None:
+        """Start one of the pipeline's threads. Raises StreamerError."""
+        self.threads.append(thread)
+        start_thread(thread)
+
+    def leave(self) -> None:
+        """From a thread that has left its loop, and holds nothing that others may wait for."""
+        with suppress(IndexError):
+            last_act = self.on_leave.pop()
+            last_act()
 
     def fail(self, error: BaseException) -> None:
         """Record that a thread died of ``error`` and wake the caller."""

@@ -1,17 +1,46 @@
-"""Work done by several threads at once while a streamer is opened."""
+"""Threads: started and joined; and work done by several of them while a streamer is opened."""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from ..errors import ClosedError
+from ..errors import ClosedError, StreamerError
 
 T = TypeVar("T")
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start it. StreamerError, with what to do, where the system has no thread left."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise StreamerError(
+            f"thread {thread.name} cannot be started: {error} (a limit on threads of this user or "
+            "container: ulimit -u, pids.max); raise it, or pass fewer read_threads"
+        ) from error
+
+
+def join_all(threads: Iterable[threading.Thread], seconds: float) -> list[str]:
+    """Wait for their ends; the names of those that still run after ``seconds``, of all together.
+
+    The calling thread may be one of them: it does not wait for itself.
+    """
+    deadline = time.monotonic() + seconds
+    alive = []
+    for thread in threads:
+        try:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        except RuntimeError:
+            continue  # the calling one, or one that never started
+        if thread.is_alive():
+            alive.append(thread.name)
+    return alive
 
 
 def run_all(
@@ -25,7 +54,7 @@ def run_all(
 
     ``on_start`` is called by each thread first, ``on_done`` by the calling thread with the result
     of each task. The first error (or an interrupt of the calling thread) is raised once the tasks
-    under way have ended; those not begun are dropped.
+    under way have ended; those not begun are dropped. No interrupt comes to a task.
     """
     work = _Work(tasks, on_start)
     workers = [
@@ -34,14 +63,14 @@ def run_all(
     ]
     try:
         for worker in workers:
-            worker.start()
+            start_thread(worker)
         for _ in range(work.count):
             on_done(work.next_result())
     finally:
-        work.stop.set()
-        for worker in workers:
-            if worker.ident is not None:
-                worker.join()
+        # One whose start was interrupted, so that it cannot be joined, does nothing any more.
+        work.stopped = True
+        join_all(workers, threading.TIMEOUT_MAX)
+        work.drop_results()
 
 
 _at_work: weakref.WeakSet[_Work[Any]] = weakref.WeakSet()
@@ -62,7 +91,7 @@ class _Work(Generic[T]):
 
     def __init__(self, tasks: Iterable[Callable[[], T]], on_start: Callable[[], object]) -> None:
         _at_work.add(self)
-        self.stop = threading.Event()
+        self.stopped = False
         self.count = 0
         self._on_start = on_start
         self._tasks: SimpleQueue[Callable[[], T]] = SimpleQueue()
@@ -72,10 +101,11 @@ class _Work(Generic[T]):
             self.count += 1
 
     def run(self) -> None:
-        """Do tasks until there is none left, one fails, or ``stop`` is set."""
+        """Do tasks until there is none left, one fails, or ``stopped`` is set."""
         try:
-            self._on_start()
-            while not self.stop.is_set():
+            if not self.stopped:
+                self._on_start()
+            while not self.stopped:
                 task = self._tasks.get_nowait()
                 self._results.put((task(),))
         except Empty:
@@ -91,5 +121,12 @@ class _Work(Generic[T]):
         """Wait for the next result; raises the error of a task."""
         result = self._results.get()
         if isinstance(result, BaseException):
-            raise result
+            try:
+                raise result
+            finally:
+                del result  # or this frame and the error would hold each other
         return result[0]
+
+    def drop_results(self) -> None:
+        """Forget errors that nobody raises: their frames hold this, and all that the tasks do."""
+        self._results = SimpleQueue()

@@ -134,7 +134,7 @@ class FakeDevice:
         with self.lock:
             if self._copies[memory.data_ptr()]:
                 self.errors.append("host memory was given back with copies still to run")
-        self._pinned.remove(memory.data_ptr())
+        self._pinned.discard(memory.data_ptr())
 
     def new_stream(self) -> FakeStream:
         stream = FakeStream(self, f"stream {len(self.streams)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +18,21 @@ class Interrupt(KeyboardInterrupt):
 
 
 class Interrupter:
-    """Raises Interrupt at the n-th event of this thread within the library, once."""
+    """Raises Interrupt at the n-th event of this thread within the library, once.
 
-    def __init__(self, number: int, kind: str) -> None:
+    ``skipped``: wings of the library that are not counted, such as those that own nothing.
+    """
+
+    def __init__(self, number: int, kind: str, skipped: Sequence[str] = ()) -> None:
         self._left = number
+        self._skipped = tuple(f"{LIBRARY}/{wing}/" for wing in skipped)
         self._kind = kind
         self.fired = False
+
+    @property
+    def left(self) -> int:
+        """Events until the interrupt."""
+        return self._left
 
     def __enter__(self) -> Interrupter:
         sys.settrace(self._call)
@@ -32,7 +42,8 @@ class Interrupter:
         sys.settrace(None)
 
     def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(LIBRARY):
+        name = frame.f_code.co_filename
+        if not name.startswith(LIBRARY) or name.startswith(self._skipped):
             return None
         frame.f_trace_opcodes = self._kind == "opcode"
         return self._event
