@@ -22,8 +22,8 @@ from .passes.sweep import Parts, Sweep, run_layers, sweep
 from .planning.plan import Plan
 from .planning.settings import Bytes, Count, DeviceName, OnCopy, ReadMode, Settings, read_count
 from .transport.memory import MemoryUse
-from .transport.pipeline import noted_on
 from .transport.stats import PassReport
+from .transport.tasks import noted_on
 
 X = TypeVar("X")
 

@@ -7,7 +7,7 @@ are stamped beside those of the pass that is reported. Nothing is allocated in s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..devices.device import Device, Event, Stream
@@ -31,6 +31,30 @@ class Routes:
     limits: Callable[[], Mapping[str, float]] = dict
     """Called for each report. By kind of step ("read", "copy"), the measured limit in bytes a
     second, where it is known of how the bytes are moved by then."""
+
+    @classmethod
+    def of(
+        cls,
+        layouts: Sequence[Layout],
+        devices: tuple[Device, ...],
+        *,
+        viewed: Container[int],
+        two_pools: bool,
+        limits: Callable[[], Mapping[str, float]],
+    ) -> Routes:
+        """The ways of steps that are laid out so, on devices that take turns.
+
+        ``viewed``: those that are handed out where a mapped file has them.
+        """
+        read = frozenset(i for i, layout in enumerate(layouts) if layout.reads)
+        return cls(
+            devices=devices,
+            device_of=tuple(i % len(devices) for i in range(len(layouts))),
+            read=read,
+            moved=frozenset(i for i in read if two_pools and i not in viewed),
+            copied=frozenset(i for i, layout in enumerate(layouts) if layout.copies),
+            limits=limits,
+        )
 
 
 class PassClock:

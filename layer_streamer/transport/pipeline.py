@@ -10,10 +10,11 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from ..devices.device import Device
 from ..errors import ClosedError, StreamerError
@@ -28,7 +29,7 @@ from .memory import MemoryUse
 from .residents import Loader, Residents
 from .schedule import Schedule
 from .stage import Bell, Control, Run
-from .tasks import join_all
+from .tasks import join_all, noted_on
 from .weights import show_weights_to_pytree
 
 logger = logging.getLogger(__name__)
@@ -37,27 +38,13 @@ JOIN_SECONDS = 30.0
 """How long close() waits for threads that are inside a system call before it says so."""
 
 
-@contextmanager
-def noted_on(error: BaseException | None) -> Iterator[None]:
-    """Context of what is done on the way out of ``error``: an error of its own becomes a note on
-    it, so that the one that came first is raised. None: there was none."""
-    try:
-        yield
-    except Exception as later:
-        if error is None:
-            raise
-        error.add_note(str(later))
-
-
 class Pipeline:
     """Threads, slots and streams of one streamer.
 
-    What the collector does not free (descriptors, page locks) has an owner that gives it back when
-    it goes: a pipeline whose threads were not started may be dropped at any point.
-
-    Ownership: built and closed by the streamer's threads; ``control.run`` is published by the
-    caller's thread (:meth:`publish`). Closing may be done twice, by two threads at once, and again
-    after an interrupt: each part of it may.
+    What the collector does not free (descriptors, page locks) is given back by an owner that goes:
+    a pipeline whose threads have not been started may be dropped at any point.
+    Ownership: ``control.run`` is published by the caller's thread (:meth:`publish`). Closing may be
+    done by any, twice, by two at once, and again after an interrupt: each part of it may.
     """
 
     def __init__(
@@ -172,7 +159,7 @@ class Pipeline:
             return
         self.control.on_leave.append(self._close_and_log)
         self._stop()
-        if threading.get_ident() not in [thread.ident for thread in self.control.threads]:
+        if not self.control.on_own_thread():
             self._close_and_log()
 
     def _close_and_log(self) -> None:
@@ -204,10 +191,7 @@ class Pipeline:
                 owned.callback(residents.close)
             for lane in self.lanes:
                 owned.callback(lane.free)
-        # The frames of errors that nobody will raise any more lead back to all of this.
-        self.control.fatal = None
-        if self.control.run is not None:
-            self.control.run.abort()
+        self.control.forget_errors()
 
     def _load(self) -> None:
         """Bring what is resident into memory, with a progress bar."""
@@ -215,21 +199,13 @@ class Pipeline:
         nbytes = sum(
             size.read_nbytes for size, tier in zip(sizes, tiers, strict=True) if tier != "disk"
         )
-        bar = None
-        if nbytes and self._settings.track_progress:
-            bar = ProgressBar(total=nbytes, unit="B", unit_scale=True, desc="loading", leave=False)
-        try:
-            loader = Loader(
-                self.files,
-                self._settings.chunk_nbytes,
-                self._settings.num_readers,
-                bar.update if bar is not None else lambda loaded: None,
-            )
+        shown = nbytes > 0 and self._settings.track_progress
+        style: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
+        chunk, threads = self._settings.chunk_nbytes, self._settings.num_readers
+        with ProgressBar(total=nbytes, desc="loading", disable=not shown, **style) as bar:
+            loader = Loader(self.files, chunk, threads, bar.update)
             self._load_devices(loader)
             self._load_host(loader)
-        finally:
-            if bar is not None:
-                bar.close()
 
     def _load_devices(self, loader: Loader) -> None:
         for lane_idx, device in enumerate(self.devices):
@@ -304,24 +280,18 @@ class Pipeline:
         for lane, prefix in zip(self.lanes, prefixes, strict=True):
             counts |= lane.slot_counts(prefix)
         ahead = max(lane.passes_ahead for lane in self.lanes)
-        self.schedule = Schedule(self._steps, self._layouts, self._routes(), counts, ahead)
+        routes = Routes.of(
+            self._layouts,
+            self.devices,
+            viewed=self._residents[0].mapped,
+            two_pools=any(len(lane.host_pools) == 2 for lane in self.lanes),
+            limits=partial(_limits_of, self.plan, self.files),
+        )
+        self.schedule = Schedule(self._steps, self._layouts, routes, counts, ahead)
         for lane_idx, (lane, prefix) in enumerate(zip(self.lanes, prefixes, strict=True)):
             with lane.device.guard():
                 lane.wire(lane_idx, self.schedule, self.files, self.control, self.caller_bell)
             lane.name_pools(prefix)
-
-    def _routes(self) -> Routes:
-        layouts, mapped = self._layouts, self._residents[0].mapped
-        read = {i for i, layout in enumerate(layouts) if layout.reads}
-        two_pools = any(len(lane.host_pools) == 2 for lane in self.lanes)
-        return Routes(
-            devices=self.devices,
-            device_of=tuple(i % len(self.devices) for i in range(len(layouts))),
-            read=frozenset(read),
-            moved=frozenset(read - set(mapped) if two_pools else ()),
-            copied=frozenset(i for i, layout in enumerate(layouts) if layout.copies),
-            limits=partial(_limits_of, self.plan, self.files),
-        )
 
 
 _pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()

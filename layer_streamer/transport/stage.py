@@ -204,6 +204,16 @@ class Control:
             last_act = self.on_leave.pop()
             last_act()
 
+    def on_own_thread(self) -> bool:
+        """True if a thread of the pipeline calls this."""
+        return threading.get_ident() in [thread.ident for thread in self.threads]
+
+    def forget_errors(self) -> None:
+        """All threads have ended. The frames of errors that nobody raised lead back to all of it."""
+        self.fatal = None
+        if self.run is not None:
+            self.run.abort()
+
     def fail(self, error: BaseException) -> None:
         """Record that a thread died of ``error`` and wake the caller."""
         self.fatal = error

@@ -1,4 +1,4 @@
-"""Threads: started and joined; and work done by several of them while a streamer is opened."""
+"""Threads: started, joined, and at work together while a streamer is opened."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -41,6 +42,18 @@ def join_all(threads: Iterable[threading.Thread], seconds: float) -> list[str]:
         if thread.is_alive():
             alive.append(thread.name)
     return alive
+
+
+@contextmanager
+def noted_on(error: BaseException | None) -> Iterator[None]:
+    """Context of what is done on the way out of ``error``: an error of its own becomes a note on
+    it, so that the one that came first is raised. None: there was none."""
+    try:
+        yield
+    except Exception as later:
+        if error is None:
+            raise
+        error.add_note(str(later))
 
 
 def run_all(
