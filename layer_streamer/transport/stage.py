@@ -209,7 +209,7 @@ class Control:
         return threading.get_ident() in [thread.ident for thread in self.threads]
 
     def forget_errors(self) -> None:
-        """All threads have ended. The frames of errors that nobody raised lead back to all of it."""
+        """Once all threads have ended: frames of errors nobody raised lead back to everything."""
         self.fatal = None
         if self.run is not None:
             self.run.abort()

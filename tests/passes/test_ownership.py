@@ -103,9 +103,12 @@ def count_bytecodes(make: Callable[[], Callable[[], None]]) -> int:
     return far - interrupter.left
 
 
+FINALIZERS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""Python swallows, and says, an interrupt that comes in a finalizer: it must not lose anything."""
 WAYS = pytest.mark.parametrize("way", ["open", "close", "close again"])
 
 
+@FINALIZERS
 @WAYS
 @pytest.mark.parametrize("route", route_params("cpu direct", "two partial"))
 def test_an_interrupt_at_a_bytecode_of_opening_or_closing_leaves_nothing(
@@ -122,6 +125,7 @@ def test_an_interrupt_at_a_bytecode_of_opening_or_closing_leaves_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
+@FINALIZERS
 @WAYS
 @pytest.mark.parametrize("route", ["cpu direct", "mapped", "arena", "two partial"])
 def test_an_interrupt_at_any_bytecode_of_opening_or_closing_leaves_nothing(
