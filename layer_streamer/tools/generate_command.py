@@ -92,13 +92,12 @@ def room_for(model: Model, text: str, args: argparse.Namespace) -> int:
 
 def answer(engine: StreamingEngine, text: str, args: argparse.Namespace) -> None:
     """Generate, each token's text on stdout as soon as it is known."""
-    from tqdm import tqdm
-
     from ..llm.memory.totals import Totals
+    from ..progress import ProgressBar
 
     ids = engine.encode(as_prompt(text, args), template_options(args))
     totals, layers = Totals(prompt_tokens=len(ids)), engine.config.num_layers
-    with tqdm(total=layers, desc="prompt", unit="layer", leave=False, disable=None) as bar:
+    with ProgressBar(total=layers, desc="prompt", unit="layer", leave=False, disable=None) as bar:
         options = given(args, GENERATION)
         events = engine.events([ids], on_layer=lambda _: bar.update(), **options)
         began = time.perf_counter()

@@ -116,13 +116,12 @@ def choose_dtype(model: Model, asked: str | None) -> torch.dtype:
 
 def run_job(job: Job) -> dict[str, Errors]:
     """Quantize with a progress bar; of layers that are done already, it says how many."""
-    from tqdm import tqdm
-
     from ..llm.quantize.job import quantize
+    from ..progress import ProgressBar
 
     partial = check_room(job)
     each, layers = job.layer_weights(), job.model.config.num_layers
-    with tqdm(total=layers * each, leave=False, disable=None, bar_format=BAR) as bar:
+    with ProgressBar(total=layers * each, leave=False, disable=None, bar_format=BAR) as bar:
 
         def start(count: int) -> None:
             if count < layers:
@@ -150,13 +149,14 @@ def check_room(job: Job) -> Path:
 
 def compare(model: Model, job: Job, path: Path, ids: list[int]) -> None:
     """The perplexities of both models on a text."""
-    from tqdm import tqdm
-
     from ..llm.opening import Model
     from ..llm.quantize.perplexity import perplexity
     from ..llm.quantize.texts import WINDOW
+    from ..progress import ProgressBar
 
-    with tqdm(total=2 * model.config.num_layers, leave=False, disable=None, bar_format=BAR) as bar:
+    with ProgressBar(
+        total=2 * model.config.num_layers, leave=False, disable=None, bar_format=BAR
+    ) as bar:
         before = perplexity(model, ids, job.device, lambda _: bar.update())
         after = perplexity(Model.read(job.out, say), ids, job.device, lambda _: bar.update())
     say(

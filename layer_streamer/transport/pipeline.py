@@ -146,8 +146,10 @@ class Pipeline:
             )
         try:
             self._wait_device()
-        finally:
-            self._free()
+        except Exception:
+            self._free()  # a device that has failed does nothing with it any more
+            raise
+        self._free()
 
     def close_unheld(self) -> None:
         """As :meth:`close`, for a finalizer, which runs on any thread between any two bytecodes.
@@ -186,11 +188,9 @@ class Pipeline:
     def _free(self) -> None:
         """Give back what is not the collector's; an error keeps nothing else from being freed."""
         with ExitStack() as owned:
-            owned.callback(self.files.close)
-            for residents in self._residents:
-                owned.callback(residents.close)
-            for lane in self.lanes:
-                owned.callback(lane.free)
+            parts = [r.close for r in self._residents] + [lane.free for lane in self.lanes]
+            for give_back in (self.files.close, *parts):
+                owned.callback(give_back)
         self.control.forget_errors()
 
     def _load(self) -> None:
