@@ -113,16 +113,16 @@ def test_a_tokenizer_that_breaks_down_over_one_row(
     start, original = TextStream.__init__, getattr(TextStream, where)
     bad = {}
 
-    def noting(self: Any, tokenizer: Any, ids: Any, stops: Any) -> None:
-        start(self, tokenizer, ids, stops)
+    def noting(self: Any, tokenizer: Any, ids: Any, stops: Any, **options: Any) -> None:
+        start(self, tokenizer, ids, stops, **options)
         bad[id(self)] = list(ids) == PROMPTS[2]
 
-    def breaking(self: Any, *arguments: Any) -> Any:
+    def breaking(self: Any, *arguments: Any, **options: Any) -> Any:
         if where == "__init__":
-            noting(self, *arguments)
+            noting(self, *arguments, **options)
         if bad[id(self)]:
             raise error or OverflowError
-        return None if where == "__init__" else original(self, *arguments)
+        return None if where == "__init__" else original(self, *arguments, **options)
 
     monkeypatch.setattr(TextStream, "__init__", noting)
     monkeypatch.setattr(TextStream, where, breaking)

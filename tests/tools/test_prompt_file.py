@@ -89,15 +89,15 @@ def test_a_line_that_anything_breaks_down_over_is_its_own_error(
     """The tokenizer over a text, or over the answer; the JSON parser; a pass; a missing row."""
     push = TextStream.push
 
-    def panicking(self: Any, token_id: int) -> str:
+    def panicking(self: Any, *arguments: Any, **options: Any) -> str:
         if self.bad:
             raise type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})("at 4")
-        return push(self, token_id)
+        return push(self, *arguments, **options)
 
     start = TextStream.__init__
 
-    def noting(self: Any, tokenizer: Any, ids: Any, stops: Any) -> None:
-        start(self, tokenizer, ids, stops)
+    def noting(self: Any, tokenizer: Any, ids: Any, stops: Any, **options: Any) -> None:
+        start(self, tokenizer, ids, stops, **options)
         self.bad = bytes(ids) == b"panic"
 
     monkeypatch.setattr(TextStream, "push", panicking)

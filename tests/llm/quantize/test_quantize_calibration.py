@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from itertools import chain
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from quantizing import save, weights
 from zoo import zoo_model
 
+from layer_streamer.llm.models.config import model_config
 from layer_streamer.llm.opening import Model
 from layer_streamer.llm.quantize.grouping import choose_groups
 from layer_streamer.llm.quantize.job import Job, quantize
@@ -38,9 +40,15 @@ def read(path) -> Model:
 
 
 def parts(model):
-    """The ids in windows of the model's context."""
-    size = model.config.max_position_embeddings
-    return [IDS[at : at + size] for at in range(0, len(IDS), size)]
+    """The ids in windows of the model's context, as far as its scaling extends it.
+
+    Whole ones, where the rotation goes by the length: transformers' model then rotates a window for
+    the longest that was before it.
+    """
+    size = model_config(model.config).max_positions
+    dynamic = model.config.rope_parameters.get("rope_type") == "dynamic"
+    end = len(IDS) // size * size if dynamic else len(IDS)
+    return [IDS[at : at + size] for at in range(0, end, size)]
 
 
 def importance_of(model: Model, ids: list[int]) -> list[dict[str, torch.Tensor]]:
@@ -68,7 +76,7 @@ def test_moments_are_those_of_the_inputs_that_transformers_modules_get(tmp_path,
     with torch.no_grad():
         for ids in parts(model):
             model(torch.tensor([ids]), use_cache=False)
-    found = importance_of(read(save(tmp_path / "in", model)), IDS)
+    found = importance_of(read(save(tmp_path / "in", model)), [*chain.from_iterable(parts(model))])
     assert len(seen) == 7 * len(found)
     for key, inputs in seen.items():
         squares = torch.cat(inputs).double().square().mean(0)
@@ -90,7 +98,8 @@ def test_perplexity_is_that_of_transformers(tmp_path, monkeypatch, name, logit_t
         total += float(F.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum"))
         count += len(ids) - 1
     layers = []
-    found = perplexity(read(save(tmp_path / "in", model)), IDS, CPU, layers.append)
+    ids = [*chain.from_iterable(parts(model))]
+    found = perplexity(read(save(tmp_path / "in", model)), ids, CPU, layers.append)
     assert found == pytest.approx(math.exp(total / count), rel=1e-4)
     assert layers == list(range(model.config.num_hidden_layers))
 
