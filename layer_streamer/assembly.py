@@ -52,7 +52,7 @@ def assemble(
     files = OpenFiles(manifest.files)
     try:
         statics = Statics(manifest, files, settings.dtype)
-        limits = load_limits(next(iter(manifest.files)))
+        limits = load_limits(next(iter(manifest.files)), gpus=not devices[0].unified)
         machine = look_at_machine(devices, _rates(limits, devices), _readers(limits))
         plan = _plan(steps, layouts, machine, settings, files)
         if machine.unified and "disk" in plan.tiers:
@@ -76,7 +76,7 @@ def draw_plan(
     """
     steps = plan_steps(manifest, settings.tail, settings.layers)
     layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
-    limits = load_limits(next(iter(manifest.files)))
+    limits = load_limits(next(iter(manifest.files)), gpus=not devices[0].unified)
     rates = _rates(limits, devices)
     if "read" in given:
         rates = replace(rates, read=given["read"], cold=given["read"], cached=given["read"])

@@ -52,7 +52,7 @@ def as_many_threads_as_usual(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_limits_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans do not depend on what a probe of the machine under test has measured."""
-    monkeypatch.setattr("layer_streamer.assembly.load_limits", lambda path: None)
+    monkeypatch.setattr("layer_streamer.assembly.load_limits", lambda path, **options: None)
 
 
 @pytest.fixture(autouse=True)

@@ -54,9 +54,10 @@ class FileSystem:
         return f"{self.type} {os.major(number)}:{os.minor(number)}"
 
 
-def this_machine() -> MachineIdentity:
-    """The machine that this process runs on."""
-    return MachineIdentity(_cpu_model(), num_cores(), _gpu_names(), _driver(), torch.__version__)
+def this_machine(*, gpus: bool = True) -> MachineIdentity:
+    """The machine that this process runs on; without its ``gpus``, CUDA is left alone."""
+    names = _gpu_names() if gpus else ()
+    return MachineIdentity(_cpu_model(), num_cores(), names, _driver(), torch.__version__)
 
 
 def file_system(path: Path) -> FileSystem:

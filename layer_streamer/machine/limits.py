@@ -13,7 +13,7 @@ import math
 import os
 import types
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -156,21 +156,26 @@ class MachineLimits:
         return self.copy_rate(self.machine.devices[0].device)
 
 
-def load_limits(path: Path | None = None) -> MachineLimits | None:
+def load_limits(path: Path | None = None, *, gpus: bool = True) -> MachineLimits | None:
     """The limits on record for this machine, and for the file system of ``path`` if one is given.
 
     None if this machine (its processor, GPUs, driver, torch) has none; ``disk`` is None if the file
     system has none. A record that cannot be read is as good as none, and is logged.
+
+    ``gpus``: False if nothing is asked of them, and CUDA is not to be started for their names: the
+    record is then one of this machine whatever GPUs it names.
     """
-    identity = this_machine()
-    folder = _folder(identity)
-    machine = _load(folder / "machine.json", MachinePart)
-    if machine is None:
-        return None
-    if machine.identity != identity:
+    identity = this_machine() if gpus else this_machine(gpus=False)
+    own = _folder(identity)
+    for folder in [own] if gpus else sorted(own.parent.glob("*")):
+        machine = _load(folder / "machine.json", MachinePart)
+        if machine is None:
+            continue
+        found = machine.identity if gpus else replace(machine.identity, gpus=())
+        if found == identity:
+            return MachineLimits(machine, _load_disk(folder, path))
         logger.info("the limits on record are of another driver or torch: %s", machine.identity)
-        return None
-    return MachineLimits(machine, _load_disk(folder, path))
+    return None
 
 
 def save_limits(limits: MachineLimits) -> tuple[Path, ...]:

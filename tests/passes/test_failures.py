@@ -225,3 +225,33 @@ def test_a_thread_that_dies_ends_the_pass_instead_of_leaving_it_to_wait(
         error = in_thread(lambda: streamer.run_pass(None, nothing))
         assert isinstance(error, StreamerError)
         assert "no room for a thread" in str(error)
+
+
+@pytest.mark.parametrize("kind", [StopIteration, StopAsyncIteration, GeneratorExit, SystemExit])
+def test_what_on_copy_raises_comes_out_of_a_pass_as_itself(
+    tmp_path: Path, kind: type[BaseException]
+) -> None:
+    tiny_checkpoint(tmp_path, NUM_LAYERS)
+    cause, error = ValueError("why"), kind("mine")
+
+    def on_copy(layer_idx: int, stream: object) -> None:
+        if layer_idx == 2:
+            raise error from cause
+
+    with open_checkpoint(None, tmp_path, on_copy=on_copy) as streamer:
+        for _ in range(2):
+            with pytest.raises(kind) as caught:
+                streamer.run_pass(None, nothing)
+            assert caught.value is error and error.__cause__ is cause
+
+
+def test_a_loop_over_a_pass_is_not_ended_by_a_stop_iteration_of_on_copy(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, NUM_LAYERS)
+
+    def on_copy(layer_idx: int, stream: object) -> None:
+        raise StopIteration(layer_idx)
+
+    with open_checkpoint(None, tmp_path, on_copy=on_copy) as streamer:
+        with pytest.raises(StreamerError, match="on_copy raised StopIteration") as caught:
+            list(streamer.sweep())
+        assert isinstance(caught.value.__cause__, StopIteration)

@@ -168,7 +168,7 @@ OPTIONS = st.fixed_dictionaries({
     close_first=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_gradient_is_that_of_the_plain_model_or_an_error(  # noqa: PLR0913 - what is drawn
+def test_a_gradient_is_that_of_the_plain_model_or_an_error(  # noqa: PLR0917 - what is drawn
     tmp_path_factory: pytest.TempPathFactory,
     options: dict[str, Any],
     kinds: list[str],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
+from checkpoints import tiny_checkpoint, write_safetensors
 from routes import open_route
 from support import HANG_SECONDS, open_checkpoint, raw
 
@@ -120,3 +120,46 @@ def test_a_default_device_of_torch_moves_nothing(tmp_path: Path) -> None:
                 tensor.device for tensor in w.values()
             ))  # fmt: skip
             assert {device.type for device in found} == {"cpu"}
+
+
+@pytest.mark.parametrize("what", ["load_static", "host_tensor"])
+def test_threads_that_ask_at_once_get_the_same_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    tiny_checkpoint(tmp_path)
+    both, found = threading.Barrier(2, timeout=HANG_SECONDS), list[Any]()
+    with open_checkpoint(None, tmp_path) as streamer:
+        kept = streamer.opened().statics
+
+        def at_once(work: Any) -> Any:
+            def load(*arguments: Any) -> Any:
+                loaded = work(*arguments)
+                both.wait()
+                return loaded
+
+            return load
+
+        monkeypatch.setattr(kept, "_load", at_once(kept._load))
+        monkeypatch.setattr(kept, "_view", at_once(kept._view))
+        threads = [
+            threading.Thread(target=lambda: found.append(getattr(streamer, what)(NAMES[0])))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(HANG_SECONDS)
+        assert found[0] is found[1] is getattr(streamer, what)(NAMES[0])
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_host_view_is_the_same_each_time_wherever_it_lies(tmp_path: Path, padding: int) -> None:
+    tensors = {"model.layers.0.w": torch.ones(1), "a": torch.arange(6.0), "e": torch.ones(0, 3)}
+    write_safetensors(tmp_path / "model.safetensors", tensors, padding=padding)
+    with open_checkpoint(None, tmp_path) as streamer:
+        for name in ("a", "e"):
+            with torch.inference_mode():
+                viewed = streamer.host_tensor(name)
+            assert viewed is streamer.host_tensor(name)
+            assert not viewed.is_inference()
+            assert torch.equal(viewed, tensors[name])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from layer_streamer.checkpoint.manifest import TensorSpec
 from layer_streamer.planning.layout import (
     COPY_ALIGNMENT,
+    MAX_TAIL_STEPS,
     PAGE,
     TENSOR_ALIGNMENT,
     Layout,
@@ -165,3 +166,15 @@ def test_cast_tensors_take_scratch_and_others_none(dtype: torch.dtype) -> None:
     assert [(cast.key, cast.dtype) for cast in layout.casts] == [("f", dtype)]
     assert layout.scratch_nbytes == COPY_ALIGNMENT
     assert lay_out(Step(0, tensors), unified=False).scratch_nbytes == 0
+
+
+@given(num_rows=st.integers(1, 1 << 40), row=st.integers(1, 1 << 12), limit=st.integers(0, 1 << 14))
+def test_a_table_beside_tiny_layers_is_split_into_a_bounded_number_of_steps(
+    num_rows: int, row: int, limit: int
+) -> None:
+    whole = TensorSpec("t", torch.uint8, (num_rows, row), FILES[0], 7, num_rows * row)
+    parts = list(split_rows(whole, limit))
+    assert len(parts) <= MAX_TAIL_STEPS
+    assert sum(part.shape[0] for part in parts) == num_rows
+    most = max(limit, row, -(-num_rows // MAX_TAIL_STEPS) * row)
+    assert all(part.nbytes <= most for part in parts)

@@ -132,7 +132,7 @@ def test_a_gpu_that_is_there_but_not_for_torch_leaves_a_plan_for_the_cpu(
 def test_a_record_of_limits_that_is_broken_is_a_warning_and_no_traceback(
     model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(path: Path) -> None:
+    def broken(path: Path, **options: Any) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr("layer_streamer.assembly.load_limits", broken)

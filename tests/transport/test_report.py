@@ -33,6 +33,7 @@ from layer_streamer.machine.limits import (
 )
 from layer_streamer.planning.placement import Rates
 from layer_streamer.transport import files
+from layer_streamer.transport.clock import PassClock
 from layer_streamer.transport.files import OpenFiles
 from layer_streamer.transport.stats import PassReport, Span, report_step
 
@@ -263,3 +264,30 @@ def test_limits_of_a_probe_are_taken_each_for_its_own_way(tmp_path: Path) -> Non
     assert found == Rates(3.0, (52.0,), None, cold=7.0, cached=20.0, pageable=(10.0,))
     other: Any = SimpleNamespace(torch_device="cuda:1")
     assert _rates(MachineLimits(machine, None), [other]) == Rates(None, (None,), pageable=(None,))
+
+
+@pytest.mark.parametrize("overtaken", [1, 10**9])
+def test_a_report_is_of_one_pass_though_others_finish_while_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overtaken: int
+) -> None:
+    tiny_checkpoint(tmp_path, NUM_LAYERS)
+    report, made, inside = PassClock.report, list[PassReport](), list[int]()
+
+    def slow(clock: PassClock, layouts: Any) -> PassReport:
+        """So slow that passes overtake it, until the thread that runs them is asked."""
+        if not inside and len(made) < overtaken:
+            inside.append(1)
+            for _ in range(4):
+                streamer.run_pass(None, nothing)
+            inside.clear()
+        made.append(report(clock, layouts))
+        return made[-1]
+
+    with open_checkpoint(None, tmp_path, n_gpu=0) as streamer:
+        streamer.run_pass(None, nothing)
+        monkeypatch.setattr(PassClock, "report", slow)
+        found = streamer.last_pass
+        monkeypatch.undo()
+        assert found is not None and found is not made[0] and found.seconds > 0
+        for step in found.steps.values():
+            assert all(span.begin <= span.end for span in step.spans)

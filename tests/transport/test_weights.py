@@ -19,6 +19,7 @@ from support import make_device, open_checkpoint
 from torch.utils._pytree import keystr, tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from layer_streamer import LayerStreamer
+from layer_streamer.transport.weights import Weights
 
 UP, NORM = "mlp.up_proj.weight", "input_layernorm.weight"
 Q = "self_attn.q_proj.weight"
@@ -174,3 +175,25 @@ def test_torchs_registry_learns_of_it_when_a_streamer_is_opened_and_not_before(
         run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False
     )
     assert (done.stdout, done.stderr) == ("['Weights']\n", "")
+
+
+def test_a_key_that_is_missing_names_those_there_are_close_ones_first(weights: Any) -> None:
+    with pytest.raises(KeyError) as caught:
+        weights["up_proj.weight"]
+    assert caught.value.args == ("up_proj.weight",)
+    text = str(caught.value)
+    assert text.startswith(f"'up_proj.weight': the layer has '{UP}', ")
+    assert all(repr(key) in text for key in weights) and "\n" not in text
+    assert weights.get("bias") is None and "bias" not in weights
+    with pytest.raises(KeyError, match="3: the layer has"):
+        weights[3]
+
+
+def test_of_many_keys_few_are_named() -> None:
+    made = Weights({f"experts.{i}.weight": torch.zeros(1) for i in range(500)})
+    with pytest.raises(KeyError) as caught:
+        made["experts.77.wieght"]
+    text = str(caught.value)
+    assert "'experts.77.weight'" in text and text.endswith("and 492 more")
+    with pytest.raises(KeyError, match="no tensors"):
+        Weights({})["a"]
