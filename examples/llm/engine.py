@@ -124,6 +124,7 @@ class StreamingEngine:
         return_details: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         reuse_prefix: bool = False,
+        skip_special_tokens: bool = True,
         **sampling: Any,
     ) -> Any:
         """Continue a text, answer messages, or continue token ids; or several of them in a list.
@@ -132,11 +133,14 @@ class StreamingEngine:
         a text. ``stream``: an iterator of pieces of text, for a list of (row, piece); none cuts a
         character or shows a part of a stop string. Leaving it ends it, and so does a newer call.
 
-        * ``stop``: strings that end the text and are no part of it.
+        * ``stop``: strings that end the text and are no part of it; special tokens count as they
+          are written, shown or not.
         * ``sampling``: temperature (0: greedy), top_k, top_p, min_p, repetition_penalty; what is
           not named is what the model's generation_config says, else greedy.
         * ``seed``: the same seed gives the same text; row i of a list takes seed + i.
-        * ``chat_template_kwargs``: what the model's template knows, such as enable_thinking.
+        * ``chat_template_kwargs``: what the model's template knows, such as enable_thinking, and
+          tools, add_generation_prompt, continue_final_message.
+        * ``skip_special_tokens``: False shows them, the one that ends the text as well.
         * ``reuse_prefix``: for one prompt: start from what it has in common with the last such
           prompt and its text, whose keys and values are kept until a call without it.
 
@@ -150,11 +154,11 @@ class StreamingEngine:
         if several and reuse_prefix:
             raise ValueError("reuse_prefix=True: takes one prompt, not a list")
         if not return_details:
-            assert self.tokenizer is not None  # else it raises, before anything is computed
+            _ = self.tokenizer  # the error of a model without one, before anything is computed
         prompts = self._encoded(prompt, several, chat_template_kwargs)
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed,
-            "reuse_prefix": reuse_prefix, **sampling,
+            "reuse_prefix": reuse_prefix, "skip_special_tokens": skip_special_tokens, **sampling,
         }  # fmt: skip
         if stream:
             events = self.events(prompts, **options)
@@ -236,7 +240,7 @@ class StreamingEngine:
             asked=asked,
             room=self._room,
             device=self.streamer.device,
-            tokenizer=self.tokenizer if self._has_text(asked) else None,
+            tokenizer=self.tokenizer if self._has_text(bool(asked.stop)) else None,
             notify=self._notify,
         ).requests(prompts)
         row = None
@@ -251,22 +255,19 @@ class StreamingEngine:
         events = self._current = scheduler.run()
         return self._guard(scheduler, events)
 
-    def _has_text(self, asked: Asked) -> bool:
-        """False for a model without a tokenizer that can be used, of which ids alone can be had."""
+    def _has_text(self, needed: bool = False) -> bool:
+        """False for a model without a tokenizer that can be used, of which ids alone can be had;
+        its error if it is ``needed``."""
         try:
             with one_line_errors("the tokenizer cannot be loaded"):
                 return self.tokenizer is not None
         except TELLING:
-            if asked.stop:
+            if needed:
                 raise
             return False
 
     def _stop_ids(self) -> frozenset[int]:
-        try:
-            with one_line_errors("the tokenizer cannot be loaded"):
-                own = id_set(self.tokenizer.eos_token_id)
-        except TELLING:
-            own = frozenset()
+        own = id_set(self.tokenizer.eos_token_id) if self._has_text() else frozenset[int]()
         return self.config.eos_ids | own
 
     def _guard(self, scheduler: Scheduler, events: Generator[Event]) -> Iterator[Event]:

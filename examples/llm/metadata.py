@@ -38,7 +38,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 FOR_SENTENCEPIECE = ("sentencepiece", "google.protobuf")
 """Packages that a tokenizer.model without tokenizer.json needs."""
 MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-CACHE_VERSION = 2
+LFS_POINTER = b"version https://git-lfs"
+NO_TOKENIZER = "no_tokenizer.txt"
+"""In a directory made of a GGUF file: why its tokenizer could not be made."""
+CACHE_VERSION = 3
 """Of what is kept of a GGUF file."""
 
 
@@ -102,8 +105,16 @@ def load_config(directory: Path) -> ModelConfig:
 
 def load_tokenizer(directory: Path) -> Any:
     """The model's tokenizer, with the interface of transformers' tokenizers, and through
-    transformers unless that makes no difference. UnsupportedModelError if there is none."""
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    transformers unless that makes no difference.
+
+    UnsupportedModelError, in one line, if there is none or it cannot be read; ImportError if a
+    package is missing that reads it.
+    """
+    reason = directory / NO_TOKENIZER
+    if reason.is_file():
+        raise UnsupportedModelError(reason.read_text(encoding="utf-8"))
+    found = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not found:
         raise UnsupportedModelError(
             f"{directory}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
             "copy its files there from where the model comes from"
@@ -113,15 +124,39 @@ def load_tokenizer(directory: Path) -> Any:
         with optional_packages():
             from transformers import AutoTokenizer
 
-            found = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
             if found[0] == "tokenizer.model":
                 for package in FOR_SENTENCEPIECE:  # else transformers takes it for another format
                     import_module(package)
             with without_marks(directory) as folder:
                 return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
 
-    direct = direct_tokenizer(directory, load)
-    return load() if direct is None else direct
+    try:
+        direct = direct_tokenizer(directory, load)
+        return load() if direct is None else direct
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers and transformers raise nothing narrower
+        raise UnsupportedModelError(_blame(directory, found[0], error)) from error
+
+
+def _blame(directory: Path, name: str, error: Exception) -> str:
+    """Which of the files it is that cannot be read as a tokenizer's."""
+    for path in (directory / name, *sorted(directory.glob("*token*.json"))):
+        try:
+            with open(path, "rb") as file:
+                start = file.read(len(LFS_POINTER))
+            if start == LFS_POINTER:
+                return f"{path}: a Git LFS pointer, not the file: fetch it with 'git lfs pull'"
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as damage:
+            return f"{path}: cannot be read ({' '.join(str(damage).split())}); fetch it again"
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return (
+        f"{directory / name}: is no tokenizer that the installed transformers "
+        f"{_version_of('transformers')} and tokenizers {_version_of('tokenizers')} understand "
+        f"({reason}); fetch it again, or install newer ones"
+    )
 
 
 @contextmanager

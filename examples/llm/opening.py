@@ -116,10 +116,22 @@ class Model:
             notify(f"{path.name}: {note}")
         return cls(path, manifest, directory, config, names)
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, loaded when it is first needed; ValueError if it has none."""
-        return load_tokenizer(self.directory)
+        """The model's tokenizer, loaded when it is first needed; ValueError if it has none that can
+        be read, ImportError for a package that reads it."""
+        found = self._tokenizer
+        if isinstance(found, Exception):
+            raise found.with_traceback(None)
+        return found
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """Or the error, which every row of a batch asks for."""
+        try:
+            return load_tokenizer(self.directory)
+        except (ValueError, ImportError) as error:
+            return error
 
     def default_sampling(self, notify: Callable[[str], object]) -> Sampling:
         """How tokens are chosen where nobody says: by the model's generation_config.json, of which

@@ -138,7 +138,7 @@ class Scheduler:
 
     def _text(self, request: Request, token: int) -> str:
         ended, text = token in self._stop_ids, request.text
-        piece = text.push(token) if text is not None and not ended else ""
+        piece = text.push(token, ends=ended) if text is not None else ""
         reason = request.finish_reason
         if ended or (text is not None and text.stopped):
             reason = "stop"

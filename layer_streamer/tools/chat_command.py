@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Answer what is typed, until the end of the input."""
     model = read_model(args)
+    _ = model.tokenizer  # the error of a model without one, before it is opened
     from ..llm.text.terminal import open_reader
 
     with open_engine(args, model) as engine:

@@ -18,7 +18,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_HELP = "default: float32 on a CPU, bfloat16 on a GPU (float16 or float32 on an older one)"
 ENGINE = ("max_length", "kv", "kv_int8", "kv_tokens", "max_batch", "prefill_chunk")
 GENERATION = (
-    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop"
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+    "stop", "skip_special_tokens",
 )  # fmt: skip
 
 
@@ -46,6 +47,14 @@ def add_answering(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     add("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
     add("--seed", type=int, metavar="S", help="the same seed gives the same text")
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    special = "show special tokens, which are left out"
+    add(
+        "--show-special",
+        action="store_false",
+        default=None,
+        dest="skip_special_tokens",
+        help=special,
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

@@ -113,6 +113,7 @@ def answer_file(engine: StreamingEngine, args: argparse.Namespace) -> None:
     """A line of JSON for each line of prompts, to stdout or appended to a file."""
     from ..llm.text.prompt_file import PromptFile, open_results, write_record
 
+    _ = engine.tokenizer  # the error of a model without one, once, not line by line
     prompts = PromptFile(
         engine, raw=args.raw, template_options=template_options(args), complain=say
     )

@@ -44,11 +44,12 @@ class Asked:
     seed: int | None = None
     """Row i draws from the random stream of seed + i; None: a new one each."""
     reuse_prefix: bool = False
+    skip_special_tokens: bool = True
 
     @classmethod
     def of(cls, defaults: Sampling, options: Mapping[str, Any]) -> Asked:
         """The options of one call; what it does not say of sampling is ``defaults``."""
-        own = ("max_new_tokens", "stop", "seed", "reuse_prefix")
+        own = ("max_new_tokens", "stop", "seed", "reuse_prefix", "skip_special_tokens")
         given = {name: options[name] for name in own if name in options}
         rest = {name: value for name, value in options.items() if name not in own}
         return cls(sampling=merge_options(defaults, rest), **given)

@@ -67,6 +67,11 @@ class DirectTokenizer:
         self.eos_token_id: int | None = description["eos_token_id"]
         self._special: dict[str, str] = description["special_tokens"]
 
+    @property
+    def added_tokens_decoder(self) -> Any:
+        """The tokens beside the vocabulary, by their ids: special ones and others."""
+        return self._backend.get_added_tokens_decoder()
+
     def encode(self, text: Any, *, add_special_tokens: bool = True, **options: Any) -> list[int]:
         """Token ids of a text."""
         if options or not isinstance(text, str):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
-from .tokenizer import has_chat_template, raw_ids
+from .messages import checked_messages, takes_parts, text_of
+from .tokenizer import has_chat_template, raw_ids, rendered_ids
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = "str | Sequence[Message] | Sequence[int]"
@@ -20,7 +22,7 @@ def is_batch(prompt: Any) -> bool:
         raise ValueError(f"prompt of type {type(prompt).__name__}: must be text, messages or ids")
     if not prompt:
         return True
-    return not isinstance(prompt[0], Mapping | int)
+    return not isinstance(prompt[0], Mapping | Integral)
 
 
 class PromptEncoder:
@@ -35,46 +37,61 @@ class PromptEncoder:
         """``tokenizer()`` is asked for only if a prompt needs it."""
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._notify, self._noted = notify, False
+        self._takes_parts: bool | None = None
 
     def encode(self, prompt: Prompt, template_options: Mapping[str, Any]) -> list[int]:
-        """Token ids; ValueError for an empty prompt or one that is malformed.
+        """Token ids; ValueError, in one line, for a prompt that is empty, malformed or not text,
+        or that has an id which the model lacks.
 
         ``template_options`` go to the chat template.
         """
         if isinstance(prompt, str):
             ids = raw_ids(self._tokenizer(), prompt)
-        elif all(isinstance(item, int) for item in prompt):
-            ids = [int(item) for item in prompt if isinstance(item, int)]
-            for item in ids:
-                if not 0 <= item < self._vocab_size:
-                    raise ValueError(f"token id {item}: must be from 0 to {self._vocab_size - 1}")
+        elif all(isinstance(item, Integral) for item in prompt):
+            ids = [int(item) for item in prompt if isinstance(item, Integral)]
         else:
             ids = self._encode_messages(prompt, template_options)
         if not ids:
             raise ValueError("the prompt is empty")
+        for item in ids:
+            if not 0 <= item < self._vocab_size:
+                raise ValueError(self._lacking(item, prompt))
         return ids
+
+    def _lacking(self, item: int, prompt: Prompt) -> str:
+        what = f"token id {item}: must be from 0 to {self._vocab_size - 1}"
+        if not isinstance(prompt, str) and isinstance(prompt[0], Integral):
+            return what
+        token = self._tokenizer().decode(
+            [item], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return f"{what} (it is {token!r}: the tokenizer has tokens that the model lacks)"
 
     def _encode_messages(
         self, messages: Sequence[Any], template_options: Mapping[str, Any]
     ) -> list[int]:
-        for message in messages:
-            content = message.get("content") if isinstance(message, Mapping) else None
-            if content is None or not isinstance(message.get("role"), str):
-                raise ValueError(f"message {message!r}: must have a role and a content")
+        messages = checked_messages(messages)
         tokenizer = self._tokenizer()
         if not has_chat_template(tokenizer):
             if not self._noted:
                 self._notify("the model has no chat template: continuing the prompt as it is")
             self._noted = True
-            return raw_ids(tokenizer, "\n".join(str(m["content"]) for m in messages))
+            return raw_ids(tokenizer, "\n".join(text_of(message) for message in messages))
+        if self._takes_parts is None:
+            self._takes_parts = takes_parts(tokenizer)
+        if not self._takes_parts:
+            messages = [
+                message | {"content": text_of(message)}
+                if isinstance(message.get("content"), list)
+                else message
+                for message in messages
+            ]
+        options = {"add_generation_prompt": not template_options.get("continue_final_message")}
         try:
             rendered = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                **template_options,
+                messages, tokenize=False, **(options | dict(template_options))
             )
         except Exception as error:  # a template is a program, and may raise what it likes
-            raise ValueError(f"the chat template refuses the messages: {error}") from error
-        # The template has written every special token itself.
-        return [int(i) for i in tokenizer.encode(rendered, add_special_tokens=False)]
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the chat template refuses the messages: {reason}") from error
+        return rendered_ids(tokenizer, rendered)

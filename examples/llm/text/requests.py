@@ -81,6 +81,9 @@ class RequestMaker:
         count = min(left, asked.max_new_tokens)
         sampler = Sampler(asked.sampling, seed=None if asked.seed is None else asked.seed + index)
         sampler.see(ids, self.room.vocab_size, self.device)
-        text = None if self.tokenizer is None else TextStream(self.tokenizer, ids, asked.stop)
+        text = None
+        if self.tokenizer is not None:
+            skip = asked.skip_special_tokens
+            text = TextStream(self.tokenizer, ids, asked.stop, skip_special_tokens=skip)
         places = self.room.max_length if asked.reuse_prefix else len(ids) + count
         return Request(index, ids, count, sampler, text, places)
