@@ -124,7 +124,6 @@ class StreamingEngine:
         return_details: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         reuse_prefix: bool = False,
-        skip_special_tokens: bool = True,
         **sampling: Any,
     ) -> Any:
         """Continue a text, answer messages, or continue token ids; or several of them in a list.
@@ -133,14 +132,11 @@ class StreamingEngine:
         a text. ``stream``: an iterator of pieces of text, for a list of (row, piece); none cuts a
         character or shows a part of a stop string. Leaving it ends it, and so does a newer call.
 
-        * ``stop``: strings that end the text and are no part of it; special tokens count as they
-          are written, shown or not.
-        * ``sampling``: temperature (0: greedy), top_k, top_p, min_p, repetition_penalty; what is
-          not named is what the model's generation_config says, else greedy.
+        * ``stop``: strings that end the text and are no part of it, special tokens among them.
+        * ``sampling``: temperature (0: greedy), top_k, top_p, min_p, repetition_penalty (by default
+          what the model's generation_config says, else greedy), skip_special_tokens (True).
         * ``seed``: the same seed gives the same text; row i of a list takes seed + i.
-        * ``chat_template_kwargs``: what the model's template knows, such as enable_thinking, and
-          tools, add_generation_prompt, continue_final_message.
-        * ``skip_special_tokens``: False shows them, the one that ends the text as well.
+        * ``chat_template_kwargs``: tools, continue_final_message, what else the template knows.
         * ``reuse_prefix``: for one prompt: start from what it has in common with the last such
           prompt and its text, whose keys and values are kept until a call without it.
 
@@ -158,7 +154,7 @@ class StreamingEngine:
         prompts = self._encoded(prompt, several, chat_template_kwargs)
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed,
-            "reuse_prefix": reuse_prefix, "skip_special_tokens": skip_special_tokens, **sampling,
+            "reuse_prefix": reuse_prefix, **sampling,
         }  # fmt: skip
         if stream:
             events = self.events(prompts, **options)

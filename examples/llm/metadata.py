@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from .models.config_fields import config_fields, text_part
 from .models.gguf_config import gguf_config, window_note
 from .models.rope_config import check_rope_types
 from .text.direct_tokenizer import DESCRIPTION, describe, direct_tokenizer
+from .text.gguf_tokenizer import gguf_tokenizer, pre_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Pat
         return manifest.path if manifest.path.is_dir() else manifest.path.parent
     config = json.dumps(gguf_config(manifest), indent=2)
     note = window_note(manifest)
+    _tell_of_words(manifest, notify)
     directory = cache_root() / "tokenizers" / _metadata_hash(manifest, config)
     if directory.is_dir():
         if note is not None:
@@ -66,7 +69,12 @@ def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Pat
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
             made = Path(temporary) / "made"
-            _write_tokenizer(manifest, made)
+            try:
+                _write_tokenizer(manifest, made)
+            except UnsupportedModelError as error:  # token ids can still be continued
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir()
+                (made / NO_TOKENIZER).write_text(str(error), encoding="utf-8")
             (made / "config.json").write_text(config, encoding="utf-8")
             try:
                 made.replace(directory)
@@ -74,6 +82,16 @@ def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Pat
                 if not directory.is_dir():
                     raise
     return directory
+
+
+def _tell_of_words(manifest: Manifest, notify: Callable[[str], None]) -> None:
+    """Each time: what a file says of its words changes every text."""
+    try:
+        _, note = pre_tokenizer(manifest.metadata)
+    except ValueError:  # of which the tokenizer's own error tells
+        return
+    if note is not None:
+        notify(f"{_first_file(manifest).name}: {note}")
 
 
 def refuse_by_config(path: Path) -> None:
@@ -218,18 +236,21 @@ def _version_of(package: str) -> str:
 
 
 def _write_tokenizer(manifest: Manifest, directory: Path) -> None:
-    path = _first_file(manifest)
-    if "tokenizer.ggml.model" not in manifest.metadata:
+    path, fields = _first_file(manifest), manifest.metadata
+    if fields.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
         raise UnsupportedModelError(
             f"{path}: no tokenizer (metadata tokenizer.ggml.model); take a file that has one"
         )
     with optional_packages():
         from transformers import AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
+        def by_transformers() -> Any:
+            return AutoTokenizer.from_pretrained(
                 str(path.parent), gguf_file=path.name, trust_remote_code=False
             )
+
+        try:
+            tokenizer = gguf_tokenizer(fields, by_transformers)
         except ImportError:
             raise
         except Exception as error:  # tokenizers raises nothing narrower

@@ -6,9 +6,11 @@ import gguf_models
 import pytest
 from assets import TINY, smollm2, smollm2_metadata, tiny_checkpoint, tiny_model
 from gguf_models import write_gguf
+from tokenizers_made import byte_level
 
 from layer_streamer.checkpoint.formats import read_manifest
 from layer_streamer.llm import metadata
+from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.metadata import load_config, load_tokenizer, metadata_directory
 from layer_streamer.llm.models.config import UnsupportedModelError
 from layer_streamer.llm.models.gguf_config import gguf_config
@@ -101,12 +103,15 @@ def test_a_gguf_of_a_foreign_model_is_refused_before_anything_is_built(stub_buil
     assert stub_build == []
 
 
-def test_a_gguf_without_a_tokenizer_is_refused_by_name(tmp_path, monkeypatch):
+def test_a_gguf_without_a_tokenizer_says_so_where_one_is_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_model())
-    with pytest.raises(UnsupportedModelError, match=r"tiny.gguf: no tokenizer .*take a file that"):
-        metadata_directory(read_manifest(path), quiet)
+    for _ in range(2):  # made, and kept
+        directory = metadata_directory(read_manifest(path), quiet)
+        assert load_config(directory).vocab_size == TINY["vocab_size"]
+        with pytest.raises(UnsupportedModelError, match=r"tiny.gguf: no tokenizer .*take a file"):
+            load_tokenizer(directory)
 
 
 def test_a_tokenizer_that_cannot_be_made_is_an_error_in_one_line(tmp_path, monkeypatch):
@@ -114,8 +119,9 @@ def test_a_tokenizer_that_cannot_be_made_is_an_error_in_one_line(tmp_path, monke
     monkeypatch.setattr(gguf_models, "MERGE", "a c")  # makes a token that the vocabulary lacks
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_model(), tokenizer=True)
+    directory = metadata_directory(read_manifest(path), quiet)
     with pytest.raises(UnsupportedModelError, match=r"tokenizer cannot be made: .*out of voc") as e:
-        metadata_directory(read_manifest(path), quiet)
+        load_tokenizer(directory)
     assert "\n" not in str(e.value)
 
 
@@ -162,4 +168,61 @@ def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, text, message):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         load_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def damaged(directory, damage):
+    path = tiny_checkpoint(directory, tiny_model())
+    byte_level().save_pretrained(path)
+    damage(path / "tokenizer.json")
+    return path
+
+
+DAMAGES = {
+    "cut off": lambda path: path.write_text(path.read_text()[:700]),
+    "empty": lambda path: path.write_text(""),
+    "newer": lambda path: path.write_text('{"version": "9", "model": {"type": "BPE9"}}'),
+    "pointer": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid x"),
+    "binary": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "a list": lambda path: path.write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_tokenizer_that_cannot_be_read_is_named_and_ids_work_without_it(tmp_path, damage):
+    path = damaged(tmp_path, DAMAGES[damage])
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json: ") as caught:
+        load_tokenizer(path)
+    assert "\n" not in str(caught.value)
+    assert ("git lfs pull" in str(caught.value)) == (damage == "pointer")
+    with StreamingEngine(path, device="cpu", max_length=16) as engine:
+        assert engine.generate([5, 6], max_new_tokens=2, return_details=True).ids
+        for options in ({}, {"stream": True}, {"return_details": True, "stop": "x"}):
+            with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json: "):
+                list(engine.generate([5, 6], max_new_tokens=2, **options))
+
+
+def test_another_file_of_a_tokenizer_that_is_cut_off_is_named(tmp_path):
+    path = damaged(tmp_path, lambda _: None)
+    (path / "tokenizer_config.json").write_text('{"chat_template": "')
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer_config\.json: cannot be read"):
+        load_tokenizer(path)
+
+
+def test_a_package_that_a_tokenizer_needs_is_named_and_ids_work_without_it(tmp_path, monkeypatch):
+    path = tiny_checkpoint(tmp_path, tiny_model())
+    (path / "tokenizer.model").write_bytes(b"\n\x00")
+    monkeypatch.setattr(metadata, "FOR_SENTENCEPIECE", ("no_such_package",))
+    with pytest.raises(ImportError, match=r"no_such_package.*\(pip install 'layer"):
+        load_tokenizer(path)
+    with StreamingEngine(path, device="cpu", max_length=16) as engine:
+        assert engine.generate([5, 6], max_new_tokens=2, return_details=True).ids
+        with pytest.raises(ImportError, match="no_such_package"):
+            engine.generate([5, 6], max_new_tokens=2)
+
+
+def test_a_sentencepiece_file_that_is_none_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"not one")
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.model: is no tokenizer") as caught:
+        load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

@@ -45,6 +45,7 @@ class Asked:
     """Row i draws from the random stream of seed + i; None: a new one each."""
     reuse_prefix: bool = False
     skip_special_tokens: bool = True
+    """False shows special tokens, the one that ends the text as well."""
 
     @classmethod
     def of(cls, defaults: Sampling, options: Mapping[str, Any]) -> Asked:

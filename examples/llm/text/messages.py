@@ -15,7 +15,9 @@ def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     found = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"message {number} ({_short(message)}): must have a role")
+            raise ValueError(
+                f"message {number} ({_short(message)}): must have a role and a content"
+            )
         content = message.get("content")
         if content is None and not any(message.get(name) for name in CALLS):
             raise ValueError(f"message {number} ({_short(message)}): must have a content")

@@ -105,8 +105,9 @@ def special_in(tokenizer: Any, stops: Sequence[str]) -> dict[int, str]:
     """The special tokens that stop strings contain, by their ids."""
     if not any(stops):
         return {}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
     return {
         int(i): token.content
-        for i, token in tokenizer.added_tokens_decoder.items()
+        for i, token in added.items()
         if token.special and any(token.content in stop for stop in stops)
     }

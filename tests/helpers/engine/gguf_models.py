@@ -107,8 +107,9 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
 MERGE = "a b"
 """The first of the tokenizer. There are two: of an array of one text, some releases of transformers
 make the text."""
-ADD_BOS = False
-"""Of the tokenizer."""
+PRE = "default"
+ADD_BOS: bool | None = None
+"""Of the tokenizer; what is None is not in the file."""
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -122,14 +123,15 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: Any) -> None:
     tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(PRE)
     writer.add_token_list(tokens)
     writer.add_token_types(
         [control if token[0] + token[-1] == "<>" else normal for token in tokens]
     )
     writer.add_token_merges([MERGE, "ab ab"])
     writer.add_bos_token_id(1)
-    writer.add_add_bos_token(ADD_BOS)
+    if ADD_BOS is not None:
+        writer.add_add_bos_token(ADD_BOS)
 
 
 def _head_dim(config: Any) -> int:
