@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layer_streamer.checkpoint.manifest import TensorSpec
@@ -169,6 +169,7 @@ def test_cast_tensors_take_scratch_and_others_none(dtype: torch.dtype) -> None:
 
 
 @given(num_rows=st.integers(1, 1 << 40), row=st.integers(1, 1 << 12), limit=st.integers(0, 1 << 14))
+@settings(max_examples=30, deadline=None)
 def test_a_table_beside_tiny_layers_is_split_into_a_bounded_number_of_steps(
     num_rows: int, row: int, limit: int
 ) -> None:
