@@ -59,13 +59,17 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
         try:
             super().refresh(*args, **kwargs)
         except Exception:
-            self.disable = True
+            self._go_quiet()
 
     def close(self) -> None:
         try:
             super().close()
         except Exception:
-            self.disable = True
+            self._go_quiet()
+
+    def _go_quiet(self) -> None:
+        self.disable = True
+        self._instances.discard(self)  # its line is free for another bar
 
     @classmethod
     def write(cls, *args: Any, **kwargs: Any) -> None:

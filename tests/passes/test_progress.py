@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -76,27 +77,28 @@ def tune_a_little() -> None:
 
 
 ERRORS = [
-    BrokenPipeError(errno.EPIPE, "Broken pipe"),
-    OSError(errno.ENOSPC, "No space left on device"),
-    OSError(errno.EIO, "Input/output error"),
-    ValueError("I/O operation on closed file."),
-    UnicodeEncodeError("ascii", "x", 0, 1, "ordinal not in range(128)"),
+    partial(BrokenPipeError, errno.EPIPE, "Broken pipe"),
+    partial(OSError, errno.ENOSPC, "No space left on device"),
+    partial(OSError, errno.EIO, "Input/output error"),
+    partial(ValueError, "I/O operation on closed file."),
+    partial(UnicodeEncodeError, "ascii", "x", 0, 1, "ordinal not in range(128)"),
 ]
 
 
 @pytest.mark.parametrize("dead", [True, False])
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("make", ERRORS, ids=lambda make: make.func.__name__)
 def test_an_error_of_stderr_at_any_write_ends_no_pass_and_no_tune(
-    streamer: LayerStreamer, monkeypatch: Any, error: Exception, dead: bool
+    streamer: LayerStreamer, monkeypatch: Any, make: Callable[[], Exception], dead: bool
 ) -> None:
     uses = (lambda: a_pass_counts_every_layer(streamer), tune_a_little)
     for number, use in product((1, 2, 3, 6, 9), uses):
-        stderr = Stderr(number, error, dead=dead)
+        stderr = Stderr(number, make(), dead=dead)
         monkeypatch.setattr(sys, "stderr", stderr)
         use()
         assert stderr.raised
         monkeypatch.setattr(sys, "stderr", io.StringIO())
         assert in_thread(use) is None
+        assert not ProgressBar._instances
 
 
 def closed_file() -> io.TextIOWrapper:
