@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         SupersededError,
         TuneError,
     )
+    from .machine.cache import cache_path
     from .planning.budget import format_bytes, parse_bytes
     from .planning.plan import Plan
     from .preview import plan_checkpoint
@@ -47,6 +48,7 @@ __all__ = [
     "SupersededError",
     "TensorSpec",
     "TuneError",
+    "cache_path",
     "format_bytes",
     "parse_bytes",
     "plan_checkpoint",
@@ -60,6 +62,7 @@ _PLACES = {
     **dict.fromkeys(("LayerSpec", "Manifest", "TensorSpec"), "checkpoint.manifest"),
     **dict.fromkeys(("format_bytes", "parse_bytes"), "planning.budget"),
     "Plan": "planning.plan",
+    "cache_path": "machine.cache",
     "plan_checkpoint": "preview",
     "LayerStreamer": "streamer",
     **dict.fromkeys(("PassReport", "StepReport"), "transport.stats"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
+from hypothesis import settings
 from parts import keep_own_part
 from routes import NUM_LAYERS, default_params, make_devices, open_route
 
@@ -19,6 +20,10 @@ from layer_streamer import LayerStreamer
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C, and so would all that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Of how long an example takes nothing follows on a machine that does other things, too.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 NUM_THREADS = torch.get_num_threads()
 # For tiny tensors: two threads on two busy cores wait for each other most of the time.

@@ -10,20 +10,28 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from ..errors import ConfigError
+from ..machine.atomic import naming
+from ..machine.cache import cache_path
+from ..machine.records import Form
 from .search.space import name_absent_pools
-from .trials.record import Ending, TrialLimits, TrialRecord
+from .trials.record import TrialLimits, TrialRecord
 
 logger = logging.getLogger(__name__)
 
 HEAD = '{"layer_streamer_tune": '
 """How every line begins: with its fingerprint."""
+MOST_NBYTES = 256 << 20
+"""Of a file of results, which has a kilobyte or two for each trial."""
+# A line of a newer version may say more; no count and no time is below 0.
+FORM = Form(lambda name, value: isinstance(value, str) or value >= 0, exact=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +76,14 @@ class ResultsFile:
         self._is_new = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            # Of a FIFO that nobody writes, opening would wait.
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+            self._handle = os.open(path, flags, 0o644)
         except OSError as error:
             raise ConfigError(f"results_path={path}: {error.strerror}") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._handle).st_mode):
+                raise ConfigError(f"results_path={path}: is there and is no file of results")
             lock(self._handle, f"results_path={path}")
             self._read()
         except BaseException:
@@ -101,17 +113,20 @@ class ResultsFile:
     def _write(self, document: Mapping[str, Any]) -> None:
         rest = json.dumps(document)[1:]
         line = f"{HEAD}{json.dumps(self._fingerprint)}, {rest}\n".encode()
-        while line:
-            line = line[os.write(self._handle, line) :]
-        os.fsync(self._handle)
+        with naming(self.path):
+            while line:
+                line = line[os.write(self._handle, line) :]
+            os.fsync(self._handle)
 
     def _read(self) -> None:
-        with open(self._handle, "rb", closefd=False) as file:
-            content = file.read()
+        """Of a file that is something else, no more is read than what every line begins with."""
         head = HEAD.encode()
-        begin = content[: len(head)]
-        if begin != head[: len(begin)]:
-            raise ConfigError(f"results_path={self.path}: is there and is no file of results")
+        with open(self._handle, "rb", closefd=False) as file:
+            begin = file.read(len(head))
+            is_other = begin != head[: len(begin)]
+            if is_other or os.fstat(self._handle).st_size > MOST_NBYTES:
+                raise ConfigError(f"results_path={self.path}: is there and is no file of results")
+            content = begin + file.read()
         *lines, torn = content.split(b"\n")
         for number, line in enumerate(lines, 1):
             if not self._take(line):
@@ -126,35 +141,26 @@ class ResultsFile:
         """Read one line; False if it is none of ours, whatever the tune."""
         try:
             document = json.loads(line)
+            if not isinstance(document, dict):
+                return False
             fingerprint = document["layer_streamer_tune"]
             if fingerprint != self._fingerprint:
-                return True
+                return isinstance(fingerprint, str)
             self._is_new = False
             if "record" in document:
                 self.results.append(parse_result(document))
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, KeyError, RecursionError):
             return False
         return True
 
 
 def parse_result(document: Mapping[str, Any]) -> Result:
-    """A line's result. ValueError, TypeError or KeyError if it is none."""
-    # A line of a newer version may say more.
-    names = {field.name for field in fields(TrialRecord)}
-    given = {key: value for key, value in document["record"].items() if key in names}
-    given["run_seconds"] = tuple(float(seconds) for seconds in given["run_seconds"])
-    given["parts"] = {name: tuple(of_one) for name, of_one in given.get("parts", {}).items()}
-    if not isinstance(given["settings"], dict):
-        raise ValueError(f"settings={given['settings']!r}")
-    given["settings"] = name_absent_pools(given["settings"])
-    record = TrialRecord(**given)
-    names = {field.name for field in fields(TrialLimits)}
-    limits = {key: value for key, value in document["limits"].items() if key in names}
-    if record.ending not in get_args(Ending):
-        raise ValueError(f"ending={record.ending!r}")
-    if record.ending == "ok" and not record.run_seconds:
+    """A line's result. ValueError or KeyError if it is none."""
+    record = FORM.read(TrialRecord, document["record"], "record")
+    limits = FORM.read(TrialLimits, document["limits"], "limits")
+    if record.ending == "ok" and not (record.run_seconds and min(record.run_seconds) > 0):
         raise ValueError("no run")
-    return Result(record, TrialLimits(**limits))
+    return Result(replace(record, settings=name_absent_pools(record.settings)), limits)
 
 
 def lock(handle: int, what: str) -> None:
@@ -176,8 +182,5 @@ def default_path(fingerprint: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """The tuner's folder in the user's cache directory."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():
-        cache = Path.home() / ".cache"
-    return cache / "layer-streamer" / "tuner"
+    """The tuner's folder in the user's cache directory, made. OSError: see cache_path."""
+    return cache_path("tuner", make=True)

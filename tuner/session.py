@@ -236,12 +236,11 @@ def _warn_of_packed(manifest: Manifest) -> None:
 @contextmanager
 def _only_tune() -> Iterator[None]:
     """One tune at a time: two would measure each other. ConfigError if there is another."""
-    path = cache_folder() / "lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = cache_folder() / "lock"
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        logger.warning("%s: %s; another tune at the same time would not be seen", path, error)
+        logger.warning("%s; another tune at the same time would not be seen", error)
         yield
         return
     try:

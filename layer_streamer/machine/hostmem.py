@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def cgroup_limits() -> Iterator[CgroupLimit]:
 
 def _cgroups() -> Iterator[Path]:
     """Folders of the cgroups that this process is in, and of all their ancestors."""
-    for line in _text(MEMBERSHIP).splitlines():
+    for line in _text(MEMBERSHIP).split("\n"):
         fields = line.split(":", 2)
         if len(fields) < 3:
             continue
@@ -99,6 +100,6 @@ def _number(path: Path) -> int | None:
 def _text(path: Path) -> str:
     """What a file says; nothing if it cannot be read. A cgroup's name may be of any bytes."""
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")
+        return os.fsdecode(path.read_bytes())
     except OSError:
         return ""

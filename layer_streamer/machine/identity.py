@@ -54,6 +54,18 @@ class FileSystem:
         return f"{self.type} {os.major(number)}:{os.minor(number)}"
 
 
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """What a path is on."""
+
+    point: str
+    type: str
+    source: str
+    """A device, or whatever the file system gives for one."""
+    number: str
+    """Of the device: "259:2"."""
+
+
 def this_machine(*, gpus: bool = True) -> MachineIdentity:
     """The machine that this process runs on; without its ``gpus``, CUDA is left alone."""
     names = _gpu_names() if gpus else ()
@@ -67,39 +79,50 @@ def file_system(path: Path) -> FileSystem:
     differ in ``st_dev``.
     """
     place = path.resolve(strict=True)
-    best = None
-    for mounted, number, kind in _mounts():
-        # A later mount hides an earlier one at the same place.
-        inside = mounted in (place, *place.parents)
-        if inside and (best is None or len(mounted.parts) >= len(best[0].parts)):
-            best = (mounted, number, kind)
-    if best is None:
-        return FileSystem(place.stat().st_dev, "unknown")
-    return FileSystem(best[1], best[2])
-
-
-def _mounts() -> list[tuple[Path, int, str]]:
-    """Mount point, device number and type of each mounted file system, oldest first."""
     try:
-        lines = MOUNTS.read_text(errors="surrogateescape").splitlines()
+        mount = mount_of(place)
     except OSError:
-        return []
-    mounts = []
-    for line in lines:
-        fields, _, rest = line.partition(" - ")
-        number, _, mounted = fields.split(" ")[2:5]
-        major, minor = map(int, number.split(":"))
-        # Spaces and such in a path are written in octal: "\040".
-        plain = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mounted)
-        mounts.append((Path(plain), os.makedev(major, minor), rest.split(" ")[0]))
-    return mounts
+        mount = None
+    if mount is None:
+        return FileSystem(place.stat().st_dev, "unknown")
+    return FileSystem(os.makedev(*map(int, mount.number.split(":"))), mount.type)
+
+
+def mount_of(path: Path) -> Mount | None:
+    """The mounted file system that ``path`` is on; of two at one place, the later. OSError if there
+    is no such path, or no table of mounts."""
+    place = path.resolve(strict=True)
+    best = None
+    # As bytes, by line feeds alone: a mount's name may be of any others.
+    for line in MOUNTS.read_bytes().split(b"\n"):
+        found = _mount(line)
+        if found is None or Path(found.point) not in (place, *place.parents):
+            continue
+        if best is None or len(found.point) >= len(best.point):
+            best = found
+    return best
+
+
+def _mount(line: bytes) -> Mount | None:
+    """A line of mountinfo; None for one that is none."""
+    fields, _, rest = line.partition(b" - ")
+    before, after = fields.split(b" "), rest.split(b" ")
+    if len(before) < 5 or len(after) < 2 or not re.fullmatch(rb"\d{1,9}:\d{1,9}", before[2]):
+        return None
+    return Mount(_plain(before[4]), _plain(after[0]), _plain(after[1]), before[2].decode())
+
+
+def _plain(text: bytes) -> str:
+    """A name in mountinfo, where spaces and such are written in octal: "\\040"."""
+    return os.fsdecode(re.sub(rb"\\([0-3][0-7]{2})", lambda m: bytes([int(m[1], 8)]), text))
 
 
 def _cpu_model() -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE)
+        text = CPUINFO.read_text(errors="replace")
     except OSError:
-        found = None
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 

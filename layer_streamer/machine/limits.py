@@ -9,21 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
-import types
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
-from .atomic import write_atomically
+from .atomic import read_record, write_atomically
+from .cache import cache_path
 from .identity import FileSystem, MachineIdentity, file_system, this_machine
+from .records import HUGE, Form
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Of the record's format; a record of another version is not read."""
+
+MOST_NBYTES = 1 << 20
+"""Of a record: one that a probe has written is of some kilobytes."""
+BOUNDS = {"threads": (1, 256), "chunk_nbytes": (1, 1 << 30)}
+"""Of numbers that a streamer takes over from a record."""
+MODES = ("direct", "cold")
+RATES = ("bytes_per_s", "pageable", "back", "copy_together")
 
 P = TypeVar("P")
 
@@ -180,8 +187,7 @@ def load_limits(path: Path | None = None, *, gpus: bool = True) -> MachineLimits
 
 def save_limits(limits: MachineLimits) -> tuple[Path, ...]:
     """Put ``limits`` on record, each part atomically; the files written. Raises OSError."""
-    folder = _folder(limits.machine.identity)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(limits.machine.identity, make=True)
     parts: dict[Path, MachinePart | DiskPart] = {folder / "machine.json": limits.machine}
     if limits.disk is not None:
         parts[folder / _disk_name(limits.disk.file_system)] = limits.disk
@@ -201,9 +207,9 @@ def decode(document: object, kind: type[P]) -> P:
         raise ValueError("not a JSON object")
     version = document.get("version")
     if version != VERSION:
-        raise ValueError(f"of version {version!r}, this is version {VERSION}")
+        raise ValueError(f"of version {repr(version)[:40]}, this is version {VERSION}")
     rest = {name: value for name, value in document.items() if name != "version"}
-    value: P = _value(kind, rest, kind.__name__)
+    value: P = FORM.read(kind, rest, kind.__name__)
     return value
 
 
@@ -211,13 +217,10 @@ def _best(rates: Iterable[ThreadRate | SizeRate]) -> float | None:
     return max((rate.bytes_per_s for rate in rates), default=None)
 
 
-def _folder(identity: MachineIdentity) -> Path:
+def _folder(identity: MachineIdentity, *, make: bool = False) -> Path:
     """Where a machine's records are: home directories can be shared by machines."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():
-        cache = Path.home() / ".cache"
     digest = hashlib.sha256(repr(identity.hardware).encode()).hexdigest()[:16]
-    return cache / "layer-streamer" / "limits" / digest
+    return cache_path("limits", digest, make=make)
 
 
 def _disk_name(system: FileSystem) -> str:
@@ -237,31 +240,21 @@ def _load_disk(folder: Path, path: Path | None) -> DiskPart | None:
 
 def _load(path: Path, kind: type[P]) -> P | None:
     try:
-        return decode(json.loads(path.read_text(encoding="utf-8")), kind)
-    except FileNotFoundError:
+        return decode(json.loads(read_record(path, MOST_NBYTES)), kind)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s: not used (%s); probe writes it anew", path, error)
         return None
 
 
-def _value(kind: Any, value: Any, name: str) -> Any:
-    """``value`` as ``kind``, a type that the records use. ValueError unless it fits exactly."""
-    if is_dataclass(kind):
-        wanted = {field.name for field in fields(kind)}
-        if not isinstance(value, dict) or set(value) != wanted:
-            raise ValueError(f"{name}: does not have exactly the fields {sorted(wanted)}")
-        hints = get_type_hints(kind)
-        return kind(**{key: _value(hints[key], value[key], key) for key in value})  # type: ignore[operator]
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{name}: not a list")
-        return tuple(_value(get_args(kind)[0], item, name) for item in value)
-    if get_origin(kind) is types.UnionType:
-        (inner,) = (arg for arg in get_args(kind) if arg is not types.NoneType)
-        return None if value is None else _value(inner, value, name)
-    if kind is float and type(value) in (int, float) and math.isfinite(value) and value > 0:
-        return float(value)
-    if kind is not float and type(value) is kind:
-        return value
-    raise ValueError(f"{name}={value!r}: not a {kind.__name__} that a record can have")
+def _accepts(name: str, value: Any) -> bool:
+    if isinstance(value, float) or name in RATES:
+        return bool(value > 0)
+    if type(value) is int:
+        low, high = BOUNDS.get(name, (0, HUGE))
+        return low <= value <= high
+    return name != "mode" or value in MODES
+
+
+FORM = Form(_accepts)

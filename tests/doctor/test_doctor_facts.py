@@ -318,7 +318,7 @@ def test_without_a_home_there_is_no_cache_folder(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "home", homeless)
     found = look_at_disk(None)
     assert found.cache_folder.value is None
-    assert found.cache_fault == "Could not determine home directory."
+    assert found.cache_fault == "there is no home directory"
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from damage import damaged
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layer_streamer.machine import identity as machine_module
@@ -29,9 +31,12 @@ from layer_streamer.machine.limits import (
     load_limits,
     save_limits,
 )
+from layer_streamer.planning.settings import Settings
 
 rates = st.floats(min_value=1e-3, max_value=1e15)
-counts = st.integers(1, 1 << 40)
+counts = st.integers(1, 1 << 30)
+few = st.integers(1, 256)
+modes = st.sampled_from(["direct", "cold"])
 texts = st.text(max_size=8)
 parts = st.builds(
     MachinePart,
@@ -40,7 +45,7 @@ parts = st.builds(
     ),
     measured_at=texts,
     quick=st.booleans(),
-    memcpy=st.lists(st.builds(ThreadRate, counts, rates), max_size=3).map(tuple),
+    memcpy=st.lists(st.builds(ThreadRate, few, rates), max_size=3).map(tuple),
     devices=st.lists(
         st.builds(
             DeviceLimits,
@@ -60,8 +65,8 @@ disks = st.builds(
     path=texts,
     measured_at=texts,
     quick=st.booleans(),
-    reads=st.lists(st.builds(ReadRate, texts, counts, counts, rates), max_size=3).map(tuple),
-    cached_reads=st.lists(st.builds(ThreadRate, counts, rates), max_size=3).map(tuple),
+    reads=st.lists(st.builds(ReadRate, modes, few, counts, rates), max_size=3).map(tuple),
+    cached_reads=st.lists(st.builds(ThreadRate, few, rates), max_size=3).map(tuple),
 )
 
 
@@ -309,3 +314,67 @@ def test_the_drivers_version_is_read_out_of_its_text(
     (tmp_path / "version").write_text(text)
     monkeypatch.setattr(machine_module, "NVIDIA_DRIVER", tmp_path / "version")
     assert this_machine().driver == "580.159.04"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(data=st.data())
+def test_whatever_a_record_holds_there_are_limits_that_can_be_used_or_none(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    paths = save_limits(sample(tmp_path))
+    path = data.draw(st.sampled_from(paths))
+    path.write_bytes(data.draw(damaged(json.loads(path.read_bytes()))))
+    limits = load_limits(tmp_path)
+    if limits is None:
+        return
+    rates = [limits.read_rate, limits.cached_read_rate, limits.memcpy_rate]
+    rates += [limits.copy_rate("cuda:0"), limits.pageable_rate("cuda:0")]
+    assert all(rate is None or 0 < rate < math.inf for rate in rates)
+    best = limits.best_read
+    assert best is None or Settings(read_threads=best.threads)
+    assert str(limits.disk)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "huge", "device"])
+def test_a_record_that_is_no_small_file_is_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    path, _ = save_limits(sample(tmp_path))
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    assert load_limits(tmp_path) is None
+    assert str(path) in caplog.text
+
+
+ODD = ["\x85", "\u2028", "\x0c", "\x1c", "\r", "\udcff", "\\", "\t", " - "]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_mounts_name_may_be_of_any_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    place = tmp_path / f"a{odd}b"
+    place.mkdir()
+    escaped = str(place).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011")
+    table = f"1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:9 / {escaped} rw - fuse x rw\n3 odd:1 / -\n"
+    (tmp_path / "mountinfo").write_bytes(os.fsencode(table))
+    monkeypatch.setattr(machine_module, "MOUNTS", tmp_path / "mountinfo")
+    assert file_system(place) == FileSystem(os.makedev(0, 9), "fuse")
+    assert file_system(tmp_path) == FileSystem(os.makedev(8, 1), "ext4")
+
+
+def test_a_full_disk_names_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = sample(tmp_path)
+    (folder,) = {path.parent for path in save_limits(limits)}
+    full = open("/dev/full", "w")  # noqa: SIM115 - closed by what it is handed to
+    monkeypatch.setattr(os, "fdopen", lambda *_, **__: full)
+    with pytest.raises(OSError, match=str(folder / "machine.json")):
+        save_limits(limits)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import math
+import os
+import socket
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layer_streamer import ConfigError
-from layer_streamer.tuner.results import Result, ResultsFile
+from layer_streamer.tuner.results import HEAD, Result, ResultsFile
 from layer_streamer.tuner.trials.record import Ending, TrialLimits, TrialRecord
 
 LIMITS = TrialLimits(best_seconds=2.0, margin=0.1)
@@ -141,3 +148,70 @@ def test_a_file_in_which_no_pool_is_null_still_counts(tmp_path: Path) -> None:
     (tmp_path / "r").write_text((tmp_path / "r").read_text().replace('"n_cpu": 0', '"n_cpu": null'))
     assert '"n_cpu": null' in (tmp_path / "r").read_text()
     assert read(tmp_path / "r") == [Result(record(number), LIMITS) for number in range(2)]
+
+
+def lines_of_one_result(folder: Path) -> tuple[str, Any]:
+    """The line that describes a tune, and the document of one that has a result."""
+    (folder / "sample").unlink(missing_ok=True)
+    write(folder / "sample", 1)
+    first, second = (folder / "sample").read_text().splitlines()
+    return first, json.loads(second)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_line_holds_the_others_are_read_and_what_is_taken_can_be_used(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    first, document = lines_of_one_result(tmp_path)
+    line = data.draw(damaged(document))
+    path = tmp_path / "r"
+    path.unlink(missing_ok=True)
+    write(path, 1)
+    path.write_bytes(path.read_bytes() + line + b"\n" + first.encode() + b"\n")
+    write(path, 2)
+    found = read(path)
+    assert [result.record.settings["n_gpu"] for result in (found[0], *found[-2:])] == [0, 0, 1]
+    for result in found:
+        result.holds_under(LIMITS)
+        assert math.isfinite(result.exceeded_seconds)
+        assert result.record.seconds is None or 0 < result.record.seconds < math.inf
+        json.dumps(asdict(result.record), allow_nan=False)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "socket"])
+def test_a_path_that_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "results"
+    with contextlib.ExitStack() as stack:
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "socket":
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(path))
+        else:
+            path = Path("/dev/zero")
+        with pytest.raises(ConfigError, match=f"results_path={path}: "):
+            read(path)
+
+
+def test_of_a_large_file_of_something_else_only_the_beginning_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    os.truncate(path, 1 << 40)  # more than any memory holds
+    with pytest.raises(ConfigError, match="is no file of results"):
+        read(path)
+    path.write_bytes(HEAD.encode())
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ConfigError, match="is no file of results"):
+        read(path)
+    assert path.stat().st_size == 1 << 40
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = ResultsFile(tmp_path / "r", "f", {})
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'r'}'"):
+        file.append(record(0), LIMITS)
+    file.close()

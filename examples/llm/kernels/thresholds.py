@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..cache import cache_root
+from layer_streamer import cache_path
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ class Thresholds:
                 raise ValueError(f"{name}={count!r}: not a number of tokens, 0 or more")
 
 
+RECORD = "kernels.json"
+"""The file with what was measured."""
 NEVER = 1 << 30
 """More tokens than there are."""
 
@@ -74,7 +76,7 @@ def find_thresholds(
 
 def record_path() -> Path:
     """Where measured thresholds are kept, by the name of the GPU."""
-    return cache_root() / "kernels.json"
+    return cache_path(RECORD)
 
 
 @lru_cache
@@ -92,8 +94,7 @@ def thresholds(gpu: str) -> Thresholds:
 
 def save_thresholds(gpu: str, measured: Thresholds) -> Path:
     """Keep what was measured on this GPU, beside that of others."""
-    path = record_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = cache_path(make=True) / RECORD
     text = json.dumps(_records() | {gpu: asdict(measured)}, indent=2)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text + "\n", encoding="utf-8")
@@ -107,7 +108,7 @@ def _records() -> dict[str, Any]:
         found = json.loads(record_path().read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s: not used: %s", record_path(), error)
         return {}
     return found if isinstance(found, dict) else {}

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..cache import cache_root
+from layer_streamer import cache_path
 
 MOST_KEPT = 1000
 """Messages in the history."""
@@ -29,7 +29,7 @@ class Terminal:
         """``mark`` is written before what is typed. ``history``: the file, by default in the
         user's cache directory."""
         self._mark = mark
-        self._history = cache_root() / "chat_history.jsonl" if history is None else history
+        self._history = cache_path("chat_history.jsonl") if history is None else history
         self._readline = _open_readline()
         if self._readline is not None:
             for text in self._remembered():
