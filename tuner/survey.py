@@ -8,7 +8,6 @@ would share out memory.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,12 @@ from .trials.record import Settings, TrialSpec
 
 SECONDS = 300
 """A GPU that has been asleep takes a while to open."""
-PACKAGE = Path(__file__).resolve().parents[1]
+START = """
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop())
+from layer_streamer.tuner.surveyor import main
+sys.exit(main())
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +69,21 @@ def ask_engine(spec: TrialSpec, candidates: Sequence[Settings]) -> list[Mapping[
 
 def _ask(question: Mapping[str, Any], about: str) -> Any:
     """The answer of a fresh process. ConfigError, which begins with ``about``, if it has none."""
-    process = subprocess.run(
-        [sys.executable, "-m", "layer_streamer.tuner.surveyor"],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env=child_environment(),
-        check=False,
-        start_new_session=True,
-    )
+    # Imports as this process does, not from the folder that it happens to be in.
+    paths = [entry for entry in sys.path if isinstance(entry, str)]
+    try:
+        process = subprocess.run(
+            [sys.executable, "-P", "-c", START, json.dumps(paths)],
+            input=json.dumps(question),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            check=False,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"{about}no answer within {SECONDS} s") from error
     lines = process.stdout.splitlines()
     if process.returncode or not lines:
         said = process.stderr.strip().splitlines() or [f"it ended with {process.returncode}"]
@@ -102,11 +111,3 @@ def parse(document: dict[str, Any]) -> Survey:
         decode(limits, MachineLimits) if limits is not None else None,
         document["baseline_bytes"],
     )
-
-
-def child_environment() -> dict[str, str]:
-    """The environment of a child that imports the same layer_streamer as this process."""
-    # The package's own folder may be a link (tuner/), but its parent is where it was found.
-    root = Path(sys.modules["layer_streamer"].__file__ or PACKAGE).resolve().parents[1]
-    paths = [str(root), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}

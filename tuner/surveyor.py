@@ -1,4 +1,4 @@
-"""``python -m layer_streamer.tuner.surveyor``: the child of a survey.
+"""The child of a survey, which :mod:`.survey` starts.
 
 JSON in: {"device", "path"}, to look at the machine, or {"engine", "model", "candidates"}, to ask an
 engine for its plans; the last line of stdout is the answer, as JSON.
@@ -63,12 +63,8 @@ def main() -> int:
     found: Any
     try:
         found = plan(asked) if "engine" in asked else look(asked["device"], Path(asked["path"]))
-    except (StreamerError, ValueError, OSError, ImportError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+    except (StreamerError, ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         return 2
     print(json.dumps(found), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 import subprocess
@@ -11,7 +13,10 @@ from pathlib import Path
 
 import pytest
 from paths import TUNING
-from tuner_support import DEADLINE_SECONDS, Marked, checkpoint, marked, start_script, wait_until
+from tuner_support import DEADLINE_SECONDS, Marked, checkpoint, marked, start_script
+
+from layer_streamer.tuner.trials import process, supervisor
+from layer_streamer.tuner.trials.process import end_marked
 
 __all__ = ["checkpoint", "marked"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervised on Linux alone")
@@ -37,8 +42,10 @@ def test_a_parent_that_is_killed_leaves_no_child_behind(
     with start_script(PARENT, checkpoint, "starts_others_and_hangs", mark=marked) as parent:
         await_stage(parent, stage)
         parent.kill()
-        parent.wait(DEADLINE_SECONDS)
-        wait_until(lambda: not marked.processes())
+        # The end of what every process of a trial but the candidate's inherits, and the supervisor
+        # keeps until the candidate has gone: a look alone can miss a process that is starting.
+        parent.communicate(timeout=DEADLINE_SECONDS)
+        assert not marked.processes()
 
 
 def interrupted(parent: subprocess.Popen[str], marked: Marked) -> None:
@@ -72,3 +79,39 @@ def test_ctrl_c_at_any_moment_ends_the_trial_and_leaves_nothing(
         moment.start()
         interrupted(parent, marked)
         moment.join()
+
+
+def test_a_supervisor_whose_parent_has_ended_already_starts_nothing(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    orders = {
+        "command": [sys.executable, "-c", f"open({str(started)!r}, 'w')"],
+        "parent": 1,  # as when the one that it was told of has ended
+        "descriptors": [],
+        "max_host_bytes": None,
+    }
+    command = [sys.executable, "-I", "-S", supervisor.__file__, json.dumps(orders)]
+    assert subprocess.run(command, stdin=subprocess.PIPE, check=False).returncode != 0
+    assert not started.exists()
+
+
+def test_a_process_that_is_not_ours_gets_no_signal() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert supervisor._is_ours(other.pid)
+        assert not supervisor._is_ours(os.getppid())
+        assert not supervisor._refuses(os.getppid(), 0)
+        end_marked("a mark that none has")
+        assert other.poll() is None
+        other.kill()
+
+
+def test_an_id_that_another_process_has_got_meanwhile_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = b"MARK=1"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        monkeypatch.setattr(supervisor, "_parent", lambda pid: 1)
+        supervisor._refuses(other.pid, signal.SIGKILL)
+        process._kill_marked(other.pid, wanted)
+        assert other.poll() is None
+        other.communicate(b"\n", DEADLINE_SECONDS)
+        assert other.returncode == 0

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 import time
 from typing import Any
 
@@ -32,7 +33,7 @@ class DescriptorLostError(OSError):
 class FrameWriter:
     """Writes messages to ``descriptor``.
 
-    Thread rules: one thread of the process that made it. A forked copy of that process that sends
+    Thread rules: any thread of the process that made it. A forked copy of that process that sends
     is ended on the spot: it is no trial of its own.
     """
 
@@ -42,13 +43,18 @@ class FrameWriter:
         self._number = 0
         self._process = os.getpid()
         self._identity = _identity(descriptor)
+        self._lock = threading.Lock()
 
     def send(self, message: dict[str, Any]) -> None:
         """Write one message whole. DescriptorLostError if that is not possible any more."""
         if os.getpid() != self._process:
             os._exit(1)
-        self._number += 1
-        frame = memoryview(pack_frame(self._secret, self._number, json.dumps(message).encode()))
+        with self._lock:
+            self._number += 1
+            self._write(pack_frame(self._secret, self._number, json.dumps(message).encode()))
+
+    def _write(self, packed: bytes) -> None:
+        frame = memoryview(packed)
         while frame:
             try:
                 # Numbers of closed descriptors are dealt out again: never write to another's file.

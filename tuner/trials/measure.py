@@ -22,6 +22,7 @@ from .failures import describe
 from .frames import CANNOT_TELL, DescriptorLostError, FrameWriter
 from .model_args import decode_model
 from .pagecache import PageCache
+from .progress import telling_of_progress
 from .record import FunctionName, TrialSpec
 from .setup_fn import load_function
 from .synthetic import synthetic_setup
@@ -84,7 +85,8 @@ class Candidate:
         make: Callable[..., LayerStreamer] = (
             LayerStreamer.from_checkpoint if "path" in arguments else LayerStreamer
         )
-        streamer = make(track_progress=False, **arguments)
+        with telling_of_progress(self._alive):
+            streamer = make(track_progress=False, **arguments)
         self._begin("setup")
         run = setup(streamer)
         if not callable(run):
@@ -99,7 +101,8 @@ class Candidate:
         self._begin("device")
         await_device_memory(arguments.get("device"))
         self._begin("open")
-        workload = module.open_workload(alive=self._alive, **arguments)
+        with telling_of_progress(self._alive):
+            workload = module.open_workload(alive=self._alive, **arguments)
         return workload.streamer, workload.run
 
     def _run(

@@ -206,15 +206,34 @@ def end_marked(marker: str) -> None:
         looks = 0 if found else looks + 1
         for pid in found:
             with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+                _kill_marked(pid, wanted)
         if not found:
             time.sleep(LOOK_SECONDS)
 
 
+def _kill_marked(pid: int, wanted: bytes) -> None:
+    """Not another process that has got the id meanwhile."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
+    except (OSError, AttributeError):  # an older kernel, a sandbox; not Linux
+        os.kill(pid, signal.SIGKILL)
+        return
+    try:
+        if _is_marked(pid, wanted):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+    finally:
+        os.close(handle)
+
+
 def _marked(wanted: bytes) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-    return found
+    pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if _is_marked(pid, wanted)]
+
+
+def _is_marked(pid: int, wanted: bytes) -> bool:
+    try:
+        return wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False

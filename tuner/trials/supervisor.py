@@ -24,17 +24,14 @@ from typing import Any, TypedDict
 
 TICK_SECONDS = 0.05
 """Between two looks at processes and memory."""
-SCAN_SECONDS = 0.25
-"""Between two looks for new processes, at least ..."""
-SCAN_SHARE = 0.01
-"""... and such that they take no more than this part of the time."""
+SCAN_SECONDS, SCAN_SHARE = 0.25, 0.01
+"""Between looks for new processes, at least; and the share of the time that they may take."""
 TAIL_NBYTES = 8192
 """What is kept of the end of the candidate's output."""
 CHUNK_NBYTES = 1 << 16
 MAX_FREEZES = 50
 """Looks for processes that are forked while others are being stopped."""
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 OOM_FIRST = "1000"
 """oom_score_adj of what the kernel is to kill first when memory runs out."""
 CANNOT_START = 127
@@ -71,6 +68,8 @@ class Supervisor:
         # An inherited "ignore" would have the kernel reap for us and lose what became of it.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._adopts = _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        if os.getppid() != orders["parent"]:
+            sys.exit(CANNOT_START)  # it ended while this process started
         self._output, write_end = os.pipe()
         os.set_blocking(self._output, False)
         self._child = _start(orders, write_end)
@@ -176,6 +175,7 @@ def _start(orders: Orders, output: int) -> int:
     if pid:
         return pid
     try:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.setsid()
         for number in ENDING:
             signal.signal(number, signal.SIG_DFL)
@@ -184,7 +184,6 @@ def _start(orders: Orders, output: int) -> int:
         os.dup2(output, 2)
         for descriptor in orders["descriptors"]:
             os.set_inheritable(descriptor, True)
-        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(OOM_FIRST)
         if os.getppid() == supervisor:
@@ -252,14 +251,32 @@ def _oom_kills() -> int:
 
 
 def _refuses(pid: int, number: int) -> bool:
-    """Send a signal; True if that is not allowed, because it is another user's."""
+    """Send a signal to a descendant or a group; True if that is not allowed: another user's."""
     try:
-        os.kill(pid, number)
+        handle = os.pidfd_open(pid) if pid > 0 and hasattr(os, "pidfd_open") else -1
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except OSError:  # an older kernel, a sandbox
+        handle = -1
+    try:
+        if handle < 0:
+            os.kill(pid, number)
+        elif _is_ours(pid):  # not another process that has got the id meanwhile
+            signal.pidfd_send_signal(handle, number)
+    except (ProcessLookupError, PermissionError) as error:
+        return isinstance(error, PermissionError)
+    finally:
+        if handle >= 0:
+            os.close(handle)
     return False
+
+
+def _is_ours(pid: int) -> bool:
+    """True if the process that has the id now descends from this one."""
+    ancestor: int | None = pid
+    while ancestor is not None and ancestor > 1 and ancestor != os.getpid():
+        ancestor = _parent(str(ancestor))
+    return ancestor == os.getpid()
 
 
 def _prctl(option: int, value: int) -> bool:

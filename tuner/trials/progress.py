@@ -1,0 +1,53 @@
+"""A stage that takes long and does get on, such as loading what a large host budget holds."""
+
+from __future__ import annotations
+
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+LOOK_SECONDS = 1.0
+LEAST_NBYTES = 1 << 16
+"""To look takes some bytes, too."""
+IO_COUNTERS = Path("/proc/self/io")
+
+
+@contextmanager
+def telling_of_progress(
+    alive: Callable[[], object],
+    done: Callable[[], int] | None = None,
+    look_seconds: float = LOOK_SECONDS,
+) -> Iterator[None]:
+    """Context in which ``alive()`` is called on another thread once ``done()``, by default
+    the bytes that this process has read or got as pages, has risen by LEAST_NBYTES."""
+    over = threading.Event()
+    counted = done or work_done
+
+    def look() -> None:
+        before = counted()
+        while not over.wait(look_seconds):
+            now = counted()
+            if now - before >= LEAST_NBYTES:
+                before = now
+                with suppress(Exception):  # that nobody listens is for the trial's thread to see
+                    alive()
+
+    thread = threading.Thread(target=look, name="layer-streamer-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def work_done() -> int:
+    """Bytes that were read or came as pages, so far: a process that hangs gets neither."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    read = 0
+    with suppress(OSError, ValueError):
+        pairs = (line.split(": ") for line in IO_COUNTERS.read_text().splitlines())
+        read = sum(int(value) for name, value in pairs if name in ("rchar", "read_bytes"))
+    return read + resource.getpagesize() * (usage.ru_minflt + usage.ru_majflt)
