@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-import os
-import re
 import signal
 import sys
 import threading
@@ -20,8 +18,8 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from .. import __version__
-from ..errors import StreamerError, printable
 from .command import Parser, say
+from .faults import is_the_users, leave_stdout, one_line
 
 GROUPS = {
     "Language models": {
@@ -42,9 +40,6 @@ GROUPS = {
     },
 }
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
-REFUSED = re.compile("can't start new thread|can't allocate memory|out of memory", re.IGNORECASE)
-"""What Python and torch say of threads and memory that the machine refuses: they raise nothing
-narrower than RuntimeError."""
 HELP = ("-h", "--help", "help")
 
 
@@ -73,18 +68,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 format="%(message)s", level=logging.INFO if args.verbose else logging.WARNING
             )
             code: int | None = command.run(args)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what a full disk does not take is an error, too
             return code or 0
     except KeyboardInterrupt:
         if sys.stderr.isatty():
             say("")  # after the terminal's ^C
         return 130
     except BrokenPipeError:
-        # The reader has gone. Python would flush stdout once more at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_stdout()  # the reader has gone
     except Exception as error:
         if not is_the_users(error):
             raise
-        say(f"error: {printable(' '.join(str(error).split())) or type(error).__name__}")
+        say(f"error: {one_line(error)}")
+        if isinstance(error, OSError) and error.filename is None:
+            leave_stdout()  # it may be what could not be written
         return 2
     return 0
 
@@ -104,13 +102,6 @@ def unknown(name: str) -> str:
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f", did you mean {close[0]}?" if close else ""
     return f"there is no command {name!r}{hint} (see layer-streamer --help)"
-
-
-def is_the_users(error: Exception) -> bool:
-    """True for what arguments, files and the machine can be the cause of: one line will do."""
-    if isinstance(error, StreamerError | OSError | ValueError | ImportError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and REFUSED.search(str(error)) is not None
 
 
 @contextmanager

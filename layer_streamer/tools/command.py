@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
@@ -101,7 +102,9 @@ def publish(args: argparse.Namespace, text: str, document: str) -> None:
 
 def say(message: str) -> None:
     """A line on stderr: results alone go to stdout."""
-    print(_shown(message), file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # as where it was closed; print() would take stdout
+        with suppress(OSError, ValueError):  # nobody reads it: no reason to end
+            print(_shown(message), file=sys.stderr, flush=True)
 
 
 def _shown(text: str) -> str:
