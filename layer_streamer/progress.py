@@ -69,7 +69,7 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
 
     def _go_quiet(self) -> None:
         self.disable = True
-        self._instances.discard(self)  # its line is free for another bar
+        tqdm._instances.discard(self)  # type: ignore[attr-defined]  # its line is another bar's
 
     @classmethod
     def write(cls, *args: Any, **kwargs: Any) -> None:

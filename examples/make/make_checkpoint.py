@@ -248,16 +248,20 @@ def say(message: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit code of the program: 0, 2 after an error, 130 after Ctrl-C or SIGTERM."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out = None
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         args = parse_args(argv)
+        out = args.out
         run(args)
         print(args.out)
     except KeyboardInterrupt:
         say("")
         return 130
-    except (OSError, ValueError) as error:
-        say(f"error: {' '.join(str(error).split())}")
+    except (OSError, ValueError, MemoryError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = out  # a disk that is full is not named by what writes to it
+        say(f"error: {' '.join(str(error).split()) or 'out of host memory'}")
         return 2
     finally:
         for number, handler in handlers.items():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What writes raise where nothing more can be written."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -38,11 +42,10 @@ def read_record(path: Path, most: int) -> bytes:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Context in which an OSError of a write, which knows a descriptor alone, gets the file's
-    name."""
+    """Context in which the error of a full disk, which a write raises without a name, gets one."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        if error.filename is None and error.errno in FULL:
             error.filename = str(path)
         raise

@@ -117,6 +117,7 @@ def choose_dtype(model: Model, asked: str | None) -> torch.dtype:
 def run_job(job: Job) -> dict[str, Errors]:
     """Quantize with a progress bar; of layers that are done already, it says how many."""
     from ..llm.quantize.job import quantize
+    from ..machine.atomic import naming
     from ..progress import ProgressBar
 
     partial = check_room(job)
@@ -129,7 +130,8 @@ def run_job(job: Job) -> dict[str, Errors]:
             bar.reset(total=count * each)
 
         try:
-            return quantize(job, bar.update, start)
+            with naming(partial):
+                return quantize(job, bar.update, start)
         except KeyboardInterrupt:
             bar.close()
             if partial.is_dir():

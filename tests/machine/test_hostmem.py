@@ -196,7 +196,7 @@ def test_in_a_real_cgroup_an_auto_budget_stays_below_its_limit(tmp_path: Path) -
     with real_cgroup(LIMIT) as folder:
         child = subprocess.run(
             [sys.executable, "-c", CHILD, str(tmp_path), str(folder)],
-            capture_output=True, text=True, timeout=100, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )  # fmt: skip
     assert child.returncode == 0, child.stderr

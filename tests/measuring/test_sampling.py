@@ -62,7 +62,7 @@ def test_an_error_in_a_job_is_raised_and_ends_the_others() -> None:
 
 
 def test_works_run_side_by_side_and_their_results_keep_their_order() -> None:
-    meeting = threading.Barrier(3, timeout=60)
+    meeting = threading.Barrier(3, timeout=300)
 
     def work(result: int) -> int:
         meeting.wait()

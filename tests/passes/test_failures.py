@@ -33,7 +33,7 @@ from layer_streamer import (
 )
 from layer_streamer.transport.stage import Stage
 
-SECONDS = 10.0
+SECONDS = 100.0
 READING = default_params(
     *(name for name, route in ROUTES.items() if "disk" in route.tiers and name != "cpu mapped")
 )

@@ -209,7 +209,7 @@ def scenes() -> dict[str, str]:
             asked.append("no_home")
         done = subprocess.run(
             [sys.executable, "-c", REAL, str(folder), *asked],
-            capture_output=True, text=True, timeout=100, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
             env={**os.environ, "PYTHONPATH": PYTHONPATH, "XDG_CACHE_HOME": "",
                  "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )  # fmt: skip

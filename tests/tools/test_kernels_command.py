@@ -68,5 +68,5 @@ def test_ctrl_c_ends_it_with_130():
     assert process.stdout is not None
     process.stdout.readline()  # it measures
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 130

@@ -152,7 +152,7 @@ def test_what_the_command_line_cannot_mean_is_refused_with_2(
 def test_it_runs_as_a_module(model: Path) -> None:
     command = [sys.executable, "-m", "layer_streamer", "plan", str(model), *CPU]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout.splitlines()[-1])["devices"] == ["cpu"]

@@ -250,7 +250,7 @@ def test_a_mapped_file_that_shrinks_ends_the_pass_and_does_not_kill(
     paths = [write_safetensors(tmp_path / f"{n}.safetensors", tensors) for n in range(len(WHEN))]
     child = subprocess.run(
         [sys.executable, "-c", f"WHEN, DEVICE = {WHEN}, {device!r}\n{SHRINK}", *map(str, paths)],
-        capture_output=True, text=True, timeout=100, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1",
              "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )  # fmt: skip

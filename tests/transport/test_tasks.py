@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from layer_streamer.transport.tasks import run_all
 
-SECONDS = 10.0
+SECONDS = 100.0
 
 
 @pytest.fixture(autouse=True)

@@ -172,7 +172,7 @@ def test_torchs_registry_learns_of_it_when_a_streamer_is_opened_and_not_before(
     run = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False
+        run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.stdout, done.stderr) == ("['Weights']\n", "")
 

@@ -19,6 +19,7 @@ from paths import ROOT
 from tuner_support import Marked, checkpoint, marked, run_script
 
 from layer_streamer import LayerStreamer, LayerStreamerTuner, TuneError
+from layer_streamer.tuner.survey import take_survey
 
 __all__ = ["checkpoint", "marked"]
 
@@ -237,3 +238,16 @@ def test_the_example_refuses_what_cannot_be_in_one_line(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert process.stderr.startswith("error: ")
     assert process.stderr.count("\n") == 1
+
+
+def test_a_survey_imports_what_this_process_does_and_nothing_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("psutil", "torch", "layer_streamer"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the folder')")
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).is_absolute()])
+    assert take_survey("cpu", file).machine.devices == ("cpu",)

@@ -387,7 +387,7 @@ def test_ctrl_c_in_a_tune_of_an_engine_leaves_nothing(
         assert parent.stdout is not None
         assert any(line == f"{moment}\n" for line in parent.stdout)
         parent.send_signal(signal.SIGINT)
-        _, errors = parent.communicate(timeout=60)
+        _, errors = parent.communicate(timeout=300)
     assert "KeyboardInterrupt" in errors
     assert not marked.processes()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from paths import ROOT
 
-HANG_SECONDS = 20
+HANG_SECONDS = 200
 """For one script; the kernel ends those that take longer."""
 
 FORKS = f"""

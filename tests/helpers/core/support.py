@@ -19,7 +19,7 @@ from layer_streamer.devices.accelerator import CudaDevice
 from layer_streamer.devices.device import CpuDevice
 
 POISON = 0xDB
-HANG_SECONDS = 10.0
+HANG_SECONDS = 100.0
 
 
 class LateCudaDevice(CudaDevice):
