@@ -70,18 +70,29 @@ def metadata_directory(manifest: Manifest, notify: Callable[[str], None]) -> Pat
         with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
             made = Path(temporary) / "made"
             try:
-                _write_tokenizer(manifest, made)
-            except UnsupportedModelError as error:  # token ids can still be continued
-                shutil.rmtree(made, ignore_errors=True)
-                made.mkdir()
-                (made / NO_TOKENIZER).write_text(str(error), encoding="utf-8")
-            (made / "config.json").write_text(config, encoding="utf-8")
+                _describe(manifest, config, made)
+            except OSError as error:  # a full disk, which has no name where a file is written
+                raise OSError(
+                    f"{directory.parent}: the tokenizer cannot be kept there: {error}"
+                ) from error
             try:
                 made.replace(directory)
             except OSError:  # another process was first; what it made is the same
                 if not directory.is_dir():
                     raise
     return directory
+
+
+def _describe(manifest: Manifest, config: str, made: Path) -> None:
+    """Write what a model's directory has beside its weights; ids alone are continued without a
+    tokenizer that can be made."""
+    try:
+        _write_tokenizer(manifest, made)
+    except UnsupportedModelError as error:
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        (made / NO_TOKENIZER).write_text(str(error), encoding="utf-8")
+    (made / "config.json").write_text(config, encoding="utf-8")
 
 
 def _tell_of_words(manifest: Manifest, notify: Callable[[str], None]) -> None:
@@ -258,7 +269,10 @@ def _write_tokenizer(manifest: Manifest, directory: Path) -> None:
             raise UnsupportedModelError(
                 f"{path}: its tokenizer cannot be made: {reason}"
             ) from error
-        tokenizer.save_pretrained(str(directory))
+        try:
+            tokenizer.save_pretrained(str(directory))
+        except Exception as error:  # so does tokenizers for a disk that is full
+            raise OSError(" ".join(str(error).split())) from error
         saved = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     description = describe(saved, directory)
     if description is not None:

@@ -50,7 +50,9 @@ def limit_met(error: BaseException) -> str:
         error = error.__cause__
     text, number = str(error).lower(), getattr(error, "errno", None)
     if number == errno.EAGAIN or any(words in text for words in OF_THREADS):
-        return _limit("RLIMIT_NPROC", "processes and threads: ulimit -u", 1)
+        # A thread's stack takes addresses, too, and that is the rarer limit to be set.
+        addresses = _limit("RLIMIT_AS", "KiB of addresses: ulimit -v", 1024)
+        return addresses or _limit("RLIMIT_NPROC", "processes and threads: ulimit -u", 1)
     is_runtime = isinstance(error, RuntimeError) and any(words in text for words in OF_MEMORY)
     if isinstance(error, MemoryError) or number == errno.ENOMEM or is_runtime:
         return _limit("RLIMIT_AS", "KiB of addresses: ulimit -v", 1024)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -71,7 +70,6 @@ class Pipeline:
         self._steps = tuple(steps)
         self._layouts = list(layouts)
         self._pid = os.getpid()
-        _pipelines.add(self)
         self._residents = [Residents() for _ in devices]
         show_weights_to_pytree()
         try:
@@ -291,20 +289,6 @@ class Pipeline:
             with lane.device.guard():
                 lane.wire(lane_idx, self.schedule, self.files, self.control, self.caller_bell)
             lane.name_pools(prefix)
-
-
-_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    """A forked child has none of the threads, and zeros in the slots: its passes end."""
-    for pipeline in tuple(_pipelines):
-        pipeline.control.closing = True
-        pipeline.caller_bell.ring()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _limits_of(plan: Plan, files: OpenFiles) -> dict[str, float]:

@@ -9,7 +9,9 @@ is ever carried through a queue where an interrupt could lose it.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
@@ -192,6 +194,7 @@ class Control:
         self.on_fatal: Callable[[], None] = lambda: None
         self.threads: list[threading.Thread] = []
         self.on_leave: list[Callable[[], None]] = []
+        _controls.add(self)
 
     def start(self, thread: threading.Thread) -> None:
         """Start one of the pipeline's threads. Raises StreamerError."""
@@ -218,3 +221,17 @@ class Control:
         """Record that a thread died of ``error`` and wake the caller."""
         self.fatal = error
         self.on_fatal()
+
+
+_controls: weakref.WeakSet[Control] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A forked child has none of the threads, and zeros in the slots: its passes end."""
+    for control in tuple(_controls):
+        control.closing = True
+        control.on_fatal()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
