@@ -114,8 +114,10 @@ class ResultsFile:
         rest = json.dumps(document)[1:]
         line = f"{HEAD}{json.dumps(self._fingerprint)}, {rest}\n".encode()
         with naming(self.path):
-            while line:
+            while True:
                 line = line[os.write(self._handle, line) :]
+                if not line:
+                    break
             os.fsync(self._handle)
 
     def _read(self) -> None:

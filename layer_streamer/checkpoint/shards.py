@@ -43,7 +43,7 @@ def read_index(path: Path) -> dict[str, str]:
         weight_map: dict[str, str] | None = None
         members.enter()
         others = 0
-        while (key := members.next_key()) is not None:
+        for key in iter(members.next_key, None):
             if key != "weight_map":
                 members.value()
                 others += 1

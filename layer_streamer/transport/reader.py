@@ -98,14 +98,16 @@ class Reader:
         clock.read_end[self._schedule.index(number)] = time.perf_counter()
         with self._lock:
             self._filled.add(n)
-            while lane_run.read.done in self._filled:
+            while True:
+                if lane_run.read.done not in self._filled:
+                    break
                 self._filled.remove(lane_run.read.done)
                 lane_run.read.advance()
         self.filled_bell.ring()
 
     def _loop(self) -> None:
         try:
-            while (job := self._queue.get()) is not None:
+            for job in iter(self._queue.get, None):
                 self._do(job)
                 del job  # an idle thread must not keep a run (and a slot) alive
         except BaseException as error:

@@ -161,7 +161,7 @@ class Stage(ABC):
     def _loop(self) -> None:
         try:
             self.prepare()
-            while (run := self._next_run()) is not None:
+            for run in iter(self._next_run, None):
                 self.process(run.lanes[self._lane_idx])
         except BaseException as error:
             self._control.fail(error)

@@ -118,7 +118,9 @@ class _Work(Generic[T]):
         try:
             if not self.stopped:
                 self._on_start()
-            while not self.stopped:
+            while True:
+                if self.stopped:
+                    return
                 task = self._tasks.get_nowait()
                 self._results.put((task(),))
         except Empty:

@@ -80,8 +80,9 @@ class Supervisor:
     def run(self) -> dict[str, Any]:
         """Watch until the candidate ends or is to be ended; what became of it."""
         try:
-            while not self._time_to_end():
-                pass
+            while True:
+                if self._time_to_end():
+                    break
         finally:
             self._end_all()
         while self._drain():

@@ -70,10 +70,13 @@ class _Task:
     def run(self, on_event: OnEvent) -> TrialRecord:
         try:
             self._thread.start()
-            while not self._over or self._events:
-                while self._events:
+            while True:
+                over = self._over  # asked first: the last event comes before it
+                if self._events:
                     on_event(*self._events.popleft())
-                if not self._over:
+                elif over:
+                    break
+                else:
                     self._bell.wait()
         finally:
             self._stop()
