@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from types import MappingProxyType, SimpleNamespace
@@ -76,6 +77,16 @@ def test_a_build_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.name != "tokenizers"] == [
         tmp_path / "layer-streamer"
     ]
+
+
+def test_a_disk_that_is_full_is_named_by_the_folder_that_was_written(monkeypatch, tmp_path):
+    def build(manifest, directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(metadata, "_write_tokenizer", build)
+    with pytest.raises(OSError, match=f"{tmp_path}.*tokenizers: .*No space left on device"):
+        metadata_directory(read_manifest(smollm2()), print)
 
 
 def test_a_build_that_another_process_finished_first_is_used(monkeypatch, tmp_path):
