@@ -84,14 +84,15 @@ def test_json_is_one_document_of_the_same(model: Path, capsys: Any) -> None:
 def test_a_model_that_cannot_be_read_is_one_warning_and_code_2(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str, fault: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # long paths would be broken in two
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.gguf").write_text("hello")
     write_raw_safetensors(tmp_path / "lies.safetensors", "{}", length=1 << 60)
     text = examined(capsys, name, "--device", "cpu", code=2)
     check_fits(text, 45)
     (warning,) = [w for w in marked(text) if w.startswith("no plan")]
-    assert fault in warning
+    # Long paths are broken in two.
+    assert "".join(fault.split()) in "".join(warning.split())
     found = json.loads(examined(capsys, name, "--device", "cpu", "--json", code=2))
     assert found["model"]["value"] is None and found["model"]["reason"]
 
