@@ -31,7 +31,7 @@ def test_copies_of_every_size_are_measured_and_nothing_stays_pinned(seed: int) -
 
 def test_refused_page_locking_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     device, journal = FakeDevice(1), Journal()
-    monkeypatch.setattr(device, "pin", lambda memory: False)
+    monkeypatch.setattr(device, "pin", lambda memory, **options: False)
     assert not measure_device(device, TINY, 256 * KIB, journal).pinned
     assert "page-locking was refused" in journal.notes[0]
 

@@ -30,7 +30,7 @@ ERRORS = [
     (RuntimeError("can't start new thread"), "can't start new thread"),
     (RuntimeError("[enforce fail]\n  DefaultCPUAllocator: can't allocate memory"),
      "[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-    (ConfigError("n_gpu=-1: must be\nat least 0"), "n_gpu=-1: must be at least 0"),
+    (ConfigError("n_gpu=-1: must be at least 0"), "n_gpu=-1: must be at least 0"),
     (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "'utf-8' codec can't"),
     (ValueError(), "ValueError"),
 ]  # fmt: skip

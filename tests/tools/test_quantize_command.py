@@ -52,7 +52,7 @@ def refused(capsys, *arguments: object) -> str:
         (("a.gguf", "out", "--bits", 4, "--group", 128), "--group 128: does not divide the width"),
         (("a.gguf", "out", "--bits", 4, "--group", 64), "--group 32 divides all widths"),
         (("a.gguf", "out", "--bits", 4, "--tokens", 1), "--tokens 1: must be at least 2"),
-        (("a.gguf", "out", "--bits", 4, "--calibrate", "no"), "No such file or directory: 'no'"),
+        (("a.gguf", "out", "--bits", 4, "--calibrate", "no"), "no: No such file or directory"),
         (("a.gguf", "out", "--bits", 4, "--calibrate", "latin"), "latin: not UTF-8"),
         (("a.gguf", "out", "--bits", 4, "--calibrate", "empty"), "empty: 0 tokens, at least 2"),
         (("a.gguf", "out", "--bits", 4, "--text", "empty"), "empty: 0 tokens, at least 2"),

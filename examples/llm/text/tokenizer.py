@@ -126,8 +126,10 @@ class StreamingDetokenizer:
         released, self._held = self._held[:count], self._held[count:]
         if text or not self._before:  # what has no text is no context, either
             self._groups.append(released)
-        # Whole groups: none of them begins inside a character.
-        while len(self._groups) > 1 and sum(map(len, self._groups[1:])) >= CONTEXT_TOKENS:
+        # Whole groups: none of them begins inside a character. Nothing goes before there is a text:
+        # the first one depends on what has none (a space that begins the text, say).
+        trims = bool(text or self._before)
+        while trims and len(self._groups) > 1 and sum(map(len, self._groups[1:])) >= CONTEXT_TOKENS:
             del self._groups[0]
         self._context = [i for group in self._groups for i in group]
         self._before = self._decode(self._context)

@@ -216,7 +216,7 @@ class Finder:
             return {}
         spec = self._tensors[self._tensor(module, kind, (width,))]
         found = read_values(spec)
-        in_order = torch.arange(width) // (width // groups)
+        in_order = torch.arange(width, device="cpu") // (width // groups)
         if torch.equal(found.long(), in_order) or bool((found == NO_GROUPS).all()):
             self.compared.add(key)
             return {}

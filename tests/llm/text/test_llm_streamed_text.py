@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers_made import KINDS, byte_fallback
 
@@ -30,6 +30,7 @@ def streamed(tokenizer, prompt, ids, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
 @given(text=TEXTS, more=TEXTS, special=st.integers(0, 12))
+@example(text=" ", more="a", special=12)
 def test_in_every_split_the_pieces_are_what_all_ids_decode_to(kind, skip, text, more, special):
     tokenizer = made(kind)
     first = tokenizer.encode(text)
