@@ -69,9 +69,10 @@ def draw_wing(ax: Axes, x: float, y: float, width: float, wing: str) -> None:
     said = textwrap.wrap(sentence(wing), columns - 20)[0:1] if width > 10 else [""]
     ax.text(x + 1.75, y + 0.66, said[0], color=INK, size=8.4, va="center")
     lines = textwrap.wrap(rooms(wing) if slash else sentence(wing), columns)
+    below, spacing = (0.27, 1.25) if len(lines) < 3 else (0.25, 1.05)
     ax.text(
-        x + 0.12, y + 0.27, "\n".join(lines[:2]), color=FAINT if slash else INK, size=7.4,
-        va="center", linespacing=1.25,
+        x + 0.12, y + below, "\n".join(lines[:3]), color=FAINT if slash else INK, size=7.4,
+        va="center", linespacing=spacing,
     )  # fmt: skip
 
 
