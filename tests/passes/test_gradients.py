@@ -21,6 +21,11 @@ HIDDEN = 40
 REFUSED = "modified by an inplace operation"
 
 
+ROUNDING = {"rtol": 1e-3, "atol": 1e-3}
+"""A GPU rounds its products otherwise than the CPU that says what is right; another layer's weights
+change a gradient by far more."""
+
+
 def finish(device: Any) -> None:
     """Have a late device do its work: what the tests compute with is ordinary memory."""
     for one in device if isinstance(device, list) else [device]:
@@ -70,7 +75,9 @@ def test_a_backward_that_needs_weights_which_have_gone_raises(
         x, y = forward(streamer, device, saves_weights)
         if all(stays(streamer, device, i) for i in range(NUM_LAYERS)):
             y.sum().backward()
-            torch.testing.assert_close(x.grad.cpu(), plain_gradient(tensors, saves_weights))
+            torch.testing.assert_close(
+                x.grad.cpu(), plain_gradient(tensors, saves_weights), **ROUNDING
+            )
         else:
             with pytest.raises(RuntimeError, match=REFUSED):
                 y.sum().backward()
@@ -85,7 +92,7 @@ def test_a_backward_that_needs_no_weights_is_right(
     for _ in range(2):
         x, y = forward(streamer, device, saves_copies)
         y.sum().backward()
-        torch.testing.assert_close(x.grad.cpu(), plain_gradient(tensors, saves_copies))
+        torch.testing.assert_close(x.grad.cpu(), plain_gradient(tensors, saves_copies), **ROUNDING)
 
 
 def test_a_backward_within_the_hand_out_is_right_for_the_weights_as_well(
@@ -101,8 +108,8 @@ def test_a_backward_within_the_hand_out_is_right_for_the_weights_as_well(
         own = {key: tensors[head + key].clone().requires_grad_() for key in (NORM, Q)}
         plain = torch.ones(2, HIDDEN, requires_grad=True)
         saves_weights(plain, own).sum().backward()
-        torch.testing.assert_close(x.grad.cpu(), plain.grad)  # type: ignore[union-attr]
-        torch.testing.assert_close(wanted.grad.cpu(), own[NORM].grad)  # type: ignore[union-attr]
+        torch.testing.assert_close(x.grad.cpu(), plain.grad, **ROUNDING)  # type: ignore[union-attr]
+        torch.testing.assert_close(wanted.grad.cpu(), own[NORM].grad, **ROUNDING)  # type: ignore[union-attr]
 
 
 def test_what_a_sweep_that_is_left_early_has_saved_is_refused_too(
