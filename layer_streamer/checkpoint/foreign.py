@@ -70,9 +70,10 @@ def foreign_file(head: bytes, name: str, size: int) -> str:
 def _text(head: bytes) -> str:
     """The text that a file begins with; '' if it is none."""
     try:
-        text = head.decode("utf-8-sig")
+        text = head.decode()
     except UnicodeDecodeError as error:
         if error.start < len(head) - 3:  # not a character that the end of the head cuts
             return ""
-        text = head[: error.start].decode("utf-8-sig")
+        text = head[: error.start].decode()
+    text = text.removeprefix("\ufeff")
     return text if all(char.isprintable() or char in " \t\r\n\f" for char in text) else ""

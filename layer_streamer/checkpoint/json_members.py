@@ -7,9 +7,9 @@ caller stops at the first one it rejects.
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
+from encodings.utf_8_sig import IncrementalDecoder
 from typing import Any, NoReturn
 
 from ..errors import CheckpointError
@@ -35,7 +35,9 @@ class JsonMembers:
         self._what = what
         self._next = start
         self._end = start + length
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        # Not looked up by name: that imports it here, where a process that has given up its rights
+        # may not be allowed to.
+        self._decode = IncrementalDecoder().decode
         self._text = ""
         self._pos = 0
         self._dropped = 0
