@@ -53,7 +53,12 @@ def sweep(parts: Parts, owner: object, *, guarded: bool) -> Sweep:
             bar = ProgressBar(total=length, unit="layer", leave=False)
         for index in range(length):
             with devices[index % len(devices)].guard() if guarded else nullcontext():
-                yield _take(caller)
+                try:
+                    taken = caller.take()
+                except StopIteration as error:
+                    raise StoppedError(f"on_copy raised StopIteration({error.value!r})") from error
+                yield taken
+                del taken
                 if not parts.claims.has(current):
                     raise SupersededError("this sweep was overtaken by a newer pass")
                 caller.give_back()
@@ -84,13 +89,6 @@ def run_layers(parts: Parts, owner: object, x: Any, layer_fn: LayerFn) -> Any:
     if stopped is not None:
         raise stopped
     return move(x, devices[0])
-
-
-def _take(caller: Caller) -> tuple[int, Weights]:
-    try:
-        return caller.take()
-    except StopIteration as error:
-        raise StoppedError(f"on_copy raised StopIteration({error.value!r})") from error
 
 
 def _end(parts: Parts, current: Pass) -> None:

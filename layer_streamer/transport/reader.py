@@ -107,7 +107,10 @@ class Reader:
 
     def _loop(self) -> None:
         try:
-            for job in iter(self._queue.get, None):
+            while True:
+                job = self._queue.get()
+                if job is None:
+                    break
                 self._do(job)
                 del job  # an idle thread must not keep a run (and a slot) alive
         except BaseException as error:

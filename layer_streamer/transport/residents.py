@@ -65,10 +65,13 @@ class Residents:
 
     def release(self, i: int) -> bool:
         """The hand-out of a step has ended; True if the caller has written to its tensors."""
+        watch = self.watches.get(i)
+        if watch is None:
+            return False
         mapped = self.mapped.get(i)
         if mapped is not None and mapped.wants_grad():
             self.mapped[i] = mapped.without_grad()
-        if i not in self.watches or not self.watches[i].written():
+        if not watch.written():
             return False
         self.written.add(i)
         return True

@@ -161,7 +161,10 @@ class Stage(ABC):
     def _loop(self) -> None:
         try:
             self.prepare()
-            for run in iter(self._next_run, None):
+            while True:
+                run = self._next_run()
+                if run is None:
+                    break
                 self.process(run.lanes[self._lane_idx])
         except BaseException as error:
             self._control.fail(error)
