@@ -71,10 +71,9 @@ class Residents:
         mapped = self.mapped.get(i)
         if mapped is not None and mapped.wants_grad():
             self.mapped[i] = mapped.without_grad()
-        if not watch.written():
-            return False
-        self.written.add(i)
-        return True
+        if watch.written():
+            self.written.add(i)
+        return i in self.written
 
     def find_written(self) -> None:
         """Look for steps that the caller has written to."""

@@ -304,25 +304,30 @@ def test_a_close_that_fails_is_noted_on_the_error_that_left_the_block(
 def test_closing_waits_for_all_threads_together(
     tmp_path: Path, tensors: Any, hanging: Any, monkeypatch: Any
 ) -> None:
-    waited: list[float] = []
-    join = threading.Thread.join
+    left: list[float] = []
+    """What there was to wait for those that come after one that did not end."""
+    join, late = threading.Thread.join, threading.Event()
+
+    def fail(x: Any, weights: Any, layer_idx: int) -> Any:
+        hanging.hangs = True
+        raise Boom
 
     def joined(thread: threading.Thread, timeout: float | None = None) -> None:
-        waited.append(timeout or 0.0)
+        if late.is_set():
+            left.append(timeout or 0.0)
         join(thread, timeout)
+        if thread.is_alive():
+            late.set()
 
     with open_route("cpu two", tmp_path, make_devices("cpu two"), read_threads=4) as streamer:
-        streamer.run_pass(None, nothing)
-        hanging.hangs = True
-        next(streamer.sweep())
+        with pytest.raises(Boom):
+            streamer.run_pass(None, fail)
         assert hanging.entered.wait(HANG_SECONDS)
         monkeypatch.setattr(threading.Thread, "join", joined)
         with pytest.raises(StreamerError, match="layer-streamer-read"):
             streamer.close()
         monkeypatch.undo()
-        # Whoever is waited for last has what the others left of the time.
-        assert waited == sorted(waited, reverse=True)
-        assert waited[-1] == 0.0
+        assert late.is_set() and not any(left)
         hanging.set()
 
 

@@ -80,9 +80,8 @@ class Supervisor:
     def run(self) -> dict[str, Any]:
         """Watch until the candidate ends or is to be ended; what became of it."""
         try:
-            while True:
-                if self._time_to_end():
-                    break
+            for _ in iter(self._time_to_end, True):
+                pass
         finally:
             self._end_all()
         while self._drain():
