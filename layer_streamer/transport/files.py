@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from io import FileIO
+from itertools import count
 from pathlib import Path
 
 from ..checkpoint.manifest import FileStamp
@@ -41,7 +42,7 @@ class OpenFiles:
 
     def __init__(self, stamps: Mapping[Path, FileStamp]) -> None:
         self._stamps = dict(stamps)
-        self._noticed = False
+        self._changes_of_name = count()  # one step, whichever threads are at it
         self._ctimes = {path: stamp.ctime_ns for path, stamp in stamps.items()}
         self._descriptors: dict[Path, int] = {}
         self._direct: dict[Path, int] = {}
@@ -149,8 +150,7 @@ class OpenFiles:
         there = self._other_file(path)
         if there is not None and self._stamps[path].change(there.st_size, there.st_mtime_ns):
             raise _renamed(path)
-        if not self._noticed:
-            self._noticed = True
+        if next(self._changes_of_name) == 0:
             logger.warning(
                 "%s: a link, the name or the permissions changed since it was opened, but not its "
                 "size or time of modification: reading on",
