@@ -6,12 +6,13 @@ used is, and a note names what cannot, with the file.
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from layer_streamer import CheckpointError, read_json
 
 from .text.sampling import Sampling, as_whole, default_sampling
 
@@ -58,9 +59,9 @@ def read_generation_config(directory: Path) -> GenerationConfig:
 
 def _read(path: Path, complain: Callable[[str], None]) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        complain(f"cannot be read as JSON ({error})")
+        found = read_json(path)
+    except CheckpointError as error:
+        complain(str(error).removeprefix(f"{path}: "))
         return {}
     if not isinstance(found, dict):
         complain("not a JSON object")

@@ -177,8 +177,10 @@ def _blame(directory: Path, name: str, error: Exception) -> str:
             if start == LFS_POINTER:
                 return f"{path}: a Git LFS pointer, not the file: fetch it with 'git lfs pull'"
             if path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as damage:
+                read_json(path)
+        except CheckpointError as damage:
+            return f"{damage}; fetch it again"
+        except OSError as damage:
             return f"{path}: cannot be read ({' '.join(str(damage).split())}); fetch it again"
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     return (
