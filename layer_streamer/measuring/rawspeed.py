@@ -17,7 +17,7 @@ from ..streamer import LayerStreamer
 from ..transport.files import OpenFiles
 from ..transport.mapped import merge_ranges
 from ..transport.memory import HostArena, allocate
-from .sampling import run_jobs
+from .sampling import run_jobs, run_together
 
 COPY_NBYTES = 512 << 20
 """Size of one raw copy: as fast as copies get."""
@@ -40,23 +40,8 @@ class RawCopies:
 
     def seconds(self) -> float:
         """Measure once."""
-        ends: list[float] = []
-        barrier = threading.Barrier(len(self._loads) + 1)
-
-        def copy(load: _CopyLoad) -> None:
-            load.use_in_this_thread()
-            barrier.wait()
-            load.run()
-            ends.append(time.perf_counter())
-
-        threads = [threading.Thread(target=copy, args=(load,)) for load in self._loads]
-        for thread in threads:
-            thread.start()
-        barrier.wait()
-        begin = time.perf_counter()
-        for thread in threads:
-            thread.join()
-        return max(ends) - begin
+        spans = run_together([load.run for load in self._loads], threading.Event())
+        return max(end for _, end in spans) - min(begin for begin, _ in spans)
 
     def close(self) -> None:
         for load in self._loads:
@@ -80,13 +65,14 @@ class _CopyLoad:
             for nbytes in (min(piece, total - done),)
         ]
 
-    def use_in_this_thread(self) -> None:
+    def run(self) -> tuple[float, float]:
+        """When it began and ended, on a thread of its own."""
         self._device.use_in_this_thread(self._stream)
-
-    def run(self) -> None:
+        begin = time.perf_counter()
         for target, source in self._pairs:
             self._device.copy(target, source)
         self._stream.synchronize()
+        return begin, time.perf_counter()
 
     def close(self) -> None:
         self._arena.close()

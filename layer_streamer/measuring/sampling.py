@@ -6,11 +6,12 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import TypeAlias, TypeVar
+
+from ..transport.tasks import join_all, start_thread
 
 T = TypeVar("T")
 
@@ -114,10 +115,28 @@ def run_together(works: Sequence[Callable[[], T]], stopped: threading.Event) -> 
 
     ``stopped`` is set when one raises or the caller is interrupted: then the others should end.
     """
-    with ThreadPoolExecutor(len(works), "layer-streamer-probe") as executor:
+    results: dict[int, T] = {}
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
         try:
-            futures = [executor.submit(work) for work in works]
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
+            if not stopped.is_set():
+                results[number] = works[number]()
+        except BaseException as error:
+            errors.append(error)
             stopped.set()
-        return [future.result() for future in futures]
+
+    threads = [
+        threading.Thread(target=run, args=(number,), name=f"layer-streamer-probe-{number}")
+        for number in range(len(works))
+    ]
+    try:
+        for thread in threads:
+            start_thread(thread)
+        join_all(threads, threading.TIMEOUT_MAX)
+    finally:
+        stopped.set()
+        join_all(threads, threading.TIMEOUT_MAX)
+    if errors:
+        raise errors[0]
+    return [results[number] for number in range(len(works))]

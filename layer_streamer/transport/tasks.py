@@ -16,8 +16,17 @@ from ..errors import ClosedError, StreamerError
 T = TypeVar("T")
 
 
+BEGIN_SECONDS = 5.0
+"""How long a thread whose start was interrupted is waited for until it begins, if it ever does."""
+LOOK_SECONDS = 0.001
+
+
 def start_thread(thread: threading.Thread) -> None:
-    """Start it. StreamerError, with what to do, where the system has no thread left."""
+    """Start it. StreamerError, with what to do, where the system has no thread left.
+
+    After an interrupt it can be joined if the system has made it: one that begins while Python
+    ends, which waits for those alone that have begun, takes the process down with it.
+    """
     try:
         thread.start()
     except RuntimeError as error:
@@ -25,6 +34,16 @@ def start_thread(thread: threading.Thread) -> None:
             f"thread {thread.name} cannot be started: {error} (a limit on threads of this user or "
             "container: ulimit -u, pids.max); raise it, or pass fewer read_threads"
         ) from error
+    except BaseException:
+        deadline = time.monotonic() + BEGIN_SECONDS
+        while _is_to_begin(thread) and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+        raise
+
+
+def _is_to_begin(thread: threading.Thread) -> bool:
+    """True while Python knows of it and the system has yet to run it."""
+    return not thread.is_alive() and thread in threading.enumerate()
 
 
 def join_all(threads: Iterable[threading.Thread], seconds: float) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from contextlib import suppress
 from difflib import get_close_matches
 from operator import attrgetter
 from typing import Any, NoReturn
@@ -18,7 +16,8 @@ from ..checkpoint.manifest import FrozenMapping
 KEYS_NAMED = 8
 """How many of a layer's keys an error names."""
 
-_registering = threading.Lock()
+_to_register: list[None] = [None]
+"""Who takes it out registers Weights. No lock: an interrupt, or a fork, could leave that taken."""
 _wants_grad = attrgetter("requires_grad")
 
 
@@ -87,8 +86,8 @@ class Weights(FrozenMapping[str, torch.Tensor]):
 
 def show_weights_to_pytree() -> None:
     """Have torch's pytree see into Weights. Once a process, as its first streamer is opened."""
-    # ValueError: it does already.
-    with _registering, suppress(ValueError):
+    try:
+        _to_register.pop()
         register_pytree_node(
             Weights,
             lambda weights: (list(weights.values()), list(weights)),
@@ -99,3 +98,10 @@ def show_weights_to_pytree() -> None:
                 list(weights),
             ),
         )
+    except IndexError:
+        return  # somebody has it in hand
+    except ValueError:
+        return  # it is registered: only what came after was interrupted
+    except BaseException:
+        _to_register.append(None)
+        raise

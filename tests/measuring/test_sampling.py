@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupter import Interrupt, Interrupter
 
 from layer_streamer.measuring.sampling import (
     Effort,
@@ -59,6 +62,25 @@ def test_an_error_in_a_job_is_raised_and_ends_the_others() -> None:
         run_jobs(job, 10_000_000, 3)
     assert len(done) < 10_000_000
     assert not probe_threads()
+
+
+def test_after_an_interrupt_at_any_line_no_job_is_at_work() -> None:
+    at_work: set[int] = set()
+
+    def job(worker: int, number: int) -> None:
+        at_work.add(worker)
+        time.sleep(0)  # others run
+        at_work.discard(worker)
+
+    for number in itertools.count():
+        try:
+            with Interrupter(number, "line") as interrupter:
+                run_jobs(job, 200, 3)
+        except Interrupt:
+            assert not probe_threads() and not at_work
+        if not interrupter.fired:
+            break
+    assert number > 20
 
 
 def test_works_run_side_by_side_and_their_results_keep_their_order() -> None:

@@ -220,7 +220,7 @@ def test_ctrl_c_in_the_terminal_ends_a_real_probe_with_nothing_left(tmp_path: Pa
             said += more
         probing.send_signal(signal.SIGINT)
         out, err = probing.communicate(timeout=300)
-    assert (probing.returncode, out) == (130, b"")
+    assert (probing.returncode, out) == (130, b""), err
     assert b"Traceback" not in err
     assert not (tmp_path / "cache").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layer_streamer.transport.tasks import run_all
+from layer_streamer.transport.tasks import run_all, start_thread
 
 SECONDS = 100.0
 
@@ -143,3 +144,41 @@ def test_an_interrupt_in_on_done_stops_the_rest(error: type[BaseException], at: 
         run_all([partial(task, i) for i in range(100)], 1, on_done=on_done)
     assert len(begun) <= at + 2
     assert begun[: at + 1] == list(range(at + 1))
+
+
+class Late(threading.Thread):
+    """One that the system runs late, and whose start is interrupted before that."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.gate = threading.Event()
+        started, wait = self._started, self._started.wait  # type: ignore[attr-defined]
+
+        def interrupted(timeout: float | None = None) -> bool:
+            started.wait = wait
+            threading.Timer(0.1, self.gate.set).start()
+            raise KeyboardInterrupt
+
+        started.wait = interrupted
+
+    def _bootstrap(self) -> None:
+        self.gate.wait(SECONDS)
+        super()._bootstrap()  # type: ignore[misc]
+
+
+def test_a_thread_whose_start_was_interrupted_can_be_joined() -> None:
+    late = Late()
+    with pytest.raises(KeyboardInterrupt):
+        start_thread(late)
+    late.join(SECONDS)  # RuntimeError of one that has not begun
+    assert not late.is_alive()
+
+
+def test_a_thread_that_was_never_made_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it was waited for"))
+    with pytest.raises(KeyboardInterrupt):
+        start_thread(threading.Thread())

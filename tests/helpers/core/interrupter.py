@@ -35,6 +35,9 @@ class Interrupter:
         return self._left
 
     def __enter__(self) -> Interrupter:
+        # Python 3.12.0 and 3.12.1 ask for bytecodes of what is called later only if a frame wants
+        # them by now.
+        sys._getframe().f_trace_opcodes = self._kind == "opcode"
         sys.settrace(self._call)
         return self
 
