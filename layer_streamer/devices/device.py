@@ -16,6 +16,8 @@ from ..machine.hostmem import available_host_bytes
 
 # Registering fails beyond some hundred GiB a call; segments of this size work everywhere.
 PIN_SEGMENT = 64 << 30
+NO_GUARD: AbstractContextManager[object] = nullcontext()
+"""May be entered again and again, also within itself."""
 
 
 class Event(Protocol):
@@ -160,7 +162,7 @@ class CpuDevice:
         return
 
     def guard(self) -> AbstractContextManager[object]:
-        return nullcontext()
+        return NO_GUARD
 
     def check_can_wait(self) -> None:
         return

@@ -67,9 +67,8 @@ class Caller:
         index = self._schedule.index(number)
         lane = self._lane(index)
         stream = lane.device.current_stream()
-        n = -1
-        if index in lane.orders.copied:
-            n = lane.orders.copied.before(number)
+        n = lane.orders.copied.find(number)
+        if n is not None:
             self._await(run, run.lanes[index % len(self._lanes)], n, number)
             if index in lane.residents.mapped:
                 # Its pages were there when they were populated; a look at missing ones kills.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
-from contextlib import nullcontext
 from itertools import cycle
 from typing import Any, NamedTuple, TypeAlias
 
+from ..devices.device import NO_GUARD
 from ..errors import StreamerError, SupersededError
 from ..progress import ProgressBar
 from ..transport.pipeline import Pipeline
@@ -52,7 +52,7 @@ def sweep(parts: Parts, owner: object, *, guarded: bool) -> Sweep:
         if parts.track_progress:
             bar = ProgressBar(total=length, unit="layer", leave=False)
         for index in range(length):
-            with devices[index % len(devices)].guard() if guarded else nullcontext():
+            with devices[index % len(devices)].guard() if guarded else NO_GUARD:
                 try:
                     taken = caller.take()
                 except StopIteration as error:

@@ -108,17 +108,18 @@ class Lane:
         for stage in self.stages:
             stage.start()
 
-    def weights_of(self, index: int, n: int, stream: Stream) -> Weights:
-        """The tensors of a step, which is the lane's ``n``-th; casts are enqueued on ``stream``."""
+    def weights_of(self, index: int, n: int | None, stream: Stream) -> Weights:
+        """The tensors of a step, the lane's ``n``-th in a slot; enqueues casts on ``stream``."""
         if self.residents.written:
             self.residents.restore(index)
         resident = self.residents.weights.get(index)
         if resident is not None:
             return resident
+        assert n is not None
         stored = self._stored(index, self.pool.slots[n % self.pool.count])
-        if self.scratch is None:
-            return stored
-        return self.scratch.cast(stored, self.orders.layouts[index], stream)
+        if self.scratch is not None:
+            return self.scratch.cast(stored, self.orders.layouts[index], stream)
+        return stored
 
     def release(self, index: int, number: int, stream: Stream) -> bool:
         """The caller's work on a step is enqueued; True if it has written to the step's tensors.
@@ -126,8 +127,9 @@ class Lane:
         ``number``: the step's in its run. May be interrupted anywhere, and called again.
         """
         written = False
-        if index in self.orders.copied:
-            slot = self.pool.slots[self.orders.copied.before(number) % self.pool.count]
+        n = self.orders.copied.find(number)
+        if n is not None:
+            slot = self.pool.slots[n % self.pool.count]
             layout = self.orders.layouts[index]
             slot.record_uses(stream)
             if self.scratch is not None:

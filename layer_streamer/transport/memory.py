@@ -193,11 +193,13 @@ class Watch:
     Ownership: the caller's thread. Every method may be interrupted anywhere, and called again.
     """
 
-    __slots__ = ("_known", "memory")
+    __slots__ = ("_known", "_only", "memory")
 
     def __init__(self, memories: Sequence[torch.Tensor]) -> None:
         with torch.inference_mode(False):
             self.memory = tuple(memory.data for memory in memories)
+        # A slot's: looked at in every layer, and twice as fast so.
+        self._only = self.memory[0] if len(self.memory) == 1 else None
         self._known = self._version()
 
     def written(self) -> bool:
@@ -213,7 +215,7 @@ class Watch:
         written = version > self._known
         # In this order: an interrupt in between must not make the next look see a write.
         self._known = version + len(self.memory)
-        increment_version(self.memory)
+        increment_version(self._only if self._only is not None else self.memory)
         return written
 
     def forget(self) -> None:
@@ -221,6 +223,8 @@ class Watch:
         self._known = self._version()
 
     def _version(self) -> int:
+        if self._only is not None:
+            return self._only._version
         return sum(map(_version_of, self.memory))
 
 

@@ -44,9 +44,10 @@ class Order:
         self._length = length
         parts = Counter(self.indices)
         self._before = list(accumulate((parts[index] for index in range(length)), initial=0))
+        self._first = [self._before[i] if parts[i] else None for i in range(length)]
 
     def __contains__(self, index: int) -> bool:
-        return self._before[index] < self._before[index + 1]
+        return self._first[index] is not None
 
     def number(self, n: int) -> int:
         """The step that is the stage's ``n``-th."""
@@ -60,6 +61,12 @@ class Order:
         """
         passes, index = divmod(number, self._length)
         return passes * self.count + self._before[index]
+
+    def find(self, number: int) -> int | None:
+        """The stage's own n of step ``number`` (of its first part); None: it has none with it."""
+        passes, index = divmod(number, self._length)
+        first = self._first[index]
+        return None if first is None else passes * self.count + first
 
 
 @dataclass(frozen=True, slots=True)
