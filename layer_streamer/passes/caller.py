@@ -72,8 +72,7 @@ class Caller:
             self._await(run, run.lanes[index % len(self._lanes)], n, number)
             if index in lane.residents.mapped:
                 # Its pages were there when they were populated; a look at missing ones kills.
-                layout = self._schedule.layouts[index]
-                self._pipeline.files.check_unchanged({read.path for read in layout.reads})
+                self._pipeline.files.check_unchanged(self._schedule.paths[index])
             slot = lane.pool.slots[n % lane.pool.count]
             slot.handed_on = stream
             self.order_after_copy(slot.ready, stream)

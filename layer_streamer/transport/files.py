@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from io import FileIO
 from itertools import count
 from pathlib import Path
@@ -32,6 +33,16 @@ class _Owner(FileIO):
         self.close()
 
 
+@dataclass(slots=True)
+class _Open:
+    """What is known of a file, in one place: it is looked up for every read."""
+
+    stamp: FileStamp
+    descriptor: int
+    ctime_ns: int
+    """As of the last look at its name."""
+
+
 class OpenFiles:
     """One read-only descriptor per file of a checkpoint, and one more for direct reads.
 
@@ -43,8 +54,7 @@ class OpenFiles:
     def __init__(self, stamps: Mapping[Path, FileStamp]) -> None:
         self._stamps = dict(stamps)
         self._changes_of_name = count()  # one step, whichever threads are at it
-        self._ctimes = {path: stamp.ctime_ns for path, stamp in stamps.items()}
-        self._descriptors: dict[Path, int] = {}
+        self._open: dict[Path, _Open] = {}
         self._direct: dict[Path, int] = {}
         self._owners: list[_Owner] = []
         self.reads_direct = False
@@ -67,7 +77,7 @@ class OpenFiles:
     def cached_share(self, extents: Iterable[tuple[Path, int, int]]) -> float:
         """About which part of some (path, offset, bytes) is in the page cache; 0 if unknown."""
         samples = [
-            (self._descriptors[path], offset + nbytes * i // SAMPLES)
+            (self._open[path].descriptor, offset + nbytes * i // SAMPLES)
             for path, offset, nbytes in extents
             for i in range(SAMPLES)
             if nbytes
@@ -82,20 +92,20 @@ class OpenFiles:
 
     def descriptor(self, path: Path) -> int:
         """The file descriptor of ``path``."""
-        return self._descriptors[path]
+        return self._open[path].descriptor
 
     def check_unchanged(self, paths: Iterable[Path] | None = None) -> None:
         """CheckpointChangedError if a file (None: any) differs from when its header was read."""
         for path in self._stamps if paths is None else paths:
-            descriptor = self._descriptors.get(path)
-            if descriptor is None:
+            file = self._open.get(path)
+            if file is None:
                 raise ClosedError("the streamer is closed")
-            stamp, info = self._stamps[path], os.fstat(descriptor)
+            stamp, info = file.stamp, os.fstat(file.descriptor)
             if (info.st_size, info.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
                 change = stamp.change(info.st_size, info.st_mtime_ns)
                 raise CheckpointChangedError(f"{path}: changed since it was opened: {change}")
-            if info.st_ctime_ns != self._ctimes[path]:
-                self._look_at_name(path, info)
+            if info.st_ctime_ns != file.ctime_ns:
+                self._look_at_name(path, file, info)
 
     def read_into(
         self, path: Path, view: memoryview, offset: int, wanted: int | None = None
@@ -107,7 +117,7 @@ class OpenFiles:
         end of the file.
         """
         wanted = len(view) if wanted is None else wanted
-        direct = self._direct.get(path)
+        direct = self._direct.get(path) if self._direct else None
         if direct is not None and not (offset | len(view)) % PAGE:
             try:
                 read_direct(direct, view, offset, wanted, path)
@@ -117,20 +127,20 @@ class OpenFiles:
                     raise _read_error(path, wanted, offset, error) from error
                 self._refuse_direct(path, error)
         try:
-            read_exactly(self._descriptors[path], view[:wanted], offset, path)
+            read_exactly(self._open[path].descriptor, view[:wanted], offset, path)
         except OSError as error:
             raise _read_error(path, wanted, offset, error) from error
 
     def close(self) -> None:
         """Close every descriptor. Idempotent; two threads may at once."""
-        for opened in (self._direct, self._descriptors):
-            opened.clear()
+        self._direct.clear()
+        self._open.clear()
         for owner in self._owners:
             owner.close()
 
     def _open_all(self) -> None:
-        for path in self._stamps:
-            self._descriptors[path] = self._own(_open(path), path)
+        for path, stamp in self._stamps.items():
+            self._open[path] = _Open(stamp, self._own(_open(path), path), stamp.ctime_ns)
 
     def _own(self, descriptor: int, path: Path) -> int:
         try:
@@ -144,11 +154,11 @@ class OpenFiles:
         for path in self._stamps:
             self._open_direct(path)
 
-    def _look_at_name(self, path: Path, info: os.stat_result) -> None:
+    def _look_at_name(self, path: Path, file: _Open, info: os.stat_result) -> None:
         """The file's time of change moved, and nothing else: a notice if its name is still its own,
         or nobody's; CheckpointChangedError if a file of other bytes lies there."""
         there = self._other_file(path)
-        if there is not None and self._stamps[path].change(there.st_size, there.st_mtime_ns):
+        if there is not None and file.stamp.change(there.st_size, there.st_mtime_ns):
             raise _renamed(path)
         if next(self._changes_of_name) == 0:
             logger.warning(
@@ -156,7 +166,7 @@ class OpenFiles:
                 "size or time of modification: reading on",
                 printable(str(path)),
             )
-        self._ctimes[path] = info.st_ctime_ns
+        file.ctime_ns = info.st_ctime_ns
 
     def _other_file(self, path: Path) -> os.stat_result | None:
         """What lies under the name of an open file, if it is another file by now."""
@@ -164,7 +174,7 @@ class OpenFiles:
             there = path.stat()
         except OSError:
             return None  # moved away, or removed: what is open goes on
-        same = os.path.samestat(there, os.fstat(self._descriptors[path]))
+        same = os.path.samestat(there, os.fstat(self._open[path].descriptor))
         return None if same else there
 
     def _open_direct(self, path: Path) -> None:
@@ -178,7 +188,7 @@ class OpenFiles:
             self._say_refused(path, error)
             return
         # A link on the way may lead elsewhere by now, which the first descriptor does not show.
-        if not os.path.sameopenfile(descriptor, self._descriptors[path]):
+        if not os.path.sameopenfile(descriptor, self._open[path].descriptor):
             raise _renamed(path)
         self._direct[path] = descriptor
 

@@ -150,10 +150,8 @@ class Reader:
     def _check_files(self, run: Run, number: int) -> None:
         if run.aborted or self._control.closing or number in run.failures:
             return
-        index = self._schedule.index(number)
         try:
-            paths = {read.path for read in self._schedule.layouts[index].reads}
-            self._files.check_unchanged(paths)
+            self._files.check_unchanged(self._schedule.paths[self._schedule.index(number)])
         except BaseException as error:
             run.fail(number, error)
 

@@ -103,6 +103,8 @@ class Schedule:
     ) -> None:
         self.steps = tuple(steps)
         self.layouts = tuple(layouts)
+        self.paths = [tuple({read.path for read in layout.reads}) for layout in self.layouts]
+        """The files that each step is read from."""
         self.length = len(self.steps)
         # The pass reported last, the one that runs, and all that prefetch may have reached.
         count = 2 + passes_ahead

@@ -35,15 +35,17 @@ def start_thread(thread: threading.Thread) -> None:
             "container: ulimit -u, pids.max); raise it, or pass fewer read_threads"
         ) from error
     except BaseException:
-        deadline = time.monotonic() + BEGIN_SECONDS
-        while _is_to_begin(thread) and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS)
+        _wait_until_begun(thread)
         raise
 
 
-def _is_to_begin(thread: threading.Thread) -> bool:
-    """True while Python knows of it and the system has yet to run it."""
-    return not thread.is_alive() and thread in threading.enumerate()
+def _wait_until_begun(thread: threading.Thread) -> None:
+    """Wait while Python knows of it and the system has yet to run it."""
+    deadline = time.monotonic() + BEGIN_SECONDS
+    while not thread.is_alive() and thread in threading.enumerate():
+        if time.monotonic() > deadline:
+            return
+        time.sleep(LOOK_SECONDS)
 
 
 def join_all(threads: Iterable[threading.Thread], seconds: float) -> list[str]:
