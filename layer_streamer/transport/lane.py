@@ -15,11 +15,10 @@ from ..planning.settings import Settings
 from .copier import Copier, Memcpy
 from .files import OpenFiles
 from .memory import HostArena, allocate, device_slots
-from .pieces import RingCutter, SlotCutter, SlotJobs
+from .parts import Cutter, Parts
 from .pool import DevicePool, DeviceSlot, HostPool, Scratch
 from .reader import Feeder, Reader
 from .residents import Residents
-from .ring import Parts, Ring, RingJobs, RingTarget
 from .schedule import Order, Orders, Schedule
 from .stage import Bell, Control, LaneRun, Progress, Run, Stage
 from .target import DeviceTarget, Target, UnifiedTarget
@@ -52,12 +51,12 @@ class Lane:
         read = [i for i in passes if i not in residents.weights and i not in residents.sources]
         copied = Order(passes, len(layouts))
         in_slots = passes if device.unified else read
-        self.parts: Parts | None = None
-        if settings.through_ring and not device.unified:
-            aligned = settings.read_mode == "direct"
-            self.parts = Parts(layouts, read, RingCutter(slots.host.nbytes, aligned=aligned))
-        order = Order(in_slots, len(layouts)) if self.parts is None else self.parts.order
-        self.orders = Orders(tuple(layouts), copied, order)
+        self.through_ring = settings.through_ring and not device.unified
+        room = slots.host.nbytes if self.through_ring else None
+        chunk = room or settings.chunk_nbytes  # a ring's part is one job
+        cutter = Cutter(room, chunk, aligned=settings.read_mode == "direct")
+        self.parts = Parts(layouts, in_slots, cutter)
+        self.orders = Orders(tuple(layouts), copied, self.parts.order)
         self.host_pools: list[HostPool] = []
         self.scratch: Scratch | None = None
         self.stages: list[Stage] = []
@@ -184,7 +183,7 @@ class Lane:
             self._add_host_pool("device", count, nbytes)
             memories = self.host_pools[0].arena.slots
         elif through:
-            if read and self.parts is not None:
+            if read and self.through_ring:
                 self._add_host_pool("ring", slots.host.count, slots.host.nbytes)
             elif read:
                 if pageable:
@@ -200,8 +199,7 @@ class Lane:
         pinned = name in ("pinned", "ring")
         threads = self.settings.num_readers
         arena = HostArena([slot_nbytes] * count, self.device, pinned=pinned, threads=threads)
-        kind = Ring if name == "ring" else HostPool
-        self.host_pools.append(kind(name, arena, self.device))
+        self.host_pools.append(HostPool(name, arena, self.device))
 
     def wire(
         self,
@@ -239,27 +237,19 @@ class Lane:
         self, lane_idx: int, schedule: Schedule, files: OpenFiles, control: Control
     ) -> Feeder:
         order, pools = self.orders.read, self.host_pools
-        self.reader = Reader(schedule, order, files, control, pools[0].count)
+        slots = pools[0].arena.bytes
+        self.reader = Reader(control, schedule, self.parts, files, slots, self.residents)
         if len(pools) == 2:
             self.memcpy = Memcpy(control, lane_idx, schedule, order, *pools)
             self.memcpy.num_emptied = num_enqueued
-        feeder = Feeder(control, lane_idx, schedule, order, self.reader, pools[0])
-        slots, faults = pools[0].arena.bytes, self.residents.jobs
-        if self.parts is None:
-            cutter = SlotCutter(self.settings.chunk_nbytes, aligned=files.reads_direct)
-            feeder.jobs = SlotJobs(self.orders.layouts, slots, cutter, faults).jobs
-        else:
-            feeder.jobs = RingJobs(self.parts, slots).jobs
-        return feeder
+        return Feeder(control, lane_idx, schedule, self.parts, self.reader, pools[0])
 
     def _target(self) -> Target:
         if self.device.unified:
             return UnifiedTarget(self.orders, self.host_pools[0])
         source = self.host_pools[-1] if self.host_pools else None
-        what = (self.orders, self.residents.sources, source, self.pool, self.device)
-        if self.parts is not None and isinstance(source, Ring):
-            return RingTarget(self.parts, source, *what)
-        return DeviceTarget(*what)
+        sources = self.residents.sources
+        return DeviceTarget(self.orders, self.parts, sources, source, self.pool, self.device)
 
     def _num_emptied(self) -> Callable[[LaneRun], int]:
         """Steps that have been taken out of the pool that the readers fill."""

@@ -15,11 +15,10 @@ import mmap
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from ..machine.libc import populate
 from ..planning.layout import PAGE, Copy, Layout, Read, Step, View
 from .files import OpenFiles
 from .memory import PageLocks, Watch, view_tensor
+from .parts import Extent
 from .pool import Source, cut_source
 from .tasks import run_all
 from .weights import Weights
@@ -125,15 +125,24 @@ class MappedFiles:
     def _region_of(self, spec: TensorSpec) -> Region:
         return self.find(spec.path, spec.offset)
 
-    def restore(self, reads: Iterable[Read], jobs: Sequence[Sequence[MappedPiece]]) -> None:
+    def fault_in(self, extent: Extent | Read) -> None:
+        """Before a look at these bytes. ReadError; CheckpointChangedError where a look would kill.
+
+        Any thread.
+        """
+        region = self.find(extent.path, extent.offset)
+        place = extent.offset - region.offset
+        start = place // PAGE * PAGE
+        populate_range(self._files, region, start, place + extent.nbytes - start)
+
+    def restore(self, reads: Iterable[Read]) -> None:
         """Have the (private) pages that hold these reads be the file's again, faulted in."""
         for read in reads:
             region = self.find(read.path, read.offset)
             start = (read.offset - region.offset) // PAGE * PAGE
             nbytes = read.offset - region.offset + read.nbytes - start
             region.mapping.madvise(mmap.MADV_DONTNEED, start, nbytes)
-        for piece in chain.from_iterable(jobs):
-            piece.make_ready(self._files)
+            self.fault_in(read)
 
     def source(self, layout: Layout, segment: int) -> Source:
         """Where a step's bytes lie, as they are copied; pages are pinned in segments."""
@@ -192,22 +201,6 @@ class MappedFiles:
         return nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class MappedPiece:
-    """Bytes of a mapped file that are faulted in before they are looked at."""
-
-    path: Path
-    offset: int
-    wanted: int
-    region: Region
-
-    def make_ready(self, files: OpenFiles) -> None:
-        """Raises ReadError; CheckpointChangedError where a look would kill the process."""
-        start = (self.offset - self.region.offset) // PAGE * PAGE
-        end = self.offset - self.region.offset + self.wanted
-        populate_range(files, self.region, start, end - start)
-
-
 def populate_range(files: OpenFiles, region: Region, start: int, nbytes: int) -> None:
     """Fault in ``nbytes`` from byte ``start`` of a region, a multiple of a page.
 
@@ -222,20 +215,6 @@ def populate_range(files: OpenFiles, region: Region, start: int, nbytes: int) ->
         files.check_unchanged([region.path])
         place = f"{region.path}: {nbytes} mapped bytes at offset {region.offset + start}"
         raise ReadError(f"{place} cannot be read: {error.strerror or error}") from error
-
-
-def cut_mapped_jobs(
-    reads: Sequence[Read], mapped: MappedFiles, chunk: int
-) -> list[list[MappedPiece]]:
-    """The jobs that fault a step's bytes in, of at most ``chunk`` bytes each."""
-    jobs = []
-    for read in reads:
-        for done in range(0, read.nbytes, chunk):
-            offset = read.offset + done
-            region = mapped.find(read.path, offset)
-            wanted = min(chunk, read.nbytes - done)
-            jobs.append([MappedPiece(read.path, offset, wanted, region)])
-    return jobs
 
 
 def merge_ranges(reads: Iterable[Read]) -> list[tuple[Path, int, int]]:

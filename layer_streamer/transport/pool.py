@@ -14,7 +14,9 @@ import torch
 
 from ..devices.device import Device, Stream
 from ..planning.layout import Copy, Layout, View
+from .clock import PassClock
 from .memory import HostArena, Watch, view_tensor
+from .parts import Part
 from .weights import Weights
 
 
@@ -65,9 +67,13 @@ def view_all(memory: torch.Tensor, views: Iterable[View]) -> Weights:
 class HostPool:
     """Host slots: filled by reads or memcpy, emptied by memcpy or by the device's copies.
 
-    Ownership: :meth:`copy_enqueued` is called by the thread that copies out of a slot, before it
-    counts the step as done; :meth:`wait_reusable` by the thread that fills it, after it has seen
-    that count. Between runs the feeder's barrier orders the two.
+    A slot holds a whole step, or, in a ring, a part of one. A ring is small enough to stay in the
+    CPU's cache: a part is on its way to the device before it has gone to memory. Where a read is
+    itself a copy (out of the page cache, or by a hypervisor), it is faster, too.
+
+    Ownership: :meth:`copy_begins` and :meth:`copy_enqueued` are called by the thread that copies
+    out of a slot, before it counts the part as done; :meth:`wait_reusable` by the thread that fills
+    it, after it has seen that count. Between runs the feeder's barrier orders the two.
     """
 
     def __init__(self, name: str, arena: HostArena, device: Device) -> None:
@@ -75,20 +81,34 @@ class HostPool:
         self.arena = arena
         self.count = len(arena.slots)
         self._segment = device.pin_segment
+        self._begun = [device.new_event() for _ in range(self.count)]
         self._copied = [device.new_event() for _ in range(self.count)]
         self._in_flight = [False] * self.count
+        self._timed: list[tuple[PassClock, int, int] | None] = [None] * self.count
         self._sources: dict[tuple[int, int], Source] = {}
 
-    def source(self, slot: int, copies: tuple[Copy, ...]) -> Source:
-        """What is copied out of a slot; built once, then kept. From the copier's thread."""
+    def source(self, slot: int, part: Part) -> Source:
+        """What is copied out of a slot; that of whole steps is kept. From the copier's thread."""
+        copies = part.copies
         source = self._sources.get((slot, id(copies)))
         if source is None:
             base = self.arena.offsets[slot]
             source = cut_source(
                 self.arena.memory, base, copies, self._segment, pinned=self.arena.pinned
             )
-            self._sources[slot, id(copies)] = source
+            if part.whole:
+                self._sources[slot, id(copies)] = source
         return source
+
+    def copy_begins(
+        self, slot: int, nbytes: int, index: int, clock: PassClock, stream: Stream
+    ) -> None:
+        """Copies of ``nbytes`` out of a slot follow, a part of step ``index`` of the clock's pass.
+
+        They are timed by themselves, since those of one step lie far apart.
+        """
+        self._begun[slot].record(stream)
+        self._timed[slot] = (clock, index, nbytes)
 
     def copy_enqueued(self, slot: int, stream: Stream) -> None:
         """Device work that reads the slot has been enqueued on ``stream``."""
@@ -100,6 +120,11 @@ class HostPool:
         if self._in_flight[slot]:
             self._copied[slot].synchronize()
             self._in_flight[slot] = False
+        timed, self._timed[slot] = self._timed[slot], None
+        if timed is not None:
+            clock, index, nbytes = timed
+            seconds = self._begun[slot].elapsed_time(self._copied[slot]) / 1e3
+            clock.add_copy(index, nbytes, seconds)
 
     def wait_all(self) -> None:
         """Block until no slot is read by the device."""
@@ -146,11 +171,13 @@ class DeviceSlot:
         for event in self._uses[: self._num_uses]:
             event.synchronize()
 
-    def parts(self, copies: tuple[Copy, ...]) -> tuple[torch.Tensor, ...]:
-        """Where each copy goes; built once, then kept. From the copier's thread."""
+    def parts(self, copies: tuple[Copy, ...], *, kept: bool) -> tuple[torch.Tensor, ...]:
+        """Where each copy goes; built once, if that is ``kept``. From the copier's thread."""
         parts = self._parts_by_id.get(id(copies))
         if parts is None:
             extents = tuple((copy.dst, copy.nbytes) for copy in copies)
+            if not kept:
+                return cut_parts(self.memory, extents)
             # Layers of one shape lie at different phases of the file, but go to the same places.
             parts = self._parts.get(extents)
             if parts is None:

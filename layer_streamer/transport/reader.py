@@ -1,7 +1,7 @@
 """Disk to host: a pool of reader threads, and the feeder that keeps them supplied.
 
-Readers take pieces of (file, offset, destination) from one queue that crosses layer boundaries, so
-that the disk never sees the end of a layer.
+Readers take jobs from one queue that crosses layer boundaries, so that the disk never sees the end
+of a layer.
 """
 
 from __future__ import annotations
@@ -14,45 +14,57 @@ from queue import SimpleQueue
 
 from ..errors import StreamerError
 from .files import OpenFiles
-from .pieces import Piece
+from .parts import Extent, Part, Parts, read_extent
 from .pool import HostPool
-from .schedule import Order, Schedule
+from .residents import Residents
+from .schedule import Schedule
 from .stage import Bell, Control, LaneRun, Run, Stage
 
 
 @dataclass(slots=True)
 class Job:
-    """What one reader thread does at a stretch: up to a chunk of one step's bytes."""
+    """What one reader thread does at a stretch: up to a chunk of a part's bytes."""
 
     lane_run: LaneRun
-    n: int
+    k: int
     number: int
+    """The step's, in its run."""
     first: bool
-    pieces: Sequence[Piece]
+    """Of the step."""
+    extents: Sequence[Extent]
 
 
 class Reader:
-    """Threads that fill host slots and count finished steps, in order.
+    """Threads that fill host slots and count the parts that are there, in order.
 
     Ownership: ``_lock`` guards everything below it; ``_submitted`` is written by the feeder alone.
-    Guarantees: every submitted job is finished, as an error if need be; a step counts as read when
+    Guarantees: every submitted job is finished, as an error if need be; a part counts as read when
     all its bytes are in the slot and its files are what they were when the checkpoint was opened.
     """
 
     def __init__(
-        self, schedule: Schedule, order: Order, files: OpenFiles, control: Control, slots: int
+        self,
+        control: Control,
+        schedule: Schedule,
+        parts: Parts,
+        files: OpenFiles,
+        slots: Sequence[memoryview],
+        residents: Residents,
     ) -> None:
+        """``residents``: steps that lie in a mapped file are faulted in there instead."""
         self.filled_bell = Bell()
         self.drained_bell = Bell()
         self._schedule = schedule
-        self._order = order
+        self._order = parts.order
         self._files = files
         self._control = control
+        self._slots = slots
+        self._residents = residents
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self._submitted = 0
         self._lock = threading.Lock()
         self._finished = 0
-        self._pending = [0] * slots
+        self._pending = [0] * len(slots)
         self._filled: set[int] = set()
         self._num_threads = 0
 
@@ -72,32 +84,36 @@ class Reader:
         """True if every submitted job is finished."""
         return self._finished == self._submitted
 
-    def submit(self, lane_run: LaneRun, n: int, jobs: Sequence[Sequence[Piece]]) -> None:
-        """Queue the reads of the lane's ``n``-th step from disk; its slot is free."""
-        number = self._order.number(n)
-        begins = self._order.before(number) == n
-        if not jobs:
+    def submit(self, lane_run: LaneRun, k: int, part: Part | None) -> None:
+        """Queue the reads of the lane's ``k``-th part from disk; its slot is free. None: it failed.
+
+        A job is made as it is queued, and gone when it is done.
+        """
+        number = self._order.number(k)
+        begins = self._order.before(number) == k
+        count = 0 if part is None else part.num_jobs
+        if part is None or not count:
             if begins:
                 clock = self._schedule.clock(lane_run.run, number)
                 clock.read_begin[self._schedule.index(number)] = time.perf_counter()
-            self._complete(lane_run, n, number)
+            self._complete(lane_run, k, number)
             return
-        self._pending[n % len(self._pending)] = len(jobs)
-        self._submitted += len(jobs)
-        for i, pieces in enumerate(jobs):
-            self._queue.put(Job(lane_run, n, number, begins and i == 0, pieces))
+        self._pending[k % len(self._pending)] = count
+        self._submitted += count
+        for j in range(count):
+            self._queue.put(Job(lane_run, k, number, begins and j == 0, part.job(j)))
 
     def stop(self) -> None:
         """Have the threads end after what they are at. Never blocks."""
         for _ in range(self._num_threads):
             self._queue.put(None)
 
-    def _complete(self, lane_run: LaneRun, n: int, number: int) -> None:
-        """All of a step's reads have ended, well or not: count it once those before it are."""
+    def _complete(self, lane_run: LaneRun, k: int, number: int) -> None:
+        """All of a part's reads have ended, well or not: count it once those before it are."""
         clock = self._schedule.clock(lane_run.run, number)
         clock.read_end[self._schedule.index(number)] = time.perf_counter()
         with self._lock:
-            self._filled.add(n)
+            self._filled.add(k)
             while True:
                 if lane_run.read.done not in self._filled:
                     break
@@ -126,12 +142,12 @@ class Reader:
             except BaseException as error:
                 run.fail(number, error)
         with self._lock:
-            slot = job.n % len(self._pending)
+            slot = job.k % len(self._pending)
             self._pending[slot] -= 1
             last = self._pending[slot] == 0
         if last:
             self._check_files(run, number)
-            self._complete(job.lane_run, job.n, number)
+            self._complete(job.lane_run, job.k, number)
         with self._lock:
             self._finished += 1
         if run.aborted:
@@ -141,11 +157,16 @@ class Reader:
         index = self._schedule.index(job.number)
         if job.first:
             self._schedule.clock(run, job.number).read_begin[index] = time.perf_counter()
-        for piece in job.pieces:
+        mapped = index in self._residents.mapped
+        slot = self._slots[job.k % len(self._slots)]
+        for extent in job.extents:
             try:
-                piece.make_ready(self._files)
+                if mapped:
+                    self._residents.fault_in(extent)
+                else:
+                    read_extent(self._files, extent, slot)
             except StreamerError as error:
-                raise type(error)(f"{self._describe(index, piece)}: {error}") from error
+                raise type(error)(f"{self._describe(index, extent)}: {error}") from error
 
     def _check_files(self, run: Run, number: int) -> None:
         if run.aborted or self._control.closing or number in run.failures:
@@ -155,19 +176,19 @@ class Reader:
         except BaseException as error:
             run.fail(number, error)
 
-    def _describe(self, index: int, piece: Piece) -> str:
-        """The layer, and the first tensor that has bytes in the piece."""
+    def _describe(self, index: int, extent: Extent) -> str:
+        """The layer, and the first tensor that has bytes in the extent."""
         step = self._schedule.steps[index]
-        end = piece.offset + piece.wanted
+        end = extent.offset + extent.wanted
         for spec in sorted(step.tensors.values(), key=lambda spec: spec.offset):
-            inside = spec.offset < end and piece.offset < spec.offset + spec.nbytes
-            if spec.path == piece.path and inside:
+            inside = spec.offset < end and extent.offset < spec.offset + spec.nbytes
+            if spec.path == extent.path and inside:
                 return f"layer {step.layer_idx}, tensor {spec.name!r}"
         return f"layer {step.layer_idx}"
 
 
 class Feeder(Stage):
-    """The first stage: hands the reads of step after step to the readers, as slots come free.
+    """The first stage: hands the reads of part after part to the readers, as slots come free.
 
     It is also the barrier between runs: it starts one only when every other stage of the lane has
     left the earlier ones and no read of theirs is in flight.
@@ -178,18 +199,16 @@ class Feeder(Stage):
         control: Control,
         lane_idx: int,
         schedule: Schedule,
-        order: Order,
+        parts: Parts,
         reader: Reader,
         pool: HostPool,
     ) -> None:
         super().__init__("layer-streamer-feed", control, lane_idx)
         self.others: Sequence[Stage] = ()
         self.num_emptied: Callable[[LaneRun], int] = lambda lane_run: 0
-        """How many of the lane's steps from disk have been taken out of the pool."""
-        self.jobs: Callable[[int, int, int], Sequence[Sequence[Piece]]] = lambda n, index, slot: []
-        """The reads that bring the lane's ``n``-th step or part, of step ``index``, into a slot."""
+        """How many of the lane's parts from disk have been taken out of the pool."""
         self._schedule = schedule
-        self._order = order
+        self._parts = parts
         self._reader = reader
         self._pool = pool
 
@@ -198,25 +217,23 @@ class Feeder(Stage):
         if not self.await_true(run, lambda: self._earlier_runs_left(run)):
             return
         self._reader.begin_run()
-        n = 0
-        while self.await_slot(lane_run, n):
-            number = self._order.number(n)
-            slot = n % self._pool.count
+        k, order = 0, self._parts.order
+        while self.await_slot(lane_run, k):
+            number, part = order.number(k), None
             try:
-                self.wait_reusable(slot)
-                in_use = n + 1 - self.num_emptied(lane_run)
-                self._schedule.note_peak(run, number, self._order, self._pool.name, in_use)
-                jobs = self.jobs(n, self._schedule.index(number), slot)
+                self.wait_reusable(k % self._pool.count)
+                in_use = k + 1 - self.num_emptied(lane_run)
+                self._schedule.note_peak(run, number, order, self._pool.name, in_use)
+                part = self._parts[k]
             except BaseException as error:
                 run.fail(number, error)
-                jobs = []
-            self._reader.submit(lane_run, n, jobs)
-            n += 1
+            self._reader.submit(lane_run, k, part)
+            k += 1
 
-    def await_slot(self, lane_run: LaneRun, n: int) -> bool:
-        """Wait until the step that had this slot before has been taken out of it."""
+    def await_slot(self, lane_run: LaneRun, k: int) -> bool:
+        """Wait until the part that had this slot before has been taken out of it."""
         count = self._pool.count
-        return self.await_true(lane_run.run, lambda: self.num_emptied(lane_run) > n - count)
+        return self.await_true(lane_run.run, lambda: self.num_emptied(lane_run) > k - count)
 
     def wait_reusable(self, slot: int) -> None:
         """Block until the device has read what it was to copy from the slot."""

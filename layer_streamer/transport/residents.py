@@ -19,9 +19,9 @@ from ..devices.device import Device, Event, Stream
 from ..errors import StreamerError
 from ..planning.layout import PAGE, Layout, Step, align_up, lay_out_resident
 from .files import OpenFiles
-from .mapped import MappedFiles, MappedPiece, cut_mapped_jobs
+from .mapped import MappedFiles
 from .memory import HostArena, Watch, allocate
-from .pieces import Piece, SlotCutter
+from .parts import Cutter, Extent, read_extent
 from .pool import Source, cut_parts, cut_source, view_all
 from .tasks import run_all
 from .weights import Weights
@@ -43,8 +43,8 @@ class Residents:
     """In host memory, as they are copied."""
     mapped: dict[int, Weights] = field(default_factory=dict)
     """Over the pages of a mapped file, as stored; faulted in anew for every pass (CPU)."""
-    jobs: dict[int, Sequence[Sequence[MappedPiece]]] = field(default_factory=dict)
-    """What faults the mapped ones in."""
+    fault_in: Callable[[Extent], None] = lambda extent: None
+    """Brings bytes of the mapped ones into memory. Any thread."""
     watches: dict[int, Watch] = field(default_factory=dict)
     """Over the memory that is handed out, on the device or mapped."""
     reload: dict[int, Callable[[], None]] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Residents:
 
     def view_mapped(self, other: Residents) -> None:
         """Hand out the mapped steps of ``other``, which owns them."""
-        self.mapped, self.jobs = other.mapped, other.jobs
+        self.mapped, self.fault_in = other.mapped, other.fault_in
         for i in other.mapped:
             self.watches[i], self.reload[i] = other.watches[i], other.reload[i]
 
@@ -143,16 +143,12 @@ class Loader:
 
     def load_host(self, into: Residents, layouts: Mapping[int, Layout], device: Device) -> None:
         """Read steps into an arena of exactly their size, pinned if the device can."""
-        arena = HostArena(
-            [layout.host_nbytes for layout in layouts.values()],
-            device,
-            pinned=True,
-            threads=self._threads,
-        )
+        sizes = [layout.host_nbytes for layout in layouts.values()]
+        arena = HostArena(sizes, device, pinned=True, threads=self._threads)
         into.owners.append(arena)
         into.host_nbytes += arena.nbytes
         into.pinned_nbytes += arena.nbytes if arena.pinned else 0
-        cutter = SlotCutter(self._chunk, aligned=self._files.reads_direct)
+        cutter = Cutter(None, self._chunk, aligned=self._files.reads_direct)
         tasks: list[Callable[[], int]] = []
         for (i, layout), slot, base in zip(
             layouts.items(), arena.bytes, arena.offsets, strict=True
@@ -160,7 +156,8 @@ class Loader:
             into.sources[i] = cut_source(
                 arena.memory, base, layout.copies, device.pin_segment, pinned=arena.pinned
             )
-            tasks += [partial(self._read_all, pieces) for pieces in cutter.cut(layout.reads, slot)]
+            (part,) = cutter.cut(layout)
+            tasks += [partial(self._read_all, part.job(j), slot) for j in range(part.num_jobs)]
         self._run(tasks, lambda: None)
 
     def map_host(self, into: Residents, layouts: Mapping[int, Layout], device: Device) -> bool:
@@ -196,8 +193,8 @@ class Loader:
         into.owners.append(mapped)
         for i, step in steps.items():
             into.mapped[i], into.watches[i] = mapped.view(step)
-            into.jobs[i] = cut_mapped_jobs(layouts[i].reads, mapped, self._chunk)
-            into.reload[i] = partial(mapped.restore, layouts[i].reads, into.jobs[i])
+            into.reload[i] = partial(mapped.restore, layouts[i].reads)
+        into.fault_in = mapped.fault_in
         return True
 
     def _map(self, layouts: Mapping[int, Layout], *, private: bool) -> MappedFiles:
@@ -208,10 +205,10 @@ class Loader:
         run_all(tasks, self._threads, on_start=on_start, on_done=self._on_loaded)
         self._files.check_unchanged()
 
-    def _read_all(self, pieces: Sequence[Piece]) -> int:
-        for piece in pieces:
-            piece.make_ready(self._files)
-        return sum(piece.wanted for piece in pieces)
+    def _read_all(self, extents: Sequence[Extent], slot: memoryview) -> int:
+        for extent in extents:
+            read_extent(self._files, extent, slot)
+        return sum(extent.wanted for extent in extents)
 
     def _cut_tensor(
         self, spec: TensorSpec, tensor: torch.Tensor, bounces: _Bounces

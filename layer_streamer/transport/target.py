@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ..devices.device import Device, Stream
 from .clock import PassClock
+from .parts import Parts
 from .pool import DevicePool, DeviceSlot, HostPool, Source
 from .schedule import Orders
 from .stage import LaneRun, Stage
@@ -23,7 +24,7 @@ class Target(Protocol):
     def order_slot(self, n: int, stream: Stream) -> None: ...
 
     def enqueue_read(self, n: int, k: int, index: int, clock: PassClock, stream: Stream) -> None:
-        """Enqueue the copies of the lane's ``k``-th step (or part) from disk, of step ``index``."""
+        """Enqueue the copies of the lane's ``k``-th part from disk, of step ``index``."""
 
     def enqueue(self, n: int, index: int, stream: Stream) -> None:
         """Enqueue the copies of a step that comes from no disk."""
@@ -35,12 +36,14 @@ class DeviceTarget:
     def __init__(
         self,
         orders: Orders,
+        parts: Parts,
         sources: Mapping[int, Source],
         host_pool: HostPool | None,
         pool: DevicePool,
         device: Device,
     ) -> None:
         self._orders = orders
+        self._parts = parts
         self._sources = sources
         self._host_pool = host_pool
         self._pool = pool
@@ -60,21 +63,25 @@ class DeviceTarget:
         self._pool.slots[n % self._pool.count].order_after_uses(stream)
 
     def enqueue_read(self, n: int, k: int, index: int, clock: PassClock, stream: Stream) -> None:
-        """Enqueue a step's copies; the host slot they come from is in use until they have run."""
+        """Enqueue a part's copies; the host slot they come from is in use until they have run."""
         assert self._host_pool is not None
-        slot = k % self._host_pool.count
-        source = self._host_pool.source(slot, self._orders.layouts[index].copies)
+        part, slot = self._parts[k], k % self._host_pool.count
+        if not part.whole:
+            self._host_pool.copy_begins(slot, part.copy_nbytes, index, clock, stream)
         try:
-            self._copy(source, self._pool.slots[n % self._pool.count], stream)
+            source = self._host_pool.source(slot, part)
+            target = self._pool.slots[n % self._pool.count]
+            self._copy(source, target, stream, kept=part.whole)
         finally:
             self._host_pool.copy_enqueued(slot, stream)
 
     def enqueue(self, n: int, index: int, stream: Stream) -> None:
         if index in self._sources:
-            self._copy(self._sources[index], self._pool.slots[n % self._pool.count], stream)
+            target = self._pool.slots[n % self._pool.count]
+            self._copy(self._sources[index], target, stream, kept=True)
 
-    def _copy(self, source: Source, target: DeviceSlot, stream: Stream) -> None:
-        for dst, src in zip(target.parts(source.copies), source.parts, strict=True):
+    def _copy(self, source: Source, target: DeviceSlot, stream: Stream, *, kept: bool) -> None:
+        for dst, src in zip(target.parts(source.copies, kept=kept), source.parts, strict=True):
             if source.pinned:
                 self._device.copy_pinned(dst, src, stream)
             else:

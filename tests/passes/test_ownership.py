@@ -28,11 +28,10 @@ from routes import (
     open_route,
     route_params,
 )
-from support import FailingDisk, footprint, in_thread, open_checkpoint
+from support import FailingDisk, footprint, open_checkpoint
 
 from layer_streamer import LayerStreamer, ReadError, StreamerError
 from layer_streamer.transport import pipeline as transport_pipeline
-from layer_streamer.transport.pieces import MAX_KEPT
 
 HANG_SECONDS = 10.0
 SAMPLES = 12
@@ -385,16 +384,3 @@ def test_a_streamer_that_one_of_its_own_threads_collects_closes_all_the_same(
         assert trap.done.is_set()
         gc.collect()
         assert gone() is None
-
-
-def test_jobs_that_are_kept_do_not_grow_beyond_their_bound(tmp_path: Path, tensors: Any) -> None:
-    options: dict[str, Any] = {"read_chunk": 4096, "read_mode": "buffered", "n_cpu_pinned": 1}
-    with open_checkpoint(None, tmp_path, **options) as streamer:
-        lane = streamer._parts.pipeline.lanes[0]
-        jobs = lane.stages[0].jobs.__self__
-        room = jobs._room = 20
-        for _ in range(2 * lane.host_pools[0].count):
-            streamer.run_pass(None, nothing)
-        kept = sum(len(job) for some in jobs._jobs.values() for job in some)
-        assert 0 < kept <= room < MAX_KEPT
-        assert in_thread(streamer.close) is None

@@ -22,7 +22,7 @@ from layer_streamer.planning.layout import (
     lay_out,
     split_rows,
 )
-from layer_streamer.transport.pieces import SlotCutter
+from layer_streamer.transport.parts import Cutter
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 FILES = [Path("a"), Path("b")]
@@ -147,11 +147,13 @@ def test_rows_are_split_whole_in_order_and_within_the_limit(
 def test_jobs_cover_every_read_once_in_pieces_of_at_most_a_chunk(step: Step, chunk: int) -> None:
     layout = lay_out(step, unified=False)
     slot = memoryview(bytearray(layout.host_nbytes))
-    jobs = SlotCutter(chunk, aligned=False).cut(layout.reads, slot)
-    assert all(0 < sum(len(piece.view) for piece in job) <= chunk for job in jobs)
-    for job in jobs:
-        for piece in job:
-            piece.view[:] = bytes([1]) * len(piece.view)
+    (part,) = Cutter(None, chunk, aligned=False).cut(layout)
+    for j in range(part.num_jobs):
+        assert 0 < sum(extent.length for extent in part.job(j)) <= chunk
+        for extent in part.job(j):
+            for i in range(extent.start, extent.start + extent.length):
+                slot[i] += 1
+    assert max(slot, default=0) <= 1
     assert sum(slot) == sum(read.nbytes for read in layout.reads)
 
 

@@ -24,7 +24,7 @@ from layer_streamer.checkpoint.manifest import LayerSpec, TensorSpec
 from layer_streamer.planning.layout import PAGE, Read
 from layer_streamer.transport import mapped
 from layer_streamer.transport.files import OpenFiles
-from layer_streamer.transport.mapped import MERGE_GAP, MappedFiles, MappedPiece, merge_ranges
+from layer_streamer.transport.mapped import MERGE_GAP, MappedFiles, merge_ranges
 
 FILES = [Path("a"), Path("b")]
 MAPS = Path("/proc/self/maps")
@@ -138,7 +138,7 @@ def test_what_is_written_to_private_pages_reaches_no_file_and_is_dropped_again(
         tensor.zero_()
     assert watch.written()
     assert some.path.read_bytes() == before
-    some.mapped.restore([Read(s.path, s.offset, 0, s.nbytes) for s in some.specs], [])
+    some.mapped.restore([Read(s.path, s.offset, 0, s.nbytes) for s in some.specs])
     for spec in some.specs:
         assert raw(weights[spec.name]).numpy().tobytes() == some.expected(spec)
     some.files.close()
@@ -166,9 +166,9 @@ def test_populating_pages_that_are_gone_says_that_the_file_changed(some: Mapped)
     with pytest.raises(CheckpointChangedError, match=r"data: .*expected"):
         some.mapped.populate_all(2, lambda nbytes: None)
     region = some.mapped.regions[1]
-    piece = MappedPiece(some.path, region.offset + 10, 5000, region)
+    read = Read(some.path, region.offset + 10, 0, 5000)
     with pytest.raises(CheckpointChangedError, match=r"data: .*expected"):
-        piece.make_ready(some.files)
+        some.mapped.fault_in(read)
 
 
 @pytest.mark.parametrize("number", [errno.EFAULT, errno.EIO])
@@ -181,9 +181,9 @@ def test_pages_of_an_unchanged_file_that_cannot_be_read_are_a_read_error(
 
     monkeypatch.setattr(mapped, "populate", refuse)
     region = some.mapped.regions[1]
-    piece = MappedPiece(some.path, region.offset + 10, 5000, region)
+    read = Read(some.path, region.offset + 10, 0, 5000)
     with pytest.raises(ReadError, match=rf"data: .*offset {region.offset}.* cannot be read"):
-        piece.make_ready(some.files)
+        some.mapped.fault_in(read)
 
 
 def test_a_file_that_shrank_before_it_is_mapped_is_named(tmp_path: Path) -> None:

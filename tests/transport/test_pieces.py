@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from support import Witness, make_device, open_checkpoint
 
 from layer_streamer.checkpoint.manifest import TensorSpec
 from layer_streamer.planning.layout import PAGE, Layout, Read, Step, align_up, lay_out
-from layer_streamer.transport.pieces import SlotCutter
+from layer_streamer.transport.parts import Cutter, Extent
 
 FILES = [Path("a"), Path("b")]
 CHUNKS = [4096, 5000, 8191, 8192, 3 * PAGE, 1 << 20]
@@ -38,26 +39,24 @@ def file_byte(path: Path, offset: int) -> int:
     return (offset * 31 + offset // PAGE * 7 + (path == FILES[1])) % 256
 
 
-def address(slot: memoryview, view: memoryview) -> int:
-    """Where in ``slot`` a piece's view begins."""
-    first = torch.frombuffer(slot, dtype=torch.uint8).data_ptr()
-    return torch.frombuffer(view, dtype=torch.uint8).data_ptr() - first
+def jobs_of(layout: Layout, chunk: int, *, aligned: bool) -> list[list[Extent]]:
+    """What threads read of a step that one slot holds."""
+    (part,) = Cutter(None, chunk, aligned=aligned).cut(layout)
+    assert part.whole and part.copies is layout.copies
+    return [list(part.job(j)) for j in range(part.num_jobs)]
 
 
 @given(layout=layouts(), chunk=st.sampled_from(CHUNKS))
 def test_aligned_pieces_are_whole_pages_of_the_file_and_of_the_slot(
     layout: Layout, chunk: int
 ) -> None:
-    slot = memoryview(bytearray(layout.host_nbytes))
-    jobs = SlotCutter(chunk, aligned=True).cut(layout.reads, slot)
-    for job in jobs:
+    for job in jobs_of(layout, chunk, aligned=True):
         assert job
-        assert sum(len(piece.view) for piece in job) <= chunk // PAGE * PAGE
-        for piece in job:
-            place = address(slot, piece.view)
-            assert (piece.offset | len(piece.view) | place) % PAGE == 0
-            assert len(piece.view) == align_up(piece.wanted, PAGE) > 0
-            assert place + len(piece.view) <= layout.host_nbytes
+        assert sum(extent.length for extent in job) <= chunk // PAGE * PAGE
+        for extent in job:
+            assert (extent.offset | extent.length | extent.start) % PAGE == 0
+            assert extent.length == align_up(extent.wanted, PAGE) > 0
+            assert extent.start + extent.length <= layout.host_nbytes
 
 
 @given(layout=layouts(), chunk=st.sampled_from(CHUNKS), aligned=st.booleans())
@@ -65,20 +64,16 @@ def test_what_pieces_want_covers_every_read_and_not_a_byte_behind_it(
     layout: Layout, chunk: int, aligned: bool
 ) -> None:
     slot = memoryview(bytearray(layout.host_nbytes))
-    jobs = SlotCutter(chunk, aligned=aligned).cut(layout.reads, slot)
-    pieces = [piece for job in jobs for piece in job]
     ends = {(read.path, read.offset + read.nbytes) for read in layout.reads}
-    for piece in pieces:
+    for path, offset, start, length, wanted in chain(*jobs_of(layout, chunk, aligned=aligned)):
         # What is wanted is in the file: it ends within a read, or where one does.
-        end = piece.offset + piece.wanted
-        assert (piece.path, end) in ends or any(
-            read.path == piece.path and read.offset < end < read.offset + read.nbytes
+        end = offset + wanted
+        assert (path, end) in ends or any(
+            read.path == path and read.offset < end < read.offset + read.nbytes
             for read in layout.reads
         )
-        assert piece.wanted <= len(piece.view)
-        piece.view[: piece.wanted] = bytes(
-            file_byte(piece.path, piece.offset + i) for i in range(piece.wanted)
-        )
+        assert wanted <= length
+        slot[start : start + wanted] = bytes(file_byte(path, offset + i) for i in range(wanted))
     for read in layout.reads:
         found = slot[read.slot_offset : read.slot_offset + read.nbytes]
         assert found == bytes(file_byte(read.path, read.offset + i) for i in range(read.nbytes))
@@ -86,14 +81,11 @@ def test_what_pieces_want_covers_every_read_and_not_a_byte_behind_it(
 
 @given(layout=layouts(), chunk=st.sampled_from(CHUNKS))
 def test_aligned_pieces_never_bring_a_page_of_the_slot_twice(layout: Layout, chunk: int) -> None:
-    slot = memoryview(bytearray(layout.host_nbytes))
     brought: set[int] = set()
-    for job in SlotCutter(chunk, aligned=True).cut(layout.reads, slot):
-        for piece in job:
-            first = address(slot, piece.view)
-            now = set(range(first, first + len(piece.view), PAGE))
-            assert not now & brought
-            brought |= now
+    for extent in chain(*jobs_of(layout, chunk, aligned=True)):
+        now = set(range(extent.start, extent.start + extent.length, PAGE))
+        assert not now & brought
+        brought |= now
     assert brought == {page for read in layout.reads for page in pages_of(read)}
 
 

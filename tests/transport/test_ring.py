@@ -17,17 +17,18 @@ from test_pieces import file_byte, layouts
 from layer_streamer.devices.device import CpuDevice
 from layer_streamer.planning.layout import PAGE, Layout, align_up
 from layer_streamer.transport.memory import HostArena
-from layer_streamer.transport.pieces import Part, RingCutter
-from layer_streamer.transport.ring import Parts, Ring
+from layer_streamer.transport.parts import Cutter, Part, Parts
+from layer_streamer.transport.pool import HostPool
 
 SLOTS = [PAGE, 2 * PAGE, 5 * PAGE, 1 << 20]
 
 
 def fill(part: Part, slot: bytearray) -> None:
     """Do a part's reads; a direct read brings what lies beyond the payload, too."""
-    for piece in part.cut(memoryview(slot)):
-        for i in range(len(piece.view)):
-            piece.view[i] = file_byte(piece.path, piece.offset + i)
+    for j in range(part.num_jobs):
+        for path, offset, start, length, _ in part.job(j):
+            for i in range(length):
+                slot[start + i] = file_byte(path, offset + i)
 
 
 def copied(copies: Any, source: bytearray, target: bytearray) -> None:
@@ -47,7 +48,7 @@ def test_parts_bring_what_one_slot_for_all_of_it_would_have_brought(
     expected = bytearray(max(layout.device_nbytes, layout.host_nbytes) + PAGE)
     copied(layout.copies, whole, expected)
     found, slot = bytearray(len(expected)), bytearray(nbytes)
-    for part in RingCutter(nbytes, aligned=aligned).cut(layout):
+    for part in Cutter(nbytes, nbytes, aligned=aligned).cut(layout):
         slot[:] = b"\xdb" * nbytes  # nothing that an earlier part left is of any use
         fill(part, slot)
         copied(part.copies, slot, found)
@@ -59,7 +60,7 @@ def test_parts_bring_what_one_slot_for_all_of_it_would_have_brought(
 def test_what_a_part_reads_lies_in_its_slot_at_the_files_phase_and_nothing_overlaps(
     layout: Layout, nbytes: int, aligned: bool
 ) -> None:
-    for part in RingCutter(nbytes, aligned=aligned).cut(layout):
+    for part in Cutter(nbytes, nbytes, aligned=aligned).cut(layout):
         assert part.extents
         assert part.copy_nbytes == sum(copy.nbytes for copy in part.copies)
         end = 0
@@ -74,7 +75,7 @@ def test_what_a_part_reads_lies_in_its_slot_at_the_files_phase_and_nothing_overl
 @settings(deadline=None)
 @given(layout=layouts(), aligned=st.booleans())
 def test_a_part_is_as_full_as_its_slot_allows(layout: Layout, aligned: bool) -> None:
-    parts = RingCutter(2 * PAGE, aligned=aligned).cut(layout)
+    parts = Cutter(2 * PAGE, 2 * PAGE, aligned=aligned).cut(layout)
     for part in parts[:-1]:
         last = part.extents[-1]
         left = 2 * PAGE - align_up(last.start + last.length, PAGE)
@@ -91,7 +92,7 @@ def test_parts_are_numbered_in_the_order_of_the_pass_and_found_by_their_number(
     steps: list[Layout], wanted: set[int], passes: int
 ) -> None:
     indices = sorted(index for index in wanted if index < len(steps))
-    cutter = RingCutter(PAGE, aligned=True)
+    cutter = Cutter(PAGE, PAGE, aligned=True)
     parts = Parts(steps, indices, cutter)
     expected = [part for index in indices for part in cutter.cut(steps[index])] * passes
     assert parts.order.count * passes == len(expected)
@@ -111,7 +112,7 @@ class Clock:
 
 def test_a_ring_tells_each_copy_to_the_clock_of_its_pass_once() -> None:
     device, clock = FakeDevice(0), Clock()
-    ring = Ring("ring", HostArena([PAGE, PAGE], CpuDevice(), pinned=False, threads=1), device)
+    ring = HostPool("ring", HostArena([PAGE, PAGE], CpuDevice(), pinned=False, threads=1), device)
     stream = device.new_stream()
     for slot, nbytes in ((0, 100), (1, 200), (0, 300)):
         ring.wait_reusable(slot)
@@ -138,7 +139,7 @@ def test_layers_that_pass_through_a_ring_are_exact_over_several_passes(
     options = {"read_mode": read_mode, "read_threads": read_threads, "read_chunk": PAGE}
     with open_checkpoint(device, path, n_gpu=1, n_cpu_pinned=0, n_cpu=0, **options) as streamer:
         (lane,) = streamer._parts.pipeline.lanes
-        assert type(lane.host_pools[0]) is Ring
+        assert [pool.name for pool in lane.host_pools] == ["ring"]
         assert lane.orders.read.count > 5 * 2
         for _ in range(3):
             witness = Witness(device, tensors)
@@ -192,7 +193,7 @@ def test_where_a_ring_cannot_be_page_locked_layers_are_exact_all_the_same(
         device.drain()
         witness.check()
         assert streamer.memory.pinned_bytes == 0
-        assert type(streamer._parts.pipeline.lanes[0].host_pools[0]) is Ring
+        assert streamer._parts.pipeline.lanes[0].host_pools[0].name == "ring"
 
 
 def test_an_error_in_one_part_is_its_layers_and_the_next_pass_is_exact(
