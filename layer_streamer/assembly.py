@@ -44,14 +44,14 @@ def assemble(
     The caller holds the listener: the pipeline, which its threads hold, does not.
     """
     listener = None
-    if settings.on_copy is not None:
-        listener = Listener(settings.on_copy)
-        settings = replace(settings, on_copy=listener.weakly())
-    steps = plan_steps(manifest, settings.tail, settings.layers)
-    layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
+    if (on_copy := settings.asked["on_copy"]) is not None:
+        listener = Listener(on_copy)
+        settings = settings.but(on_copy=listener.weakly())
+    steps = plan_steps(manifest, settings.tail, settings.asked["layers"])
+    layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.asked["dtype"])
     files = OpenFiles(manifest.files)
     try:
-        statics = Statics(manifest, files, settings.dtype)
+        statics = Statics(manifest, files, settings.asked["dtype"])
         limits = load_limits(next(iter(manifest.files)), gpus=not devices[0].unified)
         machine = look_at_machine(devices, _rates(limits, devices), _readers(limits))
         plan = _plan(steps, layouts, machine, settings, files)
@@ -74,8 +74,8 @@ def draw_plan(
 
     ``given``: rates in bytes a second to go by instead of measured ones: "read", "copy".
     """
-    steps = plan_steps(manifest, settings.tail, settings.layers)
-    layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.dtype)
+    steps = plan_steps(manifest, settings.tail, settings.asked["layers"])
+    layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.asked["dtype"])
     limits = load_limits(next(iter(manifest.files)), gpus=not devices[0].unified)
     rates = _rates(limits, devices)
     if "read" in given:
@@ -100,7 +100,7 @@ def _plan(
 ) -> Plan:
     extents = [(r.path, r.offset, r.nbytes) for layout in layouts for r in layout.reads]
     plan = make_plan(
-        measure_steps(steps, layouts, settings.dtype),
+        measure_steps(steps, layouts, settings.asked["dtype"]),
         max(layout.scratch_nbytes for layout in layouts),
         machine,
         settings,

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from .assembly import draw_plan
 from .checkpoint.formats import as_manifest
 from .checkpoint.manifest import Manifest
 from .devices.accelerator import open_devices
+from .planning.options import Options, shows
 from .planning.plan import Plan
 from .planning.settings import Settings
 
 
-def plan_checkpoint(
-    path: str | Path | Manifest, *, layer_pattern: str | None = None, **options: Any
-) -> Plan:
+@shows(Options)
+def plan_checkpoint(path: str | Path | Manifest, **options: Unpack[Options]) -> Plan:
     """The plan that ``LayerStreamer.from_checkpoint(path, **options)`` would go by now.
 
     As there, an option that is None is at its default, and a pool of 0 is no such pool. Only
@@ -24,5 +24,6 @@ def plan_checkpoint(
     is opened. Errors: those of ``from_checkpoint``; TypeError for an option that it does not have.
     Thread rules: any thread.
     """
-    settings = Settings.from_options(**options)
-    return draw_plan(as_manifest(path, layer_pattern), open_devices(settings.device), settings, {})
+    settings = Settings(**options)
+    manifest = as_manifest(path, settings.asked["layer_pattern"])
+    return draw_plan(manifest, open_devices(settings.asked["device"]), settings, {})

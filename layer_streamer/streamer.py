@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 import torch
 
@@ -19,8 +19,9 @@ from .passes.claims import Claims
 from .passes.inputs import LayerFn
 from .passes.statics import sum_by_device
 from .passes.sweep import Parts, Sweep, run_layers, sweep
+from .planning.options import DeviceName, MoreOptions, Options, check_names, shows
 from .planning.plan import Plan
-from .planning.settings import Bytes, Count, DeviceName, OnCopy, ReadMode, Settings, read_count
+from .planning.settings import Count, Settings, read_count
 from .transport.memory import MemoryUse
 from .transport.stats import PassReport
 from .transport.tasks import noted_on
@@ -39,25 +40,10 @@ class LayerStreamer:
     StreamerError is the root, are raised in the pass that needs the layer, after which the streamer
     is ready for the next pass. In a forked child, and after ``close``, use is a ClosedError.
 
-    Options (and their defaults):
-
-    * ``device``: one or several; the i-th layer of a pass goes to device i % their number (the GPU,
-      else the CPU). ``dtype``: cast F32, F16 and BF16 tensors to it on the device (as stored).
-    * ``n_gpu`` (2), ``n_cpu_pinned``, ``n_cpu``: layers that the device, pinned and pageable pools
-      hold ahead, beside the one in use. 0: no such host pool; without any (the default, but on the
-      CPU, whose three pools are one of 7 slots), a small pinned ring serves.
-    * ``batch_gpu``, ``batch_cpu_pinned``, ``batch_cpu``: layers handed on at a time (1).
-      ``read_threads`` (8), ``read_chunk`` (1 or 8 MiB): threads, bytes a read.
-    * ``device_budget``, ``host_budget``, ``reserve_bytes``, ``read_mode``: docs/concepts.md.
-    * ``tail``: names of tensors to stream after the last layer, split by rows (none).
-    * ``layers``: which layers a pass consists of, in its order, each once (all). A ``layer_idx`` is
-      the checkpoint's own all the same; what :attr:`plan` has by step is in the pass's order.
-    * ``on_copy(layer_idx, stream)``: called on the copier's thread after a layer's copies are
-      enqueued on ``stream`` (on the CPU: a stand-in without work), before they count as ready.
-    * ``layer_pattern``: prefix of a layer's tensors with ``{i}`` for the index (found).
-      ``track_progress``: a progress bar over the layers, on stderr.
+    Options are listed at :meth:`from_checkpoint`.
     """
 
+    @shows(MoreOptions)
     def __init__(  # noqa: PLR0913, PLR0917 - the published constructor
         self,
         model_dir: str | Path,
@@ -74,17 +60,7 @@ class LayerStreamer:
         batch_cpu_pinned: int | None = None,
         batch_cpu: int | None = None,
         track_progress: bool = True,
-        *,
-        device: DeviceName | Sequence[DeviceName] | None = None,
-        device_budget: Bytes | None = None,
-        host_budget: Bytes | None = None,
-        reserve_bytes: Bytes | None = 0,
-        read_mode: ReadMode | None = "auto",
-        read_threads: int | None = None,
-        read_chunk: int | None = None,
-        tail: Sequence[str] | None = (),
-        layers: Sequence[int] | None = None,
-        on_copy: OnCopy | None = None,
+        **options: Unpack[MoreOptions],
     ) -> None:
         """Stream ``model.layers.{i}.{key}`` for every key of ``block_keys``, i < ``num_layers``.
 
@@ -93,67 +69,39 @@ class LayerStreamer:
         -> element count. ``dtype``: the stored dtype, nothing is cast. ``n_cpu_pinned``, ``n_cpu``:
         here None skips the stage, as 0 does. Raises CheckpointError, ConfigError.
         """
+        check_names(options, MoreOptions)
         manifest = manifest_from_tensor_info(
             model_dir, tensor_info, shard_offsets, block_keys, block_sizes, dtype, num_layers
         )
-        self._open(manifest, Settings.from_options(
+        self._open(manifest, Settings(
             n_gpu=n_gpu, n_cpu_pinned=read_count(n_cpu_pinned), n_cpu=read_count(n_cpu),
             batch_gpu=batch_gpu, batch_cpu_pinned=batch_cpu_pinned, batch_cpu=batch_cpu,
-            device=device, device_budget=device_budget, host_budget=host_budget,
-            reserve_bytes=reserve_bytes, read_mode=read_mode, read_threads=read_threads,
-            read_chunk=read_chunk, tail=tail, layers=layers, on_copy=on_copy,
-            track_progress=track_progress,
+            track_progress=track_progress, **options,
         ))  # fmt: skip
 
     @classmethod
-    def from_checkpoint(  # noqa: PLR0913 - every option by name
-        cls,
-        path: str | Path | Manifest,
-        *,
-        device: DeviceName | Sequence[DeviceName] | None = None,
-        dtype: torch.dtype | None = None,
-        n_gpu: int | None = None,
-        n_cpu_pinned: int | None = None,
-        n_cpu: int | None = None,
-        batch_gpu: int | None = None,
-        batch_cpu_pinned: int | None = None,
-        batch_cpu: int | None = None,
-        device_budget: Bytes | None = None,
-        host_budget: Bytes | None = None,
-        reserve_bytes: Bytes | None = 0,
-        read_mode: ReadMode | None = "auto",
-        read_threads: int | None = None,
-        read_chunk: int | None = None,
-        tail: Sequence[str] | None = (),
-        layers: Sequence[int] | None = None,
-        on_copy: OnCopy | None = None,
-        layer_pattern: str | None = None,
-        track_progress: bool | None = False,
+    @shows(Options)
+    def from_checkpoint(
+        cls, path: str | Path | Manifest, **options: Unpack[Options]
     ) -> LayerStreamer:
         """Open a safetensors directory or file, a GGUF file, or what read_manifest found in one.
 
-        None is the default of every option (see the class). Raises CheckpointError, ConfigError.
+        None is the default of every option. Raises CheckpointError, ConfigError.
         """
-        settings = Settings.from_options(
-            device=device, dtype=dtype, n_gpu=n_gpu, n_cpu_pinned=n_cpu_pinned, n_cpu=n_cpu,
-            batch_gpu=batch_gpu, batch_cpu_pinned=batch_cpu_pinned, batch_cpu=batch_cpu,
-            device_budget=device_budget, host_budget=host_budget, reserve_bytes=reserve_bytes,
-            read_mode=read_mode, read_threads=read_threads, read_chunk=read_chunk, tail=tail,
-            layers=layers, on_copy=on_copy, track_progress=track_progress,
-        )  # fmt: skip
+        settings = Settings(**options)
         self = cls.__new__(cls)
-        self._open(read_headers(path, layer_pattern), settings)
+        self._open(read_headers(path, settings.asked["layer_pattern"]), settings)
         return self
 
     def _open(self, manifest: Manifest, settings: Settings) -> None:
         self.manifest = manifest
-        self._devices = open_devices(settings.device)
+        self._devices = open_devices(settings.asked["device"])
         pipeline, statics, self._listener = assemble(manifest, self._devices, settings)
         # Before the threads start: from here on, whatever comes, what is open gets closed.
         self._close_pipeline = weakref.finalize(self, pipeline.close_unheld)
         self._plan, self._memory, self._sizes = pipeline.plan, pipeline.memory, statics.sizes
         self._last_pass: PassReport | None = None
-        show = settings.track_progress
+        show = bool(settings.asked["track_progress"])
         self._parts: Parts | None = Parts(pipeline, Caller(pipeline), statics, Claims(), show)
         pipeline.start()
 

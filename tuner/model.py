@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import Manifest
-from ..planning.settings import OnCopy
+from ..planning.options import OPTIONS, OnCopy
 from ..planning.settings import Settings as StreamerSettings
 from .options import TuneOptions
 from .search.space import AXES
@@ -47,8 +47,7 @@ class Model:
     @property
     def fixed(self) -> dict[str, Any]:
         """The part of the streamer's settings that all candidates have."""
-        names = {field.name for field in fields(StreamerSettings)}
-        found = {name: value for name, value in self.arguments.items() if name in names}
+        found = {name: value for name, value in self.arguments.items() if name in OPTIONS}
         if "path" not in self.arguments:
             found.pop("dtype", None)  # of the tables: nothing is cast
         return found

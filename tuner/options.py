@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, get_args
+from typing import get_args
 
 from ..errors import ConfigError
 from ..planning.budget import parse_bytes
-from ..planning.settings import Bytes, OnCopy
+from ..planning.options import Bytes, FixedOptions
 from .search.race import Strategy
 from .trials.record import CacheState, TrialLimits
 
@@ -18,11 +18,7 @@ MAX_RUNS = 1000
 MAX_TOKENS = 1 << 24
 
 
-class _Common(TypedDict, total=False):
-    reserve_bytes: Bytes
-    tail: Sequence[str]
-    on_copy: OnCopy | None
-    layers: Sequence[int] | None
+class _Common(FixedOptions, total=False):
     tokens: int
     cache: CacheState
     strategy: Strategy
@@ -37,7 +33,7 @@ class _Common(TypedDict, total=False):
     track_progress: bool
 
 
-class Options(_Common, total=False):
+class TuneKeywords(_Common, total=False):
     """The fields of :class:`TuneOptions` as keyword arguments, and the streamer's own options."""
 
     layer_pattern: str | None
@@ -45,7 +41,7 @@ class Options(_Common, total=False):
     sleep_seconds: float
 
 
-class MoreOptions(_Common, total=False):
+class TuneValues(_Common, total=False):
     """What the published constructor takes beside its own arguments."""
 
     read_mode_values: Sequence[str] | None

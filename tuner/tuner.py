@@ -12,10 +12,10 @@ import torch
 from ..checkpoint.formats import as_manifest, read_manifest
 from ..checkpoint.manifest import Manifest, manifest_from_tensor_info
 from ..errors import ConfigError, TuneError
-from ..planning.settings import Bytes, DeviceName
+from ..planning.options import Bytes, DeviceName
 from ..streamer import LayerStreamer
 from .model import Model, SetupFn, split_options
-from .options import MAX_TOKENS, MoreOptions, Options, TuneOptions, check_int
+from .options import MAX_TOKENS, TuneKeywords, TuneOptions, TuneValues, check_int
 from .report import Findings, write_report
 from .search.space import AXES, Values, check_axes
 from .session import Session
@@ -56,7 +56,7 @@ class LayerStreamerTuner:
         sleep_seconds: float = 0.0,
         *,
         device: DeviceName | Sequence[DeviceName] | None = None,
-        **options: Unpack[MoreOptions],
+        **options: Unpack[TuneValues],
     ) -> None:
         """Tune ``LayerStreamer(model_dir=..., ...)``; values that are not given are not searched.
 
@@ -74,7 +74,7 @@ class LayerStreamerTuner:
             "batch_cpu": batch_cpu_values,
         }  # fmt: skip
         rest: dict[str, Any] = dict(options)
-        values |= _by_setting({name: rest.pop(name) for name in VALUES_NAMES if name in rest})
+        values |= _take_values(rest)
         own, rest = split_options({"device": device, **rest}, LayerStreamer)
         model = Model(
             on_copy=own.pop("on_copy", None),
@@ -104,7 +104,7 @@ class LayerStreamerTuner:
         host_budget_values: Sequence[Bytes | None] | None = None,
         device: DeviceName | Sequence[DeviceName] | None = None,
         dtype: torch.dtype | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[TuneKeywords],
     ) -> LayerStreamerTuner:
         """Tune ``LayerStreamer.from_checkpoint(path, device=device, dtype=dtype, ...)``.
 
@@ -130,7 +130,7 @@ class LayerStreamerTuner:
         values = {name: value for name, value in locals().items() if name.endswith("_values")}
         self = cls.__new__(cls)
         self._session = _checkpoint_session(
-            path, setup_fn, values, {"device": device, "dtype": dtype, **options}
+            path, setup_fn, {"device": device, "dtype": dtype, **values, **options}
         )
         return self
 
@@ -161,7 +161,7 @@ class LayerStreamerTuner:
         """
         check_int("prompt_tokens", prompt_tokens, 1, MAX_TOKENS)
         check_int("new_tokens", new_tokens, 2, MAX_TOKENS)
-        values = {name: options.pop(name) for name in VALUES_NAMES if name in options}
+        values = _take_values(options)
         own, rest = split_options(options, None)
         if "tokens" in rest:
             raise ConfigError("tokens: an engine is measured on prompt_tokens and new_tokens")
@@ -173,7 +173,7 @@ class LayerStreamerTuner:
             engine=ENGINE,
         )
         self = cls.__new__(cls)
-        self._session = Session(model, check_axes(_by_setting(values)), TuneOptions(**rest))
+        self._session = Session(model, check_axes(values), TuneOptions(**rest))
         return self
 
     def tune(self) -> dict[str, int | str | None]:
@@ -224,10 +224,10 @@ class LayerStreamerTuner:
 def _checkpoint_session(
     path: str | Path | Manifest,
     setup_fn: SetupFn | None,
-    values: Mapping[str, Values | None],
-    options: Mapping[str, Any],
+    options: dict[str, Any],
 ) -> Session:
     """The session of a tune of LayerStreamer.from_checkpoint."""
+    values = _take_values(options)
     own, rest = split_options(options, LayerStreamer.from_checkpoint)
     manifest = None
     if isinstance(path, Manifest):
@@ -243,9 +243,11 @@ def _checkpoint_session(
         setup_fn=setup_fn,
         has_defaults=True,
     )
-    return Session(model, check_axes(_by_setting(values)), TuneOptions(**rest))
+    return Session(model, check_axes(values), TuneOptions(**rest))
 
 
-def _by_setting(values: Mapping[str, Values | None]) -> dict[str, Values | None]:
-    """By setting, what to try: "n_gpu_values" is about "n_gpu"."""
-    return {name.removesuffix("_values"): of_one for name, of_one in values.items()}
+def _take_values(options: dict[str, Any]) -> dict[str, Values | None]:
+    """By setting, what to try, taken out of ``options``: "n_gpu_values" is about "n_gpu"."""
+    return {
+        name.removesuffix("_values"): options.pop(name) for name in VALUES_NAMES if name in options
+    }

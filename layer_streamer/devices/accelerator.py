@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, StreamerError
-from ..planning.settings import DeviceName
+from ..planning.options import DeviceName
 from .cudart import CudaEvent, load_runtime
 from .device import PIN_SEGMENT, CpuDevice, Device, Event, Stream
 

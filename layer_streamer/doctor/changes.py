@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
@@ -62,7 +62,7 @@ class _Replan:
     def candidates(self, option: str, value: int | str, spelled: str) -> Iterator[_Candidate]:
         """The plan with one option changed, if it can work."""
         changed: dict[str, Any] = {option: value}
-        settings, machine = replace(self.settings, **changed), self.plan.machine
+        settings, machine = self.settings.but(**changed), self.plan.machine
         try:
             other = make_plan(self.plan.sizes, 0, machine, settings, lambda: self.cached)
         except ConfigError:
@@ -108,9 +108,10 @@ def spell(nbytes: int) -> str:
 def _budgets(replan: _Replan, option: str) -> Iterator[_Candidate]:
     """Larger budgets, the smallest first."""
     plan, settings = replan.plan, replan.settings
-    machine, whole, current = plan.machine, _whole(plan, option), getattr(settings, option)
+    asked: Mapping[str, Any] = settings.asked
+    machine, whole, current = plan.machine, _whole(plan, option), asked[option]
     others = {"device_budget", "host_budget"} - {option}
-    named = any(getattr(settings, name) is not None for name in others)
+    named = any(asked[name] is not None for name in others)
     # On the CPU both mean one memory: a budget that is named is the one to change.
     if machine.unified and current is None and (named or option == "device_budget"):
         return
@@ -135,7 +136,7 @@ def _whole(plan: Plan, option: str) -> int:
 
 def _others(replan: _Replan) -> Iterator[_Candidate]:
     settings, plan = replan.settings, replan.plan
-    if settings.n_gpu is None and settings.num_device > 1:
+    if settings.asked["n_gpu"] is None and settings.num_device > 1:
         yield from replan.candidates("n_gpu", 1, "1")
     for mode in ("mapped", "direct", "buffered"):
         if mode != plan.read_mode and not (mode == "mapped" and plan.machine.unified):

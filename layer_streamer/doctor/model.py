@@ -128,7 +128,7 @@ def _why(tier: Tier, plan: Plan, settings: Settings) -> str:
     everything = set(plan.tiers) == {tier}
     largest = max(plan.placement.device_slots, key=lambda slots: slots.total_nbytes)
     if tier == "device":
-        name, budget = "--device-budget", settings.device_budget
+        name, budget = "--device-budget", settings.asked["device_budget"]
         if plan.machine.unified:
             name, budget = _unified_budget(settings)
         if everything:
@@ -137,22 +137,23 @@ def _why(tier: Tier, plan: Plan, settings: Settings) -> str:
     if tier == "host":
         if plan.read_mode == "mapped":
             return f"the files' own pages, page-locked, copied each pass: {plan.reason}"
-        budget = _spelled(settings.host_budget)
+        budget = _spelled(settings.asked["host_budget"])
         held = "holds them all" if everything else "holds"
         return f"copied each pass; as many as --host-budget {budget} {held}"
     reads = f"read each pass, {plan.read_mode}: {plan.reason}"
-    if settings.device_budget is None and settings.host_budget is None:
+    if settings.asked["device_budget"] is None and settings.asked["host_budget"] is None:
         return f"{reads}; no budget is named, so nothing stays"
     return f"{reads}; the budgets hold no more beside {_slots(largest)}"
 
 
 def _unified_budget(settings: Settings) -> tuple[str, int | str | None]:
     """On the CPU both budgets mean one memory."""
-    if settings.host_budget is None:
-        return "--device-budget", settings.device_budget
-    if settings.device_budget is None:
-        return "--host-budget", settings.host_budget
-    return "the smaller of both budgets,", f"{settings.device_budget} or {settings.host_budget},"
+    device, host = settings.asked["device_budget"], settings.asked["host_budget"]
+    if host is None:
+        return "--device-budget", device
+    if device is None:
+        return "--host-budget", host
+    return "the smaller of both budgets,", f"{device} or {host},"
 
 
 def _slots(slots: Slots) -> str:

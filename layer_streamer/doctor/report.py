@@ -38,7 +38,6 @@ class Request:
 
     model: Path | None
     """A checkpoint; None: the machine alone."""
-    layer_pattern: str | None
     options: Mapping[str, Any]
     """Options of the streamer that were named."""
 
@@ -75,7 +74,7 @@ def examine(request: Request) -> Report:
         versions, devices, memory = look_at_versions(), look_at_devices(), look_at_memory()
         manifest: Fact[Manifest] = Fact(None, "no model was named")
         if request.model is not None:
-            model, pattern = request.model, request.layer_pattern
+            model, pattern = request.model, request.options.get("layer_pattern")
             manifest = learn(lambda: read_manifest(model, pattern))
         disk = look_at_disk(manifest.value)
         opened, planned_for = _open(request, devices)
@@ -136,7 +135,7 @@ def _look_at_model(
         return Fact(None, manifest.reason if found is None else opened.reason)
 
     def look() -> ModelFacts:
-        settings = Settings.from_options(**request.options)
+        settings = Settings(**request.options)
         plan: Plan = draw_plan(found, devices, settings, {})
         return look_at_model(found, plan, settings, cached)
 

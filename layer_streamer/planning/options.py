@@ -1,117 +1,235 @@
-"""Every option of a streamer, for people: what README's table and the commands' help say."""
+"""Every option of a streamer, written once: its type, its default, what is allowed, its words.
 
-from __future__ import annotations
+From this table come the keywords of the constructor, ``from_checkpoint``, ``plan_checkpoint``, the
+checks of :class:`.settings.Settings`, the arguments of the commands, what the tuner searches, and
+README's table (docs/option_table.py). Imports nothing large: the commands' help needs it.
+"""
+# Annotations are evaluated here (there is no __future__ import): they are the table.
 
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from inspect import Parameter
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, Union, get_args
 
-Kind = Literal["layers", "number", "bytes", "word"]
-"""What a command line takes for it: a count from 0, one from 1, "6GiB" or a number, a word."""
+from ..errors import ConfigError
+from .budget import parse_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+OnCopy = Callable[[int, object], None]
+"""``on_copy(layer_idx, stream)``: called after a layer's copies are enqueued on ``stream``."""
+ReadMode = Literal["auto", "buffered", "direct", "mapped"]
+"""How files are read: "buffered" through the page cache, "direct" past it; "mapped" takes the page
+cache itself for the host's memory; "auto" is what suits the memory there is."""
+Bytes = int | str
+"""A number of bytes, or a string such as "6GiB"."""
+DeviceName = Union[str, "torch.device"]
+Door = TypeVar("Door", bound=Callable[..., Any])
+
+MAX_SLOTS = 4096
+MAX_READ_THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What may be given for an option."""
+
+    check: Callable[[str, Any], object]
+    """Of its name and a value that is not None: raises ConfigError."""
+    metavar: str = ""
+    """What stands for the value in a command's help, "N" for a whole number; "": none takes it."""
+    read: Callable[[str], Any] = str
+    """What a command makes of its argument."""
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One row of the table."""
+    """What is known of an option beside its type."""
 
-    names: tuple[str, ...]
-    """Keywords of ``LayerStreamer.from_checkpoint`` that share a row."""
-    default: str
     meaning: str
     """Markdown, on one line."""
+    words: str = "None"
+    """The default, for people: what None stands for."""
     kind: Kind | None = None
-    """None: not for the command line."""
+    """None: anything, and no command takes it."""
+    default: object = None
+    """Of the keyword; None does the same."""
 
 
-OPTIONS = (
-    Option(
-        ("device",),
-        "the GPU, else the CPU",
-        "a torch device, or several: layer i goes to device i modulo their number",
-    ),
-    Option(("dtype",), "as stored", "cast F32, F16 and BF16 tensors to it, on the device"),
-    Option(("n_gpu",), "2", "layers held ahead on the device, beside the one in use", "layers"),
-    Option(
-        ("n_cpu_pinned",),
-        "None",
-        "layers held ahead in page-locked host memory; 0: no such pool",
-        "layers",
-    ),
-    Option(
-        ("n_cpu",),
-        "None",
+def check_count(name: str, value: object, low: int, high: int) -> None:
+    """ConfigError unless ``value`` is an int from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r}: must be an int from {low} to {high}")
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={value}: must be from {low} to {high}")
+
+
+def count(text: str) -> int:
+    """Layers of a pool; "none" is 0."""
+    return 0 if text.lower() == "none" else int(text)
+
+
+def _check_budget(name: str, value: Any) -> None:
+    if value != "auto":
+        parse_bytes(name, value)
+
+
+def _check_mode(name: str, value: object) -> None:
+    if value not in get_args(ReadMode):
+        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(get_args(ReadMode))}")
+
+
+def _check_names(name: str, value: object) -> None:
+    if isinstance(value, str):
+        raise ConfigError(f"{name}={value!r}: must be a list of tensor names")
+
+
+def _number(low: int, high: int, read: Callable[[str], int] = int) -> Kind:
+    return Kind(lambda name, value: check_count(name, value, low, high), "N", read)
+
+
+_POOL = _number(0, MAX_SLOTS, count)
+_BUDGET = Kind(_check_budget, "BYTES")
+_BATCH = Option("layers each step hands on at a time (None: 1)", kind=_number(1, MAX_SLOTS))
+
+
+class PoolOptions(TypedDict, total=False):
+    """The pools, and what is handed on out of each at a time: the tuner searches them."""
+
+    n_gpu: Annotated[int | None, Option(
+        "layers held ahead on the device, beside the one in use; if it is not named, 4 with more "
+        "than two devices, and fewer where `device_budget` has no room", "2", _POOL,
+    )]  # fmt: skip
+    n_cpu_pinned: Annotated[int | None, Option(
+        "layers held ahead in page-locked host memory; 0: no such pool", "None", _POOL,
+    )]  # fmt: skip
+    n_cpu: Annotated[int | None, Option(
         "layers held ahead in pageable host memory; 0: no such pool. With neither pool, layers "
-        "pass through a small page-locked ring, part by part",
-        "layers",
-    ),
-    Option(
-        ("batch_gpu", "batch_cpu_pinned", "batch_cpu"),
-        "None",
-        "layers each step hands on at a time (None: 1)",
-        "number",
-    ),
-    Option(
-        ("device_budget",),
-        "None",
-        'bytes of each device to use, `"6GiB"` or `"auto"` (what is free less a tenth): what the '
-        "slots leave holds layers for good; None: slots only",
-        "bytes",
-    ),
-    Option(
-        ("host_budget",),
-        "None",
-        "the same for host memory; None: slots, or the page cache if it holds the model",
-        "bytes",
-    ),
-    Option(("reserve_bytes",), "0", "the part of `device_budget` that is yours", "bytes"),
-    Option(
-        ("read_mode",),
-        "auto",
+        "pass through a small page-locked ring, part by part", "None", _POOL,
+    )]  # fmt: skip
+    batch_gpu: Annotated[int | None, _BATCH]
+    batch_cpu_pinned: Annotated[int | None, _BATCH]
+    batch_cpu: Annotated[int | None, _BATCH]
+
+
+class TierOptions(TypedDict, total=False):
+    """How files are read, and what memory holds layers for good: the tuner searches them, too."""
+
+    read_mode: Annotated[ReadMode | None, Option(
         '`"mapped"`, `"direct"`, `"buffered"`, or what suits the memory there is',
-        "word",
-    ),
-    Option(
-        ("read_threads",),
-        "8",
-        "threads that read, for each device; if neither is named, direct reads take what `probe` "
-        "found to be the fastest here",
-        "number",
-    ),
-    Option(
-        ("read_chunk",),
-        "1 or 8 MiB",
+        "auto", Kind(_check_mode, "MODE"), "auto",
+    )]  # fmt: skip
+    read_threads: Annotated[int | None, Option(
+        "threads that read, for each device; if neither they nor `read_chunk` are named, direct "
+        "reads take what `probe` found to be the fastest here", "8", _number(1, MAX_READ_THREADS),
+    )]  # fmt: skip
+    read_chunk: Annotated[int | None, Option(
         "bytes one thread reads at a stretch: 1 MiB in direct reads through a ring, else 8 MiB",
-        "number",
-    ),
-    Option(
-        ("tail",),
-        "none",
+        "1 or 8 MiB", _number(4096, 1 << 30),
+    )]  # fmt: skip
+    device_budget: Annotated[Bytes | None, Option(
+        'bytes of each device to use, `"6GiB"` or `"auto"` (what is free less a tenth): what the '
+        "slots leave holds layers for good; None: slots only", "None", _BUDGET,
+    )]  # fmt: skip
+    host_budget: Annotated[Bytes | None, Option(
+        "the same for host memory; None: slots, or the page cache if it holds the model",
+        "None", _BUDGET,
+    )]  # fmt: skip
+
+
+class FixedOptions(TypedDict, total=False):
+    """The same for all candidates of a tune."""
+
+    reserve_bytes: Annotated[Bytes | None, Option(
+        "the part of `device_budget` that is yours", "0", Kind(parse_bytes, "BYTES"), 0,
+    )]  # fmt: skip
+    tail: Annotated[Sequence[str] | None, Option(
         "names of tensors streamed after the last layer, split by rows (an output head)",
-    ),
-    Option(
-        ("layers",),
-        "all",
+        "none", Kind(_check_names), (),
+    )]  # fmt: skip
+    layers: Annotated[Sequence[int] | None, Option(
         "indices of the layers to stream, in this order, each once (a stage of a pipeline, every "
-        "second one)",
-    ),
-    Option(
-        ("on_copy",),
+        "second one); each keeps the index that it has in the checkpoint", "all",
+    )]  # fmt: skip
+    on_copy: Annotated[OnCopy | None, Option(
+        "`on_copy(layer_idx, stream)`, called on the copier's thread as a layer's copies are "
+        "enqueued (on the CPU `stream` is a stand-in without work), before they count as ready",
         "none",
-        "`on_copy(layer_idx, stream)`, called as a layer's copies are enqueued",
-    ),
-    Option(
-        ("layer_pattern",),
-        "found",
+    )]  # fmt: skip
+
+
+class MoreOptions(TierOptions, FixedOptions, total=False):
+    """What the published constructor takes beside its own arguments."""
+
+    device: Annotated[DeviceName | Sequence[DeviceName] | None, Option(
+        "a torch device, or several: the i-th layer of a pass goes to device i modulo their number",
+        "the GPU, else the CPU",
+    )]  # fmt: skip
+
+
+class Options(PoolOptions, MoreOptions, total=False):
+    """All of them: the keywords of ``LayerStreamer.from_checkpoint`` and ``plan_checkpoint``."""
+
+    dtype: Annotated[Union["torch.dtype", None], Option(
+        "cast F32, F16 and BF16 tensors to it, on the device", "as stored",
+    )]  # fmt: skip
+    layer_pattern: Annotated[str | None, Option(
         'prefix of a layer\'s tensors with `{i}`, such as `"decoder.block.{i}."`',
-        "word",
-    ),
-    Option(("track_progress",), "False", "a progress bar over the layers"),
-)
+        "found", Kind(lambda name, value: None, "PATTERN"),
+    )]  # fmt: skip
+    track_progress: Annotated[bool | None, Option(
+        "a progress bar over the layers, on stderr", "False", default=False,
+    )]  # fmt: skip
+
+
+OPTIONS: dict[str, Option] = {
+    name: kind.__metadata__[0] for name, kind in Options.__annotations__.items()
+}
+SEARCHED = (*PoolOptions.__annotations__, *TierOptions.__annotations__)
+"""What the tuner tries values of, in the order in which a candidate has them."""
+
+
+def check_names(given: Mapping[str, object], keywords: Any = Options) -> None:
+    """TypeError for a name that is none of the TypedDict's ``keywords``."""
+    for name in given:
+        if name not in keywords.__annotations__:
+            raise TypeError(f"got an unexpected keyword argument {name!r}")
+
+
+def shows(keywords: Any) -> Callable[[Door], Door]:
+    """Decorates what takes ``**options: Unpack[keywords]``: its help names and explains each."""
+
+    def show(door: Door) -> Door:
+        signature = inspect.signature(door)
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        for name, kind in keywords.__annotations__.items():
+            default, annotation = OPTIONS[name].default, kind.__origin__
+            named.append(
+                Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            )
+        door.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        lines = [inspect.cleandoc(door.__doc__ or ""), "", "Options:", ""]
+        for names, option in _rows(keywords):
+            line = f"* {names} ({option.words}): {option.meaning}"
+            lines.append(textwrap.fill(line, 92, subsequent_indent="  "))
+        door.__doc__ = "\n".join(lines)
+        return door
+
+    return show
 
 
 def markdown_table() -> str:
     """README's table of them."""
     rows = ["| option | default | meaning |", "|---|---|---|"]
-    for option in OPTIONS:
-        names = ", ".join(f"`{name}`" for name in option.names)
-        rows.append(f"| {names} | {option.default} | {option.meaning} |")
+    rows += [f"| {names} | {o.words} | {o.meaning} |" for names, o in _rows(Options)]
     return "\n".join(rows)
+
+
+def _rows(keywords: Any) -> Iterator[tuple[str, Option]]:
+    """Options and the names that share one."""
+    for option, names in groupby(keywords.__annotations__, OPTIONS.__getitem__):
+        yield ", ".join(f"`{name}`" for name in names), option

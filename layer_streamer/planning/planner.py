@@ -14,15 +14,11 @@ import torch
 from ..errors import ConfigError
 from .budget import format_bytes, parse_bytes
 from .layout import PAGE, Layout, Step, lay_out_resident
+from .options import Bytes
 from .placement import Budget, Placement, StepSize, place, predict
 from .plan import CACHED, Machine, Plan
 from .rates import rates_of
-from .settings import (
-    RING_CHUNKS,
-    RING_SLOTS_PER_READER,
-    Bytes,
-    Settings,
-)
+from .settings import RING_CHUNKS, RING_SLOTS_PER_READER, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +89,10 @@ def _choose_readers(
     mode: str, machine: Machine, settings: Settings, *, ring: bool
 ) -> tuple[int, int]:
     """Threads and bytes a read: as asked, else as measured here, else the defaults."""
-    if settings.read_threads is None and settings.read_chunk is None and mode in machine.readers:
+    asked, chunk = settings.asked, settings.chunk_nbytes
+    if asked["read_threads"] is None and asked["read_chunk"] is None and mode in machine.readers:
         return machine.readers[mode]
-    chunk = settings.chunk_nbytes
-    if settings.read_chunk is None and ring:
+    if asked["read_chunk"] is None and ring:
         chunk = RING_CHUNKS[mode]
     return settings.num_readers, chunk
 
@@ -134,8 +130,8 @@ def _place_unified(
     budgets = [
         _resolve(name, value, available)
         for name, value in (
-            ("device_budget", settings.device_budget),
-            ("host_budget", settings.host_budget),
+            ("device_budget", settings.asked["device_budget"]),
+            ("host_budget", settings.asked["host_budget"]),
         )
     ]
     # Both names mean the one memory there is; the smaller amount holds.
@@ -163,24 +159,23 @@ def _unified_mode(
 def _place_streamed(
     sizes: tuple[StepSize, ...], scratch_nbytes: int, machine: Machine, settings: Settings
 ) -> tuple[Placement, str, str]:
-    reserve = parse_bytes("reserve_bytes", settings.reserve_bytes)
-    count = len(machine.devices)
+    count, asked = len(machine.devices), settings.asked
     pinned, pageable = settings.num_pinned, settings.num_pageable
     host_slots, host_slot_nbytes = sum(n + 1 for n in (pinned, pageable) if n), None
     if settings.through_ring:
         # Which mode it will be follows from the placement, but of that only where it is not asked.
-        likely = "direct" if settings.host_budget is not None else "buffered"
+        likely = "direct" if asked["host_budget"] is not None else "buffered"
         mode = settings.read_mode if settings.read_mode in RING_CHUNKS else likely
         host_slots, host_slot_nbytes = _ring(mode, sizes, machine, settings)
     budget = Budget(
         device=tuple(
-            _resolve("device_budget", settings.device_budget, n) for n in machine.device_free
+            _resolve("device_budget", asked["device_budget"], n) for n in machine.device_free
         ),
         host=None,
         device_slots=settings.num_device + 1,
         host_slots=host_slots,
         host_slot_nbytes=host_slot_nbytes,
-        reserve=(reserve,) * count,
+        reserve=(settings.reserve_nbytes,) * count,
         scratch_nbytes=scratch_nbytes,
     )
     slots_only, budget = _shrink_slots(sizes, count, budget, settings)
@@ -189,7 +184,7 @@ def _place_streamed(
         for size, tier in zip(sizes, slots_only.tiers, strict=True)
         if tier != "device"
     )
-    given = _resolve("host_budget", settings.host_budget, machine.host_available)
+    given = _resolve("host_budget", asked["host_budget"], machine.host_available)
     usable = _usable(machine.host_available) if given is None else given
     if needed and _wants_map(machine, settings) and needed <= usable:
         placement = place(sizes, count, replace(budget, host=needed), unified=False)
@@ -215,7 +210,7 @@ def _shrink_slots(
     sizes: tuple[StepSize, ...], num_devices: int, budget: Budget, settings: Settings
 ) -> tuple[Placement, Budget]:
     """The placement with nothing in host memory; fewer device slots if nobody asked for more."""
-    least = budget.device_slots if settings.n_gpu is not None else min(2, budget.device_slots)
+    least = min(2, budget.device_slots) if settings.asked["n_gpu"] is None else budget.device_slots
     while True:
         try:
             return place(sizes, num_devices, budget, unified=False), budget
@@ -265,7 +260,7 @@ def _stream_mode(
     )
     if not on_disk:
         return "load", ""
-    if settings.host_budget is not None:
+    if settings.asked["host_budget"] is not None:
         return "direct", "the page cache is not part of host_budget"
     room = _usable(machine.host_available - used)
     if on_disk <= room:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -32,15 +32,8 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def count(text: str) -> int:
-    """Layers of a pool; "none" is 0."""
-    return 0 if text.lower() == "none" else int(text)
-
-
-KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "layers": (count, "N"), "number": (int, "N"), "bytes": (str, "BYTES"), "word": (str, ""),
-}  # fmt: skip
-"""How options of a streamer are read from a command line, and what stands for the value."""
+COMMAND_LINE = {name: o.kind for name, o in OPTIONS.items() if o.kind and o.kind.metavar}
+"""Options of a streamer that are given as they are; a device is named by ``add_devices``."""
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -55,31 +48,26 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", action="append", metavar="D", help=help_text)
 
 
-def add_streamer_options(parser: argparse.ArgumentParser) -> None:
+def add_streamer_options(
+    parser: argparse.ArgumentParser, names: Iterable[str] = COMMAND_LINE
+) -> None:
     """What a streamer can be asked for: a group of the help."""
     group = parser.add_argument_group("the streamer (docs/concepts.md)")
-    for name, option in _given_on_command_lines():
+    for name in names:
+        option, kind = OPTIONS[name], COMMAND_LINE[name]
         meaning = option.meaning.replace("`", "").replace("%", "%%")
-        kind, metavar = KINDS[option.kind or "word"]
         group.add_argument(
             f"--{name.replace('_', '-')}",
-            type=kind,
-            metavar=metavar or name.rpartition("_")[2].upper(),
-            help=meaning if option.default == "None" else f"{meaning} ({option.default})",
+            type=kind.read,
+            metavar=kind.metavar,
+            help=meaning if option.words == "None" else f"{meaning} ({option.words})",
         )
 
 
 def streamer_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those that were named, as keywords."""
-    given = {name: getattr(args, name, None) for name, _ in _given_on_command_lines()}
-    given["device"] = getattr(args, "device", None)
+    given = {name: getattr(args, name, None) for name in (*COMMAND_LINE, "device")}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _given_on_command_lines() -> list[tuple[str, Any]]:
-    return [
-        (name, option) for option in OPTIONS for name in option.names if option.kind is not None
-    ]
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -14,10 +14,10 @@ import json
 import sys
 from pathlib import Path
 
-from .command import add_devices
+from .command import add_devices, add_streamer_options, streamer_options
 
-OPTIONS = ("device", "n_gpu", "device_budget", "host_budget")
-"""Options of the streamer that change a plan."""
+OPTIONS = ("n_gpu", "device_budget", "host_budget", "layer_pattern")
+"""Options of the streamer that are asked after here: of its memory, and what its layers are."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a safetensors directory or file, or a GGUF file; its headers are read",
     )
     add_devices(parser)
-    add("--device-budget", metavar="BYTES", help='of each device: "6GiB", "auto"')
-    add("--host-budget", metavar="BYTES", help='of host memory: "16GiB", "auto"')
-    add("--n-gpu", type=int, metavar="N", help="layers held ahead on each device (2)")
-    add("--layer-pattern", metavar="P", help='a layer\'s prefix, with {i}: "blk.{i}."')
+    add_streamer_options(parser, OPTIONS)
     add("--json", action="store_true", help="one JSON document instead of the screen")
 
 
@@ -44,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
         from ..doctor.report import Request, document, examine, screen
     except (ImportError, OSError) as error:
         raise ImportError(f"torch cannot be imported: {error}") from error
-    named = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    report = examine(Request(args.model, args.layer_pattern, named))
+    report = examine(Request(args.model, streamer_options(args)))
     text = json.dumps(document(report)) if args.json else screen(report)
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> None:
     from ..devices.accelerator import open_devices
     from ..planning.settings import Settings
 
-    options = streamer_options(args)
-    manifest = read_manifest(args.model, options.pop("layer_pattern", None))
-    settings = Settings(**options)
-    plan = draw_plan(manifest, open_devices(settings.device), settings, _rates(args))
+    settings = Settings(**streamer_options(args))
+    manifest = read_manifest(args.model, settings.asked["layer_pattern"])
+    devices = open_devices(settings.asked["device"])
+    plan = draw_plan(manifest, devices, settings, _rates(args))
     text = f"{args.model}: {len(plan.tiers)} layers\n{plan}"
     publish(args, text, json.dumps(plan.document()))
 

@@ -18,17 +18,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import add_model, at_least, require_engine, say
+from ..planning.options import SEARCHED
+from .command import COMMAND_LINE, add_model, add_streamer_options, at_least, require_engine, say
 
 if TYPE_CHECKING:
     from .. import LayerStreamerTuner
 
-COUNTS = ("n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu",
-          "read_threads", "read_chunk")  # fmt: skip
-WORDS = ("read_mode", "device_budget", "host_budget")
 OPTIONS = ("tokens", "n_runs", "sleep_seconds", "max_seconds", "max_device_bytes",
            "max_host_bytes", "strategy", "tolerance", "results_path")  # fmt: skip
-OPENING = ("device", "layer_pattern", "tail")
+FIXED = tuple(name for name in COMMAND_LINE if name not in SEARCHED)
+OPENING = ("device", *FIXED, "tail")
 """What is opened with as it was named: part of the call that is printed."""
 ENGINE = ("prompt_tokens", "new_tokens", "max_length")
 MARGIN = "a run is ended once it is slower than the best by this share; or none (0.1)"
@@ -52,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tolerance", type=float, metavar="X", help=TOLERANCE)
     add("--results", dest="results_path", metavar="FILE", help="where trials are kept")
     add("--report", type=Path, metavar="DIR", help="write a table and a picture there")
-    add("--layer-pattern", metavar="P", help="prefix of a layer's tensors, with {i}")
     add("--tail", action="append", metavar="NAME", help="of a tensor to stream after the layers")
+    add_streamer_options(parser, FIXED)
     engine = parser.add_argument_group("the engine (docs/tuning.md)")
     add, one = engine.add_argument, at_least(1)
     add("--engine", action="store_true", help="tune the engine: StreamingEngine")
@@ -63,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     values = parser.add_argument_group(
         "values to try", "lists, such as 1,2,4 or none,2; what is not named gets what suits here"
     )
-    for name in COUNTS + WORDS:
-        kind = _counts if name in COUNTS else _words
+    for name in SEARCHED:
+        kind = _counts if COMMAND_LINE[name].metavar == "N" else _words
         values.add_argument(f"--{name.replace('_', '-')}-values", type=kind, metavar="V,V,...")
 
 
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of the tuner; those that were not named keep its defaults."""
-    values = tuple(f"{name}_values" for name in COUNTS + WORDS)
+    values = tuple(f"{name}_values" for name in SEARCHED)
     given = _named(args, (*OPENING, *OPTIONS, *ENGINE, *values))
     for name in ENGINE:
         if name in given and not args.engine:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from ..devices.device import Device, Stream
-from ..planning.settings import OnCopy
+from ..planning.options import OnCopy
 from .pool import DeviceSlot, HostPool
 from .schedule import Order, Orders, Schedule
 from .stage import Bell, Control, LaneRun, Stage

@@ -47,7 +47,7 @@ class Lane:
         self.residents = residents
         self.settings = settings
         # What stays on the device passes through the copier all the same if somebody listens.
-        passes = [i for i in indices if i not in residents.weights or settings.on_copy is not None]
+        passes = [i for i in indices if i not in residents.weights or settings.asked["on_copy"]]
         read = [i for i in passes if i not in residents.weights and i not in residents.sources]
         copied = Order(passes, len(layouts))
         in_slots = passes if device.unified else read
@@ -213,7 +213,7 @@ class Lane:
         feeder = None
         if self.orders.read.count:
             feeder = self._build_reading(lane_idx, schedule, files, control)
-        on_copy, unified = self.settings.on_copy, self.device.unified
+        on_copy, unified = self.settings.asked["on_copy"], self.device.unified
         moves = any(self.orders.layouts[i].copies for i in self.orders.copied.indices)
         if self.orders.copied.count and (not unified or on_copy is not None or moves):
             self.copier = Copier(

@@ -61,8 +61,7 @@ class Pipeline:
         self.caller_bell = Bell()
         self.control.on_fatal = self.caller_bell.ring
         self.lanes: list[Lane] = []
-        self._settings = replace(
-            settings,
+        self._settings = settings.but(
             read_mode=plan.read_mode,
             read_threads=plan.read_threads,
             read_chunk=plan.read_chunk,
@@ -196,7 +195,7 @@ class Pipeline:
         nbytes = sum(
             size.read_nbytes for size, tier in zip(sizes, tiers, strict=True) if tier != "disk"
         )
-        shown = nbytes > 0 and self._settings.track_progress
+        shown = nbytes > 0 and self._settings.asked["track_progress"]
         style: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
         chunk, threads = self._settings.chunk_nbytes, self._settings.num_readers
         with ProgressBar(total=nbytes, desc="loading", disable=not shown, **style) as bar:
@@ -211,7 +210,7 @@ class Pipeline:
                 into = self._residents[lane_idx]
                 steps = {i: self._steps[i] for i in indices}
                 with device.guard():
-                    loader.load_device(into, steps, device, self._settings.dtype)
+                    loader.load_device(into, steps, device, self._settings.asked["dtype"])
             for i in indices:
                 # Nothing of it is read or copied any more.
                 self._layouts[i] = replace(self._layouts[i], reads=(), copies=())

@@ -278,7 +278,7 @@ def test_with_a_driver_that_hangs_no_plan_is_tried(
     hanging = replace(CPU, system=replace(ONE_GPU, hangs=True, cards=Fact(None, "no answer")))
     monkeypatch.setattr(doctor, "look_at_devices", lambda: hanging)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked"))
-    found = doctor.examine(Request(tmp_path, None, {}))
+    found = doctor.examine(Request(tmp_path, {}))
     assert found.model == Fact(None, "no answer")
     assert found.page_locking[0].for_device is False
 
@@ -288,7 +288,7 @@ def test_a_device_with_memory_of_its_own_is_tried_and_planned_for(
 ) -> None:
     tiny_checkpoint(tmp_path, 12, hidden=64)
     monkeypatch.setattr(doctor, "open_devices", lambda names: (FakeDevice(seed=1),))
-    found = doctor.examine(Request(tmp_path, None, {"device_budget": "400KiB"}))
+    found = doctor.examine(Request(tmp_path, {"device_budget": "400KiB"}))
     assert [trial.said for trial in found.page_locking] == ["", ""]
     assert found.model is not None and found.model.value is not None
     assert [tier.tier for tier in found.model.value.tiers] == ["device", "host"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from checkpoints import tiny_checkpoint
 from support import make_device, open_checkpoint, opened_on
 
 from layer_streamer import ConfigError, LayerStreamer, plan_checkpoint
+from layer_streamer.planning.options import OPTIONS
 from layer_streamer.planning.settings import Settings
 
 
@@ -40,13 +40,6 @@ def test_an_option_that_cannot_work_is_refused_by_name(
         LayerStreamer.from_checkpoint(tmp_path, **{"device": "cpu", **options})
 
 
-OPTIONS = [
-    name
-    for name, parameter in inspect.signature(LayerStreamer.from_checkpoint).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-]
-
-
 def opened_by(path: Path, kind: str, **options: Any) -> dict[str, Any]:
     with opened_on(make_device(kind)), LayerStreamer.from_checkpoint(path, **options) as streamer:
         return streamer.plan.document() | {"slots": streamer.plan.placement.device_slots}
@@ -60,12 +53,11 @@ def test_none_is_the_default_of_every_option(
     monkeypatch.setattr("layer_streamer.assembly.available_host_bytes", lambda: 2**33)
     tiny_checkpoint(tmp_path, 9)
     default = opened_by(tmp_path, kind)
-    for named in (*([name] for name in OPTIONS), OPTIONS):
+    for named in (*([name] for name in OPTIONS), list(OPTIONS)):
         assert opened_by(tmp_path, kind, **dict.fromkeys(named)) == default
     nothing = plan_checkpoint(tmp_path, **(dict.fromkeys(OPTIONS) | {"device": "cpu"}))
     assert nothing.document() == plan_checkpoint(tmp_path, device="cpu").document()
-    others = [name for name in OPTIONS if name != "layer_pattern"]
-    assert Settings.from_options(**dict.fromkeys(others)) == Settings()
+    assert Settings(**dict.fromkeys(OPTIONS)) == Settings()  # type: ignore[arg-type]
 
 
 def test_0_is_no_such_pool(tmp_path: Path) -> None:

@@ -53,10 +53,11 @@ def effect(settings: dict[str, Any], unified: bool) -> tuple[Any, ...]:
             if s.num_pageable or not s.num_pinned:
                 counts["host"] = s.num_pageable + 1
     batches = plan_batches(s, counts, unified=unified)
-    readers = (s.read_threads, s.read_chunk)
+    readers = (s.asked["read_threads"], s.asked["read_chunk"])
     if s.read_mode == "mapped" and not unified:
         readers = (None, None)
-    budgets = [{"1GiB": GIB, "2 GiB": 2 * GIB}.get(b, b) for b in (s.device_budget, s.host_budget)]  # type: ignore[arg-type]
+    asked = (s.asked["device_budget"], s.asked["host_budget"])
+    budgets = [{"1GiB": GIB, "2 GiB": 2 * GIB}.get(b, b) for b in asked]  # type: ignore[arg-type]
     named = s.read_mode == "auto" and s.names_host_pools and not unified
     return counts, batches, readers, s.read_mode, budgets, named
 

@@ -8,6 +8,7 @@ give an estimate for each candidate, and how far from it the truth can be.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-SIZES = {
-    "n_gpu": 0.1, "n_cpu_pinned": 0.1, "n_cpu": 0.1,
-    "batch_gpu": 0.05, "batch_cpu_pinned": 0.05, "batch_cpu": 0.05,
-    "read_mode": 0.2, "read_threads": 0.15, "read_chunk": 0.1,
-    "device_budget": 0.1, "host_budget": 0.1,
-}  # fmt: skip
+SIZES = defaultdict[str, float](
+    lambda: 0.1,
+    batch_gpu=0.05, batch_cpu_pinned=0.05, batch_cpu=0.05, read_mode=0.2, read_threads=0.15,
+)  # fmt: skip
 """By setting, how far one of its values may well put a prediction wrong (as a logarithm)."""
 COMMON = 2.0
 """The same of what is common to all: predictions may be wrong by a factor all together."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...planning.budget import parse_bytes
-from ...planning.settings import MAX_SLOTS, check_count
+from ...planning.options import MAX_SLOTS, SEARCHED, check_count
 from ...planning.settings import Settings as StreamerSettings
 from ..trials.record import Settings
 
@@ -23,8 +23,7 @@ POOLS = (
 )
 """Each pool's size, and the number of layers handed on out of it at a time."""
 _POOL_SIZES = tuple(n for n, _ in POOLS)
-PUBLISHED = _POOL_SIZES + tuple(batch for _, batch in POOLS)
-AXES = (*PUBLISHED, "read_mode", "read_threads", "read_chunk", "device_budget", "host_budget")
+AXES = SEARCHED
 """Settings that can be searched, in the order in which a candidate has them."""
 MAX_COMBINATIONS = 100_000
 
