@@ -23,6 +23,7 @@ from .planning.options import DeviceName, MoreOptions, Options, check_names, sho
 from .planning.plan import Plan
 from .planning.settings import Count, Settings, read_count
 from .transport.memory import MemoryUse
+from .transport.pipeline import Pipeline
 from .transport.stats import PassReport
 from .transport.tasks import noted_on
 
@@ -118,7 +119,7 @@ class LayerStreamer:
     @property
     def read_modes(self) -> dict[Path, str]:
         """By file, how it is read: "direct" where the file system allows it, else "buffered"."""
-        return self.opened().pipeline.files.read_modes
+        return self._opened().pipeline.files.read_modes
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +171,7 @@ class LayerStreamer:
 
         Raises what ``layer_fn`` raises, or the error of the layer that could not be streamed.
         """
-        result: X = run_layers(self.opened(), self, x, layer_fn)
+        result: X = run_layers(self._opened(), self, x, layer_fn)
         return result
 
     def sweep(self) -> Sweep:
@@ -181,7 +182,7 @@ class LayerStreamer:
         A newer pass on the same thread supersedes it: its next advance raises
         SupersededError.
         """
-        return sweep(self.opened(), self, guarded=False)
+        return sweep(self._opened(), self, guarded=False)
 
     def load_static(self, name: str, device: DeviceName | None = None) -> torch.Tensor:
         """One tensor on a device for good (outside the slots), cast as the layers are.
@@ -190,7 +191,7 @@ class LayerStreamer:
         and a device, valid also after ``close``; its bytes count in :attr:`memory` and
         :attr:`plan`. Raises CheckpointError, ConfigError, ReadError.
         """
-        statics = self.opened().statics
+        statics = self._opened().statics
         where = self._devices[0] if device is None else open_device(device)
         return statics.load(name, where.torch_device)
 
@@ -200,7 +201,7 @@ class LayerStreamer:
         Read-only by contract: a write changes a private copy of the page. It stays valid after
         close; a file that is truncated while it is mapped kills the process that touches it.
         """
-        return self.opened().statics.view(name)
+        return self._opened().statics.view(name)
 
     def close(self) -> None:
         """Stop the threads and return all memory and file descriptors. Idempotent, any thread.
@@ -230,10 +231,14 @@ class LayerStreamer:
         state = "closed" if self.closed else f"{self.num_layers} layers on {self.device}"
         return f"<LayerStreamer {self.manifest.path} ({state})>"
 
-    def opened(self) -> Parts:
-        """The parts, for this library's own tools. Raises ClosedError."""
+    def _opened(self) -> Parts:
         parts = self._parts
         if parts is None:
             raise ClosedError("the streamer is closed")
         parts.pipeline.check_process()
         return parts
+
+
+def pipeline_of(streamer: LayerStreamer) -> Pipeline:
+    """What serves it, for those who measure what the hardware alone needs. Raises ClosedError."""
+    return streamer._opened().pipeline

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ..errors import ConfigError
-from ..streamer import LayerStreamer
+from ..streamer import LayerStreamer, pipeline_of
 from .footprint import bytes_from_disk, device_peak, host_peak, reset_device_peak
 from .limit_set import READS, Measures, open_limits
 from .rawspeed import Load, synchronize
@@ -261,7 +261,7 @@ def _measure_in_turn(
 
 def settle(streamer: LayerStreamer) -> None:
     """Wait until prefetch has filled every slot, and disk and links are at rest."""
-    pipeline = streamer.opened().pipeline
+    pipeline = pipeline_of(streamer)
     quiet = 0
     while quiet < 2:
         # A stage that has been woken may be about to begin: looked at twice.

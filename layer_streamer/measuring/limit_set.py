@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import TypeAlias
 
-from ..streamer import LayerStreamer
+from ..streamer import LayerStreamer, pipeline_of
 from .rawspeed import BareCompute, Load, RawCopies, RawReads
 
 SPREAD_READS = "read into memory as large as the slots"
@@ -27,7 +27,7 @@ def open_limits(
     Unless they are ``cold``, passes are timed right after another: then raw reads are, too. What
     is opened is closed with the stack.
     """
-    pipeline, limits, comparisons = streamer.opened().pipeline, Measures(), Measures()
+    pipeline, limits, comparisons = pipeline_of(streamer), Measures(), Measures()
     layouts, devices = pipeline.schedule.layouts, pipeline.devices
     if load.tokens:
         limits["compute"] = BareCompute(streamer, load).seconds

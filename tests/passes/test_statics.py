@@ -129,7 +129,7 @@ def test_threads_that_ask_at_once_get_the_same_tensor(
     tiny_checkpoint(tmp_path)
     both, found = threading.Barrier(2, timeout=HANG_SECONDS), list[Any]()
     with open_checkpoint(None, tmp_path) as streamer:
-        kept = streamer.opened().statics
+        kept = streamer._opened().statics
 
         def at_once(work: Any) -> Any:
             def load(*arguments: Any) -> Any:
