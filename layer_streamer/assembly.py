@@ -31,9 +31,8 @@ def read_headers(path: str | Path | Manifest, layer_pattern: str | None) -> Mani
 
     There no interrupt can come between the opening of a file and what closes it.
     """
-    found: list[Manifest] = []
-    run_all([partial(as_manifest, path, layer_pattern)], 1, on_done=found.append)
-    return found[0]
+    (manifest,) = run_all([partial(as_manifest, path, layer_pattern)], 1)
+    return manifest
 
 
 def assemble(

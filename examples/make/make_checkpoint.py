@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 from made import FORMATS, MARK, Made, Values, is_file, plan_made
@@ -29,6 +29,7 @@ from shards import DTYPES, Shard
 from tqdm import tqdm
 
 from layer_streamer.tools.command import Parser
+from layer_streamer.transport.tasks import run_all
 
 NUM_WRITERS = 4
 SYNC_NBYTES = 256 << 20
@@ -51,26 +52,19 @@ class Writer:
     def __init__(self, values: Values, on_written: Callable[[int], object]) -> None:
         self._values = values
         self._on_written, self._lock = on_written, threading.Lock()
-        self._stop = threading.Event()
+        self._stopped = threading.Event()
 
     def write(self, directory: Path, shards: Sequence[Shard]) -> None:
         """Write all of them. After an error or an interrupt no thread is left."""
-        with ThreadPoolExecutor(NUM_WRITERS, "writer") as pool:
-            try:
-                futures = [pool.submit(self._write_shard, directory, shard) for shard in shards]
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                self._stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        writes = [partial(self._write_shard, directory, shard) for shard in shards]
+        run_all(writes, NUM_WRITERS, stopped=self._stopped)
 
     def _write_shard(self, directory: Path, shard: Shard) -> None:
         try:
             with open(directory / shard.name, "wb", buffering=0) as file:
                 offset = unsynced = 0
                 for piece in self._pieces(shard):
-                    if self._stop.is_set():
+                    if self._stopped.is_set():
                         return
                     self._write_at(file.fileno(), piece, offset)
                     offset, unsynced = offset + piece.nbytes, unsynced + piece.nbytes

@@ -17,8 +17,9 @@ from ..devices.device import CpuDevice, Device, Stream
 from ..errors import StreamerError
 from ..machine.limits import DeviceLimits, SizeRate, ThreadRate
 from ..transport.memory import HostArena, allocate
+from ..transport.tasks import run_all
 from .probe_config import MIB, Journal, ProbeConfig
-from .sampling import Sampler, run_together
+from .sampling import Sampler
 
 PAGEABLE_NBYTES = 64 * MIB
 """Size of one copy from pageable memory."""
@@ -97,7 +98,7 @@ def measure_together(
         total = sum(load.nbytes for load in loads)
         samples = []
         for _ in range(1 + config.samples):
-            spans = run_together([load.run for load in loads], threading.Event())
+            spans = run_all([load.run for load in loads], len(loads))
             begin, end = min(span[0] for span in spans), max(span[1] for span in spans)
             samples.append(total / max(end - begin, 1e-9))
         return median(samples[1:])
@@ -119,7 +120,7 @@ class DeviceCopier:
     def rate(self, pairs: Sequence[Pair]) -> float:
         """Bytes a second of copies of ``pairs`` in turn, back to back: the median of samples."""
         stopped = threading.Event()
-        (rate,) = run_together([partial(self._measure, pairs, stopped)], stopped)
+        (rate,) = run_all([partial(self._measure, pairs, stopped)], 1, stopped=stopped)
         return rate
 
     def _measure(self, pairs: Sequence[Pair], stopped: threading.Event) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from ..streamer import LayerStreamer
 from ..transport.files import OpenFiles
 from ..transport.mapped import merge_ranges
 from ..transport.memory import HostArena, allocate
-from .sampling import run_jobs, run_together
+from ..transport.tasks import run_all
+from .sampling import run_jobs
 
 COPY_NBYTES = 512 << 20
 """Size of one raw copy: as fast as copies get."""
@@ -40,7 +40,7 @@ class RawCopies:
 
     def seconds(self) -> float:
         """Measure once."""
-        spans = run_together([load.run for load in self._loads], threading.Event())
+        spans = run_all([load.run for load in self._loads], len(self._loads))
         return max(end for _, end in spans) - min(begin for begin, _ in spans)
 
     def close(self) -> None:

@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
-from ..transport.tasks import join_all, start_thread
-
-T = TypeVar("T")
+from ..transport.tasks import run_all
 
 Job: TypeAlias = Callable[[int, int], object]
 """``job(worker, number)``: piece ``number`` of the work, on thread ``worker``; both from 0."""
@@ -106,37 +104,5 @@ def run_jobs(job: Job, num_jobs: int, threads: int) -> list[float]:
             ends.append(time.perf_counter())
         return ends
 
-    ends = run_together([partial(work, worker) for worker in range(threads)], stopped)
+    ends = run_all([partial(work, worker) for worker in range(threads)], threads, stopped=stopped)
     return sorted(itertools.chain.from_iterable(ends))
-
-
-def run_together(works: Sequence[Callable[[], T]], stopped: threading.Event) -> list[T]:
-    """Run each of ``works`` on a thread of its own; their results, once all threads have ended.
-
-    ``stopped`` is set when one raises or the caller is interrupted: then the others should end.
-    """
-    results: dict[int, T] = {}
-    errors: list[BaseException] = []
-
-    def run(number: int) -> None:
-        try:
-            if not stopped.is_set():
-                results[number] = works[number]()
-        except BaseException as error:
-            errors.append(error)
-            stopped.set()
-
-    threads = [
-        threading.Thread(target=run, args=(number,), name=f"layer-streamer-probe-{number}")
-        for number in range(len(works))
-    ]
-    try:
-        for thread in threads:
-            start_thread(thread)
-        join_all(threads, threading.TIMEOUT_MAX)
-    finally:
-        stopped.set()
-        join_all(threads, threading.TIMEOUT_MAX)
-    if errors:
-        raise errors[0]
-    return [results[number] for number in range(len(works))]

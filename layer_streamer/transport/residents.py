@@ -137,7 +137,7 @@ class Loader:
             for step, tensors in targets:
                 for key, spec in step.tensors.items():
                     tasks += self._cut_tensor(spec, tensors[key], bounces)
-            self._run(tasks, bounces.use_in_this_thread)
+            self._run(tasks)
         finally:
             bounces.close()
 
@@ -158,7 +158,7 @@ class Loader:
             )
             (part,) = cutter.cut(layout)
             tasks += [partial(self._read_all, part.job(j), slot) for j in range(part.num_jobs)]
-        self._run(tasks, lambda: None)
+        self._run(tasks)
 
     def map_host(self, into: Residents, layouts: Mapping[int, Layout], device: Device) -> bool:
         """Page-lock the files' own pages; False, with nothing kept, where that is refused."""
@@ -201,8 +201,8 @@ class Loader:
         reads = [read for layout in layouts.values() for read in layout.reads]
         return MappedFiles(self._files, reads, private=private)
 
-    def _run(self, tasks: Sequence[Callable[[], int]], on_start: Callable[[], object]) -> None:
-        run_all(tasks, self._threads, on_start=on_start, on_done=self._on_loaded)
+    def _run(self, tasks: Sequence[Callable[[], int]]) -> None:
+        run_all(tasks, self._threads, on_done=self._on_loaded)
         self._files.check_unchanged()
 
     def _read_all(self, extents: Sequence[Extent], slot: memoryview) -> int:
@@ -268,20 +268,19 @@ class _Bounces:
         self._free = list(self._arena.slots)
         self._local = threading.local()
 
-    def use_in_this_thread(self) -> None:
-        """Give the calling thread a bounce of its own."""
-        stream = self._device.new_stream()
-        self._device.use_in_this_thread(stream)
-        self.order_after_allocation(stream)
-        self._local.bounce = _Bounce(self._free.pop(), stream, self._device.new_event())
+    def mine(self) -> _Bounce:
+        """The calling thread's own, on a stream that is made the thread's at the first call."""
+        if not hasattr(self._local, "bounce"):
+            stream = self._device.new_stream()
+            self._device.use_in_this_thread(stream)
+            self.order_after_allocation(stream)
+            self._local.bounce = _Bounce(self._free.pop(), stream, self._device.new_event())
+        bounce: _Bounce = self._local.bounce
+        return bounce
 
     def order_after_allocation(self, stream: Stream) -> None:
         """Let the copies wait for whatever used the layers' memory before it was theirs."""
         self._allocated.wait(stream)
-
-    def mine(self) -> _Bounce:
-        bounce: _Bounce = self._local.bounce
-        return bounce
 
     def copy(self, bounce: _Bounce, dst: torch.Tensor, src: torch.Tensor) -> None:
         """Copy and wait until it has happened; the other threads read meanwhile."""

@@ -8,7 +8,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from queue import Empty, SimpleQueue
+from itertools import chain
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from ..errors import ClosedError, StreamerError
@@ -82,29 +83,35 @@ def run_all(
     threads: int,
     *,
     on_done: Callable[[T], object] = lambda result: None,
-    on_start: Callable[[], object] = lambda: None,
-) -> None:
-    """Call every task, on up to ``threads`` threads; return when all have ended.
+    stopped: threading.Event | None = None,
+) -> list[T]:
+    """Call every task, on up to ``threads`` threads; return when all have ended: their results.
 
-    ``on_start`` is called by each thread first, ``on_done`` by the calling thread with the result
-    of each task. The first error (or an interrupt of the calling thread) is raised once the tasks
-    under way have ended; those not begun are dropped. No interrupt comes to a task.
+    With as many threads as tasks, each has one of its own. ``on_done`` is called by the calling
+    thread with the result of each task as it comes. The first error (or an interrupt of the calling
+    thread) sets ``stopped``, and is raised once the tasks under way have ended; those not begun are
+    dropped. No interrupt comes to a task.
     """
-    work = _Work(tasks, on_start)
+    work = _Work(tasks, threads, stopped or threading.Event())
     workers = [
-        threading.Thread(target=work.run, name=f"layer-streamer-open-{i}", daemon=True)
+        threading.Thread(target=work.run, args=(i,), name=f"layer-streamer-task-{i}", daemon=True)
         for i in range(min(threads, work.count))
     ]
+    results = dict[int, T]()
     try:
         for worker in workers:
             start_thread(worker)
         for _ in range(work.count):
-            on_done(work.next_result())
+            number, result = work.next_result()
+            results[number] = result
+            on_done(result)
+        join_all(workers, threading.TIMEOUT_MAX)
     finally:
         # One whose start was interrupted, so that it cannot be joined, does nothing any more.
-        work.stopped = True
+        work.stopped.set()
         join_all(workers, threading.TIMEOUT_MAX)
         work.drop_results()
+    return [results[number] for number in range(work.count)]
 
 
 _at_work: weakref.WeakSet[_Work[Any]] = weakref.WeakSet()
@@ -121,31 +128,25 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Work(Generic[T]):
-    """Tasks to do, and results. Thread rules: ``run`` on any number of threads."""
+    """Tasks to do, and results. Thread rules: ``run`` on each of the threads."""
 
-    def __init__(self, tasks: Iterable[Callable[[], T]], on_start: Callable[[], object]) -> None:
+    def __init__(
+        self, tasks: Iterable[Callable[[], T]], threads: int, stopped: threading.Event
+    ) -> None:
         _at_work.add(self)
-        self.stopped = False
-        self.count = 0
-        self._on_start = on_start
-        self._tasks: SimpleQueue[Callable[[], T]] = SimpleQueue()
-        self._results: SimpleQueue[tuple[T] | BaseException] = SimpleQueue()
-        for task in tasks:
-            self._tasks.put(task)
-            self.count += 1
+        self.stopped = stopped
+        self._tasks = tuple(tasks)
+        self.count = len(self._tasks)
+        self._rest = iter(range(threads, self.count))  # one step, whichever threads are at it
+        self._results: SimpleQueue[tuple[int, T] | BaseException] = SimpleQueue()
 
-    def run(self) -> None:
-        """Do tasks until there is none left, one fails, or ``stopped`` is set."""
+    def run(self, first: int) -> None:
+        """Do task ``first``, then others until none is left, one fails, or ``stopped`` is set."""
         try:
-            if not self.stopped:
-                self._on_start()
-            while True:
-                if self.stopped:
+            for number in chain((first,), self._rest):
+                if self.stopped.is_set():
                     return
-                task = self._tasks.get_nowait()
-                self._results.put((task(),))
-        except Empty:
-            return
+                self._results.put((number, self._tasks[number]()))
         except BaseException as error:
             self._results.put(error)
 
@@ -153,15 +154,15 @@ class _Work(Generic[T]):
         """Have the next result be ``error``, after those that are there."""
         self._results.put(error)
 
-    def next_result(self) -> T:
-        """Wait for the next result; raises the error of a task."""
+    def next_result(self) -> tuple[int, T]:
+        """Wait for the next (number of the task, result); raises the error of a task."""
         result = self._results.get()
         if isinstance(result, BaseException):
             try:
                 raise result
             finally:
                 del result  # or this frame and the error would hold each other
-        return result[0]
+        return result
 
     def drop_results(self) -> None:
         """Forget errors that nobody raises: their frames hold this, and all that the tasks do."""

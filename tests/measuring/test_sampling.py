@@ -17,13 +17,12 @@ from layer_streamer.measuring.sampling import (
     Job,
     Sampler,
     run_jobs,
-    run_together,
     window_rates,
 )
 
 
 def probe_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("layer-streamer-probe")]
+    return [t for t in threading.enumerate() if t.name.startswith("layer-streamer-task")]
 
 
 @given(num_jobs=st.integers(0, 60), threads=st.integers(1, 9))
@@ -81,17 +80,6 @@ def test_after_an_interrupt_at_any_line_no_job_is_at_work() -> None:
         if not interrupter.fired:
             break
     assert number > 20
-
-
-def test_works_run_side_by_side_and_their_results_keep_their_order() -> None:
-    meeting = threading.Barrier(3, timeout=300)
-
-    def work(result: int) -> int:
-        meeting.wait()
-        return result
-
-    works = [lambda: work(0), lambda: work(1), lambda: work(2)]
-    assert run_together(works, threading.Event()) == [0, 1, 2]
 
 
 @given(

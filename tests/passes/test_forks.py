@@ -79,7 +79,7 @@ end(forked[0])
 OPTIONS = ["{'n_gpu': 0}", "{'read_mode': 'mapped'}", "{'device_budget': '1GiB'}"]
 WAITING = {
     "layer-streamer-read": "{'read_threads': 1}",
-    "layer-streamer-open": "{'device_budget': '1GiB', 'read_threads': 1}",
+    "layer-streamer-task": "{'device_budget': '1GiB', 'read_threads': 1}",
 }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layer_streamer.transport import tasks
 from layer_streamer.transport.tasks import run_all, start_thread
 
 SECONDS = 100.0
@@ -20,7 +21,7 @@ SECONDS = 100.0
 def no_thread_is_left() -> Iterator[None]:
     yield
     names = [thread.name for thread in threading.enumerate()]
-    assert not [name for name in names if name.startswith("layer-streamer-open")]
+    assert not [name for name in names if name.startswith("layer-streamer-task")]
 
 
 class Boom(Exception):
@@ -29,7 +30,9 @@ class Boom(Exception):
 
 @settings(deadline=None, max_examples=40)
 @given(count=st.integers(0, 30), threads=st.integers(1, 9))
-def test_every_result_is_reported_once_to_the_calling_thread(count: int, threads: int) -> None:
+def test_every_result_is_told_to_the_calling_thread_and_returned_in_order(
+    count: int, threads: int
+) -> None:
     results: list[int] = []
     callers: set[threading.Thread] = set()
 
@@ -37,29 +40,28 @@ def test_every_result_is_reported_once_to_the_calling_thread(count: int, threads
         results.append(result)
         callers.add(threading.current_thread())
 
-    run_all([partial(int, i) for i in range(count)], threads, on_done=on_done)
-    assert sorted(results) == list(range(count))
+    returned = run_all([partial(int, i) for i in range(count)], threads, on_done=on_done)
+    assert returned == sorted(results) == list(range(count))
     assert callers <= {threading.current_thread()}
 
 
-@pytest.mark.parametrize(("tasks", "threads", "expected"), [(3, 8, 3), (8, 3, 3), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("count", "threads", "expected"), [(3, 8, 3), (8, 3, 3), (1, 1, 1), (0, 4, 0)]
+)
 def test_no_more_threads_are_started_than_there_are_tasks_or_are_allowed(
-    tasks: int, threads: int, expected: int
+    monkeypatch: pytest.MonkeyPatch, count: int, threads: int, expected: int
 ) -> None:
-    # Nobody goes on until all that are expected have started.
-    barrier = threading.Barrier(expected, timeout=SECONDS)
     started: list[threading.Thread] = []
-
-    def on_start() -> None:
-        started.append(threading.current_thread())
-        barrier.wait()
-
-    run_all([lambda: None] * tasks, threads, on_start=on_start)
+    monkeypatch.setattr(
+        tasks, "start_thread", lambda thread: (started.append(thread), thread.start())
+    )
+    run_all([lambda: None] * count, threads)
     assert len(set(started)) == len(started) == expected
 
 
-def test_no_tasks_start_no_thread() -> None:
-    run_all(list[Callable[[], None]](), 4, on_start=lambda: pytest.fail("a thread was started"))
+def test_with_as_many_threads_as_tasks_each_has_one_of_its_own() -> None:
+    threads = run_all([threading.current_thread] * 9, 9)
+    assert len(set(threads)) == 9
 
 
 def test_the_first_error_is_raised_and_tasks_not_begun_are_dropped() -> None:
@@ -96,6 +98,22 @@ def test_an_error_waits_for_the_tasks_under_way_and_for_no_others() -> None:
     assert ended[:1] == ["under way"]
 
 
+def test_an_error_tells_the_tasks_under_way() -> None:
+    stopped, under_way, told = threading.Event(), threading.Event(), list[bool]()
+
+    def fail() -> None:
+        assert under_way.wait(SECONDS)
+        raise Boom
+
+    def go_on() -> None:
+        under_way.set()
+        told.append(stopped.wait(SECONDS))
+
+    with pytest.raises(Boom):
+        run_all([go_on, fail], 2, stopped=stopped)
+    assert told == [True]
+
+
 def test_after_an_error_on_every_thread_one_of_them_is_raised() -> None:
     barrier = threading.Barrier(4, timeout=SECONDS)
 
@@ -105,14 +123,6 @@ def test_after_an_error_on_every_thread_one_of_them_is_raised() -> None:
 
     with pytest.raises(Boom):
         run_all([partial(fail, i) for i in range(4)], 4)
-
-
-def test_an_error_of_on_start_is_raised() -> None:
-    def on_start() -> None:
-        raise Boom
-
-    with pytest.raises(Boom):
-        run_all([lambda: None] * 5, 3, on_start=on_start)
 
 
 def test_a_task_that_raises_what_ends_an_interpreter_is_an_error_like_any_other() -> None:

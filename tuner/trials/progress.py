@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ...transport.tasks import join_all, start_thread
+
 LOOK_SECONDS = 1.0
 LEAST_NBYTES = 1 << 16
 """To look takes some bytes, too."""
@@ -35,12 +37,12 @@ def telling_of_progress(
                     alive()
 
     thread = threading.Thread(target=look, name="layer-streamer-progress", daemon=True)
-    thread.start()
     try:
+        start_thread(thread)
         yield
     finally:
         over.set()
-        thread.join()
+        join_all([thread], threading.TIMEOUT_MAX)
 
 
 def work_done() -> int:

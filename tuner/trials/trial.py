@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 
 from ...errors import ConfigError, StreamerError
 from ...transport.stage import Bell
+from ...transport.tasks import start_thread
 from .course import Course
 from .outcome import make_record
 from .process import CandidateProcess
@@ -69,7 +70,7 @@ class _Task:
 
     def run(self, on_event: OnEvent) -> TrialRecord:
         try:
-            self._thread.start()
+            start_thread(self._thread)
             while True:
                 over = self._over  # asked first: the last event comes before it
                 if self._events:
