@@ -21,9 +21,9 @@ from .gguf_values import U32, Cursor, GGUFArray, Scalar, read_value
 from .header import (
     MAX_FILE_TENSORS,
     MAX_KEYS,
-    Budget,
     Contents,
     HeaderFile,
+    Quota,
     list_directory,
     open_header,
 )
@@ -56,14 +56,14 @@ def read_gguf(path: Path) -> Contents:
     part = part_of(path.name)
     there = group_parts(list_directory(path.parent)).get(part.model, {}) if part else {}
     paths = all_parts(path, there)
-    budget = Budget()
+    quota = Quota()
     tensors: dict[str, TensorSpec] = {}
     files: dict[Path, FileStamp] = {}
     metadata: dict[str, Scalar | GGUFArray] = {}
     for k, file_path in enumerate(paths):
         context = f" (part {k + 1} of {len(paths)} of a split checkpoint)" if part else ""
         with open_header(file_path, context) as file:
-            keys, specs = _read_header(file, budget)
+            keys, specs = _read_header(file, quota)
         _check_part(file_path, keys, k, len(paths))
         for name in specs.keys() & tensors.keys():
             raise CheckpointError(f"{file_path}: tensor {name!r} is also in {tensors[name].path}")
@@ -98,10 +98,10 @@ def _check_part(path: Path, keys: dict[str, Any], number: int, total: int) -> No
 
 
 def _read_header(
-    file: HeaderFile, budget: Budget
+    file: HeaderFile, quota: Quota
 ) -> tuple[dict[str, Scalar | GGUFArray], dict[str, TensorSpec]]:
     """One file's keys and tensors."""
-    cursor = Cursor(file, limit=budget.header)
+    cursor = Cursor(file, limit=quota.header)
     head = file.read(0, min(file.size, HEAD_BYTES))
     if head[:4] != b"GGUF":
         cursor.fail(foreign_file(head, file.path.name, file.size) or "no GGUF file (wrong magic)")
@@ -113,35 +113,35 @@ def _read_header(
             f"GGUF version {version}{' (big endian?)' if swapped else ''}, only 2 and 3 are read"
         )
     num_tensors, num_keys = cursor.numbers(_COUNTS, "counts")
-    if num_keys > budget.keys or num_keys * MIN_KEY_BYTES > cursor.left:
+    if num_keys > quota.keys or num_keys * MIN_KEY_BYTES > cursor.left:
         cursor.fail(
             f"{num_keys} keys (at most {MAX_KEYS} in all) in {cursor.left} bytes ({TRUNCATED})"
         )
-    budget.keys -= num_keys
+    quota.keys -= num_keys
     if num_tensors > MAX_FILE_TENSORS or num_tensors * MIN_TENSOR_BYTES > cursor.left:
         cursor.fail(
             f"{num_tensors} tensors (at most {MAX_FILE_TENSORS}) in {cursor.left} bytes "
             f"({TRUNCATED})"
         )
-    keys = _read_keys(cursor, num_keys, budget)
+    keys = _read_keys(cursor, num_keys, quota)
     alignment = _alignment(cursor, keys)
-    specs = _read_tensors(cursor, num_tensors, alignment, budget)
-    budget.header -= cursor.pos
+    specs = _read_tensors(cursor, num_tensors, alignment, quota)
+    quota.header -= cursor.pos
     check_extents(specs.values(), file.size, file.path)
     return keys, specs
 
 
-def _read_keys(cursor: Cursor, count: int, budget: Budget) -> dict[str, Scalar | GGUFArray]:
+def _read_keys(cursor: Cursor, count: int, quota: Quota) -> dict[str, Scalar | GGUFArray]:
     keys: dict[str, Scalar | GGUFArray] = {}
     for i in range(count):
         key = cursor.string(f"key {i} of {count}", MAX_NAME_CHARS)
         check_name(key, cursor.file.path, "key")
         if key in keys:
             cursor.fail(f"key {key!r} appears twice")
-        budget.text -= len(key)
-        if budget.text < 0:
+        quota.text -= len(key)
+        if quota.text < 0:
             cursor.fail("keys and strings of the metadata are too long together")
-        keys[key] = read_value(cursor, key, budget)
+        keys[key] = read_value(cursor, key, quota)
     return keys
 
 
@@ -153,7 +153,7 @@ def _alignment(cursor: Cursor, keys: dict[str, Scalar | GGUFArray]) -> int:
 
 
 def _read_tensors(
-    cursor: Cursor, count: int, alignment: int, budget: Budget
+    cursor: Cursor, count: int, alignment: int, quota: Quota
 ) -> dict[str, TensorSpec]:
     path = cursor.file.path
     records: dict[str, tuple[GGMLType, tuple[int, ...], int, int]] = {}
@@ -173,7 +173,7 @@ def _read_tensors(
         if offset % alignment:
             cursor.fail(f"{what}: offset {offset} is no multiple of the alignment {alignment}")
         shape, nbytes = _check_shape(ggml_type, dims, f"{path}: {what}")
-        budget.charge(name, len(shape), path)
+        quota.charge(name, len(shape), path)
         records[name] = (ggml_type, shape, offset, nbytes)
     start = -(-cursor.pos // alignment) * alignment
     return {

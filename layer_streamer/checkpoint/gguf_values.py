@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 
 from ..errors import CheckpointChangedError, CheckpointError
-from .header import MAX_HEADER_BYTES, MAX_WALKED, WINDOW_BYTES, Budget, HeaderFile, open_header
+from .header import MAX_HEADER_BYTES, MAX_WALKED, WINDOW_BYTES, HeaderFile, Quota, open_header
 from .manifest import TRUNCATED, FileStamp
 
 Scalar: TypeAlias = int | float | bool | str
@@ -172,16 +172,16 @@ class Cursor:
         return at
 
 
-def read_value(cursor: Cursor, key: str, budget: Budget) -> Scalar | GGUFArray:
+def read_value(cursor: Cursor, key: str, quota: Quota) -> Scalar | GGUFArray:
     """The value of ``key``, that begins with its type."""
     what = f"key {key!r}"
     value_type = cursor.number(U32, what)
     if value_type == STRING:
-        text = cursor.string(what, budget.text)
-        budget.text -= len(text)
+        text = cursor.string(what, quota.text)
+        quota.text -= len(text)
         return text
     if value_type == ARRAY:
-        return _read_array(cursor, what, budget)
+        return _read_array(cursor, what, quota)
     if value_type not in NUMBERS:
         cursor.fail(f"{what}: unknown value type {value_type}")
     value: int | float = cursor.number(NUMBERS[value_type][1], what)
@@ -192,7 +192,7 @@ def read_value(cursor: Cursor, key: str, budget: Budget) -> Scalar | GGUFArray:
     return value == 1
 
 
-def _read_array(cursor: Cursor, what: str, budget: Budget) -> GGUFArray:
+def _read_array(cursor: Cursor, what: str, quota: Quota) -> GGUFArray:
     element_type = cursor.number(U32, what)
     count = cursor.number(U64, what)
     offset = cursor.pos
@@ -200,9 +200,9 @@ def _read_array(cursor: Cursor, what: str, budget: Budget) -> GGUFArray:
         name = "string"
         if count * U64.size > cursor.left:
             cursor.fail(f"{what}: array of {count} strings, {cursor.left} bytes are left")
-        if count > budget.elements:
+        if count > quota.elements:
             cursor.fail(f"{what}: array of {count} strings, more than {MAX_WALKED} in all")
-        budget.elements -= count
+        quota.elements -= count
         cursor.skip_strings(count, what)
     elif element_type in NUMBERS:
         name, form = NUMBERS[element_type]

@@ -59,7 +59,7 @@ WINDOW_BYTES = 1 << 20
 """Bytes a header is read by: large enough for few calls, small beside the memory bound."""
 
 
-class Budget:
+class Quota:
     """What one checkpoint may still ask for, shared by all of its files."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Budget:
         self._memory = MAX_RECORD_BYTES
 
     def charge(self, name: str, num_dims: int, path: Path) -> None:
-        """Pay for one tensor's record; CheckpointError from ``path`` when the budget is spent.
+        """Pay for one tensor's record; CheckpointError from ``path`` when the quota is spent.
 
         ``num_dims`` is 0 for a shape that another tensor's record has paid for.
         """

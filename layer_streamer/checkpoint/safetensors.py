@@ -26,9 +26,9 @@ from .header import (
     MAX_INT,
     MAX_TEXT_BYTES,
     WINDOW_BYTES,
-    Budget,
     Contents,
     HeaderFile,
+    Quota,
     open_header,
 )
 from .json_members import JsonMembers
@@ -129,14 +129,14 @@ class _Found:
 
     def __init__(self) -> None:
         self.tensors: dict[str, TensorSpec] = {}
-        self._budget = Budget()
+        self._quota = Quota()
         self._files: dict[Path, FileStamp] = {}
         self._metadata: dict[str, Any] = {}
 
     def read(self, path: Path, context: str = "") -> dict[str, TensorSpec]:
         """Add the tensors of one more file; those of other files that they replace."""
         with open_header(path, context) as file:
-            specs, notes = _read_header(file, self._budget)
+            specs, notes = _read_header(file, self._quota)
         twice = {name: self.tensors[name] for name in specs if name in self.tensors}
         self.tensors.update(specs)
         self._metadata.update(notes)
@@ -148,11 +148,11 @@ class _Found:
         return Contents(self.tensors, files, metadata)
 
 
-def _read_header(file: HeaderFile, budget: Budget) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+def _read_header(file: HeaderFile, quota: Quota) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """One file's tensors and its ``__metadata__``."""
     length = _header_length(file)
-    budget.header -= length
-    if budget.header < 0:
+    quota.header -= length
+    if quota.header < 0:
         raise CheckpointError(
             f"{file.path}: the headers of all files together are longer than {MAX_HEADER_BYTES}"
         )
@@ -167,13 +167,13 @@ def _read_header(file: HeaderFile, budget: Budget) -> tuple[dict[str, TensorSpec
         if name == "__metadata__":
             if metadata is not None:
                 members.fail("__metadata__ appears twice")
-            metadata = _read_metadata(members, budget)
+            metadata = _read_metadata(members, quota)
             continue
         if name in specs:
             members.fail(f"tensor {shown(name)} appears twice")
         known = len(kinds)
         (dtype, shape, nbytes), begin = _check_entry(file.path, name, members.value(), kinds)
-        budget.charge(name, len(shape) if len(kinds) > known else 0, file.path)
+        quota.charge(name, len(shape) if len(kinds) > known else 0, file.path)
         specs[name] = TensorSpec(name, dtype, shape, file.path, start + begin, nbytes)
     members.finish()
     check_extents(specs.values(), file.size, file.path)
@@ -211,17 +211,17 @@ def _check_count(file: HeaderFile, length: int) -> None:
             raise CheckpointError(f"{file.path}: header: more than {MAX_FILE_TENSORS} tensors")
 
 
-def _read_metadata(members: JsonMembers, budget: Budget) -> dict[str, str]:
+def _read_metadata(members: JsonMembers, quota: Quota) -> dict[str, str]:
     metadata: dict[str, str] = {}
     if not members.enter_or_null():
         return metadata
     while (key := members.next_key()) is not None:
-        text = members.string(max_chars=budget.text)
+        text = members.string(max_chars=quota.text)
         if key in metadata:
             members.fail(f"__metadata__: {shown(key)} appears twice")
         # 100: what a key and its value cost at least, so that very many empty ones end, too.
-        budget.text -= len(key) + len(text) + 100
-        if budget.text < 0:
+        quota.text -= len(key) + len(text) + 100
+        if quota.text < 0:
             members.fail(f"__metadata__ takes more than {MAX_TEXT_BYTES} characters")
         metadata[key] = text
     return metadata
