@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .safetensors import DTYPES
+
 
 class GGMLType(NamedTuple):
     """One type: ``block_elements`` consecutive elements of a row take ``block_bytes`` bytes."""
@@ -21,24 +23,13 @@ class GGMLType(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The native dtype, or uint8: a packed type is handed on as rows of raw bytes."""
-        return NATIVE_DTYPES.get(self.name, torch.uint8)
+        return DTYPES[self.name] if self.is_native else torch.uint8
 
     @property
     def is_native(self) -> bool:
-        """Whether torch can view the bytes as they are."""
-        return self.name in NATIVE_DTYPES
+        """Whether torch can view the bytes as they are; such types are named as in safetensors."""
+        return self.block_elements == 1
 
-
-NATIVE_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
 
 GGML_TYPES = {
     0: GGMLType("F32", 1, 4),

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layer_streamer.checkpoint.formats import GGUFArray, read_manifest
-from layer_streamer.checkpoint.ggml_types import GGML_TYPES, NATIVE_DTYPES
+from layer_streamer.checkpoint.ggml_types import GGML_TYPES
 from layer_streamer.checkpoint.gguf import read_gguf
 from layer_streamer.checkpoint.manifest import stamp_file
 from layer_streamer.errors import CheckpointChangedError, CheckpointError
@@ -58,8 +58,10 @@ def test_the_type_table_agrees_with_the_gguf_package() -> None:
 
 
 def test_native_types_have_a_dtype_of_their_size_and_packed_ones_are_bytes() -> None:
+    names = {"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"}
+    assert names == {kind.name for kind in GGML_TYPES.values() if kind.is_native}
     for kind in GGML_TYPES.values():
-        if kind.name in NATIVE_DTYPES:
+        if kind.name in names:
             assert (kind.block_elements, kind.block_bytes) == (1, kind.dtype.itemsize)
         else:
             assert kind.dtype == torch.uint8

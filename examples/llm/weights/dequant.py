@@ -12,9 +12,6 @@ from .packed import Packed, scratch_nbytes
 from .quants import BLOCK_TYPES
 from .scratch import Scratch
 
-FLOAT_TYPES = ("F32", "F16", "BF16")
-"""GGML types that arrive as torch floats and need no unpacking."""
-
 ROW_STEP = 8
 """Rows that are unpacked together in every format."""
 

@@ -15,9 +15,10 @@ import torch
 from layer_streamer import TensorSpec
 
 from ..errors import UnsupportedModelError
+from .packed import FLOATS
 from .quantization import Scheme
 from .quants import BLOCK_TYPES
-from .stored import FLOATS, Stored, check_plain, read_values
+from .stored import Stored, check_plain, read_values
 
 EXPONENT_DTYPES = (torch.float8_e8m0fnu, torch.uint8)
 PACKED_KEYS = ("weight_packed", "qweight")
@@ -46,7 +47,7 @@ class Finder:
         spec = self._tensors.get(f"{module}.weight")
         is_packed = any(f"{module}.{kind}" in self._tensors for kind in PACKED_KEYS)
         if spec is not None and not is_packed:
-            if spec.ggml_type in BLOCK_TYPES or spec.dtype in FLOATS or spec.ggml_type:
+            if spec.ggml_type or spec.dtype in FLOATS.values():
                 return self._plain(spec, f"{module}.weight", shape)
             if spec.dtype.itemsize > 1:
                 raise self._error(spec, f"has dtype {spec.dtype}, not a plain float")
@@ -70,7 +71,8 @@ class Finder:
         if spec.ggml_type in BLOCK_TYPES:
             group = BLOCK_TYPES[spec.ggml_type].weights
             return Stored(spec.ggml_type, rows, width, {"raw": key}, "raw", group)
-        return Stored(FLOATS[spec.dtype], rows, width, {"weight": key}, "weight")
+        kind = next(kind for kind, dtype in FLOATS.items() if dtype == spec.dtype)
+        return Stored(kind, rows, width, {"weight": key}, "weight")
 
     def _ct(self, module: str, shape: tuple[int, int], scheme: Scheme) -> Stored:
         rows, width = shape
@@ -187,7 +189,7 @@ class Finder:
     def _scale(
         self, module: str, kind: str, shapes: list[tuple[int, ...]], *, exponents: bool = False
     ) -> str:
-        dtypes = (*FLOATS, *EXPONENT_DTYPES) if exponents else (*FLOATS,)
+        dtypes = (*FLOATS.values(), *(EXPONENT_DTYPES if exponents else ()))
         return self._tensor(module, kind, shapes, dtypes)
 
     def _viewed(self, key: str, groups: int) -> tuple[int, int]:

@@ -163,7 +163,7 @@ def take_rows(packed: Packed, ids: torch.Tensor, take: Take = copied_rows) -> Pa
     return replace(packed, rows=len(ids), parts=parts, first_row=0, group_rows=1)
 
 
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Formats that are no more than floats of another dtype."""
 CT_BITS = {"ct4": 4, "ct8": 8}
 GPTQ_BITS = {"gptq4": 4, "gptq8": 8}

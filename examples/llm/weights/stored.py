@@ -10,13 +10,12 @@ import torch
 from layer_streamer import TensorSpec
 
 from ..errors import UnsupportedModelError
-from .dequant import FLOAT_TYPES, row_width
-from .packed import Packed
+from .dequant import row_width
+from .packed import FLOATS, Packed
 from .quants import BLOCK_TYPES
 
 COMPARED_NBYTES = 1 << 20
 """Of two tensors at a time."""
-FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class Stored:
     @property
     def dtype(self) -> torch.dtype | None:
         """Of a matrix that is only floats."""
-        return next((dtype for dtype, kind in FLOATS.items() if kind == self.format), None)
+        return FLOATS.get(self.format)
 
     @property
     def key(self) -> str:
@@ -104,12 +103,12 @@ def check_plain(spec: TensorSpec, shape: tuple[int, ...]) -> None:
     kind, found = spec.ggml_type, spec.shape
     if kind in BLOCK_TYPES:
         found = (*found[:-1], row_width(found[-1], kind))
-    elif kind not in (None, *FLOAT_TYPES):
+    elif kind not in (None, *FLOATS):
         raise UnsupportedModelError(
             f"tensor {spec.name!r} is {kind}, this engine unpacks only "
-            f"{', '.join((*BLOCK_TYPES, *FLOAT_TYPES))}"
+            f"{', '.join((*BLOCK_TYPES, *FLOATS))}"
         )
-    elif spec.dtype not in FLOATS:
+    elif spec.dtype not in FLOATS.values():
         raise UnsupportedModelError(
             f"tensor {spec.name!r} has dtype {spec.dtype}, not a plain float"
         )

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from layer_streamer import TensorSpec
 
 from ..errors import UnsupportedModelError
-from .stored import FLOATS, read_values
+from .packed import FLOATS
+from .stored import read_values
 
 ROTARY_CACHES = (
     r"\w*inv_freq",
@@ -70,5 +71,5 @@ def changes_nothing(key: str, spec: TensorSpec) -> bool:
     if _MASK.fullmatch(key) and len(spec.shape) > 1:
         return spec.shape[-1] == spec.shape[-2] and set(spec.shape[:-2]) <= {1}
     # Some tools store a bias for every matrix, of zeros where the model has none.
-    is_vector = key.endswith(".bias") and len(spec.shape) == 1 and spec.dtype in FLOATS
+    is_vector = key.endswith(".bias") and len(spec.shape) == 1 and spec.dtype in FLOATS.values()
     return is_vector and not read_values(spec).any()
