@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layer_streamer import cache_path
+from layer_streamer.tools.command import say
+from layer_streamer.tools.faults import exit_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ MODELS = {
 }
 
 
-class FetchError(RuntimeError):
+class FetchError(ValueError):
     """The model could not be had; says why."""
 
 
@@ -152,23 +154,16 @@ def _check(path: Path, model: Model) -> None:
         raise FetchError(f"{model.file}: expected sha256 {model.sha256}, got {found}")
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 2 after an error, 130 after Ctrl-C."""
     names = (sys.argv[1:] if arguments is None else arguments) or ["smollm2"]
-    try:
+
+    def run() -> None:
         if len(names) != 1 or names[0] not in MODELS:
             raise FetchError(f"{' '.join(names)}: name one of {', '.join(MODELS)}")
         print(fetch(names[0]))
-    except KeyboardInterrupt:
-        return 130
-    except (FetchError, OSError) as error:
-        say(f"error: {error}")
-        return 2
-    return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

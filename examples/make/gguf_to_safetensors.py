@@ -16,44 +16,37 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from shards import DTYPES, Shard, plan_shards, shard_index
+from shards import plan_shards, shard_index
 
-if TYPE_CHECKING:  # torch takes seconds to import: main imports it where Ctrl-C is caught
-    from collections.abc import Mapping
-
-    from layer_streamer.llm.weights.converted import Reader, Source
+from layer_streamer.llm.quantize.shards import INDEX, Entry, as_json, write_shard
+from layer_streamer.tools.command import Parser, say
+from layer_streamer.tools.engine_options import DTYPES
+from layer_streamer.tools.faults import exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return exit_code(lambda: run(argv))
+
+
+def run(argv: list[str] | None) -> None:
+    """Convert what the arguments name. ValueError for some that make no sense."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="a GGUF file")
     parser.add_argument("out", metavar="OUT", type=Path, help="the directory to make")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="default: 5")
     args = parser.parse_args(argv)
-    try:
-        from layer_streamer import StreamerError
-
-        try:
-            convert(args.model, args.out, dtype=args.dtype, shard_nbytes=args.shard_gb * 1e9)
-        except StreamerError as error:
-            raise ValueError(str(error)) from error
-        print(args.out)
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, ValueError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
-    return 0
+    convert(args.model, args.out, dtype=args.dtype, shard_nbytes=args.shard_gb * 1e9)
+    print(args.out)
 
 
 def convert(model: str, out: Path, *, dtype: str, shard_nbytes: float) -> None:
-    """Write beside OUT, and give it the name at the very end. ValueError if OUT is there."""
+    """Write beside OUT, and give it the name at the very end. ValueError if OUT is there.
+
+    Imports torch, which takes seconds: here Ctrl-C is caught.
+    """
     import torch
 
     from layer_streamer import read_manifest
@@ -82,36 +75,17 @@ def convert(model: str, out: Path, *, dtype: str, shard_nbytes: float) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf-to-safetensors-") as temporary:
         made = Path(temporary) / "made"
         shutil.copytree(described, made, ignore=shutil.ignore_patterns(DESCRIPTION))
-        write_json(made / "config.json", fields)
+        (made / "config.json").write_bytes(as_json(fields))
         if len(shards) > 1:
-            write_json(made / "model.safetensors.index.json", shard_index(shards))
+            (made / INDEX).write_bytes(as_json(shard_index(shards)))
         for i, shard in enumerate(shards, 1):
             say(f"{shard.name}: {shard.nbytes / 1e9:.2f} GB, {i} of {len(shards)} ...")
-            write_shard(made / shard.name, shard, tensors, reader)
+            entries = {
+                name: Entry(dtype, shapes[name], reader.blocks(tensors[name]))
+                for name in shard.counts
+            }
+            write_shard(made / shard.name, entries, {})
         made.rename(out)
-
-
-def write_shard(path: Path, shard: Shard, tensors: Mapping[str, Source], reader: Reader) -> None:
-    """One file: its header, then its tensors in the order of the header."""
-    import torch
-
-    with open(path, "wb") as file:
-        file.write(shard.header)
-        for name in shard.counts:
-            for block in reader.blocks(tensors[name]):
-                file.write(block.contiguous().view(torch.uint8).numpy().data)
-        if file.tell() != shard.nbytes:
-            raise ValueError(f"{path.name}: {file.tell()} bytes written, {shard.nbytes} planned")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from random_values import RandomValues
 from shapes import tensor_shapes
 from shards import BLOCK_NBYTES, Shard, plan_entries, plan_shards, shard_index
 
+from layer_streamer.llm.quantize.shards import INDEX
+
 FORMATS = (*made_gguf.FORMATS, *made_formats.FORMATS, "bf16")
 MARK = "random_values"
 """What says that such a checkpoint was made up, and from what: a key of config.json, or a word in
@@ -77,7 +79,7 @@ def plan_made(config: dict[str, Any], kind: str | None, dtype: str, shard_nbytes
         shards = plan_shards(shapes, dtype=dtype, shard_nbytes=shard_nbytes)
     texts = {"config.json": _as_json(config)}
     if len(shards) > 1:
-        texts["model.safetensors.index.json"] = _as_json(shard_index(shards))
+        texts[INDEX] = _as_json(shard_index(shards))
     return Made(shards, texts, dtype, fills)
 
 

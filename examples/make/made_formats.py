@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from random_packed import Fill, code_scale
-from shards import DTYPES, Entry
+
+from layer_streamer.llm.quantize.shards import Entry
 
 FORMATS = ("ct4", "ct8", "fp8")
 """Of safetensors; for those of GGUF see ``made_gguf``."""
@@ -33,7 +34,7 @@ def packed_tensors(
     fills: dict[str, Fill] = {}
     for name, shape in shapes.items():
         if name not in matrices:
-            entries[name] = Entry(DTYPES[dtype][0], shape)
+            entries[name] = Entry(dtype, shape)
             continue
         module, (rows, width) = name.removesuffix(".weight"), shape
         parts = _fp8(rows, width) if kind == "fp8" else _ct(rows, width, group, kind)
@@ -50,18 +51,18 @@ def _group(widths: set[int]) -> int:
 
 
 def _ct(rows: int, width: int, group: int, kind: str) -> Iterator[tuple[str, Entry, Fill]]:
-    words = Entry("I32", (rows, width * int(kind[2:]) // 32))
+    words = Entry("int32", (rows, width * int(kind[2:]) // 32))
     yield "weight_packed", words, Fill("codes", words.nbytes)
-    scale = Entry("F16", (rows, width // group))
+    scale = Entry("float16", (rows, width // group))
     yield "weight_scale", scale, Fill("scale", scale.nbytes, "float16", code_scale(kind))
     content = rows.to_bytes(8, "little") + width.to_bytes(8, "little")
-    yield "weight_shape", Entry("I64", (2,)), Fill("exact", 16, content=content)
+    yield "weight_shape", Entry("int64", (2,)), Fill("exact", 16, content=content)
 
 
 def _fp8(rows: int, width: int) -> Iterator[tuple[str, Entry, Fill]]:
-    weight = Entry("F8_E4M3", (rows, width))
+    weight = Entry("float8_e4m3fn", (rows, width))
     yield "weight", weight, Fill("fp8", weight.nbytes)
-    scale = Entry("F32", (-(-rows // BLOCK), -(-width // BLOCK)))
+    scale = Entry("float32", (-(-rows // BLOCK), -(-width // BLOCK)))
     mean = code_scale("fp8")
     yield "weight_scale_inv", scale, Fill("scale", scale.nbytes, "float32", mean)
 

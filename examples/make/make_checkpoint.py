@@ -25,10 +25,13 @@ from pathlib import Path
 
 from made import FORMATS, MARK, Made, Values, is_file, plan_made
 from shapes import SHAPES
-from shards import DTYPES, Shard
+from shards import Shard
 from tqdm import tqdm
 
-from layer_streamer.tools.command import Parser
+from layer_streamer.machine.atomic import naming
+from layer_streamer.tools.command import Parser, say
+from layer_streamer.tools.engine_options import DTYPES
+from layer_streamer.tools.faults import exit_code
 from layer_streamer.transport.tasks import run_all
 
 NUM_WRITERS = 4
@@ -103,7 +106,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--shape", required=True, choices=list(SHAPES), help="whose config the model has")
     add("--layers", type=int, metavar="N", help="that many layers instead of the model's own")
     add("--format", choices=FORMATS, help="how matrices are packed; default: not at all")
-    add("--dtype", choices=list(DTYPES), help="of what is not packed; default: bfloat16")
+    add("--dtype", choices=DTYPES, help="of what is not packed; default: bfloat16")
     add("--shard-gb", type=float, metavar="GB", help="largest file; default: 5")
     add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same bytes")
     add("--force", action="store_true", help="replace a checkpoint that this script wrote")
@@ -235,32 +238,20 @@ def _install(made: Path, out: Path, old: Path) -> None:
         raise
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit code of the program: 0, 2 after an error, 130 after Ctrl-C or SIGTERM."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    out = None
-    try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handler = signal.getsignal(signal.SIGINT)
+
+    def make() -> None:
         args = parse_args(argv)
-        out = args.out
-        run(args)
+        with naming(args.out):
+            run(args)
         print(args.out)
-    except KeyboardInterrupt:
-        say("")
-        return 130
-    except (OSError, ValueError, MemoryError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = out  # a disk that is full is not named by what writes to it
-        say(f"error: {' '.join(str(error).split()) or 'out of host memory'}")
-        return 2
+
+    try:
+        return exit_code(make)
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return 0
+        signal.signal(signal.SIGINT, handler)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from shards import DTYPES
+
+from layer_streamer.llm.quantize.shards import DTYPES
 
 SCALE = 0.02
 MIN_POOL_ELEMENTS = 1 << 23
@@ -61,7 +62,7 @@ def encode(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.uint8]
         return values.astype("<f4", copy=False).view(np.uint8)
     if dtype == "float16":
         return values.astype("<f2").view(np.uint8)
-    assert DTYPES[dtype][0] == "BF16"
+    assert dtype == "bfloat16"
     bits = values.view(np.uint32)  # a bfloat16 is the upper half of a float32
     bits += 0x7FFF + ((bits >> 16) & 1)
     bits >>= 16

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
-"""Of each dtype, its name in safetensors and the bytes of an element."""
-ITEM_NBYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "F8_E4M3": 1}
-"""By their names in safetensors, everything that is written."""
+from layer_streamer.llm.quantize.shards import DTYPES, Entry, header_of, shard_names
+
 BLOCK_NBYTES = 4096
 """What file systems and deduplicating storage count in."""
-HEADER_ALIGNMENT = 8
-"""As the safetensors package pads, so that reads start where they would in a published file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a file."""
-
-    kind: str
-    """One of ITEM_NBYTES."""
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_NBYTES[self.kind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +37,7 @@ def plan_shards(
 
     No file has more than ``shard_nbytes`` of data, but for a tensor that is larger by itself.
     """
-    kind = DTYPES[dtype][0]
-    entries = {name: Entry(kind, shape) for name, shape in shapes.items()}
+    entries = {name: Entry(dtype, shape) for name, shape in shapes.items()}
     return plan_entries(entries, shard_nbytes)
 
 
@@ -64,13 +45,11 @@ def plan_entries(entries: Mapping[str, Entry], shard_nbytes: float) -> list[Shar
     """The same of tensors of several dtypes, the widest of which come first in a file, so that all
     are aligned."""
     groups = _groups({name: entry.nbytes for name, entry in entries.items()}, shard_nbytes)
-    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-    if len(groups) == 1:
-        names = ["model.safetensors"]
+    names = ["model.safetensors"] if len(groups) == 1 else shard_names(len(groups))
     shards: list[Shard] = []
     begin = 0
     for name, group in zip(names, groups, strict=True):
-        group.sort(key=lambda key: (-ITEM_NBYTES[entries[key].kind], key))
+        group.sort(key=lambda key: (-DTYPES[entries[key].dtype][1], key))
         shards.append(_shard(name, begin, {key: entries[key] for key in group}))
         begin += math.ceil(shards[-1].nbytes / BLOCK_NBYTES) * BLOCK_NBYTES
     return shards
@@ -103,13 +82,7 @@ def _groups(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
 
 
 def _shard(name: str, begin: int, entries: Mapping[str, Entry]) -> Shard:
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, entry in entries.items():
-        start, end = end, end + entry.nbytes
-        fields[key] = {"dtype": entry.kind, "shape": entry.shape, "data_offsets": [start, end]}
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    header = len(text).to_bytes(8, "little") + text
+    header = header_of(entries, {})
     counts = {key: math.prod(entry.shape) for key, entry in entries.items()}
-    return Shard(name, header, counts, len(header) + end, begin)
+    nbytes = sum(entry.nbytes for entry in entries.values())
+    return Shard(name, header, counts, len(header) + nbytes, begin)

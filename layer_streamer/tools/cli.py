@@ -10,16 +10,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
-from .command import Parser, say
-from .faults import is_the_users, leave_stdout, one_line
+from .command import Parser
+from .faults import exit_code
 
 GROUPS = {
     "Language models": {
@@ -45,46 +42,32 @@ HELP = ("-h", "--help", "help")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 2 after an error (one line on stderr), 130 after Ctrl-C or SIGTERM."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        with sigterm_as_ctrl_c():
-            if not argv or argv[0] in (*HELP, "--version"):
-                print(f"layer-streamer {__version__}" if argv[:1] == ["--version"] else overview())
-                return 0 if argv else 2
-            name = argv[0]
-            if name not in COMMANDS:
-                raise ValueError(unknown(name))
-            command = import_module(f".{name}_command", __package__)
-            parser = Parser(
-                prog=f"layer-streamer {name}",
-                usage=argparse.SUPPRESS,  # the description begins with an example
-                description=command.__doc__,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
-            command.add_arguments(parser)
-            parser.add_argument("-v", "--verbose", action="store_true", help="say more, on stderr")
-            args = parser.parse_args(argv[1:])
-            logging.basicConfig(
-                format="%(message)s", level=logging.INFO if args.verbose else logging.WARNING
-            )
-            code: int | None = command.run(args)
-            if sys.stdout is not None:
-                sys.stdout.flush()  # what a full disk does not take is an error, too
-            return code or 0
-    except KeyboardInterrupt:
-        if sys.stderr.isatty():
-            say("")  # after the terminal's ^C
-        return 130
-    except BrokenPipeError:
-        leave_stdout()  # the reader has gone
-    except Exception as error:
-        if not is_the_users(error):
-            raise
-        say(f"error: {one_line(error)}")
-        if isinstance(error, OSError) and error.filename is None:
-            leave_stdout()  # it may be what could not be written
-        return 2
-    return 0
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code(lambda: _run(arguments))
+
+
+def _run(argv: Sequence[str]) -> int | None:
+    if not argv or argv[0] in (*HELP, "--version"):
+        print(f"layer-streamer {__version__}" if argv[:1] == ["--version"] else overview())
+        return 0 if argv else 2
+    name = argv[0]
+    if name not in COMMANDS:
+        raise ValueError(unknown(name))
+    command = import_module(f".{name}_command", __package__)
+    parser = Parser(
+        prog=f"layer-streamer {name}",
+        usage=argparse.SUPPRESS,  # the description begins with an example
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more, on stderr")
+    args = parser.parse_args(argv[1:])
+    logging.basicConfig(
+        format="%(message)s", level=logging.INFO if args.verbose else logging.WARNING
+    )
+    code: int | None = command.run(args)
+    return code
 
 
 def overview() -> str:
@@ -102,16 +85,3 @@ def unknown(name: str) -> str:
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f", did you mean {close[0]}?" if close else ""
     return f"there is no command {name!r}{hint} (see layer-streamer --help)"
-
-
-@contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Context in which SIGTERM raises KeyboardInterrupt, so that files are cleaned up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,13 +1,18 @@
-"""Errors as a command says them: one line that names the file, or the limit of the machine."""
+"""Errors as a command says them: one line that names the file, or the limit of the machine; and the
+exit code that follows."""
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from ..errors import StreamerError, printable
+from .command import say
 
 MOST_CHARACTERS = 2000
 """Of a line: some of torch's errors carry a page of C++."""
@@ -15,6 +20,44 @@ OF_THREADS = ("can't start new thread", "resource temporarily unavailable")
 OF_MEMORY = ("alloc", "out of memory", "not enough memory")
 OF_DEVICES = ("cuda", "cublas", "nvml", "driver")
 """How torch and others say it where they raise a RuntimeError."""
+
+
+def exit_code(run: Callable[[], int | None]) -> int:
+    """Of a command or a script: what ``run`` returns (None: 0), 2 after an error (one line on
+    stderr), 130 after Ctrl-C or SIGTERM. A fault of ours is raised."""
+    try:
+        with sigterm_as_ctrl_c():
+            code = run()
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what a full disk does not take is an error, too
+            return code or 0
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            say("")  # after the terminal's ^C
+        return 130
+    except BrokenPipeError:
+        leave_stdout()  # the reader has gone
+    except Exception as error:
+        if not is_the_users(error):
+            raise
+        say(f"error: {one_line(error)}")
+        if isinstance(error, OSError) and error.filename is None:
+            leave_stdout()  # it may be what could not be written
+        return 2
+    return 0
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Context in which SIGTERM raises KeyboardInterrupt, so that files are cleaned up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_the_users(error: Exception) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..opening import Model
 from ..weights.converted import converted_config
 from .grouping import quantization_config
 from .layers import Recipe
+from .shards import as_json, name_of
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -33,8 +33,8 @@ def description(model: Model, recipe: Recipe) -> dict[str, bytes]:
     config = _config(model, recipe)
     if "generation_config.json" not in files:
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
-        files["generation_config.json"] = _as_json(ids)
-    return files | {"config.json": _as_json(config)}
+        files["generation_config.json"] = as_json(ids)
+    return files | {"config.json": as_json(config)}
 
 
 def source_stamp(model: Model) -> dict[str, list[int]]:
@@ -50,7 +50,7 @@ def _config(model: Model, recipe: Recipe) -> dict[str, Any]:
         fields.pop(name, None)
     fields["tie_word_embeddings"] = model.names.head == model.names.embedding
     fields.setdefault("architectures", [ARCHITECTURES[model.config.model_type]])
-    dtype = str(recipe.dtype).removeprefix("torch.")
+    dtype = name_of(recipe.dtype)
     if "torch_dtype" in fields:  # the older name of the same
         fields["torch_dtype"] = dtype
     quantization = quantization_config(recipe.groups, recipe.rounding.bits)
@@ -59,7 +59,3 @@ def _config(model: Model, recipe: Recipe) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
-
-
-def _as_json(content: object) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()

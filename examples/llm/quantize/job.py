@@ -18,7 +18,7 @@ from .description import description, source_stamp
 from .errors import Errors
 from .layers import LayerQuantizer, Recipe
 from .moments import Watched
-from .shards import Entry
+from .shards import Entry, name_of, shard_names
 from .statics import matrix_entry, norm_entry
 from .texts import TextPass, float_unpacker, open_streamer
 from .unfinished import Unfinished
@@ -38,9 +38,7 @@ class Job:
     """Names of the files with tensors: embedding, layers, norm and head."""
 
     def __post_init__(self) -> None:
-        count = self.model.config.num_layers + 2
-        names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-        object.__setattr__(self, "files", names)
+        object.__setattr__(self, "files", shard_names(self.model.config.num_layers + 2))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -49,7 +47,7 @@ class Job:
             "source": source_stamp(self.model),
             "bits": self.recipe.rounding.bits,
             "groups": dict(self.recipe.groups),
-            "dtype": str(self.recipe.dtype).removeprefix("torch."),
+            "dtype": name_of(self.recipe.dtype),
             "device": self.device.type,
             "calibration": self._calibration(),
         }

@@ -1,24 +1,33 @@
-"""The files of a quantized model: written one by one, each whole or not at all."""
+"""Safetensors files to be written: their names and headers, and each file whole or not at all.
+
+Imports torch where it writes and no sooner, so that what only plans files need not wait for it.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-KINDS = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.int64: "I64",
+DTYPES = {
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "int32": ("I32", 4),
+    "int64": ("I64", 8),
+    "float8_e4m3fn": ("F8_E4M3", 1),
 }
+"""All that is written, by torch's name: its name in safetensors and the bytes of an element."""
 HEADER_ALIGNMENT = 8
+"""As the safetensors package pads, so that reads start where they would in a published file."""
+INDEX = "model.safetensors.index.json"
 TEMPORARY = ".writing"
 """The end of the name of a file that is not whole yet."""
 
@@ -27,21 +36,47 @@ TEMPORARY = ".writing"
 class Entry:
     """One tensor to be written."""
 
-    dtype: torch.dtype
+    dtype: str
+    """One of DTYPES."""
     shape: tuple[int, ...]
-    blocks: Iterable[torch.Tensor]
+    blocks: Iterable[torch.Tensor] = ()
     """Its values in order, of this dtype, on the host."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Entry:
-        return cls(tensor.dtype, tuple(tensor.shape), [tensor])
+        return cls(name_of(tensor.dtype), tuple(tensor.shape), [tensor])
 
     @property
     def nbytes(self) -> int:
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As configs have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def shard_names(count: int) -> list[str]:
+    """Of the files of a model in several."""
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+def as_json(content: object) -> bytes:
+    """As it is written beside the weights."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def header_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """All of a file that comes before its first tensor; they lie in the order of ``entries``."""
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, entry in entries.items():
+        start, end = end, end + entry.nbytes
+        kind, _ = DTYPES[entry.dtype]
+        fields[name] = {"dtype": kind, "shape": entry.shape, "data_offsets": [start, end]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_shard(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
@@ -49,7 +84,7 @@ def write_shard(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str,
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with open(temporary, "wb") as file:
-            file.write(_header(entries, metadata))
+            file.write(header_of(entries, metadata))
             for name, entry in entries.items():
                 written = sum(_write(file, block) for block in entry.blocks)
                 if written != entry.nbytes:
@@ -63,41 +98,30 @@ def write_shard(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str,
 
 
 def _write(file: Any, block: torch.Tensor) -> int:
+    import torch
+
     nbytes: int = file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return nbytes
 
 
-def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name, entry in entries.items():
-        start, end = end, end + entry.nbytes
-        fields[name] = {
-            "dtype": KINDS[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
-
-
 def read_header(path: Path) -> dict[str, Any]:
     """The header of a file that :func:`write_shard` wrote."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        found: dict[str, Any] = json.loads(file.read(size))
-    return found
+    return _read(path)[1]
 
 
 def is_whole(path: Path) -> bool:
     """True if this is a file as :func:`write_shard` leaves it."""
     try:
         size = path.stat().st_size
-        header = read_header(path)
+        begin, header = _read(path)
     except (OSError, ValueError):
         return False
     ends = (fields["data_offsets"][1] for key, fields in header.items() if key != "__metadata__")
+    return size == begin + max(ends, default=0)
+
+
+def _read(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the first tensor begins, and the header."""
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    return size == 8 + length + max(ends, default=0)
+        size = int.from_bytes(file.read(8), "little")
+        return 8 + size, json.loads(file.read(size))

@@ -12,7 +12,7 @@ from layer_streamer import TensorSpec
 
 from ..opening import Model
 from ..weights.stored import Stored
-from .shards import Entry
+from .shards import Entry, name_of
 from .texts import float_unpacker
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ class _Mapping:
 
 def matrix_entry(model: Model, matrix: Stored, dtype: torch.dtype) -> Entry:
     """The embedding or the output head, as floats."""
-    return Entry(dtype, (matrix.rows, matrix.width), _blocks(model, matrix, dtype))
+    return Entry(name_of(dtype), (matrix.rows, matrix.width), _blocks(model, matrix, dtype))
 
 
 def _blocks(model: Model, matrix: Stored, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -15,10 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .shards import TEMPORARY, Entry, is_whole, read_header, write_shard
+from .shards import INDEX, TEMPORARY, Entry, as_json, is_whole, read_header, write_shard
 
 OPTIONS = "quantize-options.json"
-INDEX = "model.safetensors.index.json"
 RECORD = "quantize"
 """Under which key of a file's metadata is what belongs to it."""
 
@@ -103,7 +102,7 @@ class Unfinished:
             raise ValueError(f"{self.path}: has files, but no {OPTIONS}: nothing to go on with")
         else:
             temporary = self.path / (OPTIONS + TEMPORARY)
-            temporary.write_text(json.dumps(self._options, indent=2) + "\n", encoding="utf-8")
+            temporary.write_bytes(as_json(self._options))
             temporary.replace(self.path / OPTIONS)
 
     def _compare(self, begun: Mapping[str, Any]) -> None:
@@ -121,5 +120,4 @@ class Unfinished:
                 if key != "__metadata__":
                     weight_map[key] = name
                     total += fields["data_offsets"][1] - fields["data_offsets"][0]
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        return (json.dumps(index, indent=2) + "\n").encode()
+        return as_json({"metadata": {"total_size": total}, "weight_map": weight_map})
