@@ -39,7 +39,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 FOR_SENTENCEPIECE = ("sentencepiece", "google.protobuf")
 """Packages that a tokenizer.model without tokenizer.json needs."""
 MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-LFS_POINTER = b"version https://git-lfs"
+POINTER_NBYTES = 1024
+"""Git LFS's pointers to files are smaller, and tokenizers are not."""
 NO_TOKENIZER = "no_tokenizer.txt"
 """In a directory made of a GGUF file: why its tokenizer could not be made."""
 CACHE_VERSION = 3
@@ -173,10 +174,8 @@ def _blame(directory: Path, name: str, error: Exception) -> str:
     for path in (directory / name, *sorted(directory.glob("*token*.json"))):
         try:
             with open(path, "rb") as file:
-                start = file.read(len(LFS_POINTER))
-            if start == LFS_POINTER:
-                return f"{path}: a Git LFS pointer, not the file: fetch it with 'git lfs pull'"
-            if path.suffix == ".json":
+                is_small = len(file.read(POINTER_NBYTES)) < POINTER_NBYTES
+            if is_small or path.suffix == ".json":
                 read_json(path)
         except CheckpointError as damage:
             return f"{damage}; fetch it again"

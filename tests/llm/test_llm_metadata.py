@@ -232,8 +232,15 @@ def test_a_package_that_a_tokenizer_needs_is_named_and_ids_work_without_it(tmp_p
             engine.generate([5, 6], max_new_tokens=2)
 
 
-def test_a_sentencepiece_file_that_is_none_is_named(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"not one")
-    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.model: is no tokenizer") as caught:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not one" * 1000, "is no tokenizer"),
+        (b"version https://git-lfs.github.com/spec/v1\n", ".*git lfs pull"),
+    ],
+)
+def test_a_sentencepiece_file_that_is_none_is_named(tmp_path, content, message):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=rf"tokenizer\.model: {message}") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
