@@ -7,7 +7,8 @@ from contextlib import ExitStack, closing
 from typing import TypeAlias
 
 from ..streamer import LayerStreamer, pipeline_of
-from .rawspeed import BareCompute, Load, RawCopies, RawReads
+from .probe_copy import RawCopies
+from .rawspeed import BareCompute, Load, RawReads
 
 SPREAD_READS = "read into memory as large as the slots"
 """A comparison beside the limits where whole layers are read into pools: raw reads that do not fall

@@ -1,19 +1,18 @@
-"""The memory's part of a probe: memcpy by threads; copies to devices, alone and together."""
+"""The memory's part of a probe: memcpy by threads; copies to devices, alone and together, raw."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import closing
 from functools import partial
 from statistics import median
 
 import numpy as np
 import torch
 
-from ..devices.device import CpuDevice, Device, Stream
+from ..devices.device import CpuDevice, Device
 from ..errors import StreamerError
 from ..machine.limits import DeviceLimits, SizeRate, ThreadRate
 from ..transport.memory import HostArena, allocate
@@ -25,6 +24,8 @@ PAGEABLE_NBYTES = 64 * MIB
 """Size of one copy from pageable memory."""
 TOGETHER_NBYTES = 64 * MIB
 """The same, of copies to all devices at once."""
+COPY_NBYTES = 512 << 20
+"""Size of one raw copy: as fast as copies get."""
 MAX_VIEWS = 256
 """Places in host memory that copies of one size go round."""
 
@@ -86,21 +87,9 @@ def measure_together(
     Each gets bytes in proportion to its rate alone, so that all would end at the same time.
     """
     nbytes = min(TOGETHER_NBYTES, budget // len(devices))
-    with ExitStack() as stack:
-        loads = []
-        for device, rate in zip(devices, rates, strict=True):
-            memory = _device_memory(device, nbytes)
-            arena = _host_memory(device, memory.nbytes, pinned=True)
-            stack.enter_context(closing(arena))
-            pairs = _pairs(memory, arena.memory, memory.nbytes)
-            count = max(1, round(rate * config.copy_seconds / memory.nbytes))
-            loads.append(_Load(device, device.new_stream(), pairs, count))
-        total = sum(load.nbytes for load in loads)
-        samples = []
-        for _ in range(1 + config.samples):
-            spans = run_all([load.run for load in loads], len(loads))
-            begin, end = min(span[0] for span in spans), max(span[1] for span in spans)
-            samples.append(total / max(end - begin, 1e-9))
+    totals = [max(nbytes, round(rate * config.copy_seconds)) for rate in rates]
+    with closing(RawCopies(devices, totals, nbytes)) as copies:
+        samples = [sum(totals) / max(copies.seconds(), 1e-9) for _ in range(1 + config.samples)]
         return median(samples[1:])
 
 
@@ -147,30 +136,54 @@ class DeviceCopier:
         return median(rates) if rates else 0.0
 
 
-@dataclass(frozen=True, slots=True)
+class RawCopies:
+    """Back-to-back copies of so many bytes from pinned memory to each device, all at once.
+
+    Thread rules: one thread; it starts one a device.
+    """
+
+    def __init__(
+        self, devices: Sequence[Device], totals: Sequence[int], piece: int = COPY_NBYTES
+    ) -> None:
+        """``totals``: bytes of each device, of which ``piece`` at a time. StreamerError."""
+        self._loads = list[_Load]()
+        try:
+            for device, total in zip(devices, totals, strict=True):
+                if total:
+                    self._loads.append(_Load(device, min(piece, total), total))
+        except BaseException:
+            self.close()
+            raise
+
+    def seconds(self) -> float:
+        """Measure once."""
+        spans = run_all([load.run for load in self._loads], len(self._loads))
+        return max(end for _, end in spans) - min(begin for begin, _ in spans)
+
+    def close(self) -> None:
+        """Give the pinned memory back."""
+        for load in self._loads:
+            load.arena.close()
+
+
 class _Load:
-    """What one device copies while the others do."""
+    """Copies of ``total`` bytes to one device, round and round through one piece of memory."""
 
-    device: Device
-    stream: Stream
-    pairs: Sequence[Pair]
-    count: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self.pairs[0][0].nbytes
+    def __init__(self, device: Device, piece: int, total: int) -> None:
+        self._device, self._stream = device, device.new_stream()
+        memory = _device_memory(device, piece)
+        self.arena = _host_memory(device, memory.nbytes, pinned=True)
+        sizes = [min(memory.nbytes, total - done) for done in range(0, total, memory.nbytes)]
+        self._pairs = [_pairs(memory, self.arena.memory, size)[0] for size in sizes]
 
     def run(self) -> tuple[float, float]:
         """When the copies began and when they had ended, on the host's clock."""
-        self.device.use_in_this_thread(self.stream)
-        ended = self.device.new_event()
+        self._device.use_in_this_thread(self._stream)
         begin = time.perf_counter()
         try:
-            _enqueue(self.device, self.pairs, self.count)
-            ended.record()
-            ended.synchronize()
+            _enqueue(self._device, self._pairs, len(self._pairs))
         finally:
-            self.stream.synchronize()
+            self._stream.synchronize()
         return begin, time.perf_counter()
 
 

@@ -1,4 +1,4 @@
-"""What the hardware alone needs for the bytes of a pass: raw copies, raw reads, bare compute."""
+"""What the hardware alone needs for a pass: raw reads, bare compute. Copies: see ``probe_copy``."""
 
 from __future__ import annotations
 
@@ -10,72 +10,18 @@ from typing import Any
 import torch
 
 from ..checkpoint.manifest import Manifest
-from ..devices.device import CpuDevice, Device
+from ..devices.device import CpuDevice
 from ..planning.layout import CASTABLE, PAGE, Read, align_up
 from ..streamer import LayerStreamer
 from ..transport.files import OpenFiles
 from ..transport.mapped import merge_ranges
-from ..transport.memory import HostArena, allocate
-from ..transport.tasks import run_all
+from ..transport.memory import HostArena
 from .sampling import run_jobs
 
-COPY_NBYTES = 512 << 20
-"""Size of one raw copy: as fast as copies get."""
 READ_GRID = ((1, 16 << 20), (8, 2 << 20), (8, 8 << 20), (16, 1 << 20), (2, 1 << 20))
 """(threads, bytes a read) of which the fastest is the raw rate."""
 TRIAL_NBYTES = 2 << 30
 """Bytes that each point of the grid reads to be chosen."""
-
-
-class RawCopies:
-    """Back-to-back copies of so many bytes from pinned memory to each device, all at once.
-
-    Thread rules: one thread; it starts one a device.
-    """
-
-    def __init__(self, devices: Sequence[Device], nbytes: Sequence[int]) -> None:
-        self._loads = [
-            _CopyLoad(device, total) for device, total in zip(devices, nbytes, strict=True) if total
-        ]
-
-    def seconds(self) -> float:
-        """Measure once."""
-        spans = run_all([load.run for load in self._loads], len(self._loads))
-        return max(end for _, end in spans) - min(begin for begin, _ in spans)
-
-    def close(self) -> None:
-        for load in self._loads:
-            load.close()
-
-
-class _CopyLoad:
-    """Copies of ``total`` bytes to one device, round and round through one piece of memory."""
-
-    def __init__(self, device: Device, total: int) -> None:
-        piece = min(COPY_NBYTES, total)
-        self._device = device
-        self._arena = HostArena([piece], device, pinned=True, threads=4)
-        self._stream = device.new_stream()
-        with device.guard():
-            target = allocate(piece, device)
-            device.current_stream().synchronize()
-        self._pairs = [
-            (target[:nbytes], self._arena.memory[:nbytes])
-            for done in range(0, total, piece)
-            for nbytes in (min(piece, total - done),)
-        ]
-
-    def run(self) -> tuple[float, float]:
-        """When it began and ended, on a thread of its own."""
-        self._device.use_in_this_thread(self._stream)
-        begin = time.perf_counter()
-        for target, source in self._pairs:
-            self._device.copy(target, source)
-        self._stream.synchronize()
-        return begin, time.perf_counter()
-
-    def close(self) -> None:
-        self._arena.close()
 
 
 class RawReads:

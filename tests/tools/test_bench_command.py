@@ -25,7 +25,8 @@ from layer_streamer.measuring import bench as bench_module
 from layer_streamer.measuring import footprint
 from layer_streamer.measuring.bench import Bench, Outcome, run_bench
 from layer_streamer.measuring.limit_set import open_limits
-from layer_streamer.measuring.rawspeed import Load, RawCopies, RawReads
+from layer_streamer.measuring.probe_copy import RawCopies
+from layer_streamer.measuring.rawspeed import Load, RawReads
 from layer_streamer.planning.layout import Read
 
 CPU = ["--device", "cpu"]
