@@ -10,7 +10,6 @@ Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -49,9 +48,8 @@ def convert(model: str, out: Path, *, dtype: str, shard_nbytes: float) -> None:
     """
     import torch
 
-    from layer_streamer import read_manifest
-    from layer_streamer.llm.metadata import load_config, metadata_directory
-    from layer_streamer.llm.models.names import known_layers, weight_names
+    from layer_streamer import read_json
+    from layer_streamer.llm.opening import Model
     from layer_streamer.llm.text.direct_tokenizer import DESCRIPTION
     from layer_streamer.llm.weights.converted import Reader, converted_config, sources
 
@@ -59,22 +57,18 @@ def convert(model: str, out: Path, *, dtype: str, shard_nbytes: float) -> None:
         raise ValueError(f"{out}: exists")
     if not shard_nbytes > 0:
         raise ValueError(f"--shard-gb {shard_nbytes / 1e9:g}: must be above 0")
-    manifest = read_manifest(model)
-    if manifest.format != "gguf":
+    found = Model.read(model, say)
+    if found.manifest.format != "gguf":
         raise ValueError(f"{model}: not a GGUF file")
-    described = metadata_directory(manifest, say)
-    config = load_config(described)
-    manifest, _ = known_layers(manifest, config)
-    names = weight_names(manifest, config)
-    tensors = sources(manifest, config, names)
+    tensors = sources(found.manifest, found.config, found.names)
     shapes = {name: source.shape for name, source in tensors.items()}
     shards = plan_shards(shapes, dtype=dtype, shard_nbytes=shard_nbytes)
-    fields = json.loads((described / "config.json").read_text(encoding="utf-8"))
-    fields = converted_config(fields, manifest, config) | {"dtype": dtype}
-    reader = Reader(names, getattr(torch, dtype))
+    fields = read_json(found.directory / "config.json")
+    fields = converted_config(fields, found.manifest, found.config) | {"dtype": dtype}
+    reader = Reader(found.names, getattr(torch, dtype))
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf-to-safetensors-") as temporary:
         made = Path(temporary) / "made"
-        shutil.copytree(described, made, ignore=shutil.ignore_patterns(DESCRIPTION))
+        shutil.copytree(found.directory, made, ignore=shutil.ignore_patterns(DESCRIPTION))
         (made / "config.json").write_bytes(as_json(fields))
         if len(shards) > 1:
             (made / INDEX).write_bytes(as_json(shard_index(shards)))

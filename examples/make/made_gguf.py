@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from random_packed import Fill
+from random_packed import GGML_TYPES, Fill
 from shards import Shard
 
 from layer_streamer.llm.models.gguf_names import GGUF_MODULES, GGUF_STATIC
 
 FORMATS = {"q4_k": ("Q4_K", "Q5_0"), "q8_0": ("Q8_0",)}
 """Of each format, the type of matrices, and that of widths which its blocks do not divide."""
-TYPES = {"F32": (0, 1, 4), "Q5_0": (6, 32, 22), "Q8_0": (8, 32, 34), "Q4_K": (12, 256, 144)}
-"""GGML's number of a type, the weights of a block, and its bytes."""
 ALIGNMENT = 32
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 """GGUF's numbers of the types of metadata that are written."""
@@ -36,7 +34,7 @@ def gguf_file(
     end = 0
     for name, shape in shapes.items():
         ggml_type = _type(shape, kind)
-        number, weights, nbytes = TYPES[ggml_type]
+        number, weights, nbytes = GGML_TYPES[ggml_type]
         own, size = _name(name), prod(shape) // weights * nbytes
         infos += _text(own) + struct.pack("<I", len(shape))
         infos += b"".join(struct.pack("<Q", length) for length in reversed(shape))
@@ -55,7 +53,7 @@ def _type(shape: tuple[int, ...], kind: str) -> str:
     if len(shape) == 1:
         return "F32"
     for ggml_type in FORMATS[kind]:
-        if shape[1] % TYPES[ggml_type][1] == 0:
+        if shape[1] % GGML_TYPES[ggml_type][1] == 0:
             return ggml_type
     raise ValueError(f"--format {kind}: no block of it divides {shape[1]} columns")
 

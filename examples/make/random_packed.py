@@ -13,13 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from random_values import CHUNK_NBYTES, SCALE, RandomValues, encode
+from random_values import SCALE, RandomValues, encode, walk
 
 Bytes = npt.NDArray[np.uint8]
 MIN_POOL_NBYTES = 1 << 24
 """As for plain values: more than any file system compresses at a time."""
 SPREAD = 0.25
 """Scales are up to so much above and below their mean."""
+GGML_TYPES = {"F32": (0, 1, 4), "Q5_0": (6, 32, 22), "Q8_0": (8, 32, 34), "Q4_K": (12, 256, 144)}
+"""GGML's number of a type, the weights of a block, and its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +70,7 @@ class PackedValues:
             yield memoryview(fill.content)
             return
         pool, unit = self._pools[fill.pool]
-        left, start = fill.nbytes, begin // unit * unit % pool.nbytes
-        while left:
-            piece = pool[start : start + min(left, CHUNK_NBYTES)]
-            yield piece.data
-            left -= piece.nbytes
-            start = (start + piece.nbytes) % pool.nbytes
+        yield from walk(pool, begin // unit * unit, fill.nbytes)
 
 
 def code_scale(kind: str) -> float:
@@ -95,8 +92,8 @@ def fp8_numbers() -> npt.NDArray[np.float64]:
 
 def _make_pool(fill: Fill, generator: np.random.Generator, num_blocks: int) -> tuple[Bytes, int]:
     """The pool, and the bytes of its unit."""
-    if fill.kind in BLOCKS:
-        unit = BLOCKS[fill.kind]
+    if fill.kind in GGML_TYPES:
+        unit = GGML_TYPES[fill.kind][2]
     elif fill.kind == "scale":
         unit = 4 if fill.dtype == "float32" else 2
     else:
@@ -109,16 +106,12 @@ def _make_pool(fill: Fill, generator: np.random.Generator, num_blocks: int) -> t
     raw = generator.integers(0, 256, count * unit, dtype=np.uint8)
     if fill.kind == "fp8":
         raw[raw & 127 == 127] ^= 1
-    if fill.kind in BLOCKS:
+    if fill.kind in GGML_TYPES:
         blocks = raw.reshape(count, unit)
         for place, mean in _block_scales(fill.kind):
             halves = _around(mean, count, generator).astype("<f2").view(np.uint8)
             blocks[:, place : place + 2] = halves.reshape(count, 2)
     return raw, unit
-
-
-BLOCKS = {"Q4_K": 144, "Q5_0": 22, "Q8_0": 34}
-"""Bytes of the blocks that can be made."""
 
 
 def _around(mean: float, count: int, generator: np.random.Generator) -> npt.NDArray[np.float32]:

@@ -40,13 +40,7 @@ class RandomValues:
         if name.endswith("norm.weight"):
             yield self._normal(name, count, mean=1.0).data
             return
-        left = count * DTYPES[self._dtype][1]
-        start = begin % self._pool.nbytes
-        while left:
-            piece = self._pool[start : start + min(left, CHUNK_NBYTES)]
-            yield piece.data
-            left -= piece.nbytes
-            start = (start + piece.nbytes) % self._pool.nbytes
+        yield from walk(self._pool, begin, count * DTYPES[self._dtype][1])
 
     def _normal(self, name: str, count: int, *, mean: float) -> npt.NDArray[np.uint8]:
         generator = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
@@ -54,6 +48,16 @@ class RandomValues:
         values *= SCALE
         values += mean
         return encode(values, self._dtype)
+
+
+def walk(pool: npt.NDArray[np.uint8], begin: int, nbytes: int) -> Iterator[memoryview]:
+    """So many bytes, in pieces, round and round a pool that stands at its byte 0 at the start."""
+    end = begin + nbytes
+    while begin < end:
+        start = begin % pool.nbytes
+        piece = pool[start : start + min(end - begin, CHUNK_NBYTES)]
+        yield piece.data
+        begin += piece.nbytes
 
 
 def encode(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.uint8]:

@@ -81,7 +81,7 @@ def test_files_are_no_larger_than_asked_for_and_bfloat16_by_default(cache, tmp_p
     [
         (["tiny.gguf", "."], "exists"),
         (["tiny.gguf", "out", "--shard-gb", "0"], "--shard-gb 0: must be above 0"),
-        (["no.gguf", "out"], "no.gguf: No such file"),
+        (["no.gguf", "out"], "no.gguf: no such file"),
         (["tiny.gguf", "no/such/out"], "no/such"),
     ],
 )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import torch
@@ -80,28 +81,34 @@ def header_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> byte
 
 
 def write_shard(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, under its name only once it is on the disk. OSError, ValueError."""
+    """A safetensors file, whole or not at all. OSError, ValueError."""
+    with whole(path) as file:
+        file.write(header_of(entries, metadata))
+        for name, entry in entries.items():
+            written = sum(_write(file, block) for block in entry.blocks)
+            if written != entry.nbytes:
+                raise ValueError(f"{name}: {written} bytes made, {entry.nbytes} planned")
+
+
+def _write(file: BinaryIO, block: torch.Tensor) -> int:
+    import torch
+
+    return file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """Context with a file to write, which gets its name only once it is on the disk."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with open(temporary, "wb") as file:
-            file.write(header_of(entries, metadata))
-            for name, entry in entries.items():
-                written = sum(_write(file, block) for block in entry.blocks)
-                if written != entry.nbytes:
-                    raise ValueError(f"{name}: {written} bytes made, {entry.nbytes} planned")
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _write(file: Any, block: torch.Tensor) -> int:
-    import torch
-
-    nbytes: int = file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return nbytes
 
 
 def read_header(path: Path) -> dict[str, Any]:

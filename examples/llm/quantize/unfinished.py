@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .shards import INDEX, TEMPORARY, Entry, as_json, is_whole, read_header, write_shard
+from .shards import INDEX, TEMPORARY, Entry, as_json, is_whole, read_header, whole, write_shard
 
 OPTIONS = "quantize-options.json"
 RECORD = "quantize"
@@ -75,12 +75,8 @@ class Unfinished:
         A run that was ended here may have left some of them: none is ever there in part.
         """
         for name, content in ({INDEX: self._index()} | dict(files)).items():
-            temporary = self.path / (name + TEMPORARY)
-            with open(temporary, "wb") as file:
+            with whole(self.path / name) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / name)
         if os.path.lexists(self._out):
             raise ValueError(f"{self._out}: exists")
         self.path.rename(self._out)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from layer_streamer import Manifest, TensorSpec
@@ -18,6 +17,7 @@ from ..models.rope import rope_frequencies
 from ..models.rope_config import Llama3Scaling, Rope
 from .dequant import Unpacker, ggml_matrix, row_width
 from .quants import BLOCK_TYPES
+from .stored import Mapped
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ class Reader:
 
     def blocks(self, source: Source) -> Iterator[torch.Tensor]:
         """All values in order, flat; each block is good until the next is asked for."""
-        rows = _stored_rows(source.spec)
+        rows = Mapped(source.spec).tensor
         if source.heads:
             rows = in_order(rows, source.heads)
         if source.spec.ggml_type in BLOCK_TYPES:
@@ -87,11 +87,6 @@ class Reader:
                 yield floats.reshape(-1)
         else:
             yield (rows.float() + source.shift).to(self._unpacker.dtype).reshape(-1)
-
-
-def _stored_rows(spec: TensorSpec) -> torch.Tensor:
-    raw = np.memmap(spec.path, np.uint8, "c", spec.offset, (spec.nbytes,))  # never written to
-    return torch.from_numpy(raw).view(spec.dtype).view(spec.shape)
 
 
 def scaling_of_factors(factors: torch.Tensor, config: ModelConfig) -> dict[str, Any]:
@@ -112,5 +107,5 @@ def converted_config(
     factors = manifest.static.get("rope_freqs.weight")
     if factors is None:
         return dict(fields)
-    scaling = scaling_of_factors(_stored_rows(factors), config)
+    scaling = scaling_of_factors(Mapped(factors).tensor, config)
     return {**fields, "rope_parameters": {**fields["rope_parameters"], **scaling}}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from layer_streamer import TensorSpec
@@ -128,6 +130,24 @@ def read_values(spec: TensorSpec) -> torch.Tensor:
     if not content:
         return torch.empty(0, dtype=torch.float32, device="cpu")
     return torch.frombuffer(content, dtype=spec.dtype)
+
+
+class Mapped:
+    """A tensor over its file's pages, which it can give back."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        begin = spec.offset - spec.offset % mmap.ALLOCATIONGRANULARITY
+        end = spec.offset + spec.nbytes
+        with open(spec.path, "rb") as file:
+            self._map = mmap.mmap(
+                file.fileno(), end - begin, access=mmap.ACCESS_COPY, offset=begin
+            )  # never written to
+        raw = np.frombuffer(self._map, np.uint8, spec.nbytes, spec.offset - begin)
+        self.tensor = torch.from_numpy(raw).view(spec.dtype).view(spec.shape)
+
+    def release(self) -> None:
+        """Take its pages off this process; they come back when they are touched."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def equal_values(one: TensorSpec, other: TensorSpec) -> bool:
