@@ -38,8 +38,7 @@ def measure_memcpy(config: ProbeConfig, budget: int, journal: Journal) -> tuple[
     size = config.buffered_chunk
     count = max(1, budget // 2 // size)
     sampler, rates = Sampler(config.effort), []
-    with closing(HostArena([count * size] * 2, CpuDevice(), pinned=False, threads=1)) as arena:
-        arena.memory.fill_(1)
+    with closing(host_memory([count * size] * 2)) as arena:
         source, target = (slot.numpy() for slot in arena.slots)
 
         def memcpy(worker: int, number: int) -> None:
@@ -64,9 +63,9 @@ def measure_device(
     copier = DeviceCopier(device, config)
     journal.measuring(f"{name}: copies from pageable memory")
     nbytes = min(PAGEABLE_NBYTES, memory.nbytes)
-    with closing(_host_memory(device, min(4 * nbytes, budget), pinned=False)) as arena:
+    with closing(host_memory([min(4 * nbytes, budget)])) as arena:
         pageable = copier.rate(_pairs(memory, arena.memory, nbytes))
-    with closing(_host_memory(device, memory.nbytes, pinned=True)) as arena:
+    with closing(host_memory([memory.nbytes], device)) as arena:
         if not arena.pinned:
             journal.note(f"{name}: page-locking was refused, its copies are of pageable memory")
         rates = []
@@ -172,7 +171,7 @@ class _Load:
     def __init__(self, device: Device, piece: int, total: int) -> None:
         self._device, self._stream = device, device.new_stream()
         memory = _device_memory(device, piece)
-        self.arena = _host_memory(device, memory.nbytes, pinned=True)
+        self.arena = host_memory([memory.nbytes], device)
         sizes = [min(memory.nbytes, total - done) for done in range(0, total, memory.nbytes)]
         self._pairs = [_pairs(memory, self.arena.memory, size)[0] for size in sizes]
 
@@ -201,8 +200,10 @@ def _pairs(target: torch.Tensor, source: torch.Tensor, nbytes: int) -> list[Pair
         return [(to, source[i * stride : i * stride + nbytes]) for i in range(places)]
 
 
-def _host_memory(device: Device, nbytes: int, *, pinned: bool) -> HostArena:
-    arena = HostArena([nbytes], device, pinned=pinned, threads=4)
+def host_memory(sizes: Sequence[int], device: Device | None = None) -> HostArena:
+    """Slots of host memory; page-locked for a device, if one is given and that is not refused."""
+    pinned = device is not None
+    arena = HostArena(sizes, device or CpuDevice(), pinned=pinned, threads=4)
     # Untouched pages are all the same page of zeros.
     arena.memory.fill_(1)
     return arena

@@ -7,10 +7,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
-from ..devices.device import CpuDevice
 from ..machine.limits import ReadRate, ThreadRate
 from ..transport.memory import HostArena
 from .probe_config import Journal, ProbeConfig
+from .probe_copy import host_memory
 from .probe_files import Chunk, ProbeFiles, drop_from_cache, is_cached
 from .sampling import Job, Sampler, run_jobs
 
@@ -28,8 +28,7 @@ class ReadPoint:
     chunk_nbytes: int
 
     def __str__(self) -> str:
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{self.mode} reads, {threads} x {_size(self.chunk_nbytes)}"
+        return f"{self.mode} reads, {several(self.threads)} x {size(self.chunk_nbytes)}"
 
 
 class DiskProbe:
@@ -151,11 +150,9 @@ class DiskProbe:
         self._files.read(chunk, arena.bytes[0][begin : begin + chunk.nbytes], mode)
 
     def _arena(self, points: Sequence[ReadPoint]) -> HostArena:
-        """Room for a chunk for each thread, its pages there."""
+        """Room for a chunk for each thread."""
         nbytes = max((point.threads * point.chunk_nbytes for point in points), default=1)
-        arena = HostArena([nbytes], CpuDevice(), pinned=False, threads=1)
-        arena.memory.fill_(1)
-        return arena
+        return host_memory([nbytes])
 
     def _fits(self, threads: int, chunk: int) -> bool:
         return threads * chunk <= self._budget
@@ -166,5 +163,11 @@ def _fitting(files: ProbeFiles, chunk: int) -> int:
     return min(chunk, max(file.nbytes for file in files.files))
 
 
-def _size(nbytes: int) -> str:
+def size(nbytes: int) -> str:
+    """Bytes as KiB or MiB, whichever is whole."""
     return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
+
+
+def several(threads: int) -> str:
+    """ "1 thread", "4 threads"."""
+    return f"{threads} thread{'s' if threads > 1 else ''}"

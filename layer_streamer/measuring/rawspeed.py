@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from ..checkpoint.manifest import Manifest
-from ..devices.device import CpuDevice
 from ..planning.layout import CASTABLE, PAGE, Read, align_up
 from ..streamer import LayerStreamer
 from ..transport.files import OpenFiles
 from ..transport.mapped import merge_ranges
-from ..transport.memory import HostArena
+from .probe_copy import host_memory
 from .sampling import run_jobs
 
 READ_GRID = ((1, 16 << 20), (8, 2 << 20), (8, 8 << 20), (16, 1 << 20), (2, 1 << 20))
@@ -41,9 +40,7 @@ class RawReads:
             self._files.use_direct()
         self._reads = reads
         largest = max(threads * chunk for threads, chunk in READ_GRID)
-        self._arena = HostArena([max(largest, spread_nbytes)], CpuDevice(), pinned=False, threads=4)
-        # Untouched pages are all the same page of zeros.
-        self._arena.memory.fill_(1)
+        self._arena = host_memory([max(largest, spread_nbytes)])
         times = {
             (threads, chunk): self._measure(threads, chunk, most=TRIAL_NBYTES)
             for threads, chunk in READ_GRID

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..machine.limits import DeviceLimits, DiskPart, MachineLimits, MachinePart, ReadRate, encode
+from ..measuring.probe_disk import several, size
 
 LABEL = 24
 
@@ -18,7 +19,7 @@ def describe(limits: MachineLimits, notes: Sequence[str] = ()) -> str:
     if limits.disk is not None:
         lines += _disk_lines(limits.disk)
     lines.append("memcpy, host to host")
-    lines += _rows((_threads(rate.threads), rate.bytes_per_s) for rate in machine.memcpy)
+    lines += _rows((several(rate.threads), rate.bytes_per_s) for rate in machine.memcpy)
     for device in machine.devices:
         lines += _device_lines(device)
     if machine.copy_together is not None:
@@ -63,7 +64,7 @@ def _disk_lines(disk: DiskPart) -> list[str]:
             lines += _grid(title, reads)
     if disk.cached_reads:
         lines.append("reads from the page cache")
-        lines += _rows((_threads(rate.threads), rate.bytes_per_s) for rate in disk.cached_reads)
+        lines += _rows((several(rate.threads), rate.bytes_per_s) for rate in disk.cached_reads)
     return lines
 
 
@@ -75,7 +76,7 @@ def _grid(title: str, reads: Sequence[ReadRate]) -> list[str]:
     lines = [f"{title:<{LABEL}}" + "".join(f"{size(chunk):>12}" for chunk in chunks)]
     for threads in sorted({threads for threads, _ in rates}):
         cells = [_cell(rates.get((threads, chunk)), best) for chunk in chunks]
-        lines.append(f"{'  ' + _threads(threads):<{LABEL}}" + "".join(cells).rstrip())
+        lines.append(f"{'  ' + several(threads):<{LABEL}}" + "".join(cells).rstrip())
     return lines
 
 
@@ -98,12 +99,3 @@ def _cell(rate: float | None, best: float | None) -> str:
     if rate is None:
         return f"{'-':>11} "
     return f"{rate / 1e9:>11.2f}{'*' if rate == best else ' '}"
-
-
-def size(nbytes: int) -> str:
-    """Bytes as KiB or MiB, whichever is whole."""
-    return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread{'s' if count > 1 else ''}"
