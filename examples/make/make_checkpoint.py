@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from shapes import SHAPES
 from shards import Shard
 from tqdm import tqdm
 
+from layer_streamer.llm.quantize.shards import check_room
 from layer_streamer.machine.atomic import naming
 from layer_streamer.tools.command import Parser, say
 from layer_streamer.tools.engine_options import DTYPES
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
     config[MARK] = {"shape": args.shape, "seed": args.seed}
     plan = plan_made(config, args.format, args.dtype, args.shard_gb * 1e9)
-    check_room(out.parent, plan.nbytes + sum(map(len, plan.texts.values())))
+    check_room(out, plan.nbytes + sum(map(len, plan.texts.values())))
 
     began = time.perf_counter()
     temporary = tempfile.TemporaryDirectory(dir=out.parent, prefix=".make-checkpoint-")
@@ -209,13 +209,6 @@ def check_file(out: Path, *, force: bool) -> None:
         head = file.read(4096)
     if head[:4] != b"GGUF" or MARK.encode() not in head:
         raise ValueError(f"{out}: this script did not write it: its metadata has no {MARK!r}")
-
-
-def check_room(directory: Path, needed: int) -> None:
-    """ValueError if the file system has fewer bytes free than that."""
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise ValueError(f"{directory}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
 
 
 def _is_marked(out: Path) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,10 +116,13 @@ def choose_dtype(model: Model, asked: str | None) -> torch.dtype:
 def run_job(job: Job) -> dict[str, Errors]:
     """Quantize with a progress bar; of layers that are done already, it says how many."""
     from ..llm.quantize.job import quantize
+    from ..llm.quantize.shards import check_room
     from ..machine.atomic import naming
     from ..progress import ProgressBar
 
-    partial = check_room(job)
+    partial = job.out.with_name(job.out.name + ".partial")
+    there = sum(p.stat().st_size for p in partial.iterdir()) if partial.is_dir() else 0
+    check_room(job.out, job.nbytes() - there)
     each, layers = job.layer_weights(), job.model.config.num_layers
     with ProgressBar(total=layers * each, leave=False, disable=None, bar_format=BAR) as bar:
 
@@ -137,16 +139,6 @@ def run_job(job: Job) -> dict[str, Errors]:
             if partial.is_dir():
                 say(f"{partial} is kept: the same command goes on with it")
             raise
-
-
-def check_room(job: Job) -> Path:
-    """Where the model grows; ValueError if the file system has not the bytes that it will take."""
-    partial = job.out.with_name(job.out.name + ".partial")
-    there = sum(p.stat().st_size for p in partial.iterdir()) if partial.is_dir() else 0
-    needed, free = job.nbytes() - there, shutil.disk_usage(job.out.parent).free
-    if free < needed:
-        raise ValueError(f"{job.out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
-    return partial
 
 
 def compare(model: Model, job: Job, path: Path, ids: list[int]) -> None:

@@ -213,14 +213,14 @@ def test_too_little_room_is_said_before_anything_is_written(place, capsys, monke
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "TemporaryDirectory", None)
         message = refused(capsys, *with_free(needed - 1))
-    assert f"{place}: 0.00 GB needed, 0.00 GB free" in message
+    assert f"{place}/out: 0.00 GB needed, 0.00 GB free" in message
     assert main(*with_free(needed)) == 0
 
 
 def test_the_message_on_room_has_both_numbers(place, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_340_000_000))
     message = refused(capsys, place / "out", "--shape", "qwen2.5-7b")
-    assert message == f"error: {place}: 15.23 GB needed, 2.34 GB free\n"
+    assert message == f"error: {place}/out: 15.23 GB needed, 2.34 GB free\n"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,13 @@ def header_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> byte
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def check_room(out: Path, needed: int) -> None:
+    """ValueError if the file system on which OUT is to be made has not so many bytes free."""
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise ValueError(f"{out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
 
 
 def write_shard(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
