@@ -10,12 +10,11 @@ from typing import Any
 
 from random_packed import Fill, code_scale
 
+from layer_streamer.llm.quantize.grouping import GROUPS, quantization_config
 from layer_streamer.llm.quantize.shards import Entry
 
 FORMATS = ("ct4", "ct8", "fp8")
 """Of safetensors; for those of GGUF see ``made_gguf``."""
-GROUPS = (128, 64, 32)
-"""Columns that share a scale of ct4 and ct8: the first that divides all widths."""
 BLOCK = 128
 """Rows and columns that share a scale of fp8."""
 
@@ -44,6 +43,7 @@ def packed_tensors(
 
 
 def _group(widths: set[int]) -> int:
+    """Columns that share a scale of ct4 and ct8: the first that divides all widths."""
     for group in GROUPS:
         if not any(width % group for width in widths):
             return group
@@ -76,25 +76,4 @@ def _config(kind: str, group: int) -> dict[str, Any]:
             "modules_to_not_convert": ["lm_head"],
             "weight_block_size": [BLOCK, BLOCK],
         }
-    weights = {
-        "dynamic": False,
-        "group_size": group,
-        "num_bits": int(kind[2:]),
-        "strategy": "group",
-        "symmetric": True,
-        "type": "int",
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": None,
-                "output_activations": None,
-            }
-        },
-    }
+    return quantization_config({"Linear": group}, int(kind[2:]))

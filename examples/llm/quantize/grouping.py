@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..models.config import ModelConfig
-from ..models.names import weight_shapes
+if TYPE_CHECKING:
+    from ..models.config import ModelConfig
 
 GROUPS = (128, 64, 32)
 """Sizes that kernels of other engines know, the smallest file first."""
@@ -15,6 +15,8 @@ GROUPS = (128, 64, 32)
 def choose_groups(config: ModelConfig, asked: int | None) -> dict[str, int]:
     """The group of every matrix of a layer, by its name in transformers; None: the largest that
     divides its width. ValueError if it does not divide one."""
+    from ..models.names import weight_shapes  # and with it torch
+
     widths = {name: shape[1] for name, shape in weight_shapes(config).items() if len(shape) == 2}
     chosen = {}
     for module, width in widths.items():
