@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError, ReadError
+from ..errors import ConfigError
 from ..planning.layout import PAGE
 from ..transport.direct import open_direct
-from ..transport.files import read_direct, read_exactly
+from ..transport.files import read_direct, read_error, read_exactly
 
 WRITE_NBYTES = 16 << 20
 FLUSH_NBYTES = 256 << 20
@@ -103,7 +103,7 @@ class ProbeFiles:
             else:
                 read_exactly(file.buffered, view, chunk.offset, file.path)
         except OSError as error:
-            raise _read_error(file.path, chunk.nbytes, chunk.offset, error) from error
+            raise read_error(file.path, chunk.nbytes, chunk.offset, error) from error
 
     def close(self) -> None:
         """Close every descriptor. Idempotent."""
@@ -140,7 +140,7 @@ class ProbeFiles:
             read_direct(direct, page, 0, PAGE, path)
         except OSError as error:
             if error.errno != errno.EINVAL:
-                raise _read_error(path, PAGE, 0, error) from error
+                raise read_error(path, PAGE, 0, error) from error
             self.direct_refused = str(error.strerror or error)
 
 
@@ -242,8 +242,3 @@ def _write(handle: int, nbytes: int) -> None:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(handle, flushed, offset - flushed, os.POSIX_FADV_DONTNEED)
             flushed = offset
-
-
-def _read_error(path: Path, nbytes: int, offset: int, error: OSError) -> ReadError:
-    reason = error.strerror or error
-    return ReadError(f"{path}: reading {nbytes} bytes at offset {offset} failed: {reason}")

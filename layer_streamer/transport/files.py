@@ -124,12 +124,12 @@ class OpenFiles:
                 return
             except OSError as error:
                 if error.errno != errno.EINVAL:
-                    raise _read_error(path, wanted, offset, error) from error
+                    raise read_error(path, wanted, offset, error) from error
                 self._refuse_direct(path, error)
         try:
             read_exactly(self._open[path].descriptor, view[:wanted], offset, path)
         except OSError as error:
-            raise _read_error(path, wanted, offset, error) from error
+            raise read_error(path, wanted, offset, error) from error
 
     def close(self) -> None:
         """Close every descriptor. Idempotent; two threads may at once."""
@@ -249,7 +249,8 @@ def _end_of_file(path: Path, wanted: int, offset: int, got: int) -> CheckpointCh
     )
 
 
-def _read_error(path: Path, wanted: int, offset: int, error: OSError) -> ReadError:
+def read_error(path: Path, wanted: int, offset: int, error: OSError) -> ReadError:
+    """What is raised of a read that the system refused."""
     reason = error.strerror or error
     return ReadError(f"{path}: reading {wanted} bytes at offset {offset} failed: {reason}")
 
