@@ -49,14 +49,14 @@ MOST_FOLDERS = 200
 """So many of a folder's folders are looked into for a checkpoint."""
 
 
-class Source(NamedTuple):
+class Located(NamedTuple):
     """What is opened: ``kind`` is "gguf" (one path), "index" (one), or "files" (safetensors)."""
 
     kind: str
     paths: tuple[Path, ...]
 
 
-def locate(path: Path) -> Source:
+def locate(path: Path) -> Located:
     """What to open for ``path``; CheckpointError, with what to do, if it is no checkpoint."""
     try:
         is_directory = path.is_dir()
@@ -66,25 +66,25 @@ def locate(path: Path) -> Source:
     if is_directory:
         return _in_directory(path)
     if path.name.endswith(INDEX_SUFFIX):
-        return Source("index", (path,))
+        return Located("index", (path,))
     with open_header(path) as file:
         head = file.read(0, min(HEAD_BYTES, file.size))
     # The content decides; the name only where that is broken. A cache may keep a file under a name
     # without suffix: a length and '{' are sign enough.
     if head.startswith(b"GGUF"):
-        return Source("gguf", (path,))
+        return Located("gguf", (path,))
     plausible = int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES and head[8:9] == b"{"
     if plausible or path.suffix == ".safetensors":
-        return Source("files", (path,))
+        return Located("files", (path,))
     if path.suffix == ".gguf":
-        return Source("gguf", (path,))
+        return Located("gguf", (path,))
     what = foreign_file(head, path.name, file.size) or _by_suffix([path.name])
     raise CheckpointError(
         f"{path}: neither a safetensors nor a GGUF file{f' ({what})' if what else ''}"
     )
 
 
-def _in_directory(directory: Path) -> Source:
+def _in_directory(directory: Path) -> Located:
     names = list_directory(directory)
     found = [name for name in names if name.endswith((".safetensors", INDEX_SUFFIX))]
     chosen = _named_by_config(directory, names) or next(
@@ -107,13 +107,13 @@ def _in_directory(directory: Path) -> Source:
     if chosen is not None:
         _say_what_is_not_read(directory, chosen, found)
         kind = "index" if chosen.endswith(INDEX_SUFFIX) else "files"
-        return Source(kind, (directory / chosen,))
+        return Located(kind, (directory / chosen,))
     if not found:
-        return Source("gguf", (directory / _only_gguf(directory, names),))
+        return Located("gguf", (directory / _only_gguf(directory, names),))
     if len(found) > MAX_FILES:
         raise CheckpointError(f"{directory}: {len(found)} safetensors files, more than {MAX_FILES}")
     check_parts(directory, found)
-    return Source("files", tuple(directory / name for name in found))
+    return Located("files", tuple(directory / name for name in found))
 
 
 def _named_by_config(directory: Path, names: Sequence[str]) -> str | None:

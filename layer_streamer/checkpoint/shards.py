@@ -85,7 +85,7 @@ def _read_weight_map(members: JsonMembers) -> dict[str, str]:
     return weight_map
 
 
-class Part(NamedTuple):
+class SplitName(NamedTuple):
     """What the name of one file of a sharded model says: NAME-00001-of-00002 and a suffix."""
 
     model: tuple[str, int, str]
@@ -100,13 +100,13 @@ class Part(NamedTuple):
         return f"{stem}-{number:0{self.digits[0]}}-of-{total:0{self.digits[1]}}{suffix}"
 
 
-def part_of(name: str) -> Part | None:
+def part_of(name: str) -> SplitName | None:
     """What a file's name says of its place among others; None if it is a model by itself."""
     match = _PART_NAME.fullmatch(name)
     if match is None:
         return None
     stem, number, total, suffix = match.groups()
-    return Part((stem, int(total), suffix), int(number), (len(number), len(total)))
+    return SplitName((stem, int(total), suffix), int(number), (len(number), len(total)))
 
 
 def group_parts(names: Iterable[str]) -> dict[tuple[str, int, str], dict[int, str]]:

@@ -24,7 +24,7 @@ LEAST_CHUNKS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Place:
     """Whose reads are measured."""
 
     path: Path
@@ -33,13 +33,13 @@ class Target:
 
 
 def probe(
-    target: Target,
+    place: Place,
     devices: Sequence[Device],
     config: ProbeConfig,
     journal: Journal,
     known: MachinePart | None = None,
 ) -> MachineLimits:
-    """Measure the reads of ``target``, memcpy, and the copies of ``devices``.
+    """Measure the reads of ``place``, memcpy, and the copies of ``devices``.
 
     ``known``: the machine's part from the record, which is then not measured again. Nothing is
     saved. Errors: ConfigError, ReadError; after one, or an interrupt, no thread, file or
@@ -47,15 +47,15 @@ def probe(
     """
     budget = buffer_budget(config)
     extra = 0 if known is not None else _num_machine_measurements(devices, config)
-    with _opened(target, config, journal) as files:
-        system = file_system(target.path if target.temporary else files.files[0].path)
+    with _opened(place, config, journal) as files:
+        system = file_system(place.path if place.temporary else files.files[0].path)
         if system.in_memory:
-            journal.note(f"{target.path}: {system.type} is memory, these are no reads of a disk")
+            journal.note(f"{place.path}: {system.type} is memory, these are no reads of a disk")
         disk = DiskProbe(files, config, budget, journal, in_memory=system.in_memory)
         journal.num_measurements += disk.num_measurements + extra
         part = DiskPart(
             system,
-            str(target.path.resolve()),
+            str(place.path.resolve()),
             _now(),
             config.quick,
             disk.measure_reads(),
@@ -86,13 +86,13 @@ def is_known(part: MachinePart, devices: Sequence[Device], config: ProbeConfig) 
 
 
 @contextmanager
-def _opened(target: Target, config: ProbeConfig, journal: Journal) -> Iterator[ProbeFiles]:
-    if not target.temporary:
-        with closing(ProbeFiles(choose_files(target.path, min(config.read_chunks)))) as files:
+def _opened(place: Place, config: ProbeConfig, journal: Journal) -> Iterator[ProbeFiles]:
+    if not place.temporary:
+        with closing(ProbeFiles(choose_files(place.path, min(config.read_chunks)))) as files:
             yield files
         return
     least = LEAST_CHUNKS * max(config.read_chunks)
-    nbytes = temporary_nbytes(target.path, config.file_nbytes, least)
+    nbytes = temporary_nbytes(place.path, config.file_nbytes, least)
     if nbytes < config.file_nbytes:
         journal.note(
             f"the temporary file is {nbytes / 1e9:.2f} GB instead of "
@@ -100,7 +100,7 @@ def _opened(target: Target, config: ProbeConfig, journal: Journal) -> Iterator[P
         )
     journal.num_measurements = 1
     journal.measuring(f"a temporary file of {nbytes / 1e9:.2f} GB is written")
-    with temporary_files(target.path, nbytes) as files:
+    with temporary_files(place.path, nbytes) as files:
         yield files
 
 

@@ -145,11 +145,11 @@ class RawCopies:
         self, devices: Sequence[Device], totals: Sequence[int], piece: int = COPY_NBYTES
     ) -> None:
         """``totals``: bytes of each device, of which ``piece`` at a time. StreamerError."""
-        self._loads = list[_Load]()
+        self._loads = list[_Copies]()
         try:
             for device, total in zip(devices, totals, strict=True):
                 if total:
-                    self._loads.append(_Load(device, min(piece, total), total))
+                    self._loads.append(_Copies(device, min(piece, total), total))
         except BaseException:
             self.close()
             raise
@@ -165,7 +165,7 @@ class RawCopies:
             load.arena.close()
 
 
-class _Load:
+class _Copies:
     """Copies of ``total`` bytes to one device, round and round through one piece of memory."""
 
     def __init__(self, device: Device, piece: int, total: int) -> None:

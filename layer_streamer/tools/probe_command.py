@@ -20,7 +20,7 @@ from .command import add_json, publish, say
 if TYPE_CHECKING:
     from ..devices.device import Device
     from ..machine.limits import MachineLimits, MachinePart
-    from ..measuring.probe import Target
+    from ..measuring.probe import Place
     from ..measuring.probe_config import ProbeConfig
 
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     from ..progress import ProgressBar
     from .probe_table import describe, document
 
-    target, config = _target(args), _config(args)
+    place, config = _place(args), _config(args)
     devices = choose_devices(args.device)
     known = None if args.force else _known(devices, config)
     begun = itertools.count()
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             bar.set_description_str(name)
 
         journal = Journal(show)
-        limits = probe(target, devices, config, journal, known)
+        limits = probe(place, devices, config, journal, known)
     if known is not None:
         journal.note(
             f"memory and devices: as measured at {known.measured_at}; --force measures them again"
@@ -79,14 +79,14 @@ def run(args: argparse.Namespace) -> None:
     publish(args, table, document(limits, journal.notes, _save(limits)))
 
 
-def _target(args: argparse.Namespace) -> Target:
-    from ..measuring.probe import Target
+def _place(args: argparse.Namespace) -> Place:
+    from ..measuring.probe import Place
 
     if args.path is None:
-        return Target(args.dir or Path(), temporary=True)
+        return Place(args.dir or Path(), temporary=True)
     if args.dir is not None:
         raise ConfigError(f"--dir={args.dir}: only for a temporary file, but {args.path} is read")
-    return Target(args.path, temporary=False)
+    return Place(args.path, temporary=False)
 
 
 def _config(args: argparse.Namespace) -> ProbeConfig:

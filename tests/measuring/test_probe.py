@@ -20,7 +20,7 @@ from probing import KIB, TINY, refuse, settle_on_a_disk, write_model
 from layer_streamer import ConfigError, ReadError
 from layer_streamer.machine.limits import MachineLimits
 from layer_streamer.measuring import probe_config, probe_disk, probe_files
-from layer_streamer.measuring.probe import Target, choose_devices, is_known, probe
+from layer_streamer.measuring.probe import Place, choose_devices, is_known, probe
 from layer_streamer.measuring.probe_config import Journal, ProbeConfig
 from layer_streamer.measuring.probe_files import (
     Chunk,
@@ -78,7 +78,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Chunk, str]]:
 
 
 def run(path: Path, journal: Journal | None = None, *, temporary: bool = False) -> MachineLimits:
-    return probe(Target(path, temporary), [], TINY, journal or Journal())
+    return probe(Place(path, temporary), [], TINY, journal or Journal())
 
 
 @settings(deadline=None)
@@ -311,7 +311,7 @@ def test_a_part_on_record_is_known_if_it_has_the_devices_and_is_no_rougher(model
     assert is_known(part, [], TINY)
     assert not is_known(part, [], thorough)
     assert not is_known(part, [FakeDevice(1)], TINY)
-    known = probe(Target(model, False), [], TINY, Journal(), part)
+    known = probe(Place(model, False), [], TINY, Journal(), part)
     assert known.machine is part
 
 
