@@ -50,13 +50,13 @@ def assemble(
     layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.asked["dtype"])
     files = OpenFiles(manifest.files)
     try:
-        statics = Statics(manifest, files, settings.asked["dtype"])
         limits = load_limits(next(iter(manifest.files)), gpus=not devices[0].unified)
         machine = look_at_machine(devices, _rates(limits, devices), _readers(limits))
         plan = _plan(steps, layouts, machine, settings, files)
         if machine.unified and "disk" in plan.tiers:
             note_too_many_threads()
         pipeline = Pipeline(steps, layouts, files, devices, settings, plan)
+        statics = Statics(manifest, pipeline.loader, settings.asked["dtype"])
     except BaseException:
         files.close()
         raise

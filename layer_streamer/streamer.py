@@ -193,7 +193,7 @@ class LayerStreamer:
         """
         statics = self._opened().statics
         where = self._devices[0] if device is None else open_device(device)
-        return statics.load(name, where.torch_device)
+        return statics.load(name, where)
 
     def host_tensor(self, name: str) -> torch.Tensor:
         """A host view of one tensor as stored, over the file's own pages: for embedding rows.

@@ -189,11 +189,16 @@ def lay_out(step: Step, *, unified: bool, dtype: torch.dtype | None = None) -> L
     )
 
 
+def cast_dtype(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """What a tensor stored as ``stored`` is handed out as, where ``dtype`` is asked for."""
+    return dtype if dtype is not None and stored in CASTABLE else stored
+
+
 def lay_out_resident(step: Step, dtype: torch.dtype | None) -> tuple[tuple[View, ...], int]:
     """Where a step's tensors, cast to ``dtype``, lie in memory of their own, and its bytes."""
     views, end = list[View](), 0
     for key, spec in step.tensors.items():
-        cast = dtype if dtype is not None and spec.dtype in CASTABLE else spec.dtype
+        cast = cast_dtype(spec.dtype, dtype)
         nbytes = spec.nbytes // spec.dtype.itemsize * cast.itemsize
         views.append(View(key, cast, spec.shape, end, nbytes))
         end = align_up(end + nbytes, COPY_ALIGNMENT)
@@ -274,10 +279,11 @@ def _place_casts(views: list[View], dtype: torch.dtype | None) -> tuple[list[Vie
     casts: list[View] = []
     end = 0
     for view in views:
-        if dtype is None or view.dtype == dtype or view.dtype not in CASTABLE:
+        cast = cast_dtype(view.dtype, dtype)
+        if cast == view.dtype:
             continue
         offset = align_up(end, COPY_ALIGNMENT)
-        nbytes = view.nbytes // view.dtype.itemsize * dtype.itemsize
-        casts.append(View(view.key, dtype, view.shape, offset, nbytes))
+        nbytes = view.nbytes // view.dtype.itemsize * cast.itemsize
+        casts.append(View(view.key, cast, view.shape, offset, nbytes))
         end = offset + nbytes
     return casts, align_up(end, COPY_ALIGNMENT)

@@ -84,14 +84,15 @@ class MappedFiles:
     Thread rules: built and closed by one thread; populated by any. Nothing is read until then.
     Errors: OSError where the file system cannot map, CheckpointChangedError for a file that shrank.
 
-    ``private``: for tensors that are handed out. A write changes a copy of the page, never the
-    file. Not for pages that a device copies from: locking private ones would first copy them all.
+    ``handed_out``: what is viewed in them is; else a device copies from them (see map_range).
     """
 
-    def __init__(self, files: OpenFiles, reads: Iterable[Read], *, private: bool = False) -> None:
+    def __init__(
+        self, files: OpenFiles, reads: Iterable[Read], *, handed_out: bool = False
+    ) -> None:
         self._files = files
         self.regions = [
-            map_range(files, path, start, end, private=private)
+            map_range(files, path, start, end, handed_out=handed_out)
             for path, start, end in merge_ranges(reads)
         ]
         self._places = [(str(region.path), region.offset) for region in self.regions]
@@ -136,7 +137,7 @@ class MappedFiles:
         populate_range(self._files, region, start, place + extent.nbytes - start)
 
     def restore(self, reads: Iterable[Read]) -> None:
-        """Have the (private) pages that hold these reads be the file's again, faulted in."""
+        """Have the (handed out) pages that hold these reads be the file's again, faulted in."""
         for read in reads:
             region = self.find(read.path, read.offset)
             start = (read.offset - region.offset) // PAGE * PAGE
@@ -233,14 +234,16 @@ def merge_ranges(reads: Iterable[Read]) -> list[tuple[Path, int, int]]:
     return ranges
 
 
-def map_range(files: OpenFiles, path: Path, start: int, end: int, *, private: bool) -> Region:
+def map_range(files: OpenFiles, path: Path, start: int, end: int, *, handed_out: bool) -> Region:
     """Map a file from ``start``, which a page begins at, to ``end``.
 
-    ``private``: writable, and what is written is not the file's. Without a reserve of memory: more
-    may be mapped than is free. Errors: OSError, CheckpointChangedError, ReadError.
+    Pages that are handed out are copied on a write, which is not to reach the file nor to kill the
+    process. Pages that a device copies from are read-only: to lock ones that are copied on a write
+    would copy them all. Without a reserve of memory: more may be mapped than is free.
+    Errors: OSError, CheckpointChangedError, ReadError.
     """
     flags, access = mmap.MAP_SHARED, mmap.PROT_READ
-    if private:
+    if handed_out:
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", MAP_NORESERVE)
         access = mmap.PROT_READ | mmap.PROT_WRITE
     try:
@@ -251,7 +254,7 @@ def map_range(files: OpenFiles, path: Path, start: int, end: int, *, private: bo
         # What Python says of a range beyond the end of the file.
         files.check_unchanged([path])
         raise ReadError(f"{path}: bytes {start} to {end} cannot be mapped: {error}") from error
-    pages: Any = mapping if private else np.asarray(_Pages(mapping))
+    pages: Any = mapping if handed_out else np.asarray(_Pages(mapping))
     with torch.inference_mode(False):
         memory = torch.from_numpy(np.frombuffer(pages, dtype=np.uint8))
     return Region(path, start, mapping, memory)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from ..devices.device import Device
+from ..devices.device import Device, Event, Stream
 from ..machine.libc import populate
 from ..planning.layout import COPY_ALIGNMENT, PAGE, View, align_up
 from .tasks import run_all
@@ -154,6 +156,55 @@ class HostArena:
     def close(self) -> None:
         """Give the page lock back. The memory goes when the last view of it does. Idempotent."""
         self._locks.close()
+
+
+class Bounce(NamedTuple):
+    """One thread's host memory on the way to a device."""
+
+    slot: torch.Tensor
+    stream: Stream
+    copied: Event
+
+
+class Bounces:
+    """Host memory for each loading thread, ``chunk`` bytes and the pages at its ends."""
+
+    def __init__(self, device: Device, chunk: int, threads: int, *, pinned: bool) -> None:
+        self.unified = device.unified
+        self._device = device
+        self._allocated = device.new_event()
+        self._allocated.record(device.current_stream())
+        sizes = [chunk + 2 * PAGE] * threads
+        self._arena = HostArena(sizes, device, pinned=pinned, threads=threads)
+        self._free = list(self._arena.slots)
+        self._local = threading.local()
+
+    def mine(self) -> Bounce:
+        """The calling thread's own, on a stream that is made the thread's at the first call."""
+        if not hasattr(self._local, "bounce"):
+            stream = self._device.new_stream()
+            self._device.use_in_this_thread(stream)
+            self.order_after_allocation(stream)
+            self._local.bounce = Bounce(self._free.pop(), stream, self._device.new_event())
+        bounce: Bounce = self._local.bounce
+        return bounce
+
+    def order_after_allocation(self, stream: Stream) -> None:
+        """Let the copies wait for whatever used the layers' memory before it was theirs."""
+        self._allocated.wait(stream)
+
+    def copy(self, bounce: Bounce, dst: torch.Tensor, src: torch.Tensor) -> None:
+        """Copy and wait until it has happened; the other threads read meanwhile."""
+        self._device.copy(dst, src)
+        bounce.copied.record(bounce.stream)
+        self.wait_copied(bounce)
+
+    def wait_copied(self, bounce: Bounce) -> None:
+        """Block until the device has read the bounce, which is filled again after that."""
+        bounce.copied.synchronize()
+
+    def close(self) -> None:
+        self._arena.close()
 
 
 def populate_memory(memory: torch.Tensor, threads: int) -> None:

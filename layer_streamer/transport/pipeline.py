@@ -66,6 +66,7 @@ class Pipeline:
             read_threads=plan.read_threads,
             read_chunk=plan.read_chunk,
         )
+        self.loader = Loader(files, self._settings.chunk_nbytes, self._settings.num_readers)
         self._steps = tuple(steps)
         self._layouts = list(layouts)
         self._pid = os.getpid()
@@ -197,9 +198,8 @@ class Pipeline:
         )
         shown = nbytes > 0 and self._settings.asked["track_progress"]
         style: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
-        chunk, threads = self._settings.chunk_nbytes, self._settings.num_readers
         with ProgressBar(total=nbytes, desc="loading", disable=not shown, **style) as bar:
-            loader = Loader(self.files, chunk, threads, bar.update)
+            loader = replace(self.loader, on_loaded=bar.update)
             self._load_devices(loader)
             self._load_host(loader)
 

@@ -1,32 +1,35 @@
-"""What stays in memory for good: layers resident on a device or in host memory, and their loading.
+"""What stays in memory for good: layers resident on a device or in host memory, and the loading of
+these and of single tensors.
 
-Everything here happens once, while a streamer is opened, by several threads.
+It happens once, by several threads: of layers while a streamer is opened.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 
 from ..checkpoint.manifest import TensorSpec
-from ..devices.device import Device, Event, Stream
+from ..devices.device import Device
 from ..errors import StreamerError
 from ..planning.layout import PAGE, Layout, Step, align_up, lay_out_resident
 from .files import OpenFiles
 from .mapped import MappedFiles
-from .memory import HostArena, Watch, allocate
+from .memory import Bounces, HostArena, Watch, allocate
 from .parts import Cutter, Extent, read_extent
 from .pool import Source, cut_parts, cut_source, view_all
 from .tasks import run_all
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
+
+Target: TypeAlias = tuple[TensorSpec, torch.Tensor]
+"""What is read, and the contiguous tensor of its shape that it is read into."""
 
 
 @dataclass(slots=True)
@@ -92,20 +95,21 @@ class Residents:
             owner.close()
 
 
+@dataclass(slots=True)
 class Loader:
-    """Brings resident layers into memory: ``threads`` at once, ``chunk`` bytes at a stretch.
+    """Brings what stays into memory: ``threads`` at once, ``chunk`` bytes at a stretch.
 
-    ``on_loaded(bytes)`` is called on the calling thread as they arrive. Raises what reads raise,
-    with the tensor's name.
+    Thread rules: any thread. Raises what reads raise, with the tensor's name.
     """
 
-    def __init__(
-        self, files: OpenFiles, chunk: int, threads: int, on_loaded: Callable[[int], object]
-    ) -> None:
-        self._files = files
-        self._chunk = align_up(chunk, PAGE)
-        self._threads = threads
-        self._on_loaded = on_loaded
+    files: OpenFiles
+    chunk: int
+    threads: int
+    on_loaded: Callable[[int], object] = lambda nbytes: None
+    """Called with bytes as they arrive, on the calling thread."""
+
+    def __post_init__(self) -> None:
+        self.chunk = align_up(self.chunk, PAGE)
 
     def load_device(
         self, into: Residents, steps: Mapping[int, Step], device: Device, dtype: torch.dtype | None
@@ -114,41 +118,54 @@ class Loader:
         placed = {i: lay_out_resident(step, dtype) for i, step in steps.items()}
         slab = allocate(sum(nbytes for _, nbytes in placed.values()), device)
         into.device_nbytes += slab.nbytes
-        again = Loader(self._files, self._chunk, self._threads, lambda nbytes: None)
-        targets, base = list[tuple[Step, Weights]](), 0
+        again = Loader(self.files, self.chunk, self.threads)
+        targets, base = list[Target](), 0
         for i, (views, nbytes) in placed.items():
             (memory,) = cut_parts(slab, [(base, nbytes)])
             watch = into.watches[i] = Watch([memory])
             into.weights[i] = view_all(watch.memory[0], views)
-            targets.append((steps[i], view_all(memory, views)))
-            into.reload[i] = partial(again._reload, targets[-1:], device)
+            tensors = view_all(memory, views)
+            of_step = [(spec, tensors[key]) for key, spec in steps[i].tensors.items()]
+            into.reload[i] = partial(again._reload, of_step, device)
+            targets += of_step
             base += nbytes
-        self._fill(targets, device)
+        self.fill(targets, device)
 
-    def _reload(self, targets: Sequence[tuple[Step, Weights]], device: Device) -> None:
+    def _reload(self, targets: Sequence[Target], device: Device) -> None:
         device.wait_idle()  # no event tells what still reads them
         with device.guard():
-            self._fill(targets, device)
+            self.fill(targets, device)
 
-    def _fill(self, targets: Sequence[tuple[Step, Weights]], device: Device) -> None:
-        bounces = _Bounces(device, self._chunk, self._threads)
+    def fill(self, targets: Sequence[Target], device: Device) -> None:
+        """Read tensors, cast where their dtype is not the stored one, through pinned memory.
+
+        ``device``, where they lie, is the current one; nothing else uses their memory any more.
+        """
+        parts = [
+            (spec, tensor, done)
+            for spec, tensor in targets
+            for done in range(0, spec.nbytes, self.chunk)
+        ]
+        if not parts:
+            return
+        chunk = min(self.chunk, max(spec.nbytes for spec, _, _ in parts))
+        # To lock pages takes longer than it saves a single part.
+        pinned = len(parts) > 1 and not device.unified
+        bounces = Bounces(device, chunk, min(self.threads, len(parts)), pinned=pinned)
         try:
-            tasks = list[Callable[[], int]]()
-            for step, tensors in targets:
-                for key, spec in step.tensors.items():
-                    tasks += self._cut_tensor(spec, tensors[key], bounces)
-            self._run(tasks)
+            self._run([partial(self._load_part, *part, bounces) for part in parts])
         finally:
             bounces.close()
+        self.files.check_unchanged({spec.path for spec, _ in targets})
 
     def load_host(self, into: Residents, layouts: Mapping[int, Layout], device: Device) -> None:
         """Read steps into an arena of exactly their size, pinned if the device can."""
         sizes = [layout.host_nbytes for layout in layouts.values()]
-        arena = HostArena(sizes, device, pinned=True, threads=self._threads)
+        arena = HostArena(sizes, device, pinned=True, threads=self.threads)
         into.owners.append(arena)
         into.host_nbytes += arena.nbytes
         into.pinned_nbytes += arena.nbytes if arena.pinned else 0
-        cutter = Cutter(None, self._chunk, aligned=self._files.reads_direct)
+        cutter = Cutter(None, self.chunk, aligned=self.files.reads_direct)
         tasks: list[Callable[[], int]] = []
         for (i, layout), slot, base in zip(
             layouts.items(), arena.bytes, arena.offsets, strict=True
@@ -159,15 +176,16 @@ class Loader:
             (part,) = cutter.cut(layout)
             tasks += [partial(self._read_all, part.job(j), slot) for j in range(part.num_jobs)]
         self._run(tasks)
+        self.files.check_unchanged()
 
     def map_host(self, into: Residents, layouts: Mapping[int, Layout], device: Device) -> bool:
         """Page-lock the files' own pages; False, with nothing kept, where that is refused."""
         try:
-            mapped = self._map(layouts, private=False)
+            mapped = self._map(layouts, handed_out=False)
         except OSError as error:
             logger.warning("mapping files was refused (%s)", error)
             return False
-        mapped.populate_all(self._threads, self._on_loaded)
+        mapped.populate_all(self.threads, self.on_loaded)
         if not mapped.pin(device):
             return False
         into.owners.append(mapped)
@@ -185,7 +203,7 @@ class Loader:
         False, with nothing kept, where the system cannot say that a look at them would kill.
         """
         try:
-            mapped = self._map(layouts, private=True)
+            mapped = self._map(layouts, handed_out=True)
             mapped.check_populates()
         except OSError as error:
             logger.warning("mapping or populating files was refused (%s)", error)
@@ -197,100 +215,46 @@ class Loader:
         into.fault_in = mapped.fault_in
         return True
 
-    def _map(self, layouts: Mapping[int, Layout], *, private: bool) -> MappedFiles:
+    def _map(self, layouts: Mapping[int, Layout], *, handed_out: bool) -> MappedFiles:
         reads = [read for layout in layouts.values() for read in layout.reads]
-        return MappedFiles(self._files, reads, private=private)
+        return MappedFiles(self.files, reads, handed_out=handed_out)
 
     def _run(self, tasks: Sequence[Callable[[], int]]) -> None:
-        run_all(tasks, self._threads, on_done=self._on_loaded)
-        self._files.check_unchanged()
+        run_all(tasks, self.threads, on_done=self.on_loaded)
 
     def _read_all(self, extents: Sequence[Extent], slot: memoryview) -> int:
         for extent in extents:
-            read_extent(self._files, extent, slot)
+            read_extent(self.files, extent, slot)
         return sum(extent.wanted for extent in extents)
 
-    def _cut_tensor(
-        self, spec: TensorSpec, tensor: torch.Tensor, bounces: _Bounces
-    ) -> list[Callable[[], int]]:
-        return [
-            partial(self._load_part, spec, tensor, done, bounces)
-            for done in range(0, spec.nbytes, self._chunk)
-        ]
-
     def _load_part(
-        self, spec: TensorSpec, tensor: torch.Tensor, done: int, bounces: _Bounces
+        self, spec: TensorSpec, tensor: torch.Tensor, done: int, bounces: Bounces
     ) -> int:
         """Bring up to a chunk of a tensor, from byte ``done`` on, to its device."""
-        nbytes = min(self._chunk, spec.nbytes - done)
+        nbytes, itemsize = min(self.chunk, spec.nbytes - done), spec.dtype.itemsize
+        as_stored = tensor.dtype == spec.dtype
+        flat = tensor.view(-1).view(torch.uint8) if as_stored else tensor.view(-1)
+        unit = 1 if as_stored else itemsize
+        part = flat[done // unit : (done + nbytes) // unit]
         bounce = bounces.mine()
+        # Read to where it is used: torch would copy by threads of its own for each of these.
+        in_place = as_stored and bounces.unified and not self.files.reads_direct
         try:
-            payload = self._read(spec, done, nbytes, bounce.slot)
+            payload = self._read(spec, done, nbytes, part if in_place else bounce.slot)
         except StreamerError as error:
             raise type(error)(f"tensor {spec.name!r}: {error}") from error
-        flat = tensor.view(-1)
-        if tensor.dtype == spec.dtype:
-            bounces.copy(bounce, flat.view(torch.uint8)[done : done + nbytes], payload)
-        else:
-            first, itemsize = done // spec.dtype.itemsize, spec.dtype.itemsize
+        if not as_stored:
             aligned = payload if not payload.data_ptr() % itemsize else payload.clone()
-            part = flat[first : first + nbytes // itemsize]
-            bounces.copy(bounce, part, aligned.view(spec.dtype))
+            payload = aligned.view(spec.dtype)
+        if not in_place:
+            bounces.copy(bounce, part, payload)
         return nbytes
 
     def _read(self, spec: TensorSpec, done: int, nbytes: int, slot: torch.Tensor) -> torch.Tensor:
         offset = spec.offset + done
-        lead = offset % PAGE if self._files.reads_direct else 0
-        length = align_up(lead + nbytes, PAGE) if self._files.reads_direct else nbytes
+        lead = offset % PAGE if self.files.reads_direct else 0
+        length = align_up(lead + nbytes, PAGE) if self.files.reads_direct else nbytes
         array: Any = slot.numpy()
         view = memoryview(array)[:length]
-        self._files.read_into(spec.path, view, offset - lead, lead + nbytes)
+        self.files.read_into(spec.path, view, offset - lead, lead + nbytes)
         return slot[lead : lead + nbytes]
-
-
-class _Bounce(NamedTuple):
-    """One thread's host memory on the way to a device."""
-
-    slot: torch.Tensor
-    stream: Stream
-    copied: Event
-
-
-class _Bounces:
-    """Pinned host memory for each loading thread, ``chunk`` bytes and the pages at its ends."""
-
-    def __init__(self, device: Device, chunk: int, threads: int) -> None:
-        self._device = device
-        self._allocated = device.new_event()
-        self._allocated.record(device.current_stream())
-        sizes = [chunk + 2 * PAGE] * threads
-        self._arena = HostArena(sizes, device, pinned=not device.unified, threads=threads)
-        self._free = list(self._arena.slots)
-        self._local = threading.local()
-
-    def mine(self) -> _Bounce:
-        """The calling thread's own, on a stream that is made the thread's at the first call."""
-        if not hasattr(self._local, "bounce"):
-            stream = self._device.new_stream()
-            self._device.use_in_this_thread(stream)
-            self.order_after_allocation(stream)
-            self._local.bounce = _Bounce(self._free.pop(), stream, self._device.new_event())
-        bounce: _Bounce = self._local.bounce
-        return bounce
-
-    def order_after_allocation(self, stream: Stream) -> None:
-        """Let the copies wait for whatever used the layers' memory before it was theirs."""
-        self._allocated.wait(stream)
-
-    def copy(self, bounce: _Bounce, dst: torch.Tensor, src: torch.Tensor) -> None:
-        """Copy and wait until it has happened; the other threads read meanwhile."""
-        self._device.copy(dst, src)
-        bounce.copied.record(bounce.stream)
-        self.wait_copied(bounce)
-
-    def wait_copied(self, bounce: _Bounce) -> None:
-        """Block until the device has read the bounce, which is filled again after that."""
-        bounce.copied.synchronize()
-
-    def close(self) -> None:
-        self._arena.close()

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from routes import (
     NUM_LAYERS,
     Boom,
     assert_next_pass_is_exact,
-    assert_nothing_is_left,
     make_devices,
     nothing,
+    nothing_left,
     open_route,
     route_params,
 )
-from support import FailingDisk, footprint, open_checkpoint
+from support import FailingDisk, open_checkpoint
 
 from layer_streamer import LayerStreamer, ReadError, StreamerError
+from layer_streamer.planning.layout import PAGE
 from layer_streamer.transport import pipeline as transport_pipeline
 
 HANG_SECONDS = 10.0
@@ -40,23 +42,13 @@ PARTS = 16
 OWN_NOTHING = ("planning", "machine")
 
 
-@contextmanager
-def nothing_left(device: Any) -> Iterator[None]:
-    """What runs within leaves no thread, descriptor or page lock."""
-    gc.collect()
-    before = footprint()
-    yield
-    gc.collect()
-    for thread in threading.enumerate():
-        # One whose start was interrupted ends by itself.
-        if thread.name.startswith("layer-streamer"):
-            thread.join(HANG_SECONDS)
-    assert footprint() == before
-    assert_nothing_is_left(device)
-
-
 def opening(route: str, path: Path, device: Any) -> None:
     open_route(route, path, device, read_threads=2).close()
+
+
+def load(streamer: LayerStreamer) -> None:
+    with streamer:
+        streamer.load_static("lm_head.weight")
 
 
 def closing(route: str, path: Path, device: Any, *, again: bool) -> Callable[[], None]:
@@ -110,6 +102,7 @@ def interrupt_at(number: int, device: Any, make: Callable[[], Callable[[], None]
 def makers(route: str, path: Path, device: Any) -> dict[str, Callable[[], Callable[[], None]]]:
     return {
         "open": lambda: lambda: opening(route, path, device),
+        "load": lambda: partial(load, open_route(route, path, device, read_chunk=PAGE)),
         "close": lambda: closing(route, path, device, again=False),
         "close again": lambda: closing(route, path, device, again=True),
     }
@@ -122,12 +115,12 @@ def count_bytecodes(make: Callable[[], Callable[[], None]]) -> int:
     return far - interrupter.left
 
 
-WAYS = pytest.mark.parametrize("way", ["open", "close", "close again"])
+WAYS = pytest.mark.parametrize("way", ["open", "load", "close", "close again"])
 
 
 @WAYS
 @pytest.mark.parametrize("route", route_params("cpu direct", "two partial"))
-def test_an_interrupt_at_a_bytecode_of_opening_or_closing_leaves_nothing(
+def test_an_interrupt_at_a_bytecode_of_opening_loading_or_closing_leaves_nothing(
     tmp_path: Path, tensors: Any, route: str, device: Any, way: str
 ) -> None:
     make = makers(route, tmp_path, device)[way]
@@ -143,7 +136,7 @@ def test_an_interrupt_at_a_bytecode_of_opening_or_closing_leaves_nothing(
 @pytest.mark.parametrize("part", range(PARTS))
 @WAYS
 @pytest.mark.parametrize("route", ["cpu direct", "mapped", "arena", "two partial"])
-def test_an_interrupt_at_any_bytecode_of_opening_or_closing_leaves_nothing(
+def test_an_interrupt_at_any_bytecode_of_opening_loading_or_closing_leaves_nothing(
     tmp_path: Path, tensors: Any, route: str, device: Any, way: str, part: int
 ) -> None:
     make, number = makers(route, tmp_path, device)[way], part

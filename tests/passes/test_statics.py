@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import threading
 import weakref
 from pathlib import Path
@@ -11,11 +13,20 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_checkpoint, write_safetensors
+from fake_device import FakeDevice
 from routes import open_route
-from support import HANG_SECONDS, open_checkpoint, raw
+from support import (
+    HANG_SECONDS,
+    FailingDisk,
+    footprint,
+    make_device,
+    open_checkpoint,
+    raw,
+)
 
-from layer_streamer import ConfigError, LayerStreamer
+from layer_streamer import ConfigError, LayerStreamer, ReadError
 from layer_streamer.passes import statics
+from layer_streamer.transport.files import OpenFiles
 
 NAMES = ("lm_head.weight", "model.norm.weight")
 
@@ -150,6 +161,83 @@ def test_threads_that_ask_at_once_get_the_same_tensor(
         for thread in threads:
             thread.join(HANG_SECONDS)
         assert found[0] is found[1] is getattr(streamer, what)(NAMES[0])
+
+
+DEVICES = ["cpu", "fake", pytest.param("cuda", marks=pytest.mark.gpu)]
+LARGE = {"model.layers.0.w": torch.ones(1), "large": torch.randn(3 * 1024 - 8)}
+"""With chunks of a page, what is large is read in three parts."""
+CHUNKS = {"n_cpu_pinned": 1, "read_mode": "buffered", "read_chunk": 4096}
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_a_static_tensor_is_read_by_as_many_threads_as_layers_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = write_safetensors(tmp_path / "model.safetensors", LARGE)
+    device, together = make_device(kind), threading.Barrier(3, timeout=HANG_SECONDS)
+    with open_checkpoint(device, path, **CHUNKS, read_threads=3) as streamer:
+        read = OpenFiles.read_into
+
+        def meet(*arguments: Any) -> None:
+            together.wait()
+            read(*arguments)
+
+        monkeypatch.setattr(OpenFiles, "read_into", meet)
+        assert torch.equal(streamer.load_static("large").cpu(), LARGE["large"])
+
+
+def test_pages_are_locked_while_a_static_tensor_is_loaded_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_safetensors(tmp_path / "model.safetensors", LARGE)
+    device, locked = FakeDevice(seed=1), list[int]()
+    with open_checkpoint(device, path, **CHUNKS) as streamer:
+        before, read = set(device._pinned), OpenFiles.read_into
+
+        def look(*arguments: Any) -> None:
+            locked.append(len(device._pinned))
+            read(*arguments)
+
+        monkeypatch.setattr(OpenFiles, "read_into", look)
+        streamer.load_static("large")
+        assert locked == [len(before) + 1] * 3
+        assert device._pinned == before
+        assert not device.errors
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_a_static_tensor_that_cannot_be_read_is_named_and_can_be_loaded_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = write_safetensors(tmp_path / "model.safetensors", LARGE)
+    with open_checkpoint(make_device(kind), path, **CHUNKS) as streamer:
+        before = footprint()
+        disk = FailingDisk(streamer.manifest.tensor("large").offset + 5000, errno.EIO)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", disk)
+            disk.times = 1
+            with pytest.raises(ReadError, match=r"tensor 'large'.*model\.safetensors"):
+                streamer.load_static("large")
+        assert footprint() == before
+        assert streamer.memory.static_bytes == {}
+        assert torch.equal(streamer.load_static("large").cpu(), LARGE["large"])
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("read_mode", ["buffered", "direct"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_static_tensor_in_parts_is_exact_wherever_it_lies_and_however_it_is_read(
+    tmp_path: Path, kind: str, padding: int, read_mode: str, dtype: torch.dtype | None
+) -> None:
+    path = write_safetensors(tmp_path / "model.safetensors", LARGE, padding=padding)
+    options: dict[str, Any] = {**CHUNKS, "read_mode": read_mode, "dtype": dtype}
+    with open_checkpoint(make_device(kind), path, **options) as streamer:
+        with torch.inference_mode():
+            loaded, viewed = streamer.load_static("large"), streamer.host_tensor("large")
+        assert not loaded.is_inference()
+        assert torch.equal(raw(loaded.cpu()), raw(LARGE["large"].to(dtype or torch.float32)))
+        assert torch.equal(raw(viewed), raw(LARGE["large"]))
 
 
 @pytest.mark.parametrize("padding", [0, 1])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,13 @@ from fake_device import FakeDevice
 from routes import (
     ROUTES,
     assert_next_pass_is_exact,
-    assert_nothing_is_left,
     default_params,
+    nothing_left,
     of_tier,
     open_route,
     route_params,
 )
-from support import FailingDisk, footprint, in_thread, rewrite_in_place
+from support import FailingDisk, in_thread, rewrite_in_place
 
 from layer_streamer import CheckpointChangedError, LayerStreamer, ReadError
 from layer_streamer.devices.device import CpuDevice
@@ -36,17 +34,6 @@ LOADING = [name for name, route in ROUTES.items() if route.tiers != {"disk"}]
 COPIED = [name for name in LOADING if "mapped" not in name]
 """Those of them that read it."""
 on_loading = pytest.mark.parametrize("route", default_params(*LOADING))
-
-
-@contextmanager
-def nothing_left(device: Any) -> Iterator[None]:
-    """What runs within leaves no thread, descriptor or page lock."""
-    gc.collect()
-    before = footprint()
-    yield
-    gc.collect()
-    assert footprint() == before
-    assert_nothing_is_left(device)
 
 
 @pytest.fixture
@@ -134,8 +121,8 @@ def refuse_at(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_host(patch: pytest.MonkeyPatch, number: int) -> None:
     refusing = refuse_at(number, HostArena)
-    patch.setattr("layer_streamer.transport.lane.HostArena", refusing)
-    patch.setattr("layer_streamer.transport.residents.HostArena", refusing)
+    for module in ("lane", "memory", "residents"):
+        patch.setattr(f"layer_streamer.transport.{module}.HostArena", refusing)
 
 
 def refuse_device(patch: pytest.MonkeyPatch, number: int) -> None:

@@ -77,7 +77,7 @@ def test_ranges_hold_no_more_than_the_reads_the_pages_they_begin_in_and_small_ga
 class Mapped:
     """A file of three tensors, of which the second is in a region of its own, mapped."""
 
-    def __init__(self, folder: Path, *, private: bool = False) -> None:
+    def __init__(self, folder: Path, *, handed_out: bool = False) -> None:
         self.path = folder / "data"
         self.content = os.urandom(40_000)
         with self.path.open("wb") as file:
@@ -91,7 +91,7 @@ class Mapped:
             TensorSpec("c", torch.int16, (3,), self.path, 10_000, 6),
         ]
         reads = [Read(spec.path, spec.offset, 0, spec.nbytes) for spec in self.specs]
-        self.mapped = MappedFiles(self.files, reads, private=private)
+        self.mapped = MappedFiles(self.files, reads, handed_out=handed_out)
 
     def expected(self, spec: TensorSpec) -> bytes:
         start = spec.offset % (2 * MERGE_GAP)
@@ -118,11 +118,11 @@ def test_views_hold_the_files_bytes(some: Mapped) -> None:
 
 
 @linux
-@pytest.mark.parametrize(("private", "access"), [(False, "r--s"), (True, "rw-p")])
+@pytest.mark.parametrize(("handed_out", "access"), [(False, "r--s"), (True, "rw-p")])
 def test_pages_that_devices_copy_from_are_the_files_and_those_handed_out_copied_on_a_write(
-    tmp_path: Path, private: bool, access: str
+    tmp_path: Path, handed_out: bool, access: str
 ) -> None:
-    some = Mapped(tmp_path, private=private)
+    some = Mapped(tmp_path, handed_out=handed_out)
     lines = [line.split() for line in MAPS.read_text().splitlines() if str(some.path) in line]
     assert [fields[1] for fields in lines] == [access, access]
     some.files.close()
@@ -131,7 +131,7 @@ def test_pages_that_devices_copy_from_are_the_files_and_those_handed_out_copied_
 def test_what_is_written_to_private_pages_reaches_no_file_and_is_dropped_again(
     tmp_path: Path,
 ) -> None:
-    some = Mapped(tmp_path, private=True)
+    some = Mapped(tmp_path, handed_out=True)
     weights, watch = some.mapped.view(LayerSpec(0, {spec.name: spec for spec in some.specs}))
     before = some.path.read_bytes()
     for tensor in weights.values():

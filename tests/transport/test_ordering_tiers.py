@@ -30,9 +30,9 @@ from routes import budgets
 from layer_streamer import ClosedError
 from layer_streamer.passes.caller import Caller
 from layer_streamer.transport.copier import Copier
+from layer_streamer.transport.memory import Bounces
 from layer_streamer.transport.pipeline import Pipeline
 from layer_streamer.transport.reader import Feeder
-from layer_streamer.transport.residents import _Bounces
 from layer_streamer.transport.schedule import Orders
 from layer_streamer.transport.stage import LaneRun, Run, Stage
 from layer_streamer.transport.target import DeviceTarget
@@ -127,9 +127,9 @@ MAPPED = {"n_gpu": 1, "read_mode": "mapped"}
 ARENA = {"n_gpu": 1, "read_mode": "buffered", "host_budget": "1GiB"}
 MUTATIONS: dict[str, tuple[type, str, Any, dict[str, Any], dict[str, int]]] = {
     "a resident layer is copied before its memory is its own": (
-        _Bounces, "order_after_allocation", leave_out, ONE, {"device": 2}),
+        Bounces, "order_after_allocation", leave_out, ONE, {"device": 2}),
     "a bounce is filled again before the device has read it": (
-        _Bounces, "wait_copied", leave_out, ONE, {"device": 2}),
+        Bounces, "wait_copied", leave_out, ONE, {"device": 2}),
     "a copy takes a layer from disk before it is read, between resident ones": (
         Copier, "await_source", one_read_early, ONE, SOME),
     "a read takes a slot one copy too early, between resident layers": (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from fake_device import FakeDevice
-from support import Witness, make_device, open_checkpoint
+from support import Witness, footprint, make_device, open_checkpoint
 
 from layer_streamer import LayerStreamer
 from layer_streamer.devices.device import CpuDevice
 
 NUM_LAYERS = 6
+END_SECONDS = 10.0
 POOLS = {"n_gpu": 1, "n_cpu_pinned": 1, "n_cpu": 1}
 """Named, because where no host pool is named "auto" may map the files instead of reading them."""
 FEW_SLOTS = {"n_gpu": 0, "n_cpu_pinned": 1}
@@ -170,6 +174,21 @@ def assert_nothing_is_left(device: Any) -> None:
             assert not one.errors
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+@contextmanager
+def nothing_left(device: Any) -> Iterator[None]:
+    """What runs within leaves no thread, descriptor or page lock."""
+    gc.collect()
+    before = footprint()
+    yield
+    gc.collect()
+    for thread in threading.enumerate():
+        # One whose start was interrupted ends by itself.
+        if thread.name.startswith("layer-streamer"):
+            thread.join(END_SECONDS)
+    assert footprint() == before
+    assert_nothing_is_left(device)
 
 
 class Boom(Exception):
