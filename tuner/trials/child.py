@@ -22,7 +22,7 @@ def main() -> None:
     from layer_streamer.tuner.trials.frames import FrameWriter
     from layer_streamer.tuner.trials.measure import run_candidate
 
-    run_candidate(request["spec"], FrameWriter(results, bytes.fromhex(request["secret"])))
+    run_candidate(request["spec"], FrameWriter(results, request["nonce"]))
 
 
 def _read_request(descriptor: int) -> Any:

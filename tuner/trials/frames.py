@@ -1,9 +1,9 @@
 """What a trial's child tells its parent, on a descriptor that anybody in the child may write to.
 
-A frame is a mark, a number and a length, a digest of these, JSON and a digest of it. Mark and
-digests are made with a secret that parent and child share, so whatever else is written to the
-descriptor cannot pass for a frame: the reader steps over it to the next mark. What tears a frame
-apart loses that frame alone, and no length is believed that is not the writer's own.
+A message is a line: a digest, a space, and JSON of the message's number and itself. The digest is
+made of the JSON and a nonce that parent and child share, so whatever else is written to the
+descriptor cannot pass for a message, and what tears one apart loses that one alone. JSON as it is
+written here has no line feed; one stands before a message, too, and ends what another has begun.
 """
 
 from __future__ import annotations
@@ -11,17 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 import threading
 import time
 from typing import Any
 
-SECRET_NBYTES = 32
 CANNOT_TELL = 74
 """Exit code of a child that has lost the descriptor for results."""
-_DIGEST_NBYTES = 16
-_NUMBERS = struct.Struct(">II")
-HEAD_NBYTES = 2 * _DIGEST_NBYTES + _NUMBERS.size
+MOST_NBYTES = 1 << 20
+"""Of a line: what goes on for longer is no message. A traceback is cut to some thousand letters."""
 _RETRY_SECONDS = 0.005
 """Between two tries on a descriptor that somebody has made non-blocking."""
 
@@ -37,9 +34,9 @@ class FrameWriter:
     is ended on the spot: it is no trial of its own.
     """
 
-    def __init__(self, descriptor: int, secret: bytes) -> None:
+    def __init__(self, descriptor: int, nonce: str) -> None:
         self._descriptor = descriptor
-        self._secret = secret
+        self._nonce = nonce
         self._number = 0
         self._process = os.getpid()
         self._identity = _identity(descriptor)
@@ -51,82 +48,57 @@ class FrameWriter:
             os._exit(1)
         with self._lock:
             self._number += 1
-            self._write(pack_frame(self._secret, self._number, json.dumps(message).encode()))
+            self._write(pack_frame(self._nonce, self._number, message))
 
-    def _write(self, packed: bytes) -> None:
-        frame = memoryview(packed)
+    def _write(self, frame: bytes) -> None:
         while frame:
             try:
                 # Numbers of closed descriptors are dealt out again: never write to another's file.
                 if _identity(self._descriptor) != self._identity:
-                    raise DescriptorLostError("the descriptor for results is another file")
+                    raise OSError("is another file")
                 frame = frame[os.write(self._descriptor, frame) :]
             except BlockingIOError:
                 time.sleep(_RETRY_SECONDS)
-            except DescriptorLostError:
-                raise
             except OSError as error:
                 raise DescriptorLostError(f"the descriptor for results: {error}") from error
 
 
 class FrameReader:
-    """Finds the messages in what comes from a descriptor. Holds one message at the most."""
+    """Finds the messages in what comes from a descriptor. Holds MOST_NBYTES at the most."""
 
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret
-        self._mark = _digest(secret, b"mark")
-        self._buffer = bytearray()
+    def __init__(self, nonce: str) -> None:
+        self._nonce = nonce
+        self._begun = b""
         self._last = 0
         self.garbage = 0
-        """Bytes so far that were no part of a message."""
+        """Bytes so far that were no part of a message, what a message has begun with among them."""
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """The messages that ``data`` completes, each once and in the order they were sent."""
-        self._buffer += data
+        self.garbage += len(data)
+        *lines, begun = (self._begun + data).split(b"\n")
+        self._begun = begun if len(begun) <= MOST_NBYTES else b""
         messages = []
-        while self._find_mark() and len(self._buffer) >= HEAD_NBYTES:
-            number, length = _NUMBERS.unpack_from(self._buffer, _DIGEST_NBYTES)
-            end = HEAD_NBYTES + length
-            torn = _head(self._secret, number, length) != self._buffer[:HEAD_NBYTES]
-            if not torn and len(self._buffer) < end:
-                break
-            payload = bytes(self._buffer[HEAD_NBYTES:end][:-_DIGEST_NBYTES])
-            if torn or pack_frame(self._secret, number, payload) != self._buffer[:end]:
-                self._drop(1)  # another frame may begin within it
-            elif number <= self._last:
-                self._drop(end)  # a copy of one that was read
-            else:
-                del self._buffer[:end]
+        for line in lines:
+            digest, _, payload = line.partition(b" ")
+            if digest != _digest(self._nonce, payload):
+                continue
+            number, message = json.loads(payload)
+            if number > self._last:  # else a copy of one that was read
                 self._last = number
-                messages.append(json.loads(payload))
+                self.garbage -= len(line) + 2
+                messages.append(message)
         return messages
 
-    def _find_mark(self) -> bool:
-        """Drop what stands before the next mark; False if there is none yet."""
-        at = self._buffer.find(self._mark)
-        # The end of the buffer may be the beginning of a mark.
-        spare = max(0, len(self._buffer) - len(self._mark) + 1)
-        self._drop(at if at >= 0 else spare)
-        return at >= 0
 
-    def _drop(self, nbytes: int) -> None:
-        self.garbage += nbytes
-        del self._buffer[:nbytes]
-
-
-def pack_frame(secret: bytes, number: int, payload: bytes) -> bytes:
+def pack_frame(nonce: str, number: int, message: dict[str, Any]) -> bytes:
     """A message as it is sent; ``number`` counts messages from 1."""
-    head = _head(secret, number, len(payload) + _DIGEST_NBYTES)
-    return head + payload + _digest(secret, head + payload)
+    payload = json.dumps([number, message]).encode()
+    return b"\n%b %b\n" % (_digest(nonce, payload), payload)
 
 
-def _head(secret: bytes, number: int, length: int) -> bytes:
-    numbers = _NUMBERS.pack(number, length)
-    return _digest(secret, b"mark") + numbers + _digest(secret, numbers)
-
-
-def _digest(secret: bytes, data: bytes) -> bytes:
-    return hashlib.blake2b(data, key=secret, digest_size=_DIGEST_NBYTES).digest()
+def _digest(nonce: str, payload: bytes) -> bytes:
+    return hashlib.blake2b(nonce.encode() + payload, digest_size=16).hexdigest().encode()
 
 
 def _identity(descriptor: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import StreamerError
-from .frames import SECRET_NBYTES, FrameReader
+from .frames import FrameReader
 from .setup_fn import TRIAL_VARIABLE
 
 HERE = Path(__file__).parent
@@ -58,9 +58,9 @@ class CandidateProcess:
     """
 
     def __init__(self, request: Mapping[str, Any], max_host_bytes: int | None) -> None:
-        secret = secrets.token_bytes(SECRET_NBYTES)
+        nonce = secrets.token_hex(16)
         self._marker = secrets.token_hex(8)
-        self._reader = FrameReader(secret)
+        self._reader = FrameReader(nonce)
         self._stack = ExitStack()
         self._said = b""
         self._ended = False
@@ -68,7 +68,7 @@ class CandidateProcess:
         self._wake: int | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
         try:
-            self._start({**request, "secret": secret.hex()}, max_host_bytes)
+            self._start({**request, "nonce": nonce}, max_host_bytes)
         except BaseException:
             self.end()
             raise
