@@ -51,7 +51,7 @@ def assemble(
     files = OpenFiles(manifest.files)
     try:
         limits = load_limits(next(iter(manifest.files)), gpus=not devices[0].unified)
-        machine = look_at_machine(devices, _rates(limits, devices), _readers(limits))
+        machine = look_at_machine(devices, _rates(limits, devices), fastest_readers(limits))
         plan = _plan(steps, layouts, machine, settings, files)
         if machine.unified and "disk" in plan.tiers:
             note_too_many_threads()
@@ -84,7 +84,7 @@ def draw_plan(
         rates = replace(rates, copy=copy, copy_together=None, pageable=copy)
     files = OpenFiles(manifest.files)
     try:
-        machine = look_at_machine(devices, rates, _readers(limits))
+        machine = look_at_machine(devices, rates, fastest_readers(limits))
         return _plan(steps, layouts, machine, settings, files)
     finally:
         files.close()
@@ -123,7 +123,7 @@ def _rates(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:
     )
 
 
-def _readers(limits: MachineLimits | None) -> dict[str, tuple[int, int]]:
+def fastest_readers(limits: MachineLimits | None) -> dict[str, tuple[int, int]]:
     """By read mode, the threads and bytes a read that were the fastest, where that was measured."""
     best = limits.best_read if limits is not None else None
     if best is None or best.mode != "direct":

@@ -6,12 +6,14 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint.manifest import Manifest
+from ..machine.identity import MachineIdentity
 from .trials.record import FunctionName, TrialSpec
 
 CHECKPOINT = (
@@ -23,7 +25,7 @@ CHECKPOINT = (
 def describe_tune(
     spec: TrialSpec,
     manifest: Manifest,
-    identity: Mapping[str, Any],
+    identity: MachineIdentity,
 ) -> dict[str, Any]:
     """All of it, as JSON. ``spec``: of any candidate; its settings do not count.
 
@@ -38,7 +40,7 @@ def describe_tune(
         fixed["on_copy"] = _describe_function(spec.on_copy)
     return {
         "checkpoint": _describe_checkpoint(manifest),
-        "machine": dict(identity),
+        "machine": asdict(identity),
         "versions": {
             "layer_streamer": __version__,
             "torch": torch.__version__,

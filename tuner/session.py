@@ -106,7 +106,7 @@ class Session:
             device = options.granted("max_device_bytes")
             grants = Grants(
                 machine.unified,
-                survey.identity.get("num_cores") or os.cpu_count() or 1,
+                survey.identity.num_cores,
                 device,
                 host if host is None or host > 0 else None,
             )

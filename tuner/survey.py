@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..machine.limits import MachineLimits, decode
-from ..planning.placement import Rates
+from ..machine.identity import MachineIdentity
+from ..machine.limits import MachineLimits
+from ..machine.records import Form
 from ..planning.plan import Machine
 from .trials.model_args import decode_model
 from .trials.record import Settings, TrialSpec
@@ -37,8 +38,7 @@ class Survey:
     """A machine as a fresh process sees it, with nothing of ours on its devices."""
 
     machine: Machine
-    identity: dict[str, Any]
-    """What tells this machine from another: machine.MachineIdentity as JSON has it."""
+    identity: MachineIdentity
     limits: MachineLimits | None
     """What a probe has put on record."""
     baseline_bytes: int
@@ -50,7 +50,9 @@ def take_survey(device: str | list[str] | None, path: Path) -> Survey:
 
     ConfigError if a device cannot be opened, with its line.
     """
-    return parse(_ask({"device": device, "path": str(path)}, f"device={device!r}: "))
+    answer = _ask({"device": device, "path": str(path)}, f"device={device!r}: ")
+    survey: Survey = Form().read(Survey, answer, "survey")
+    return survey
 
 
 def ask_engine(spec: TrialSpec, candidates: Sequence[Settings]) -> list[Mapping[str, Any] | str]:
@@ -89,25 +91,3 @@ def _ask(question: Mapping[str, Any], about: str) -> Any:
         said = process.stderr.strip().splitlines() or [f"it ended with {process.returncode}"]
         raise ConfigError(f"{about}{said[-1]}")
     return json.loads(lines[-1])
-
-
-def parse(document: dict[str, Any]) -> Survey:
-    """What the surveyor wrote."""
-    found = dict(document["machine"])
-    rates = Rates(None, (None,) * len(found["devices"]))
-    machine = Machine(
-        devices=tuple(found["devices"]),
-        unified=found["unified"],
-        maps_files=found["maps_files"],
-        device_free=tuple(found["device_free"]),
-        host_available=found["host_available"],
-        rates=rates,
-        readers={mode: (pair[0], pair[1]) for mode, pair in found["readers"].items()},
-    )
-    limits = document["limits"]
-    return Survey(
-        machine,
-        document["identity"],
-        decode(limits, MachineLimits) if limits is not None else None,
-        document["baseline_bytes"],
-    )

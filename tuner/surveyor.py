@@ -15,45 +15,36 @@ from typing import Any
 
 import psutil
 
-from ..assembly import look_at_machine
+from ..assembly import fastest_readers, look_at_machine
 from ..devices.accelerator import open_devices
 from ..errors import StreamerError
 from ..machine.identity import this_machine
-from ..machine.limits import encode, load_limits
+from ..machine.limits import load_limits
 from ..planning.placement import Rates
-from .trials.engine import plan_engines
+from .survey import Survey
+from .trials.engine import load_engine
 from .trials.model_args import decode_model, encode_model
 
 
-def look(device: Any, path: Path) -> dict[str, Any]:
+def look(device: Any, path: Path) -> Survey:
     """Open the devices and describe the machine."""
     devices = open_devices(device)
     limits = load_limits(path)
-    best = limits.best_read if limits is not None else None
-    readers = {}
-    if best is not None and best.mode == "direct":
-        readers["direct"] = (best.threads, best.chunk_nbytes)
-    machine = look_at_machine(devices, Rates(None, (None,) * len(devices)), readers)
+    unknown = Rates(None, (None,) * len(devices))
     memory = psutil.Process().memory_info()
-    return {
-        "machine": {
-            "devices": machine.devices,
-            "unified": machine.unified,
-            "maps_files": machine.maps_files,
-            "device_free": machine.device_free,
-            "host_available": machine.host_available,
-            "readers": readers,
-        },
-        "identity": asdict(this_machine()),
-        "limits": encode(limits) if limits is not None else None,
+    return Survey(
+        look_at_machine(devices, unknown, fastest_readers(limits)),
+        this_machine(),
+        limits,
         # Libraries' files are page cache that any process may share.
-        "baseline_bytes": max(memory.rss - getattr(memory, "shared", 0), 0),
-    }
+        max(memory.rss - getattr(memory, "shared", 0), 0),
+    )
 
 
 def plan(asked: Mapping[str, Any]) -> list[Any]:
     """By candidate, the streamer's options in the engine, or a line that refuses it."""
-    answers = plan_engines(asked["engine"], decode_model(asked["model"]), asked["candidates"])
+    plan_engines = load_engine(asked["engine"]).plan_engines
+    answers = plan_engines(candidates=asked["candidates"], **decode_model(asked["model"]))
     return [answer if isinstance(answer, str) else encode_model(answer) for answer in answers]
 
 
@@ -62,7 +53,10 @@ def main() -> int:
     asked = json.load(sys.stdin)
     found: Any
     try:
-        found = plan(asked) if "engine" in asked else look(asked["device"], Path(asked["path"]))
+        if "engine" in asked:
+            found = plan(asked)
+        else:
+            found = asdict(look(asked["device"], Path(asked["path"])))
     except (StreamerError, ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         return 2

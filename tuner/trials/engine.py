@@ -12,7 +12,7 @@ never loads one. The processes that need it import the module, which has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -40,10 +40,3 @@ class EngineModule(Protocol):
 def load_engine(name: str) -> EngineModule:
     """Import the module. ImportError if it, or what it needs, is not installed."""
     return cast(EngineModule, import_module(name))
-
-
-def plan_engines(
-    name: str, model: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]
-) -> list[Mapping[str, Any] | str]:
-    """What the module's ``plan_engines`` says of all candidates."""
-    return list(load_engine(name).plan_engines(candidates=candidates, **model))

@@ -8,6 +8,7 @@ from typing import Any
 
 from layer_streamer import LayerStreamerTuner
 from layer_streamer.checkpoint.formats import read_manifest
+from layer_streamer.machine.identity import MachineIdentity
 from layer_streamer.planning.placement import Rates
 from layer_streamer.planning.plan import Machine
 from layer_streamer.tuner.search.predict import Costs
@@ -33,7 +34,7 @@ def machine(*, unified: bool = True, host: int = 64 * GIB, device: int = 8 * GIB
 
 
 def survey_of(found: Machine) -> Callable[[Any, Path], Survey]:
-    identity = {"cpu": "made up", "num_cores": 8}
+    identity = MachineIdentity("made up", 8, (), None, "0")
     return lambda device, path: Survey(found, identity, None, 0)
 
 
