@@ -160,8 +160,7 @@ def _place_streamed(
     sizes: tuple[StepSize, ...], scratch_nbytes: int, machine: Machine, settings: Settings
 ) -> tuple[Placement, str, str]:
     count, asked = len(machine.devices), settings.asked
-    pinned, pageable = settings.num_pinned, settings.num_pageable
-    host_slots, host_slot_nbytes = sum(n + 1 for n in (pinned, pageable) if n), None
+    host_slots, host_slot_nbytes = sum(settings.host_slots.values()), None
     if settings.through_ring:
         # Which mode it will be follows from the placement, but of that only where it is not asked.
         likely = "direct" if asked["host_budget"] is not None else "buffered"

@@ -91,6 +91,13 @@ class Settings:
         return self.asked["n_cpu"] or 0
 
     @property
+    def host_slots(self) -> dict[str, int]:
+        """Slots of each host pool by its name, in the order that layers pass through them: one more
+        than are held ahead. None where they pass through a ring."""
+        ahead = {"host": self.num_pageable, "pinned": self.num_pinned}
+        return {name: count + 1 for name, count in ahead.items() if count}
+
+    @property
     def names_host_pools(self) -> bool:
         """True if the caller asked for host pools of a certain size, 0 among them."""
         return self.asked["n_cpu_pinned"] is not None or self.asked["n_cpu"] is not None

@@ -174,7 +174,6 @@ class Lane:
         host_nbytes = max((layout.host_nbytes for layout in read), default=0)
         device_nbytes = max((layout.device_nbytes for layout in filled), default=0)
         scratch_nbytes = max((layout.scratch_nbytes for layout in filled), default=0)
-        pinned, pageable = settings.num_pinned, settings.num_pageable
         count = max(slots.device, 1)  # somebody listens, although nothing is streamed
         memories: list[torch.Tensor] = []
         if device.unified and through:
@@ -186,10 +185,8 @@ class Lane:
             if read and self.through_ring:
                 self._add_host_pool("ring", slots.host.count, slots.host.nbytes)
             elif read:
-                if pageable:
-                    self._add_host_pool("host", pageable + 1, host_nbytes)
-                if pinned:
-                    self._add_host_pool("pinned", pinned + 1, host_nbytes)
+                for name, host_count in settings.host_slots.items():
+                    self._add_host_pool(name, host_count, host_nbytes)
             memories = device_slots(count, device_nbytes, device)
         self.pool = DevicePool(memories, device)
         if scratch_nbytes:
