@@ -44,7 +44,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Other:
     option: str
     value: int | str
     spelled: str
@@ -59,7 +59,7 @@ class _Replan:
     settings: Settings
     cached: float
 
-    def candidates(self, option: str, value: int | str, spelled: str) -> Iterator[_Candidate]:
+    def candidates(self, option: str, value: int | str, spelled: str) -> Iterator[_Other]:
         """The plan with one option changed, if it can work."""
         changed: dict[str, Any] = {option: value}
         settings, machine = self.settings.but(**changed), self.plan.machine
@@ -67,7 +67,7 @@ class _Replan:
             other = make_plan(self.plan.sizes, 0, machine, settings, lambda: self.cached)
         except ConfigError:
             return
-        yield _Candidate(option, value, spelled, other)
+        yield _Other(option, value, spelled, other)
 
 
 def changes_of(plan: Plan, settings: Settings, cached: float) -> tuple[Change, ...]:
@@ -105,7 +105,7 @@ def spell(nbytes: int) -> str:
     return str(nbytes)
 
 
-def _budgets(replan: _Replan, option: str) -> Iterator[_Candidate]:
+def _budgets(replan: _Replan, option: str) -> Iterator[_Other]:
     """Larger budgets, the smallest first."""
     plan, settings = replan.plan, replan.settings
     asked: Mapping[str, Any] = settings.asked
@@ -134,7 +134,7 @@ def _whole(plan: Plan, option: str) -> int:
     return sum(size.host_nbytes for size in plan.sizes) + slots * count
 
 
-def _others(replan: _Replan) -> Iterator[_Candidate]:
+def _others(replan: _Replan) -> Iterator[_Other]:
     settings, plan = replan.settings, replan.plan
     if settings.asked["n_gpu"] is None and settings.num_device > 1:
         yield from replan.candidates("n_gpu", 1, "1")
@@ -143,7 +143,7 @@ def _others(replan: _Replan) -> Iterator[_Candidate]:
             yield from replan.candidates("read_mode", mode, mode)
 
 
-def _change(plan: Plan, candidate: _Candidate) -> Change | None:
+def _change(plan: Plan, candidate: _Other) -> Change | None:
     """None if it is not worth it."""
     other = candidate.plan
     now, then, unit = _compare(plan, other)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..planning.options import SEARCHED
 from .command import COMMAND_LINE, add_model, add_streamer_options, at_least, require_engine, say
+from .engine_options import given
 
 if TYPE_CHECKING:
     from .. import LayerStreamerTuner
@@ -89,11 +90,11 @@ def run(args: argparse.Namespace) -> None:
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of the tuner; those that were not named keep its defaults."""
     values = tuple(f"{name}_values" for name in SEARCHED)
-    given = _named(args, (*OPENING, *OPTIONS, *ENGINE, *values))
+    named = given(args, (*OPENING, *OPTIONS, *ENGINE, *values))
     for name in ENGINE:
-        if name in given and not args.engine:
+        if name in named and not args.engine:
             raise ValueError(f"--{name.replace('_', '-')}: only with --engine")
-    return given | {"margin": args.margin, "cache": "cold" if args.cold else "warm"}
+    return named | {"margin": args.margin, "cache": "cold" if args.cold else "warm"}
 
 
 def tune(tuner: LayerStreamerTuner, args: argparse.Namespace) -> None:
@@ -107,7 +108,7 @@ def tune(tuner: LayerStreamerTuner, args: argparse.Namespace) -> None:
                 say(str(path))
         except ImportError as error:
             say(f"warning: {error}")
-    opening = _named(args, (*OPENING, "max_length"))
+    opening = given(args, (*OPENING, "max_length"))
     print(format_call(args.model, {**opening, **best.settings}, engine=args.engine), flush=True)
 
 
@@ -125,11 +126,6 @@ def say_best_so_far(tuner: LayerStreamerTuner) -> None:
         return
     settings = ", ".join(f"{name}={_quote(value)}" for name, value in best.settings.items())
     say(f"\nbest so far: {best.seconds:.4f} s a run: {settings}")
-
-
-def _named(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
-    """The arguments that were named on the command line."""
-    return {name: value for name in names if (value := vars(args)[name]) is not None}
 
 
 def _quote(value: Any) -> str:
