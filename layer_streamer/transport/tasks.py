@@ -120,7 +120,7 @@ _at_work: weakref.WeakSet[_Work[Any]] = weakref.WeakSet()
 def _end_in_child() -> None:
     """A forked child has none of the threads: nobody does the tasks."""
     for work in tuple(_at_work):
-        work.fail(ClosedError("the process was forked while a streamer was opened: open it anew"))
+        work.fail(ClosedError("the process was forked while it was at work: a child opens its own"))
 
 
 if hasattr(os, "register_at_fork"):

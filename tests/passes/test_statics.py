@@ -210,15 +210,18 @@ def test_a_static_tensor_that_cannot_be_read_is_named_and_can_be_loaded_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     path = write_safetensors(tmp_path / "model.safetensors", LARGE)
-    with open_checkpoint(make_device(kind), path, **CHUNKS) as streamer:
-        before = footprint()
+    device = make_device(kind)
+    with open_checkpoint(device, path, **CHUNKS) as streamer:
+        before, locked = footprint(), set(getattr(device, "_pinned", ()))
         disk = FailingDisk(streamer.manifest.tensor("large").offset + 5000, errno.EIO)
         with monkeypatch.context() as patch:
             patch.setattr(os, "preadv", disk)
             disk.times = 1
-            with pytest.raises(ReadError, match=r"tensor 'large'.*model\.safetensors"):
+            with pytest.raises(ReadError, match=r"tensor 'large'.*model\.safetensors") as raised:
                 streamer.load_static("large")
+        assert raised.value.__traceback__  # what its frames hold is given back all the same
         assert footprint() == before
+        assert set(getattr(device, "_pinned", ())) == locked
         assert streamer.memory.static_bytes == {}
         assert torch.equal(streamer.load_static("large").cpu(), LARGE["large"])
 
