@@ -42,7 +42,9 @@ def open_limits(
     mapped = pipeline.lanes[0].residents.mapped
     reads = [read for i, layout in enumerate(layouts) if i not in mapped for read in layout.reads]
     if reads:
-        pools = [pool for lane in pipeline.lanes if lane.parts is None for pool in lane.host_pools]
+        pools = [
+            pool for lane in pipeline.lanes if not lane.through_ring for pool in lane.host_pools
+        ]
         slots = sum(pool.arena.nbytes for pool in pools)
         direct = pipeline.files.reads_direct
         opened = RawReads(streamer.manifest, reads, direct=direct, spread_nbytes=slots)
