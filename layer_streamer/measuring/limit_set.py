@@ -39,12 +39,11 @@ def open_limits(
     if any(copied) and not devices[0].unified:
         limits["copy"] = stack.enter_context(closing(RawCopies(devices, copied))).seconds
     # Pages of mapped files that a CPU takes in are not read: nothing is known of how fast it can.
-    mapped = pipeline.lanes[0].residents.mapped
+    mapped = pipeline.lanes[0].memory.residents.mapped
     reads = [read for i, layout in enumerate(layouts) if i not in mapped for read in layout.reads]
     if reads:
-        pools = [
-            pool for lane in pipeline.lanes if not lane.through_ring for pool in lane.host_pools
-        ]
+        memories = [lane.memory for lane in pipeline.lanes if not lane.memory.through_ring]
+        pools = [pool for memory in memories for pool in memory.host_pools]
         slots = sum(pool.arena.nbytes for pool in pools)
         direct = pipeline.files.reads_direct
         opened = RawReads(streamer.manifest, reads, direct=direct, spread_nbytes=slots)

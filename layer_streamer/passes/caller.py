@@ -65,22 +65,22 @@ class Caller:
         run = self._run()
         number = run.released
         index = self._schedule.index(number)
-        lane = self._lane(index)
-        stream = lane.device.current_stream()
-        n = lane.orders.copied.find(number)
+        memory = self._lane(index).memory
+        stream = memory.device.current_stream()
+        n = memory.orders.copied.find(number)
         if n is not None:
             self._await(run, run.lanes[index % len(self._lanes)], n, number)
-            if index in lane.residents.mapped:
+            if index in memory.residents.mapped:
                 # Its pages were there when they were populated; a look at missing ones kills.
                 self._pipeline.files.check_unchanged(self._schedule.paths[index])
-            slot = lane.pool.slots[n % lane.pool.count]
+            slot = memory.pool.slots[n % memory.pool.count]
             slot.handed_on = stream
             self.order_after_copy(slot.ready, stream)
         elif self._control.closing:
             raise self._closed()
         run.handed = number + 1
         self._schedule.clock(run, number).compute_begin[index].record(stream)
-        return self._schedule.steps[index].layer_idx, lane.weights_of(index, n, stream)
+        return self._schedule.steps[index].layer_idx, memory.weights_of(index, n, stream)
 
     def order_after_copy(self, ready: Event, stream: Stream) -> None:
         """Let the caller's stream wait for the slot's copies."""
@@ -98,7 +98,7 @@ class Caller:
         index = self._schedule.index(number)
         lane = self._lane(index)
         stream = lane.device.current_stream()
-        written = lane.release(index, number, stream)
+        written = lane.memory.release(index, number, stream)
         self._schedule.clock(run, number).compute_end[index].record(stream)
         run.released = number + 1
         lane.filler_bell.ring()
@@ -130,12 +130,11 @@ class Caller:
             run.abort()
             if run.handed > run.released:
                 index = self._schedule.index(run.released)
-                lane = self._lane(index)
-                stream = lane.device.current_stream()
-                lane.release(index, run.released, stream)
+                memory = self._lane(index).memory
+                memory.release(index, run.released, memory.device.current_stream())
             base_pass = run.base_pass + run.released // self._schedule.length
         for lane in self._lanes:
-            lane.start_over()
+            lane.memory.start_over()
         self._pipeline.publish(base_pass)
 
     def report(self) -> PassReport | None:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from ..devices.device import Device, Stream
 from ..planning.options import OnCopy
 from .pool import DeviceSlot, HostPool
-from .schedule import Order, Orders, Schedule
-from .stage import Bell, Control, LaneRun, Stage
+from .schedule import Order, Orders
+from .stage import LaneRun, Post, Stage
 from .target import Target
 
 
@@ -46,21 +46,8 @@ class Listener:
 class Memcpy(Stage):
     """Moves steps from pageable to pinned slots."""
 
-    def __init__(
-        self,
-        control: Control,
-        lane_idx: int,
-        schedule: Schedule,
-        order: Order,
-        source: HostPool,
-        target: HostPool,
-    ) -> None:
-        super().__init__("layer-streamer-memcpy", control, lane_idx)
-        self.source_bell = Bell()
-        self.target_bell = Bell()
-        self.num_emptied: Callable[[LaneRun], int] = lambda lane_run: 0
-        """How many of the lane's steps from disk have been copied out of the target."""
-        self._schedule = schedule
+    def __init__(self, post: Post, order: Order, source: HostPool, target: HostPool) -> None:
+        super().__init__("layer-streamer-memcpy", post)
         self._order = order
         self._source = source
         self._target = target
@@ -88,6 +75,10 @@ class Memcpy(Stage):
         count = self._target.count
         return self.await_true(lane_run.run, lambda: self.num_emptied(lane_run) > n - count)
 
+    def num_emptied(self, lane_run: LaneRun) -> int:
+        """How many of the lane's steps from disk have been copied out of the target."""
+        return lane_run.enqueued
+
     def wait_reusable(self, slot: int) -> None:
         """Block until the device has read what it was to copy from the slot."""
         self._target.wait_reusable(slot)
@@ -112,21 +103,18 @@ class Copier(Stage):
 
     def __init__(
         self,
-        control: Control,
-        lane_idx: int,
-        schedule: Schedule,
+        post: Post,
         orders: Orders,
         device: Device,
         target: Target,
+        slots: Sequence[DeviceSlot],
+        on_copy: OnCopy | None,
     ) -> None:
-        super().__init__("layer-streamer-copy", control, lane_idx)
-        self.source_bell = Bell()
-        self.target_bell = Bell()
+        super().__init__("layer-streamer-copy", post)
         self.stream = device.new_stream()
+        self.slots = slots
+        self._on_copy = on_copy
         self._next_stream: Stream | None = None
-        self._schedule = schedule
-        self.slots: Sequence[DeviceSlot] = ()
-        self.on_copy: OnCopy | None = None
         self._orders = orders
         self._device = device
         self._target = target
@@ -223,8 +211,8 @@ class Copier(Stage):
         if number not in run.failures:
             if index not in self._orders.read:
                 self._target.enqueue(n, index, self.stream)
-            if self.on_copy is not None:
-                self.on_copy(self._schedule.steps[index].layer_idx, self.stream)
+            if self._on_copy is not None:
+                self._on_copy(self._schedule.steps[index].layer_idx, self.stream)
         self._schedule.clock(run, number).copy_end[index].record(self.stream)
         self.slots[n % len(self.slots)].ready.record(self.stream)
 

@@ -23,6 +23,7 @@ from ..progress import ProgressBar
 from .clock import Routes
 from .files import OpenFiles
 from .lane import Lane
+from .lane_memory import LaneMemory
 from .memory import MemoryUse
 from .residents import Loader, Residents
 from .schedule import Schedule
@@ -60,7 +61,7 @@ class Pipeline:
         self.control = Control()
         self.caller_bell = Bell()
         self.control.on_fatal = self.caller_bell.ring
-        self.lanes: list[Lane] = []
+        self._memories: list[LaneMemory] = []
         self._settings = settings.but(
             read_mode=plan.read_mode,
             read_threads=plan.read_threads,
@@ -76,7 +77,7 @@ class Pipeline:
             if plan.read_mode == "direct":
                 files.use_direct()
             self._load()
-            self._build_lanes()
+            self.lanes = self._build_lanes()
         except BaseException:
             self._free()
             raise
@@ -84,13 +85,13 @@ class Pipeline:
     @property
     def memory(self) -> MemoryUse:
         """What slots and resident layers take."""
-        pools = [pool for lane in self.lanes for pool in lane.host_pools]
+        pools = [pool for memory in self._memories for pool in memory.host_pools]
         residents = self._residents
         return MemoryUse(
             host_bytes=sum(p.arena.nbytes for p in pools) + sum(r.host_nbytes for r in residents),
             pinned_bytes=sum(p.arena.nbytes for p in pools if p.arena.pinned)
             + sum(r.pinned_nbytes for r in residents),
-            device_bytes=sum(lane.device_nbytes for lane in self.lanes)
+            device_bytes=sum(memory.device_nbytes for memory in self._memories)
             + sum(r.device_nbytes for r in residents),
         )
 
@@ -185,7 +186,7 @@ class Pipeline:
     def _free(self) -> None:
         """Give back what is not the collector's; an error keeps nothing else from being freed."""
         with ExitStack() as owned:
-            parts = [r.close for r in self._residents] + [lane.free for lane in self.lanes]
+            parts = [r.close for r in self._residents] + [m.free for m in self._memories]
             for give_back in (self.files.close, *parts):
                 owned.callback(give_back)
         self.control.forget_errors()
@@ -258,36 +259,36 @@ class Pipeline:
             if tier is None or self.plan.tiers[i] == tier
         ]
 
-    def _build_lanes(self) -> None:
-        several = len(self.devices) > 1
+    def _build_lanes(self) -> list[Lane]:
         for lane_idx, device in enumerate(self.devices):
+            indices, residents = self._indices(lane_idx), self._residents[lane_idx]
+            slots = self.plan.placement.slots_of(lane_idx)
+            what = (self._layouts, indices, residents, self._settings, slots)
             with device.guard():
-                lane = Lane(
-                    device,
-                    self._layouts,
-                    self._indices(lane_idx),
-                    self._residents[lane_idx],
-                    self._settings,
-                    self.plan.placement.slots_of(lane_idx),
-                )
-            self.lanes.append(lane)
-        prefixes = [f"{lane_idx} " if several else "" for lane_idx in range(len(self.lanes))]
-        counts: dict[str, int] = {}
-        for lane, prefix in zip(self.lanes, prefixes, strict=True):
-            counts |= lane.slot_counts(prefix)
-        ahead = max(lane.passes_ahead for lane in self.lanes)
+                self._memories.append(memory := LaneMemory(device, *what))
+            if len(self.devices) > 1:
+                memory.name_pools(f"{lane_idx} ")
+        self.schedule = self._build_schedule()
+        lanes, ends = [], (self.control, self.caller_bell)
+        for lane_idx, memory in enumerate(self._memories):
+            with memory.device.guard():
+                lane = Lane(lane_idx, memory, self.schedule, self.files, self._settings, ends)
+            lanes.append(lane)
+        return lanes
+
+    def _build_schedule(self) -> Schedule:
         routes = Routes.of(
             self._layouts,
             self.devices,
             viewed=self._residents[0].mapped,
-            two_pools=any(len(lane.host_pools) == 2 for lane in self.lanes),
+            two_pools=any(len(memory.host_pools) == 2 for memory in self._memories),
             limits=partial(_limits_of, self.plan, self.files),
         )
-        self.schedule = Schedule(self._steps, self._layouts, routes, counts, ahead)
-        for lane_idx, (lane, prefix) in enumerate(zip(self.lanes, prefixes, strict=True)):
-            with lane.device.guard():
-                lane.wire(lane_idx, self.schedule, self.files, self.control, self.caller_bell)
-            lane.name_pools(prefix)
+        counts: dict[str, int] = {}
+        for memory in self._memories:
+            counts |= memory.slot_counts
+        ahead = max(memory.passes_ahead for memory in self._memories)
+        return Schedule(self._steps, self._layouts, routes, counts, ahead)
 
 
 def _limits_of(plan: Plan, files: OpenFiles) -> dict[str, float]:

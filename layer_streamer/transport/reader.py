@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
 from ..errors import StreamerError
 from .files import OpenFiles
+from .lane_memory import LaneMemory
 from .parts import Extent, Part, Parts, read_extent
-from .pool import HostPool
 from .residents import Residents
-from .schedule import Schedule
-from .stage import Bell, Control, LaneRun, Run, Stage
+from .stage import LaneRun, Post, Run, Stage
 
 
 @dataclass(slots=True)
@@ -44,20 +43,18 @@ class Reader:
 
     def __init__(
         self,
-        control: Control,
-        schedule: Schedule,
+        post: Post,
         parts: Parts,
         files: OpenFiles,
         slots: Sequence[memoryview],
         residents: Residents,
     ) -> None:
-        """``residents``: steps that lie in a mapped file are faulted in there instead."""
-        self.filled_bell = Bell()
-        self.drained_bell = Bell()
-        self._schedule = schedule
+        """``post``: the feeder's. ``residents``: steps in a mapped file are faulted in instead."""
+        _, self.drained_bell, self.filled_bell = post.bells
+        self._schedule = post.schedule
         self._order = parts.order
         self._files = files
-        self._control = control
+        self._control = post.control
         self._slots = slots
         self._residents = residents
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
@@ -195,22 +192,15 @@ class Feeder(Stage):
     """
 
     def __init__(
-        self,
-        control: Control,
-        lane_idx: int,
-        schedule: Schedule,
-        parts: Parts,
-        reader: Reader,
-        pool: HostPool,
+        self, post: Post, memory: LaneMemory, reader: Reader, others: Sequence[Stage]
     ) -> None:
-        super().__init__("layer-streamer-feed", control, lane_idx)
-        self.others: Sequence[Stage] = ()
-        self.num_emptied: Callable[[LaneRun], int] = lambda lane_run: 0
-        """How many of the lane's parts from disk have been taken out of the pool."""
-        self._schedule = schedule
-        self._parts = parts
+        super().__init__("layer-streamer-feed", post)
+        self._others = others
+        self._released = memory.orders.released if memory.device.unified else None
+        self._parts = memory.parts
         self._reader = reader
-        self._pool = pool
+        self._pool = memory.host_pools[0]
+        self._moves = len(memory.host_pools) == 2
 
     def process(self, lane_run: LaneRun) -> None:
         run = lane_run.run
@@ -230,6 +220,12 @@ class Feeder(Stage):
             self._reader.submit(lane_run, k, part)
             k += 1
 
+    def num_emptied(self, lane_run: LaneRun) -> int:
+        """How many of the lane's parts from disk have been taken out of the pool."""
+        if self._released is not None:
+            return self._released(lane_run)
+        return lane_run.staged.done if self._moves else lane_run.enqueued
+
     def await_slot(self, lane_run: LaneRun, k: int) -> bool:
         """Wait until the part that had this slot before has been taken out of it."""
         count = self._pool.count
@@ -240,4 +236,4 @@ class Feeder(Stage):
         self._pool.wait_reusable(slot)
 
     def _earlier_runs_left(self, run: Run) -> bool:
-        return all(stage.run is run for stage in self.others) and self._reader.idle()
+        return all(stage.run is run for stage in self._others) and self._reader.idle()

@@ -13,10 +13,15 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .tasks import start_thread
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
 
 
 class Bell:
@@ -121,22 +126,36 @@ class Run:
         self.failures.clear()
 
 
+@dataclass(frozen=True, slots=True)
+class Post:
+    """Where a stage stands in its lane: what it looks at, whom it wakes."""
+
+    control: Control
+    lane_idx: int
+    schedule: Schedule
+    bells: Sequence[Bell]
+    """Of the stage whose slots it empties, its own, and of whoever it hands on to."""
+    first_bell: Bell
+    """Of the lane's first stage."""
+
+
 class Stage(ABC):
     """A named daemon thread that works through the steps of one run after another.
 
     Contract: ``process`` runs on the stage's thread and returns when its run is aborted or the
     pipeline closes; it looks at that through :meth:`await_true`. ``run`` is the run that the stage
-    has adopted: once it shows a run, the stage has left every earlier one for good.
-    ``on_adopted`` is called then.
+    has adopted: once it shows a run, the stage has left every earlier one for good. The lane's
+    first stage, the barrier between runs, is woken then.
     """
 
-    def __init__(self, name: str, control: Control, lane_idx: int) -> None:
-        self.bell = Bell()
+    def __init__(self, name: str, post: Post) -> None:
+        self.source_bell, self.bell, self.target_bell = post.bells
         self.run: Run | None = None
-        self.on_adopted: Callable[[], None] = lambda: None
         self._name = name
-        self._control = control
-        self._lane_idx = lane_idx
+        self._control = post.control
+        self._lane_idx = post.lane_idx
+        self._schedule = post.schedule
+        self._first_bell = post.first_bell
 
     def start(self) -> None:
         """Start the thread."""
@@ -175,7 +194,7 @@ class Stage(ABC):
             run = self._control.run
             if run is not None and run is not self.run:
                 self.run = run
-                self.on_adopted()
+                self._first_bell.ring()
                 return run
             self.bell.wait()
         return None

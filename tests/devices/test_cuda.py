@@ -40,7 +40,7 @@ def test_the_pinned_pool_is_page_locked_and_exactly_as_large_as_its_slots(
     tmp_path: Path, tensors: Any
 ) -> None:
     with LayerStreamer.from_checkpoint(tmp_path, n_cpu_pinned=3, n_cpu=1) as streamer:
-        host, pinned = streamer._parts.pipeline.lanes[0].host_pools
+        host, pinned = streamer._parts.pipeline.lanes[0].memory.host_pools
         assert pinned.arena.memory.is_pinned()
         assert not host.arena.memory.is_pinned()
         layer = max(layer.nbytes for layer in streamer.manifest.layers)

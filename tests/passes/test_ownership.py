@@ -239,7 +239,7 @@ def test_what_a_failed_pass_was_given_is_freed_without_a_garbage_collection(
     owned = [
         weakref.ref(pool.arena)
         for lane in streamer._parts.pipeline.lanes
-        for pool in lane.host_pools
+        for pool in lane.memory.host_pools
     ]
     gc.collect()
     gc.disable()

@@ -31,7 +31,7 @@ def test_passes_keep_no_object_more_however_many_jobs_their_reads_are(
     tmp_path: Path, tensors: Any, route: str, device: Any
 ) -> None:
     with open_route(route, tmp_path, device, read_chunk=4096) as streamer:
-        pools = [pool for lane in streamer._parts.pipeline.lanes for pool in lane.host_pools]
+        pools = [pool for lane in streamer._parts.pipeline.lanes for pool in lane.memory.host_pools]
         tracemalloc.start()
         try:
             # Until each layer has been in each slot: what is viewed there is kept.

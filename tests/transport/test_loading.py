@@ -27,7 +27,7 @@ from layer_streamer import CheckpointChangedError, LayerStreamer, ReadError
 from layer_streamer.devices.device import CpuDevice
 from layer_streamer.progress import ProgressBar
 from layer_streamer.transport import mapped
-from layer_streamer.transport.lane import HostArena
+from layer_streamer.transport.memory import HostArena
 
 LOADING = [name for name, route in ROUTES.items() if route.tiers != {"disk"}]
 """Routes on which something is brought into memory while the streamer is opened."""

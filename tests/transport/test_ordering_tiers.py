@@ -172,8 +172,8 @@ def find_errors_on_the_cpu(
 
         def look(x: Any, weights: Mapping[str, torch.Tensor], layer_idx: int) -> None:
             run = pipeline.control.run
-            n = lane.orders.copied.before(run.released)
-            ahead = n + lane.pool.count if layer_idx in lane.orders.copied else 0
+            n = lane.memory.orders.copied.before(run.released)
+            ahead = n + lane.memory.pool.count if layer_idx in lane.memory.orders.copied else 0
             while run.lanes[0].read.done < ahead and not streamer.closed:
                 os.sched_yield()
             for _ in range(50):  # one read more is one too many: give it the time

@@ -139,8 +139,8 @@ def test_layers_that_pass_through_a_ring_are_exact_over_several_passes(
     options = {"read_mode": read_mode, "read_threads": read_threads, "read_chunk": PAGE}
     with open_checkpoint(device, path, n_gpu=1, n_cpu_pinned=0, n_cpu=0, **options) as streamer:
         (lane,) = streamer._parts.pipeline.lanes
-        assert [pool.name for pool in lane.host_pools] == ["ring"]
-        assert lane.orders.read.count > 5 * 2
+        assert [pool.name for pool in lane.memory.host_pools] == ["ring"]
+        assert lane.memory.orders.read.count > 5 * 2
         for _ in range(3):
             witness = Witness(device, tensors)
             streamer.run_pass(None, witness)
@@ -193,7 +193,7 @@ def test_where_a_ring_cannot_be_page_locked_layers_are_exact_all_the_same(
         device.drain()
         witness.check()
         assert streamer.memory.pinned_bytes == 0
-        assert streamer._parts.pipeline.lanes[0].host_pools[0].name == "ring"
+        assert streamer._parts.pipeline.lanes[0].memory.host_pools[0].name == "ring"
 
 
 def test_an_error_in_one_part_is_its_layers_and_the_next_pass_is_exact(

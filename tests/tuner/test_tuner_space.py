@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tuning import GIB, all_candidates
 
 from layer_streamer import ConfigError, LayerStreamer
+from layer_streamer.planning.batches import plan_batches
 from layer_streamer.planning.settings import Settings
-from layer_streamer.transport.lane import plan_batches
 from layer_streamer.tuner.search.space import (
     AXES,
     Grants,
