@@ -14,19 +14,14 @@ import torch
 
 from ..checkpoint.manifest import Manifest
 from ..machine.identity import MachineIdentity
+from .model import TABLES
 from .trials.record import FunctionName, TrialSpec
 
-CHECKPOINT = (
-    "path", "model_dir", "tensor_info", "shard_offsets", "block_keys", "block_sizes", "num_layers",
-)  # fmt: skip
+CHECKPOINT = {"path", *TABLES} - {"dtype"}
 """Arguments that say where the checkpoint is and what is in it: its manifest stands for them."""
 
 
-def describe_tune(
-    spec: TrialSpec,
-    manifest: Manifest,
-    identity: MachineIdentity,
-) -> dict[str, Any]:
+def describe_tune(spec: TrialSpec, manifest: Manifest, identity: MachineIdentity) -> dict[str, Any]:
     """All of it, as JSON. ``spec``: of any candidate; its settings do not count.
 
     What is not given is not there, so that results of before a new option still count.

@@ -5,44 +5,45 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from ..checkpoint.manifest import Manifest
-from ..planning.options import OPTIONS, OnCopy
-from ..planning.settings import Settings as StreamerSettings
+from ..checkpoint.formats import read_manifest
+from ..checkpoint.manifest import Manifest, manifest_from_tensor_info
+from ..planning.options import OPTIONS
+from ..planning.settings import Settings
 from .options import TuneOptions
-from .search.space import AXES
+from .search.space import AXES, Values
 from .trials.model_args import encode_model
 from .trials.record import TrialSpec
 from .trials.setup_fn import name_function
 
+TABLES = tuple(inspect.signature(manifest_from_tensor_info).parameters)
+"""Arguments of the published constructors that say what is in a checkpoint."""
 SetupFn = Callable[[Any], Callable[[], object]]
 """``setup_fn(streamer) -> run``: what ``run()`` does is measured."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Model:
     """What is tuned. ConfigError for an option that the streamer does not take."""
 
     arguments: Mapping[str, Any]
-    """Of the streamer, without what is searched; with "path", those of from_checkpoint."""
-    read_manifest: Callable[[], Manifest]
+    """Of the streamer, without what is searched. With "path", those of from_checkpoint: settings
+    without values have values to try all the same."""
     setup_fn: SetupFn | None = None
-    on_copy: OnCopy | None = None
-    has_defaults: bool = False
-    """True if settings without values have values to try all the same."""
     engine: str | None = None
     """Dotted name of the module that opens an engine in place of a streamer; "path" and all other
     arguments are the engine's then."""
 
     def __post_init__(self) -> None:
-        StreamerSettings(**self.fixed)
+        Settings(**self.fixed)
 
-    @property
-    def name(self) -> str:
-        """Of the checkpoint, for people."""
-        return Path(self.arguments.get("path", self.arguments.get("model_dir", ""))).name
+    def read_manifest(self) -> Manifest:
+        """What is in the checkpoint. CheckpointError, ConfigError."""
+        if "path" in self.arguments:
+            return read_manifest(self.arguments["path"], self.arguments.get("layer_pattern"))
+        tables: dict[str, Any] = {name: self.arguments.get(name) for name in TABLES}
+        return manifest_from_tensor_info(**tables)
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -54,11 +55,13 @@ class Model:
 
     def spec(self, options: TuneOptions) -> TrialSpec:
         """A trial of it, without settings. ConfigError for what a process cannot be handed."""
+        arguments = dict(self.arguments)
+        on_copy = arguments.pop("on_copy", None) if self.engine is None else None
         return TrialSpec(
-            model=encode_model(self.arguments),
+            model=encode_model(arguments),
             settings={},
             setup_fn=None if self.setup_fn is None else name_function(self.setup_fn),
-            on_copy=None if self.on_copy is None else name_function(self.on_copy, "on_copy"),
+            on_copy=None if on_copy is None else name_function(on_copy, "on_copy"),
             engine=self.engine,
             tokens=options.tokens,
             n_runs=options.n_runs,
@@ -69,22 +72,26 @@ class Model:
 
 def split_options(
     options: Mapping[str, Any], door: Callable[..., Any] | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``options`` in two: those of what ``door`` opens, and the rest, a tune's.
+) -> tuple[dict[str, Values | None], dict[str, Any], dict[str, Any]]:
+    """``options`` in three: by setting, what to try ("n_gpu_values" is about "n_gpu"); those of
+    what ``door`` opens; and a tune's.
 
-    Those at their default are left out. TypeError for a name that neither has; without a ``door``
-    that is for the engine to say.
+    Those of a ``door`` at their default are left out. TypeError for a name that none has; without a
+    ``door`` that is for the engine to say.
     """
     known = inspect.signature(door).parameters if door is not None else {}
-    tune = {field.name for field in fields(TuneOptions)}
-    own, rest = dict[str, Any](), dict[str, Any]()
+    names = {field.name for field in fields(TuneOptions)}
+    values, own, tune = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     for name, value in options.items():
-        if name in tune:
-            rest[name] = value
+        setting = name.removesuffix("_values")
+        if name in names:
+            tune[name] = value
         elif name in AXES:
             raise TypeError(f"{name}: is searched; name {name}_values=[{value!r}] to fix it")
+        elif setting in AXES:
+            values[setting] = value
         elif door is not None and name not in known:
             raise TypeError(f"{name}: is no option of the tuner, nor of {door.__qualname__}")
         elif value is not None and (door is None or value != known[name].default):
             own[name] = value
-    return own, rest
+    return values, own, tune

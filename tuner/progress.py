@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable
-from statistics import median
+from statistics import fmean, median
 
 from ..progress import ProgressBar
-from .trials.record import Settings, TrialRecord
+from .options import TuneOptions
+from .trials.record import Choice, TrialRecord
 
 
-class Progress:
+class TuneProgress:
     """A bar over the candidates, with the best so far and the time left; lines above it.
 
-    ``shown`` False: nothing is shown at all. Thread rules: one thread.
+    Without ``track_progress`` nothing is shown at all. Thread rules: one thread.
     """
 
-    def __init__(
-        self,
-        *,
-        shown: bool,
-        max_seconds: float | None = None,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, options: TuneOptions, now: Callable[[], float]) -> None:
         self._bar = ProgressBar(
             desc="tune",
             unit="trial",
             file=sys.stderr,
-            disable=not shown,
+            disable=not options.track_progress,
             bar_format="{desc}: {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}",
             total=0,
         )
-        self._shown, self._max_seconds, self._now = shown, max_seconds, now
-        self._begun = now()
-        self._num_trials = 0
-        self._trial_seconds = 0.0
+        self._options, self._now, self._begun = options, now, now()
+        self._took: list[float] = []
         self._best = ""
         self._left = ""
 
@@ -44,10 +36,10 @@ class Progress:
         """A trial begins; ``num_open`` candidates, its own among them, have none yet."""
         self._bar.n, self._bar.total = num_done, num_done + num_open
         left = math.inf
-        if self._num_trials:
-            left = num_open * self._trial_seconds / self._num_trials
-        if self._max_seconds is not None:
-            left = min(left, max(self._begun + self._max_seconds - self._now(), 0.0))
+        if self._took:
+            left = num_open * fmean(self._took)
+        if self._options.max_seconds is not None:
+            left = min(left, max(self._begun + self._options.max_seconds - self._now(), 0.0))
         self._left = f", at most {format_seconds(left)} left" if left < math.inf else ""
         self._show("")
 
@@ -57,8 +49,7 @@ class Progress:
 
     def end(self, trial_seconds: float) -> None:
         """The trial has ended, after so many seconds."""
-        self._num_trials += 1
-        self._trial_seconds += trial_seconds
+        self._took.append(trial_seconds)
         self._bar.n += 1
 
     def new_best(self, record: TrialRecord, before: float | None) -> None:
@@ -73,7 +64,7 @@ class Progress:
 
     def note(self, line: str) -> None:
         """A line above the bar."""
-        if self._shown:
+        if self._options.track_progress:
             self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
@@ -86,7 +77,7 @@ class Progress:
         self._bar.set_postfix_str(f"{self._best}{self._left}{now}".removeprefix(", "))
 
 
-def format_settings(settings: Settings) -> str:
+def format_settings(settings: Choice) -> str:
     """As a call has them: n_gpu=2, read_mode='direct'."""
     return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "the defaults"
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..machine.atomic import write_atomically
 from ..planning.budget import format_bytes
 from .progress import first_line, format_parts, format_settings
+from .search.space import AXES
 from .trials.record import TrialRecord
 
 TABLE, PICTURE = "tune.md", "tune.png"
@@ -106,17 +107,12 @@ def _row(record: TrialRecord, best: TrialRecord | None) -> str:
     ending = f"{record.ending}: {detail}" if detail else record.ending
     times = ["", "", ""]
     if record.seconds is not None:
-        times = [
-            f"{record.seconds:.4f}",
-            f"{max(record.run_seconds):.4f}, {min(record.run_seconds):.4f}",
-            "",
-        ]
+        slowest, fastest = max(record.run_seconds), min(record.run_seconds)
+        times[:2] = f"{record.seconds:.4f}", f"{slowest:.4f}, {fastest:.4f}"
         if best is not None and best.seconds:
             times[2] = f"{record.seconds / best.seconds - 1:+.1%}"
-    memory = [
-        format_bytes(nbytes) if nbytes else ""
-        for nbytes in (record.peak_device_bytes, record.peak_host_bytes)
-    ]
+    peaks = (record.peak_device_bytes, record.peak_host_bytes)
+    memory = [format_bytes(nbytes) if nbytes else "" for nbytes in peaks]
     # A bar would end the cell.
     cells = [*times, *memory, ending, f"`{format_settings(record.settings)}`"]
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
@@ -138,17 +134,14 @@ def _draw_times(axes: Any, findings: Findings) -> None:
 def _draw_memory(axes: Any, findings: Findings) -> None:
     """Seconds against the most memory taken, and the frontier of the best ones."""
     well = _well(findings.records)
-    on_device = any(record.peak_device_bytes for record in well)
-    points = [
-        ((r.peak_device_bytes if on_device else r.peak_host_bytes) / 2**30, r.seconds or 0.0)
-        for r in well
-    ]
+    memory = "device" if any(record.peak_device_bytes for record in well) else "host"
+    points = [(getattr(r, f"peak_{memory}_bytes") / 2**30, r.seconds or 0.0) for r in well]
     axes.plot([x for x, _ in points], [y for _, y in points], "o", color="C0", ms=4)
     best = frontier(points)
     xs, ys = [x for x, _ in best], [y for _, y in best]
     axes.step(xs, ys, "o-", where="post", color="C3", ms=4, label="nothing is faster in less")
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"peak {'device' if on_device else 'host'} memory (GiB)")
+    axes.set_xlabel(f"peak {memory} memory (GiB)")
     axes.set_ylabel("s a run")
     axes.set_title("time against memory")
     if points:
@@ -157,17 +150,10 @@ def _draw_memory(axes: Any, findings: Findings) -> None:
 
 def _names(records: Sequence[TrialRecord]) -> list[str]:
     """By record, the settings in which they differ."""
-    names = dict.fromkeys(name for record in records for name in record.settings)
-    differing = [
-        name for name in names if len({record.settings.get(name) for record in records}) > 1
-    ]
+    differing = [name for name in AXES if len({r.settings.get(name) for r in records}) > 1]
     return [
-        " ".join(
-            f"{name}={_shown(name, record.settings[name])}"
-            for name in differing
-            if name in record.settings
-        )
-        for record in records
+        " ".join(f"{n}={_shown(n, r.settings[n])}" for n in differing if n in r.settings)
+        for r in records
     ]
 
 

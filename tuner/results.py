@@ -95,13 +95,8 @@ class ResultsFile:
         if self._is_new:
             self._write({"of": self._description})
             self._is_new = False
-        self._write(
-            {
-                "record": asdict(record),
-                "limits": asdict(limits),
-                "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-        )
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write({"record": asdict(record), "limits": asdict(limits), "at": at})
         self.results.append(Result(record, limits))
 
     def close(self) -> None:
@@ -176,11 +171,6 @@ def lock(handle: int, what: str) -> None:
     except OSError as error:
         # Some network file systems have no locks; a results file is better than none.
         logger.warning("%s: cannot be locked: %s", what, error.strerror)
-
-
-def default_path(fingerprint: str) -> Path:
-    """Where results are kept unless the caller says otherwise."""
-    return cache_folder() / f"{fingerprint}.jsonl"
 
 
 def cache_folder() -> Path:

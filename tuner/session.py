@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,21 @@ from ..planning.plan import Machine
 from .fingerprint import describe_tune, digest
 from .model import Model
 from .options import TuneOptions
-from .progress import Progress, first_line, format_seconds
-from .results import ResultsFile, cache_folder, default_path, lock
+from .progress import TuneProgress, first_line, format_seconds
+from .results import ResultsFile, cache_folder, lock
+from .search import space
 from .search.predict import Costs
 from .search.race import Race, enter
-from .search.screen import Bounds, Screened, Screener
-from .search.search import RunTrial, Search, Task, endings
-from .search.space import (
-    Grants,
-    Values,
-    candidates,
-    check_axes,
-    complete,
-    default_axes,
-    engine_candidates,
-)
+from .search.screen import Engines, Screened, Screener
+from .search.search import RunTrial, Search, endings
+from .search.space import Bounds, Values
 from .survey import Survey, ask_engine, take_survey
-from .trials.record import Settings, TrialRecord, TrialSpec
+from .trials.record import Choice, TrialRecord, TrialSpec
+from .trials.trial import run_trial
 
 logger = logging.getLogger(__name__)
 
-AskEngine = Callable[[TrialSpec, Sequence[Settings]], Sequence[Mapping[str, Any] | str]]
+AskEngine = Callable[[TrialSpec, Sequence[Choice]], Engines]
 HOST_MARGIN = 256 << 20
 """What of a grant of host memory is left to a process beside the streamer and the libraries."""
 
@@ -45,21 +40,23 @@ HOST_MARGIN = 256 << 20
 class Session:
     """What LayerStreamerTuner does. Thread rules: one thread."""
 
-    def __init__(self, model: Model, axes: Mapping[str, Values], options: TuneOptions) -> None:
-        self.axes = dict(axes)
-        self._model, self._given, self._options = model, dict(axes), options
+    def __init__(
+        self, model: Model, values: Mapping[str, Values | None], options: TuneOptions
+    ) -> None:
+        self.axes = self._given = space.check_axes(values)
+        self._model, self._options = model, options
         self._screened = Screened()
         self._search: Search | None = None
         self._look: Callable[[Any, Path], Survey] = take_survey
         self._ask_engine: AskEngine = ask_engine
-        self._run_trial: RunTrial | None = None
-        """Runs a trial in place of a process; None: trial.run_trial."""
+        self._run_trial: RunTrial = run_trial
         self._now = time.monotonic
 
     @property
     def title(self) -> str:
         """What the report is called."""
-        return f"Tune of {self._model.name}"
+        arguments = self._model.arguments
+        return f"Tune of {Path(arguments.get('path', arguments.get('model_dir', ''))).name}"
 
     @property
     def best(self) -> TrialRecord | None:
@@ -71,7 +68,7 @@ class Session:
     @property
     def num_untried(self) -> int:
         search = self._search
-        return len(search.task.candidates) - len(search.records) if search is not None else 0
+        return len(search.candidates) - len(search.records) if search is not None else 0
 
     def records(self) -> list[TrialRecord]:
         """Of all that is known of, in the order in which it was settled, the pruned ones last."""
@@ -87,93 +84,72 @@ class Session:
             if self._model.engine is None and self._model.setup_fn is None and spec.tokens:
                 _warn_of_packed(manifest)
             survey = self._look(spec.model.get("device"), next(iter(manifest.files)))
-            race, task = self._prepare(manifest, survey, spec)
-            description = describe_tune(spec, manifest, survey.identity)
-            self._run(race, task, description)
+            search = self._search = self._prepare(manifest, survey, spec)
+            self._run(search, describe_tune(spec, manifest, survey.identity))
         best = self._conclude()
         if self._model.engine is not None:
             return dict(best.settings)  # what is not named there is the engine's to choose
-        return complete(best.settings, self.axes)
+        return space.complete(best.settings, self.axes)
 
-    def _prepare(self, manifest: Manifest, survey: Survey, spec: TrialSpec) -> tuple[Race, Task]:
-        """The candidates that can work, and the race over them. TuneError if there is none."""
+    def _prepare(self, manifest: Manifest, survey: Survey, spec: TrialSpec) -> Search:
+        """A search among the candidates that can work. TuneError if there is none."""
         options, machine = self._options, survey.machine
-        host = options.granted("max_host_bytes")
-        if host is not None:
-            host = host - survey.baseline_bytes - HOST_MARGIN
-        defaults: dict[str, Values] = {}
-        if self._model.has_defaults:
-            device = options.granted("max_device_bytes")
-            grants = Grants(
-                machine.unified,
-                survey.identity.num_cores,
-                device,
-                host if host is None or host > 0 else None,
-            )
-            defaults = default_axes(grants)
-        self.axes = check_axes({**defaults, **self._given})
+        unified = machine.unified
         bounds = Bounds(options.granted("max_device_bytes"), options.granted("max_host_bytes"))
+        host = bounds.max_host_bytes
+        if host is not None:
+            host = max(host - survey.baseline_bytes - HOST_MARGIN, 0) or None
+        defaults: dict[str, Values] = {}
+        if "path" in self._model.arguments:
+            grants = replace(bounds, max_host_bytes=host)
+            defaults = space.default_axes(grants, survey.identity.num_cores, unified=unified)
+        self.axes = space.check_axes({**defaults, **self._given})
         num_first = self._screen(manifest, machine, spec, bounds)
         kept = self._screened.kept
         if not kept:
             raise TuneError(f"no candidate can work: {endings(self._screened.pruned)}")
-        costs = Costs(options.cache, survey.limits, machine.unified)
+        costs = Costs(options.cache, survey.limits, unified)
         entries = [enter(planned) for planned in kept]
         race = Race(entries, costs, options.strategy, options.tolerance, num_first)
-        task = Task(
-            candidates=[planned.candidate for planned in kept],
-            spec=spec,
-            limits=options.limits,
-            bounds=bounds,
-            unified=machine.unified,
-            ends_slower=options.margin is not None,
-            max_seconds=options.max_seconds,
-        )
-        return race, task
+        settings = [planned.settings for planned in kept]
+        return Search(race, settings, spec, options, bounds, unified, self._run_trial, self._now)
 
     def _screen(self, manifest: Manifest, machine: Machine, spec: TrialSpec, bounds: Bounds) -> int:
         """Find the candidates that can work; how many of them, the first ones, come first."""
-        if self._model.engine is None:
-            screener = Screener(manifest, machine, self._model.fixed, bounds)
-            found = list(candidates(self.axes, unified=machine.unified))
-            self._screened = screener.screen(found)
-            return 0
-        found, count = engine_candidates(self.axes, unified=machine.unified)
-        plans = self._ask_engine(spec, [candidate.settings for candidate in found])
-        plan = next((plan for plan in plans if not isinstance(plan, str)), {})
-        common = {name: plan[name] for name in ("device", "dtype", "tail") if name in plan}
-        self._screened = Screener(manifest, machine, common, bounds).screen(found, plans)
-        first = {candidate.key for candidate in found[:count]}
-        return sum(planned.candidate.key in first for planned in self._screened.kept)
+        unified, engine = machine.unified, self._model.engine is not None
+        first = space.engine_defaults(self.axes) if engine else ()
+        found = space.candidates(self.axes, unified=unified, first=first)
+        plans, fixed = None, self._model.fixed
+        if engine:
+            plans = self._ask_engine(spec, found)
+            plan = next((plan for plan in plans if not isinstance(plan, str)), {})
+            fixed = {name: plan[name] for name in ("device", "dtype", "tail") if name in plan}
+        self._screened = Screener(manifest, machine, fixed, bounds).screen(found, plans)
+        forms = [space.plain(settings, unified=unified) for settings in first]
+        return sum(planned.settings in forms for planned in self._screened.kept)
 
-    def _run(self, race: Race, task: Task, description: dict[str, Any]) -> None:
+    def _run(self, search: Search, description: dict[str, Any]) -> None:
         options, fingerprint = self._options, digest(description)
         given = options.results_path
-        file = ResultsFile(
-            Path(given) if given is not None else default_path(fingerprint),
-            fingerprint,
-            description,
-        )
-        progress = Progress(
-            shown=options.track_progress, max_seconds=options.max_seconds, now=self._now
-        )
-        self._search = Search(race, task, self._trial_runner(), progress, file, self._now)
+        path = cache_folder() / f"{fingerprint}.jsonl" if given is None else Path(given)
+        file = ResultsFile(path, fingerprint, description)
+        progress = TuneProgress(options, self._now)
         try:
             progress.note(
-                f"{len(task.candidates)} candidates; {self._screened.num_equal} more are the same, "
-                f"{len(self._screened.pruned)} cannot work; results: {file.path}"
+                f"{len(search.candidates)} candidates; {self._screened.num_equal} more are the "
+                f"same, {len(self._screened.pruned)} cannot work; results: {file.path}"
             )
-            self._search.reuse(file.results)
-            reused = self._search.num_reused
+            search.reuse(file.results)
+            reused = search.num_reused
             if reused:
                 progress.note(f"{reused} of them are on record already")
-            self._search.run()
-            if reused and reused == len(self._search.records):
+            search.run(file, progress)
+            if reused and reused == len(search.records):
                 logger.info("all %d results were on record in %s", reused, file.path)
                 progress.note("nothing is left to try: all results were on record")
-            elif self.best is not None and self.num_untried and not self._search.out_of_time:
+            elif self.best is not None and self.num_untried and not search.out_of_time:
                 progress.note(
-                    f"{len(self._search.records)} of {len(task.candidates)} tried: none of the "
+                    f"{len(search.records)} of {len(search.candidates)} tried: none of the "
                     f"others can be better by more than {options.tolerance:.0%}"
                 )
             if self._model.engine is not None and self.best is not None:
@@ -210,16 +186,9 @@ class Session:
             logger.warning(
                 "max_seconds=%s are over: the best so far is returned, %d of %d candidates were "
                 "not tried", self._options.max_seconds, self.num_untried,
-                len(search.task.candidates),
+                len(search.candidates),
             )  # fmt: skip
         return best
-
-    def _trial_runner(self) -> RunTrial:
-        if self._run_trial is not None:
-            return self._run_trial
-        from .trials.trial import run_trial
-
-        return run_trial
 
 
 def _warn_of_packed(manifest: Manifest) -> None:

@@ -21,16 +21,11 @@ from ..machine.limits import MachineLimits
 from ..machine.records import Form
 from ..planning.plan import Machine
 from .trials.model_args import decode_model
-from .trials.record import Settings, TrialSpec
+from .trials.process import CHILD, child_request
+from .trials.record import Choice, TrialSpec
 
 SECONDS = 300
 """A GPU that has been asleep takes a while to open."""
-START = """
-import json, sys
-sys.path[:] = json.loads(sys.argv.pop())
-from layer_streamer.tuner.surveyor import main
-sys.exit(main())
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,28 +50,23 @@ def take_survey(device: str | list[str] | None, path: Path) -> Survey:
     return survey
 
 
-def ask_engine(spec: TrialSpec, candidates: Sequence[Settings]) -> list[Mapping[str, Any] | str]:
+def ask_engine(spec: TrialSpec, candidates: Sequence[Choice]) -> list[Mapping[str, Any] | str]:
     """By candidate, the streamer's options in an engine with these settings, or why there is none.
 
     ConfigError if the engine cannot be had at all, with its line.
     """
-    question = {
-        "engine": spec.engine,
-        "model": dict(spec.model),
-        "candidates": [dict(settings) for settings in candidates],
-    }
+    question = {"engine": spec.engine, "model": spec.model, "candidates": candidates}
     answers = _ask(question, "")
     return [answer if isinstance(answer, str) else decode_model(answer) for answer in answers]
 
 
 def _ask(question: Mapping[str, Any], about: str) -> Any:
     """The answer of a fresh process. ConfigError, which begins with ``about``, if it has none."""
-    # Imports as this process does, not from the folder that it happens to be in.
-    paths = [entry for entry in sys.path if isinstance(entry, str)]
+    request = child_request(f"{__package__}.surveyor", **question)
     try:
         process = subprocess.run(
-            [sys.executable, "-P", "-c", START, json.dumps(paths)],
-            input=json.dumps(question),
+            [sys.executable, "-P", str(CHILD), "0"],
+            input=json.dumps(request),
             capture_output=True,
             text=True,
             errors="replace",

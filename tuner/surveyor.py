@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from ..machine.identity import this_machine
 from ..machine.limits import load_limits
 from ..planning.placement import Rates
 from .survey import Survey
-from .trials.engine import load_engine
 from .trials.model_args import decode_model, encode_model
 
 
@@ -43,14 +43,13 @@ def look(device: Any, path: Path) -> Survey:
 
 def plan(asked: Mapping[str, Any]) -> list[Any]:
     """By candidate, the streamer's options in the engine, or a line that refuses it."""
-    plan_engines = load_engine(asked["engine"]).plan_engines
+    plan_engines = import_module(asked["engine"]).plan_engines
     answers = plan_engines(candidates=asked["candidates"], **decode_model(asked["model"]))
     return [answer if isinstance(answer, str) else encode_model(answer) for answer in answers]
 
 
-def main() -> int:
+def main(asked: Mapping[str, Any]) -> None:
     """Exit code 2 with one line on stderr if a device cannot be opened, or an engine not be had."""
-    asked = json.load(sys.stdin)
     found: Any
     try:
         if "engine" in asked:
@@ -59,6 +58,5 @@ def main() -> int:
             found = asdict(look(asked["device"], Path(asked["path"])))
     except (StreamerError, ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
-        return 2
+        sys.exit(2)
     print(json.dumps(found), flush=True)
-    return 0

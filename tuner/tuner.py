@@ -9,15 +9,14 @@ from typing import Any, Unpack
 
 import torch
 
-from ..checkpoint.formats import as_manifest, read_manifest
-from ..checkpoint.manifest import Manifest, manifest_from_tensor_info
+from ..checkpoint.formats import as_manifest
+from ..checkpoint.manifest import Manifest
 from ..errors import ConfigError, TuneError
 from ..planning.options import Bytes, DeviceName
 from ..streamer import LayerStreamer
 from .model import Model, SetupFn, split_options
 from .options import MAX_TOKENS, TuneKeywords, TuneOptions, TuneValues, check_int
 from .report import Findings, write_report
-from .search.space import AXES, Values, check_axes
 from .session import Session
 from .trials.record import TrialRecord
 from .trials.setup_fn import end_import_in_child
@@ -25,8 +24,7 @@ from .trials.setup_fn import end_import_in_child
 logger = logging.getLogger(__name__)
 
 ENGINE = "layer_streamer.llm.tuning"
-"""A name, no import: it is resolved in the processes of trials (see :mod:`.trials.engine`)."""
-VALUES_NAMES = tuple(f"{name}_values" for name in AXES)
+"""A name, no import: it is resolved in the processes of trials (see TrialSpec.engine)."""
 
 
 class LayerStreamerTuner:
@@ -63,27 +61,8 @@ class LayerStreamerTuner:
         The model's arguments are the streamer's. The other options, ``read_mode_values`` and such
         among them, are those of :meth:`from_checkpoint`. Raises ConfigError, TypeError.
         """
-        tables = {
-            "model_dir": model_dir, "tensor_info": tensor_info, "shard_offsets": shard_offsets,
-            "block_keys": block_keys, "block_sizes": block_sizes, "dtype": dtype,
-            "num_layers": num_layers,
-        }  # fmt: skip
-        values: dict[str, Values | None] = {
-            "n_gpu": n_gpu_values, "n_cpu_pinned": n_cpu_pinned_values, "n_cpu": n_cpu_values,
-            "batch_gpu": batch_gpu_values, "batch_cpu_pinned": batch_cpu_pinned_values,
-            "batch_cpu": batch_cpu_values,
-        }  # fmt: skip
-        rest: dict[str, Any] = dict(options)
-        values |= _take_values(rest)
-        own, rest = split_options({"device": device, **rest}, LayerStreamer)
-        model = Model(
-            on_copy=own.pop("on_copy", None),
-            arguments={**tables, **own},
-            read_manifest=lambda: manifest_from_tensor_info(**tables),  # type: ignore[arg-type]
-            setup_fn=setup_fn,
-        )
-        tune = TuneOptions(n_runs=n_runs, sleep_seconds=sleep_seconds, **rest)
-        self._session = Session(model, check_axes(values), tune)
+        values, own, tune = split_options(_options_in(locals()), LayerStreamer)
+        self._session = Session(Model(own, setup_fn), values, TuneOptions(**tune))
 
     @classmethod
     def from_checkpoint(  # noqa: PLR0913 - every option by name
@@ -127,11 +106,8 @@ class LayerStreamerTuner:
 
         Raises ConfigError, and TypeError for an option that neither tuner nor streamer has.
         """
-        values = {name: value for name, value in locals().items() if name.endswith("_values")}
         self = cls.__new__(cls)
-        self._session = _checkpoint_session(
-            path, setup_fn, {"device": device, "dtype": dtype, **values, **options}
-        )
+        self._session = _checkpoint_session(path, setup_fn, _options_in(locals()))
         return self
 
     @classmethod
@@ -161,19 +137,13 @@ class LayerStreamerTuner:
         """
         check_int("prompt_tokens", prompt_tokens, 1, MAX_TOKENS)
         check_int("new_tokens", new_tokens, 2, MAX_TOKENS)
-        values = _take_values(options)
-        own, rest = split_options(options, None)
-        if "tokens" in rest:
+        values, own, tune = split_options(options, None)
+        if "tokens" in tune:
             raise ConfigError("tokens: an engine is measured on prompt_tokens and new_tokens")
         tokens = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-        model = Model(
-            arguments={"path": path, **tokens, **own},
-            read_manifest=lambda: read_manifest(path, own.get("layer_pattern")),
-            has_defaults=True,
-            engine=ENGINE,
-        )
+        model = Model({"path": path, **tokens, **own}, engine=ENGINE)
         self = cls.__new__(cls)
-        self._session = Session(model, check_axes(values), TuneOptions(**rest))
+        self._session = Session(model, values, TuneOptions(**tune))
         return self
 
     def tune(self) -> dict[str, int | str | None]:
@@ -222,32 +192,21 @@ class LayerStreamerTuner:
 
 
 def _checkpoint_session(
-    path: str | Path | Manifest,
-    setup_fn: SetupFn | None,
-    options: dict[str, Any],
+    path: str | Path | Manifest, setup_fn: SetupFn | None, options: Mapping[str, Any]
 ) -> Session:
     """The session of a tune of LayerStreamer.from_checkpoint."""
-    values = _take_values(options)
-    own, rest = split_options(options, LayerStreamer.from_checkpoint)
-    manifest = None
+    values, own, tune = split_options(options, LayerStreamer.from_checkpoint)
     if isinstance(path, Manifest):
         manifest = as_manifest(path, own.get("layer_pattern"))
         if manifest.layer_pattern is None:
             raise ConfigError(f"{path.path}: a manifest of tables, for LayerStreamerTuner(...)")
-        # Processes of trials read headers by themselves.
+        # All read headers by themselves, as the processes of trials do.
         path, own["layer_pattern"] = manifest.path, manifest.layer_pattern
-    model = Model(
-        on_copy=own.pop("on_copy", None),
-        arguments={"path": path, **own},
-        read_manifest=lambda: manifest or read_manifest(path, own.get("layer_pattern")),
-        setup_fn=setup_fn,
-        has_defaults=True,
-    )
-    return Session(model, check_axes(values), TuneOptions(**rest))
+    return Session(Model({"path": path, **own}, setup_fn), values, TuneOptions(**tune))
 
 
-def _take_values(options: dict[str, Any]) -> dict[str, Values | None]:
-    """By setting, what to try, taken out of ``options``: "n_gpu_values" is about "n_gpu"."""
-    return {
-        name.removesuffix("_values"): options.pop(name) for name in VALUES_NAMES if name in options
-    }
+def _options_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among the arguments of a door, those that it takes by ``**options`` included."""
+    others = ("self", "cls", "path", "setup_fn", "options")
+    named = {name: value for name, value in arguments.items() if name not in others}
+    return {**named, **arguments["options"]}

@@ -31,8 +31,13 @@ def host_peak() -> int:
 
 def bytes_from_disk() -> int | None:
     """Bytes that this process has had fetched from storage; None where that is not told."""
+    return io_counters().get("read_bytes")
+
+
+def io_counters() -> dict[str, int]:
+    """What this process has read and written, by Linux's names; {} where that is not told."""
     try:
-        counters = dict(line.split(": ") for line in IO_COUNTERS.read_text().splitlines())
-        return int(counters["read_bytes"])
-    except (OSError, ValueError, KeyError):
-        return None
+        pairs = (line.split(": ") for line in IO_COUNTERS.read_text().splitlines())
+        return {name: int(value) for name, value in pairs}
+    except (OSError, ValueError):
+        return {}

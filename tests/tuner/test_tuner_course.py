@@ -130,6 +130,6 @@ def test_the_word_of_failure_or_success_is_the_end() -> None:
     assert some.over
     assert some.verdict == ("exception", "ValueError: x")
     other = course()
-    other.hear({"result": {"notes": ""}}, 101.0)
+    other.hear({"result": {"detail": ""}}, 101.0)
     assert other.over
     assert other.verdict is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ from layer_streamer.llm import StreamingEngine
 from layer_streamer.llm.tuning import open_workload, plan_engines
 from layer_streamer.planning.plan import Machine
 from layer_streamer.tuner import tuner as tuner_module
-from layer_streamer.tuner.search.space import check_axes, engine_candidates
+from layer_streamer.tuner.search.space import candidates, check_axes, engine_defaults
 from layer_streamer.tuner.survey import ask_engine
-from layer_streamer.tuner.trials.engine import plan_engines as plan_by_name
 from layer_streamer.tuner.trials.model_args import decode_model, encode_model
 from layer_streamer.tuner.trials.record import TrialRecord, TrialSpec
 
@@ -101,7 +101,8 @@ def simulate(
 
     def plan(spec: TrialSpec, candidates: Any) -> Any:
         assert spec.engine is not None
-        return plan_by_name(spec.engine, decode_model(spec.model), candidates)
+        plan_engines = import_module(spec.engine).plan_engines
+        return list(plan_engines(candidates=candidates, **decode_model(spec.model)))
 
     tuner._session._ask_engine = ask or plan
     return simulated(tuner, cost, found)
@@ -171,12 +172,10 @@ def test_what_is_granted_is_handed_to_the_engine_as_its_own_budget(model: Path) 
 
 def test_defaults_that_are_candidates_as_well_are_tried_once() -> None:
     axes = check_axes({"read_mode": ["auto", "mapped"], "device_budget": [None, "1GiB"]})
-    found, count = engine_candidates(axes, unified=False)
-    assert [candidate.settings for candidate in found] == [
+    assert candidates(axes, unified=False, first=engine_defaults(axes)) == [
         {}, {"device_budget": GIB}, {"read_mode": "mapped"},
         {"read_mode": "mapped", "device_budget": GIB},
     ]  # fmt: skip
-    assert count == 2
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "gguf", "compressed-tensors"])
@@ -196,9 +195,7 @@ def test_the_screen_plans_with_the_engines_part_of_the_memory(model: Path) -> No
     tuner = open_tuner(model, device_budget_values=["3MiB"], strategy="grid", margin=None)
     simulate(tuner, lambda settings: 1.0)
     tuner.tune()
-    planned = {
-        "device_budget" in p.candidate.settings: p.plan for p in tuner._session._screened.kept
-    }
+    planned = {"device_budget" in p.settings: p.plan for p in tuner._session._screened.kept}
     with StreamingEngine(model, device="cpu", max_length=64, device_budget="3MiB") as engine:
         assert planned[True].placement == engine.streamer.plan.placement
 
@@ -236,7 +233,7 @@ def test_on_a_gpu_candidates_are_planned_with_what_the_engine_reserves(model: Pa
     simulate(tuner, lambda settings: 1.0, machine(unified=False), ask)
     tuner.tune()
     kept = tuner._session._screened.kept
-    with_budget = [p.plan for p in kept if p.candidate.settings.get("device_budget")]
+    with_budget = [p.plan for p in kept if p.settings.get("device_budget")]
     assert with_budget
     assert all(plan.placement.device_bytes[0] <= 300_000 for plan in with_budget)
 

@@ -13,7 +13,7 @@ from tuning import all_candidates, machine, screener
 
 from layer_streamer.tuner.search.predict import Costs, Work
 from layer_streamer.tuner.search.race import Entry, Race, enter
-from layer_streamer.tuner.search.space import Grants, check_axes, default_axes
+from layer_streamer.tuner.search.space import Bounds, check_axes, default_axes
 from layer_streamer.tuner.trials.record import TrialRecord
 
 START_RUNS = 50
@@ -43,7 +43,7 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
     """The default candidates for a GPU."""
     path: Path = tmp_path_factory.mktemp("machines") / "model"
     tiny_checkpoint(path, 12, hidden=64)
-    axes = check_axes(default_axes(Grants(False, 16)))
+    axes = check_axes(default_axes(Bounds(), 16, unified=False))
     found = screener(path, machine(unified=False)).screen(all_candidates(axes, unified=False))
     assert len(found.kept) >= 48
     return [enter(planned) for planned in found.kept]
@@ -80,7 +80,7 @@ def measure(work: Work, speeds: dict[str, float]) -> TrialRecord:
 
 def race_over(entries: Sequence[Entry], speeds: dict[str, float]) -> tuple[float, float]:
     """How much slower the race's best is than the best, and its share of the exhaustive time."""
-    records = [measure(entry.work, speeds) for entry in entries if entry.work is not None]
+    records = [measure(entry.work, speeds) for entry in entries]
     times = [record.run_seconds[0] for record in records]
     race = Race(entries, Costs("warm", None, unified=False))
     spent, start = 0.0, START_RUNS * min(times)

@@ -38,6 +38,10 @@ def cost(settings: Any) -> float:
     ("options", "message"),
     [
         ({"n_runs": 1}, "n_runs=1: must be an int from 2 to 1000"),
+        ({"tokens": -1}, "tokens=-1: must be an int from 0 to "),
+        ({"sleep_seconds": -1.0}, "sleep_seconds=-1.0: must be a number, at least 0"),
+        ({"hang_seconds": 0.0}, "hang_seconds=0.0: must be a number, above 0"),
+        ({"trial_seconds": float("inf")}, "trial_seconds=inf: must be a number, above 0"),
         ({"margin": -0.1}, "margin=-0.1: must be a number, at least 0"),
         ({"max_seconds": 0}, "max_seconds=0: must be a number, above 0"),
         ({"strategy": "luck"}, "strategy='luck': must be 'grid' or 'race'"),

@@ -12,6 +12,7 @@ import pytest
 from layer_streamer.checkpoint.manifest import stamp_file
 from layer_streamer.tuner.trials import pagecache
 from layer_streamer.tuner.trials.pagecache import PageCache
+from layer_streamer.tuner.trials.progress import work_done
 
 NBYTES = (20 << 20) + 5
 
@@ -34,10 +35,8 @@ def open_cache(path: Path) -> PageCache:
 
 def test_a_filled_cache_holds_the_files_and_an_emptied_one_nothing(path: Path) -> None:
     cache = open_cache(path)
-    words: list[None] = []
-    assert cache.fill(lambda: words.append(None)) == ""
+    assert cache.fill() == ""
     assert cache.share() > 0.8
-    assert words
     assert cache.drop() == ""
     assert cache.share() < 0.2
 
@@ -57,18 +56,18 @@ def test_files_that_are_cached_are_not_read_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = open_cache(path)
-    cache.fill(lambda: None)
+    cache.fill()
 
     def refuse(*arguments: object) -> int:
         raise AssertionError("was read")
 
     monkeypatch.setattr(os, "preadv", refuse)
-    assert cache.fill(lambda: None) == ""
+    assert cache.fill() == ""
 
 
 def test_pages_that_are_in_use_are_said_to_have_stayed(path: Path) -> None:
     cache = open_cache(path)
-    cache.fill(lambda: None)
+    cache.fill()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as m:
         assert sum(m[:: mmap.PAGESIZE]) > 0
         assert cache.drop() == (
@@ -81,10 +80,9 @@ def test_files_that_memory_cannot_hold_are_not_read_through(
 ) -> None:
     cache = open_cache(path)
     monkeypatch.setattr(pagecache, "available_host_bytes", lambda: NBYTES)
-    words: list[None] = []
-    note = cache.fill(lambda: words.append(None))
-    assert note == "warm: the page cache has no room for the checkpoint's files"
-    assert not words
+    before = cache.share()
+    assert cache.fill() == "warm: the page cache has no room for the checkpoint's files"
+    assert cache.share() == before
 
 
 def test_where_the_system_does_not_tell_files_are_read_and_nothing_is_claimed(
@@ -92,17 +90,16 @@ def test_where_the_system_does_not_tell_files_are_read_and_nothing_is_claimed(
 ) -> None:
     monkeypatch.setattr(pagecache, "_may_look", lambda descriptor: False)
     cache = open_cache(path)
-    words: list[None] = []
+    before = work_done()
     assert cache.share() is None
-    assert cache.fill(lambda: words.append(None)) == ""
-    assert words
+    assert cache.fill() == ""
+    assert work_done() - before >= NBYTES
     assert cache.drop() == ""
     monkeypatch.undo()
     assert cache.share() < 0.2
 
 
-def test_a_long_fill_says_words_all_along(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pagecache, "CHUNK_NBYTES", 1 << 18)
-    words: list[None] = []
-    open_cache(path).fill(lambda: words.append(None))
-    assert len(words) == -(-NBYTES // ((1 << 18) * pagecache.PORTION))
+def test_a_long_fill_counts_as_progress(path: Path) -> None:
+    before = work_done()
+    assert open_cache(path).fill() == ""
+    assert work_done() - before >= NBYTES

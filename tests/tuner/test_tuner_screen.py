@@ -20,8 +20,8 @@ from layer_streamer.tuner.search.predict import (
     predict_seconds,
     work_of,
 )
-from layer_streamer.tuner.search.race import enter
-from layer_streamer.tuner.search.screen import Bounds, Planned
+from layer_streamer.tuner.search.screen import Planned
+from layer_streamer.tuner.search.space import Bounds
 from layer_streamer.tuner.trials.record import TrialRecord
 
 AXES: dict[str, list[Any]] = {
@@ -62,12 +62,12 @@ def test_what_is_pruned_exceeds_a_bound_and_what_is_kept_does_not(
     bounded = screener(checkpoint, machine(unified=unified), Bounds(device, host)).screen(found)
     assert free.kept
     assert not free.pruned
-    kept = {p.candidate.key for p in bounded.kept}
+    kept = [p.settings for p in bounded.kept]
     for candidate in free.kept:
         place = candidate.plan.placement
         used = sum(place.device_bytes) if unified else place.host_bytes
         fits = max(place.device_bytes) <= device and used <= host
-        assert (candidate.candidate.key in kept) == fits
+        assert (candidate.settings in kept) == fits
     for record in bounded.pruned:
         assert record.ending == "pruned"
         assert "max_device_bytes=" in record.detail or "max_host_bytes=" in record.detail
@@ -94,7 +94,7 @@ def test_what_a_device_cannot_hold_is_pruned(checkpoint: Path) -> None:
     found = machine(unified=False, device=70_000)
     axes = {"n_gpu": [0, 8], "n_cpu_pinned": [2]}
     screened = screener(checkpoint, found).screen(all_candidates(axes, unified=False))
-    assert [p.candidate.settings["n_gpu"] for p in screened.kept] == [0]
+    assert [p.settings["n_gpu"] for p in screened.kept] == [0]
     assert "of a device with" in screened.pruned[0].detail
 
 
@@ -209,6 +209,5 @@ def test_the_floor_of_a_trial_is_never_above_what_it_took(checkpoint: Path) -> N
 
 
 def test_on_the_cpu_there_is_no_floor(checkpoint: Path) -> None:
-    entry = enter(planned(checkpoint, unified=True, n_gpu=2, read_mode="buffered"))
-    costs = Costs("warm", None, unified=True, compute_seconds=5.0)
-    assert entry.floor(costs) == 0.0
+    work = work_of(planned(checkpoint, unified=True, n_gpu=2, read_mode="buffered"))
+    assert floor_seconds(work, Costs("warm", None, unified=True, compute_seconds=5.0)) == 0.0

@@ -16,7 +16,7 @@ from layer_streamer.planning.batches import plan_batches
 from layer_streamer.planning.settings import Settings
 from layer_streamer.tuner.search.space import (
     AXES,
-    Grants,
+    Bounds,
     check_axes,
     complete,
     default_axes,
@@ -139,14 +139,14 @@ def test_a_named_host_pool_is_not_the_same_as_one_left_to_the_streamer() -> None
 def test_the_defaults_are_some_dozens_of_candidates_that_the_streamer_takes(
     unified: bool, cores: int, device: int | None, host: int | None
 ) -> None:
-    axes = check_axes(default_axes(Grants(unified, cores, device, host)))
+    axes = check_axes(default_axes(Bounds(device, host), cores, unified=unified))
     found = all_candidates(axes, unified=unified)
     assert 48 <= len(found) <= 200
-    assert len({candidate.key for candidate in found}) == len(found)
+    assert len({make_key(settings, unified=unified) for settings in found}) == len(found)
     parameters = inspect.signature(LayerStreamer.from_checkpoint).parameters
-    for candidate in found:
-        Settings(**candidate.settings)  # type: ignore[arg-type]
-        assert set(candidate.settings) <= set(parameters)
+    for settings in found:
+        Settings(**settings)  # type: ignore[arg-type]
+        assert set(settings) <= set(parameters)
     assert set(AXES) <= set(parameters)
     assert set(AXES) <= set(inspect.signature(LayerStreamer).parameters)
 

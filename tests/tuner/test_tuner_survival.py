@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,9 +97,9 @@ def test_a_supervisor_whose_parent_has_ended_already_starts_nothing(tmp_path: Pa
 
 def test_a_process_that_is_not_ours_gets_no_signal() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        assert supervisor._is_ours(other.pid)
-        assert not supervisor._is_ours(os.getppid())
-        assert not supervisor._refuses(os.getppid(), 0)
+        assert supervisor._descends(other.pid)
+        assert not supervisor._descends(os.getppid())
+        assert not supervisor.refuses(os.getppid(), 0)
         end_marked("a mark that none has")
         assert other.poll() is None
         other.kill()
@@ -110,8 +111,8 @@ def test_an_id_that_another_process_has_got_meanwhile_is_left_alone(
     wanted = b"MARK=1"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         monkeypatch.setattr(supervisor, "_parent", lambda pid: 1)
-        supervisor._refuses(other.pid, signal.SIGKILL)
-        process._kill_marked(other.pid, wanted)
+        supervisor.refuses(other.pid, signal.SIGKILL)
+        supervisor.refuses(other.pid, signal.SIGKILL, partial(process._is_marked, wanted))
         assert other.poll() is None
         other.communicate(b"\n", DEADLINE_SECONDS)
         assert other.returncode == 0

@@ -17,9 +17,7 @@ from tuner_support import Marked, checkpoint, marked, try_setup
 
 from layer_streamer import ConfigError, read_manifest
 from layer_streamer.machine.threads import most_torch_threads
-from layer_streamer.tuner.trials import trial
 from layer_streamer.tuner.trials.model_args import decode_model, encode_model
-from layer_streamer.tuner.trials.record import TrialLimits, TrialSpec
 
 __all__ = ["checkpoint", "marked"]
 pytestmark = [
@@ -234,26 +232,6 @@ def test_the_published_constructors_arguments_reach_a_trial(tmp_path: Path) -> N
 def test_a_value_that_cannot_be_handed_over_is_named() -> None:
     with pytest.raises(ConfigError, match="on_copy: a function cannot be handed"):
         encode_model({"path": ".", "on_copy": name_of})
-
-
-@pytest.mark.parametrize(
-    ("spec", "limits", "message"),
-    [
-        ({"n_runs": 1}, {}, "n_runs=1: must be at least 2"),
-        ({"sleep_seconds": -1.0}, {}, "sleep_seconds=-1.0: must be at least 0"),
-        ({"tokens": -1}, {}, "tokens=-1: must be at least 0"),
-        ({}, {"hang_seconds": 0.0}, "hang_seconds=0.0: must be above 0"),
-        ({}, {"trial_seconds": float("inf")}, "trial_seconds=inf: must be above 0, and finite"),
-        ({}, {"margin": -0.1}, "margin=-0.1: must be at least 0"),
-    ],
-)
-def test_a_value_that_makes_no_trial_is_refused_before_anything_starts(
-    spec: Any, limits: Any, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trial, "CandidateProcess", None)
-    whole = TrialSpec(**{"model": {}, "settings": {}, "setup_fn": None} | spec)
-    with pytest.raises(ConfigError, match=message):
-        trial.run_trial(whole, TrialLimits(**limits))
 
 
 def test_an_error_in_on_event_ends_the_trial_and_is_raised(

@@ -60,8 +60,9 @@ class Work:
     compute: float
     read_class: Class
     copy_class: Class
-    overlaps: tuple[float, float, float]
-    """Of reads and memcpys, of these and copies, of these and compute: 0 by turns, 1 at once."""
+    overlaps: tuple[float, ...]
+    """Of reads and memcpys, of these and copies, of these and compute: 0 by turns (there is room
+    for one batch alone), 1 at once (one can be filled while another is used)."""
     jitter: float
 
 
@@ -72,26 +73,25 @@ def work_of(planned: Planned) -> Work:
     count = len(plan.placement.device_bytes)
     known = predict(plan.sizes, plan.placement, Rates(1.0, (1.0,) * count))
     assert known is not None
-    # Devices copy side by side: the one with the most to copy counts.
-    copied = 0.0 if unified else known.copy_seconds
     staged = "pinned" in slots and "host" in slots
     pinned = "host" not in slots or staged
     depths = (
         slots["host"] / batches.read if staged else math.inf,
-        _host_depth(planned, staged=staged),
+        # Of the last pool in host memory, for each batch that the copier takes out of it.
+        slots.get("pinned", slots.get("host", math.inf))
+        / (batches.staged if staged else batches.read),
         slots["device"] / (batches.read if unified else batches.copied) or math.inf,
     )
-    ring = "ring" in slots
-    read_class = ("read", plan.read_mode, plan.read_threads, plan.read_chunk, ring)
     source = ("mapped" if plan.read_mode == "mapped" else "pinned") if pinned else "pageable"
     return Work(
         read=known.read_bytes,
         memcpy=known.read_bytes if staged else 0,
-        copy=copied,
+        # Devices copy side by side: the one with the most to copy counts.
+        copy=0.0 if unified else known.copy_seconds,
         compute=sum(size.copy_nbytes for size in plan.sizes),
-        read_class=read_class,
+        read_class=("read", plan.read_mode, plan.read_threads, plan.read_chunk, "ring" in slots),
         copy_class=("copy", source, 0, 0, False),
-        overlaps=(_overlap(depths[0]), _overlap(depths[1]), _overlap(depths[2])),
+        overlaps=tuple(min(max(depth - 1, 0.0), 1.0) for depth in depths),
         jitter=sum(JITTER / depth for depth in depths),
     )
 
@@ -104,7 +104,7 @@ def predict_seconds(work: Work, costs: Costs) -> float:
         compute = passes * work.compute / COMPUTE_RATES[costs.unified]
     parts = (
         passes * work.read * _seconds_per_byte(work.read_class, costs),
-        passes * work.memcpy / _memcpy_rate(costs),
+        passes * work.memcpy / ((costs.limits and costs.limits.memcpy_rate) or MEMCPY_RATE),
         passes * work.copy * _seconds_per_byte(work.copy_class, costs),
         compute,
     )
@@ -139,9 +139,7 @@ def learn(costs: Costs, trials: Iterable[tuple[Work, TrialRecord]]) -> Costs:
 
     A run's time less that in which a step stood still is what the step needed, at most.
     """
-    shown = dict[Class, float]()
-    compute: float | None = None
-    passes = costs.passes
+    shown, compute, passes = dict(costs.seconds_per_byte), costs.compute_seconds, costs.passes
     for work, record in trials:
         if not record.run_seconds or record.pass_seconds <= 0:
             continue
@@ -161,19 +159,6 @@ def _needed(record: TrialRecord, step: str) -> float:
     """Seconds of a run in which a step did not stand still, from the run's last pass."""
     share = 1 - record.stalled_seconds.get(step, 0.0) / record.pass_seconds
     return record.run_seconds[-1] * min(max(share, 0.0), 1.0)
-
-
-def _host_depth(planned: Planned, *, staged: bool) -> float:
-    """Slots for each batch that the copier takes out of host memory."""
-    if "pinned" in planned.slots:
-        batch = planned.batches.staged if staged else planned.batches.read
-        return planned.slots["pinned"] / batch
-    return planned.slots.get("host", math.inf) / planned.batches.read
-
-
-def _overlap(depth: float) -> float:
-    """1 if one batch can be filled while another is used, 0 if there is room for one alone."""
-    return min(max(depth - 1, 0.0), 1.0)
 
 
 def _seconds_per_byte(kind: Class, costs: Costs) -> float:
@@ -239,8 +224,3 @@ def _rate_on_record(kind: Class, costs: Costs, *, fastest: bool = False) -> floa
         return abs(math.log(rate[1] / threads)) + abs(math.log(rate[2] / chunk))
 
     return min(rates, key=distance)[0] if rates else None
-
-
-def _memcpy_rate(costs: Costs) -> float:
-    rate = costs.limits.memcpy_rate if costs.limits is not None else None
-    return rate or MEMCPY_RATE

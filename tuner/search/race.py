@@ -5,7 +5,7 @@ Thread rules: one thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,11 +29,7 @@ class Entry:
     """A candidate as the race sees it."""
 
     features: Mapping[str, Any]
-    predict: Callable[[Costs], float]
-    """Seconds of a run."""
-    floor: Callable[[Costs], float]
-    """Seconds below which no run can be."""
-    work: Work | None = None
+    work: Work
 
 
 @dataclass(slots=True)
@@ -98,7 +94,8 @@ class Race:
         if candidates[0] < self.num_first:
             return candidates[0]
         if self.strategy == "grid" or not self.records:
-            return min(candidates, key=lambda i: (self.entries[i].predict(self.costs), i))
+            works = {index: self.entries[index].work for index in candidates}
+            return min(works, key=lambda index: (predict_seconds(works[index], self.costs), index))
         likely, lower = self._bounds()
         best = self.best_seconds
         if best is not None and len(self.records) + len(self.exceeded) >= LEAST_TRIALS:
@@ -114,9 +111,9 @@ class Race:
 
     def _bounds(self) -> tuple[Sequence[float], Sequence[float]]:
         """By candidate, the seconds that are most likely, and those that it cannot be below."""
-        works = ((self.entries[i].work, record) for i, record in self.records.items())
-        costs = learn(self.costs, [(work, record) for work, record in works if work is not None])
-        predicted = [entry.predict(costs) for entry in self.entries]
+        works = [(self.entries[i].work, record) for i, record in self.records.items()]
+        costs = learn(self.costs, works)
+        predicted = [predict_seconds(entry.work, costs) for entry in self.entries]
         measured = {i: to_log(r.seconds or 0.0, predicted[i]) for i, r in self.records.items()}
         exceeded = {
             i: to_log(seconds, predicted[i])
@@ -127,25 +124,18 @@ class Race:
         guesses = np.array(predicted)
         likely = guesses * np.exp(np.minimum(bounds.estimates(), 700.0))
         lower = guesses * np.exp(np.minimum(bounds.lower(), 700.0))
-        floors = np.array([entry.floor(costs) for entry in self.entries])
+        floors = np.array([floor_seconds(entry.work, costs) for entry in self.entries])
         return likely.tolist(), np.maximum(lower, floors).tolist()
 
 
 def enter(planned: Planned) -> Entry:
     """A candidate's entry."""
-    work = work_of(planned)
-    return Entry(
-        features=features_of(planned),
-        predict=lambda costs: predict_seconds(work, costs),
-        floor=lambda costs: floor_seconds(work, costs),
-        work=work,
-    )
+    return Entry(features_of(planned), work_of(planned))
 
 
 def features_of(planned: Planned) -> dict[str, Any]:
     """The settings that matter to a candidate, as they take effect."""
     plan, slots, batches = planned.plan, planned.slots, planned.batches
-    settings = planned.candidate.settings
     found: dict[str, Any] = {"n_gpu": slots["device"], "read_mode": plan.read_mode}
     if not plan.machine.unified:
         found["batch_gpu"] = batches.copied
@@ -157,5 +147,5 @@ def features_of(planned: Planned) -> dict[str, Any]:
     if planned.has_reads:
         found["read_threads"], found["read_chunk"] = plan.read_threads, plan.read_chunk
     for name in ("device_budget", "host_budget"):
-        found[name] = settings.get(name, "none")
+        found[name] = planned.settings.get(name, "none")
     return {name: value for name, value in found.items() if value is not None}

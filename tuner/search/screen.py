@@ -14,40 +14,22 @@ from ...planning import planner
 from ...planning.batches import Batches, plan_batches
 from ...planning.budget import format_bytes
 from ...planning.layout import plan_steps
-from ...planning.placement import StepSize
 from ...planning.plan import Machine, Plan
 from ...planning.planner import make_plan, measure_steps
-from ...planning.settings import Settings as StreamerSettings
+from ...planning.settings import Settings
 from ...transport.schedule import lay_out_all
-from ..trials.record import TrialRecord
-from .space import Candidate
+from ..trials.record import Choice, TrialRecord
+from .space import Bounds
 
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What the user grants, bytes; None: no bound."""
-
-    max_device_bytes: int | None = None
-    """Of each device."""
-    max_host_bytes: int | None = None
-
-    def excess(self, record: TrialRecord) -> str:
-        """Why a trial's measured memory is more than was granted; "" if it is not."""
-        for name, used in (
-            ("max_device_bytes", record.peak_device_bytes),
-            ("max_host_bytes", record.peak_host_bytes),
-        ):
-            bound = getattr(self, name)
-            if bound is not None and used > bound:
-                return f"{name}={bound}: it took {format_bytes(used)}"
-        return ""
+Engines = Sequence[Mapping[str, Any] | str]
+"""By candidate, the streamer's options in an engine with these settings, or why there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A candidate that can work, with the plan that it would be opened with."""
 
-    candidate: Candidate
+    settings: Choice
     plan: Plan
     batches: Batches
     slots: Mapping[str, int]
@@ -98,14 +80,10 @@ class Screener:
         chosen = {name: fixed[name] for name in ("tail", "layers") if name in fixed}
         steps = plan_steps(manifest, **chosen)
         layouts = lay_out_all(steps, unified=machine.unified, dtype=dtype)
-        self._sizes: Sequence[StepSize] = measure_steps(steps, layouts, dtype)
+        self._sizes = measure_steps(steps, layouts, dtype)
         self._scratch = max(layout.scratch_nbytes for layout in layouts)
 
-    def screen(
-        self,
-        candidates: Sequence[Candidate],
-        engines: Sequence[Mapping[str, Any] | str] | None = None,
-    ) -> Screened:
+    def screen(self, candidates: Sequence[Choice], engines: Engines | None = None) -> Screened:
         """Sort out what cannot work, exceeds the bounds, or is the same as one before.
 
         ``engines``: by candidate, what it makes of the streamer's settings, where an engine is what
@@ -114,16 +92,15 @@ class Screener:
         """
         screened, seen = Screened(), set[tuple[Any, ...]]()
         with _quiet():
-            for number, candidate in enumerate(candidates):
+            for number, settings in enumerate(candidates):
                 try:
-                    planned = self._plan(candidate, None if engines is None else engines[number])
+                    planned = self._plan(settings, None if engines is None else engines[number])
                     why = self._excess(planned.plan)
                 except ConfigError as error:
                     why = str(error)
                 if why:
-                    screened.pruned.append(
-                        TrialRecord(settings=candidate.settings, ending="pruned", detail=why)
-                    )
+                    record = TrialRecord(settings=settings, ending="pruned", detail=why)
+                    screened.pruned.append(record)
                 elif planned.signature in seen:
                     screened.num_equal += 1
                 else:
@@ -131,13 +108,14 @@ class Screener:
                     screened.kept.append(planned)
         return screened
 
-    def _plan(self, candidate: Candidate, engine: Mapping[str, Any] | str | None) -> Planned:
+    def _plan(self, candidate: Choice, engine: Mapping[str, Any] | str | None) -> Planned:
         if isinstance(engine, str):
             raise ConfigError(engine)
-        chosen = candidate.settings if engine is None else engine
-        settings = StreamerSettings(**{**self._fixed, **chosen})
+        chosen = candidate if engine is None else engine
+        settings = Settings(**{**self._fixed, **chosen})
         plan = make_plan(self._sizes, self._scratch, self._machine, settings, lambda: 1.0)
-        if settings.read_mode == "mapped" and not (self._machine.unified or _maps(plan)):
+        maps = plan.read_mode == "mapped" or set(plan.tiers) == {"device"}  # or has nothing to map
+        if settings.read_mode == "mapped" and not (self._machine.unified or maps):
             raise ConfigError("read_mode='mapped': the device cannot copy from mapped files")
         slots = {"device": plan.placement.device_slots[0].count}
         if "disk" in plan.tiers and not self._machine.unified:
@@ -150,7 +128,7 @@ class Screener:
         counts = slots if slots["device"] else {}
         batches = plan_batches(settings, counts, unified=self._machine.unified)
         own = ("device_budget", "host_budget") if engine is not None else ()
-        budgets = tuple(candidate.settings.get(name) for name in own)
+        budgets = tuple(candidate.get(name) for name in own)
         return Planned(candidate, plan, batches, slots, budgets)
 
     def _excess(self, plan: Plan) -> str:
@@ -158,25 +136,15 @@ class Screener:
 
         Only what is certain counts: a process takes more than its plan, never less.
         """
-        place, bounds = plan.placement, self._bounds
-        device = max(place.device_bytes)
+        place = plan.placement
         host = sum(place.device_bytes) if self._machine.unified else place.host_bytes
-        for name, used in (("max_device_bytes", device), ("max_host_bytes", host)):
-            bound = getattr(bounds, name)
-            if bound is not None and used > bound:
-                return f"{name}={bound}: the plan takes {format_bytes(used)}"
-        if not self._machine.unified:
-            for used, free in zip(place.device_bytes, self._machine.device_free, strict=True):
-                if used > free:
-                    return (
-                        f"the plan takes {format_bytes(used)} of a device with {format_bytes(free)}"
-                    )
+        why = self._bounds.excess(max(place.device_bytes), host, "the plan takes")
+        if why or self._machine.unified:
+            return why
+        for used, free in zip(place.device_bytes, self._machine.device_free, strict=True):
+            if used > free:
+                return f"the plan takes {format_bytes(used)} of a device with {format_bytes(free)}"
         return ""
-
-
-def _maps(plan: Plan) -> bool:
-    """True unless something would have to be mapped and cannot be."""
-    return plan.read_mode == "mapped" or set(plan.tiers) == {"device"}
 
 
 @contextmanager

@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
-from ...planning.budget import parse_bytes
+from ...planning.budget import format_bytes, parse_bytes
 from ...planning.options import MAX_SLOTS, SEARCHED, check_count
-from ...planning.settings import Settings as StreamerSettings
-from ..trials.record import Settings
+from ...planning.settings import Settings
+from ..trials.record import Choice
 
 MIB = 1 << 20
 POOLS = (
@@ -22,7 +22,8 @@ POOLS = (
     ("n_cpu", "batch_cpu"),
 )
 """Each pool's size, and the number of layers handed on out of it at a time."""
-_POOL_SIZES = tuple(n for n, _ in POOLS)
+_POOL_SIZES, _BATCHES = zip(*POOLS, strict=True)
+_BUDGETS = ("device_budget", "host_budget")
 AXES = SEARCHED
 """Settings that can be searched, in the order in which a candidate has them."""
 MAX_COMBINATIONS = 100_000
@@ -33,35 +34,31 @@ Axes = Mapping[str, Values]
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """One combination of values."""
+class Bounds:
+    """What the user grants, bytes; None: no bound."""
 
-    settings: Settings
-    """In plain form: see :func:`plain`."""
-    key: str
-    """Equal for candidates that are the same configuration."""
+    max_device_bytes: int | None = None
+    """Of each device."""
+    max_host_bytes: int | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Grants:
-    """What default values depend on."""
-
-    unified: bool
-    """True if the device is the CPU."""
-    num_cores: int
-    device_bytes: int | None = None
-    """The most that a candidate may take of a device; None: no bound."""
-    host_bytes: int | None = None
-    """The same of host memory, what a process takes by itself already taken off."""
+    def excess(self, device: int, host: int, what: str) -> str:
+        """Why so many bytes of a device and of host memory are more than was granted; "" if they
+        are not. ``what`` takes them: "the plan takes"."""
+        for name, used in (("max_device_bytes", device), ("max_host_bytes", host)):
+            bound = getattr(self, name)
+            if bound is not None and used > bound:
+                return f"{name}={bound}: {what} {format_bytes(used)}"
+        return ""
 
 
-def default_axes(grants: Grants) -> dict[str, Values]:
-    """Values that are worth trying on such a machine."""
-    few_cores = grants.num_cores <= 4
+def default_axes(grants: Bounds, num_cores: int, *, unified: bool) -> dict[str, Values]:
+    """Values that are worth trying on such a machine. ``grants``: for the streamer alone.
+    ``unified``: True if the device is the CPU."""
+    few_cores = num_cores <= 4
     axes: dict[str, Values] = dict.fromkeys(AXES, (None,))
     axes["n_cpu_pinned"] = axes["n_cpu"] = (0,)
     axes["read_mode"] = ("mapped", "buffered", "direct")
-    if grants.unified:
+    if unified:
         axes["n_gpu"] = (1, 2, 4, 8)
         axes["read_threads"] = (1, 2, 4) if few_cores else (2, 4, 8)
     else:
@@ -69,8 +66,8 @@ def default_axes(grants: Grants) -> dict[str, Values]:
         axes["n_cpu_pinned"] = (0, 2, 4)
         axes["read_threads"] = (2, 4, 8) if few_cores else (4, 8, 16)
     axes["read_chunk"] = (MIB, 8 * MIB)
-    device_bytes, host_bytes = grants.device_bytes, grants.host_bytes
-    if grants.unified:
+    device_bytes, host_bytes = grants.max_device_bytes, grants.max_host_bytes
+    if unified:
         # Both are budgets of the one memory there is: the smaller one is enough.
         device_bytes = min((b for b in (device_bytes, host_bytes) if b is not None), default=None)
         host_bytes = None
@@ -82,7 +79,7 @@ def default_axes(grants: Grants) -> dict[str, Values]:
     if device_bytes is not None or host_bytes is not None:
         axes["read_chunk"] = (8 * MIB,)
         axes["read_threads"] = axes["read_threads"][1:]
-        if not grants.unified:
+        if not unified:
             axes["n_cpu_pinned"] = (0, 4)
     return axes
 
@@ -105,7 +102,7 @@ def check_axes(axes: Mapping[str, Values | None]) -> dict[str, Values]:
             try:
                 if name == "n_gpu":  # the one pool that is always there
                     check_count(name, value, 0, MAX_SLOTS)
-                StreamerSettings(**_named({name: value}))
+                Settings(**_named({name: value}))
             except ConfigError as error:
                 raise ConfigError(f"{name}_values: {error}") from None
         checked[name] = tuple(dict.fromkeys(name_absent_pools({name: v})[name] for v in values))
@@ -117,39 +114,28 @@ def check_axes(axes: Mapping[str, Values | None]) -> dict[str, Values]:
     return checked
 
 
-def candidates(axes: Axes, *, unified: bool) -> Iterator[Candidate]:
-    """The product of the axes in their order, equal candidates once (the first of them)."""
-    seen = set[str]()
-    for values in itertools.product(*axes.values()):
-        settings = plain(dict(zip(axes, values, strict=True)), unified=unified)
-        key = make_key(settings, unified=unified)
-        if key not in seen:
-            seen.add(key)
-            yield Candidate(settings, key)
+def candidates(axes: Axes, *, unified: bool, first: Iterable[Choice] = ()) -> list[Choice]:
+    """``first``, then the product of the axes in their order, all in plain form; of equal ones the
+    first alone."""
+    found: dict[str, Choice] = {}
+    product = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+    for settings in itertools.chain(first, product):
+        form = plain(settings, unified=unified)
+        found.setdefault(make_key(form, unified=unified), form)
+    return list(found.values())
 
 
-def engine_candidates(axes: Axes, *, unified: bool) -> tuple[list[Candidate], int]:
-    """Candidates for an engine, and how many of them, the first ones, are to be tried in any case.
-
-    These are its defaults, which all others are compared with, and its defaults with the budgets.
-    """
+def engine_defaults(axes: Axes) -> tuple[Choice, Choice]:
+    """What is tried first of an engine, and all others are compared with: its defaults, and these
+    with the budgets."""
     budgets = {
         name: next((value for value in axes.get(name, ()) if value is not None), None)
-        for name in ("device_budget", "host_budget")
+        for name in _BUDGETS
     }
-    first = [plain(settings, unified=unified) for settings in ({}, budgets)]
-    found = {
-        key: Candidate(settings, key)
-        for settings in first
-        for key in [make_key(settings, unified=unified)]
-    }
-    count = len(found)
-    for candidate in candidates(axes, unified=unified):
-        found.setdefault(candidate.key, candidate)
-    return list(found.values()), count
+    return {}, budgets
 
 
-def plain(settings: Settings, *, unified: bool) -> dict[str, int | str | None]:
+def plain(settings: Choice, *, unified: bool) -> dict[str, int | str | None]:
     """The same settings without what has no effect: a shortest form, in the order of AXES.
 
     A pool that is not there is 0; a batch is at most its pool's slots, and one layer at a time is
@@ -168,38 +154,33 @@ def plain(settings: Settings, *, unified: bool) -> dict[str, int | str | None]:
             named.pop(batch, None)
     if "n_cpu_pinned" in named and not named.get("n_cpu"):
         named.pop("n_cpu", None)
-    for name in ("device_budget", "host_budget"):
+    for name in _BUDGETS:
         if named.get(name) not in (None, "auto"):
             named[name] = parse_bytes(name, named[name])
-    defaults = {"read_mode": "auto"}
-    always = ("n_gpu", "n_cpu_pinned", "n_cpu")
-    return {
-        name: named[name]
-        for name in AXES
-        if name in named and (name in always or named[name] != defaults.get(name))
-    }
+    if named.get("read_mode") == "auto":
+        del named["read_mode"]
+    return {name: named[name] for name in AXES if name in named}
 
 
-def make_key(settings: Settings, *, unified: bool) -> str:
+def make_key(settings: Choice, *, unified: bool) -> str:
     """What two settings have in common exactly if they are the same configuration.
 
     ``unified``: on the CPU the three pools are one, and the largest batch is the batch.
     """
     form: dict[str, Any] = plain(settings, unified=unified)
     if unified:
-        whole = StreamerSettings(**form)
-        batches = [form.pop(batch, None) or 1 for _, batch in POOLS]
-        for n, _ in POOLS:
-            form.pop(n, None)
-        form["slots"] = whole.num_device + whole.num_pinned + whole.num_pageable + 1
-        form["batch"] = min(max(batches), form["slots"])
+        whole = Settings(**form)
+        batches = [form.pop(batch, None) or 1 for batch in _BATCHES]
+        slots = whole.num_device + whole.num_pinned + whole.num_pageable + 1
+        form = {name: value for name, value in form.items() if name not in _POOL_SIZES}
+        form |= {"slots": slots, "batch": min(max(batches), slots)}
     elif form.get("read_mode") == "mapped":
         # Threads read nothing during passes.
         form = {key: form[key] for key in form if key not in ("read_threads", "read_chunk")}
     return json.dumps(form, sort_keys=True)
 
 
-def complete(settings: Settings, axes: Axes) -> dict[str, int | str | None]:
+def complete(settings: Choice, axes: Axes) -> dict[str, int | str | None]:
     """``settings`` with every searched option named, for whoever asked for its values."""
     named = {name: settings.get(name) for name in AXES if name in axes or name in settings}
     whole = name_absent_pools(named)
@@ -208,7 +189,7 @@ def complete(settings: Settings, axes: Axes) -> dict[str, int | str | None]:
     return whole
 
 
-def name_absent_pools(settings: Settings) -> dict[str, int | str | None]:
+def name_absent_pools(settings: Choice) -> dict[str, int | str | None]:
     """The same with 0 for a pool that is None: in values to try, and in results of before."""
     return {
         name: 0 if value is None and name in _POOL_SIZES else value
@@ -216,7 +197,7 @@ def name_absent_pools(settings: Settings) -> dict[str, int | str | None]:
     }
 
 
-def _named(settings: Settings) -> dict[str, Any]:
+def _named(settings: Choice) -> dict[str, Any]:
     """Without the options that None leaves at their default."""
     named = name_absent_pools(settings)
     return {name: value for name, value in named.items() if value is not None}

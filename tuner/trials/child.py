@@ -1,34 +1,24 @@
-"""The candidate's process. Run by path, so that it finds what its parent finds, the same way.
+"""A process of the tuner's own. Run by path, so that it finds what its parent finds, the same way.
 
-Arguments: the descriptor of a file with the request, that for results.
+Argument: the descriptor of a file with a request; :func:`.process.child_request` makes them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from typing import Any
+from importlib import import_module
 
 
 def main() -> None:
-    """Measure, tell, end."""
-    descriptor, results = (int(number) for number in sys.argv[1:3])
-    request = _read_request(descriptor)
-    os.set_inheritable(results, False)
+    """Have the module that is named in the request do it."""
+    descriptor = int(sys.argv[1])
+    with open(descriptor, "rb", closefd=descriptor > 0) as file:  # stdin stays as it is
+        request = json.load(file)
     sys.argv[:] = request["argv"]
     sys.path[:] = request["sys_path"]
     # Only now can the package be found.
-    from layer_streamer.tuner.trials.frames import FrameWriter
-    from layer_streamer.tuner.trials.measure import run_candidate
-
-    run_candidate(request["spec"], FrameWriter(results, request["nonce"]))
-
-
-def _read_request(descriptor: int) -> Any:
-    with open(descriptor, "rb") as file:
-        file.seek(0)
-        return json.load(file)
+    import_module(request["module"]).main(request)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Course:
     parts: dict[str, list[float]] = field(default_factory=dict)
     device_peak: int = 0
     result: Mapping[str, Any] | None = None
-    """What the child said at the end of a trial that went well."""
+    """What the child said at the end of a trial that went well: fields of its record."""
     verdict: tuple[Ending, str] | None = None
     """How the trial ended, as far as words and clock tell."""
     _since: float = field(init=False)
@@ -97,17 +97,11 @@ class Course:
         if self.stage == "start":
             patience = max(patience, START_SECONDS)
         stage = f"in stage {self.stage!r}"
+        late = f"no result within trial_seconds={limits.trial_seconds:g}, {stage}"
+        silent = f"no word for {patience:g} s, hang_seconds={limits.hang_seconds:g}, {stage}"
         dues = [
-            Due(
-                self.began + limits.trial_seconds,
-                "timed out",
-                f"no result within trial_seconds={limits.trial_seconds:g}, {stage}",
-            ),
-            Due(
-                self._last_word + patience,
-                "hung",
-                f"no word for {patience:g} s, hang_seconds={limits.hang_seconds:g}, {stage}",
-            ),
+            Due(self.began + limits.trial_seconds, "timed out", late),
+            Due(self._last_word + patience, "hung", silent),
         ]
         allowed = self.allowed()
         if allowed is not None:

@@ -43,14 +43,10 @@ def describe(error: BaseException, stage: str, caller: str) -> tuple[Ending, str
     except Exception as fault:  # an error of the candidate's own that cannot be printed
         line = f"{type(error).__name__}: (its message cannot be had: {type(fault).__name__})"
         lines = ""
-    return ending, f"{line[:MAX_LINE]} (in stage {stage!r})\n{shorten(lines)}".rstrip()
-
-
-def shorten(text: str, most: int = MAX_DETAIL, head: int = HEAD) -> str:
-    """``text`` with its middle left out where it is longer than ``most``."""
-    if len(text) <= most:
-        return text
-    return f"{text[:head]}\n[{len(text) - most} characters left out]\n{text[head - most :]}"
+    if len(lines) > MAX_DETAIL:
+        left_out = f"[{len(lines) - MAX_DETAIL} characters left out]"
+        lines = f"{lines[:HEAD]}\n{left_out}\n{lines[HEAD - MAX_DETAIL :]}"
+    return ending, f"{line[:MAX_LINE]} (in stage {stage!r})\n{lines}".rstrip()
 
 
 def _without(trace: TracebackType | None, caller: str) -> TracebackType | None:

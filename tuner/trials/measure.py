@@ -7,17 +7,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
+from importlib import import_module
 from typing import Any
+
+import torch
 
 from ...devices.accelerator import open_devices
 from ...errors import ConfigError
 from ...measuring.bench import discard_prefetched, settle
 from ...measuring.footprint import device_peak
-from ...measuring.rawspeed import synchronize
+from ...measuring.rawspeed import Load, synchronize
 from ...measuring.threads import leave_a_core
 from ...streamer import LayerStreamer
 from .course import Timed
-from .engine import load_engine
 from .failures import describe
 from .frames import CANNOT_TELL, DescriptorLostError, FrameWriter
 from .model_args import decode_model
@@ -25,7 +28,6 @@ from .pagecache import PageCache
 from .progress import telling_of_progress
 from .record import FunctionName, TrialSpec
 from .setup_fn import load_function
-from .synthetic import synthetic_setup
 
 MEMORY_STEP = 16 << 20
 """Bytes of device memory by which what is free must rise to count as rising."""
@@ -33,17 +35,17 @@ MEMORY_LOOK_SECONDS = 0.05
 MEMORY_WAIT_SECONDS = 5.0
 
 
-def run_candidate(spec: Mapping[str, Any], results: FrameWriter) -> None:
-    """Run the trial that ``spec`` (a TrialSpec as JSON) asks for, and end this process."""
-    candidate = Candidate(_decode(spec), results)
+def main(request: Mapping[str, Any]) -> None:
+    """Run the trial that is asked for (by a TrialSpec as JSON) and end this process."""
+    os.set_inheritable(request["results"], False)
+    results = FrameWriter(request["results"], request["nonce"])
+    trial = Trial(_decode(request["spec"]), results)
     try:
         try:
             with leave_a_core():
-                results.send({"result": candidate.measure()})
-        except DescriptorLostError:
-            raise
-        except BaseException as error:
-            ending, detail = describe(error, candidate.stage, __file__)
+                results.send({"result": trial.measure()})
+        except BaseException as error:  # a lost descriptor is lost to the next word, too
+            ending, detail = describe(error, trial.stage, __file__)
             with suppress(Exception):
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -53,7 +55,7 @@ def run_candidate(spec: Mapping[str, Any], results: FrameWriter) -> None:
     os._exit(0)
 
 
-class Candidate:
+class Trial:
     """One trial, stage by stage. Thread rules: one thread."""
 
     def __init__(self, spec: TrialSpec, results: FrameWriter) -> None:
@@ -64,98 +66,75 @@ class Candidate:
 
     def measure(self) -> dict[str, Any]:
         """The whole trial; its result."""
-        spec = self._spec
-        arguments = {**decode_model(spec.model), **spec.settings}
-        streamer, run = self._open_engine(arguments) if spec.engine else self._open(arguments)
-        cache = PageCache(streamer.manifest.files)
-        for number in range(1, spec.n_runs + 1):
-            self._run(streamer, run, cache, number)
+        streamer, run = self._open()
+        cache, cold = PageCache(streamer.manifest.files), self._spec.cache == "cold"
+        for number in range(1, self._spec.n_runs + 1):
+            if number > 1 and self._spec.sleep_seconds:
+                self._begin("sleep")
+                time.sleep(self._spec.sleep_seconds)
+            if not cold:
+                self._begin("cache")
+                with telling_of_progress(self._alive):
+                    self._note(cache.fill())
+            if number == 1:
+                self._timed(streamer, run, "run 1", "warm-up")
+                continue
+            if cold:
+                self._begin("cache")
+                # Prefetch reads on by itself, and would bring back what is dropped.
+                settle(streamer)
+                self._note(cache.drop())
+            else:
+                self._timed(streamer, run, f"before run {number}", "untimed")
+            self._timed(streamer, run, f"run {number}", "measured")
         return self._result(streamer)
 
-    def _open(self, arguments: dict[str, Any]) -> tuple[LayerStreamer, Callable[[], object]]:
-        """A streamer, and what setup_fn returns for it."""
+    def _open(self) -> tuple[LayerStreamer, Callable[[], object]]:
+        """A streamer, and what setup_fn returns for it; or an engine's streamer and its work."""
         spec = self._spec
+        arguments = {**decode_model(spec.model), **spec.settings}
         self._begin("import")
-        setup = load_function(spec.setup_fn) if spec.setup_fn else synthetic_setup(spec.tokens)
+        make: Callable[..., Any]
+        if spec.engine is not None:
+            make, setup = import_module(spec.engine).open_workload, None
+            arguments["alive"] = self._alive
+        else:
+            make = LayerStreamer.from_checkpoint if "path" in arguments else LayerStreamer
+            setup = load_function(spec.setup_fn) if spec.setup_fn else synthetic_setup(spec.tokens)
+            arguments["track_progress"] = False
         if spec.on_copy is not None:
             arguments["on_copy"] = load_function(spec.on_copy)
         self._begin("device")
         await_device_memory(arguments.get("device"))
         self._begin("open")
-        make: Callable[..., LayerStreamer] = (
-            LayerStreamer.from_checkpoint if "path" in arguments else LayerStreamer
-        )
         with telling_of_progress(self._alive):
-            streamer = make(track_progress=False, **arguments)
+            opened: Any = make(**arguments)
+        if setup is None:
+            return opened.streamer, opened.run
         self._begin("setup")
-        run = setup(streamer)
+        run = setup(opened)
         if not callable(run):
             raise ConfigError(f"setup_fn returned {run!r}: must be a function run()")
-        return streamer, run
-
-    def _open_engine(self, arguments: dict[str, Any]) -> tuple[LayerStreamer, Callable[[], object]]:
-        """An engine's streamer, and its work, which says how long its parts took."""
-        assert self._spec.engine is not None
-        self._begin("import")
-        module = load_engine(self._spec.engine)
-        self._begin("device")
-        await_device_memory(arguments.get("device"))
-        self._begin("open")
-        with telling_of_progress(self._alive):
-            workload = module.open_workload(alive=self._alive, **arguments)
-        return workload.streamer, workload.run
-
-    def _run(
-        self, streamer: LayerStreamer, run: Callable[[], object], cache: PageCache, number: int
-    ) -> None:
-        """Run ``number`` of the trial, from 1, with what goes before it."""
-        cold = self._spec.cache == "cold"
-        if number > 1 and self._spec.sleep_seconds:
-            self._begin("sleep")
-            time.sleep(self._spec.sleep_seconds)
-        if not cold:
-            self._begin("cache")
-            self._note(cache.fill(self._alive))
-        if number == 1:
-            self._timed(streamer, run, "run 1", "warm-up")
-        elif cold:
-            self._begin("cache")
-            # Prefetch reads on by itself, and would bring back what is dropped.
-            settle(streamer)
-            self._note(cache.drop())
-            self._timed(streamer, run, f"run {number}", "measured", discard=True)
-        else:
-            self._timed(streamer, run, f"before run {number}", "untimed")
-            self._timed(streamer, run, f"run {number}", "measured")
+        return opened, run
 
     def _timed(
-        self,
-        streamer: LayerStreamer,
-        run: Callable[[], object],
-        stage: str,
-        kind: Timed,
-        *,
-        discard: bool = False,
+        self, streamer: LayerStreamer, run: Callable[[], object], stage: str, kind: Timed
     ) -> None:
-        """One run, from when the devices' work before it is done until its own is.
-
-        ``discard``: prefetch starts over together with the clock.
-        """
+        """One run, from when the devices' work before it is done until its own is."""
         devices = streamer.devices
         for device in devices:
             synchronize(device)
         self._begin(stage, kind)
-        if discard:
-            discard_prefetched(streamer)
+        if kind == "measured" and self._spec.cache == "cold":
+            discard_prefetched(streamer)  # prefetch starts over together with the clock
         begin = time.perf_counter()
         found = run()
         for device in devices:
             synchronize(device)
         seconds = time.perf_counter() - begin
         parts = found if self._spec.engine else {}
-        self._results.send(
-            {"seconds": seconds, "device_peak": device_peak(devices), "parts": parts}
-        )
+        peak = device_peak(devices)
+        self._results.send({"seconds": seconds, "device_peak": peak, "parts": parts})
 
     def _result(self, streamer: LayerStreamer) -> dict[str, Any]:
         report = streamer.last_pass
@@ -164,8 +143,7 @@ class Candidate:
             "step_bytes": {name: step.bytes for name, step in steps.items()},
             "stalled_seconds": {name: step.stalled_seconds for name, step in steps.items()},
             "pass_seconds": report.seconds if report is not None else 0.0,
-            "device_peak": device_peak(streamer.devices),
-            "notes": "; ".join(self._notes),
+            "detail": "; ".join(self._notes),
         }
 
     def _begin(self, stage: str, kind: Timed = "") -> None:
@@ -179,6 +157,16 @@ class Candidate:
     def _note(self, note: str) -> None:
         if note and note not in self._notes:
             self._notes.append(note)
+
+
+def synthetic_setup(tokens: int) -> Callable[[LayerStreamer], Callable[[], object]]:
+    """A setup_fn whose run() is one pass: each matrix times ``tokens`` vectors, as bench does."""
+
+    def setup(streamer: LayerStreamer) -> Callable[[], object]:
+        x = torch.zeros(1, dtype=torch.float32, device=streamer.device)
+        return partial(streamer.run_pass, x, Load(tokens))
+
+    return setup
 
 
 def await_device_memory(names: Any) -> None:

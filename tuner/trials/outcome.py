@@ -9,50 +9,43 @@ import time
 from .course import Course
 from .frames import CANNOT_TELL
 from .process import Report
-from .record import Ending, Settings, TrialRecord
+from .record import Choice, Ending, TrialRecord
 
 
-def make_record(
-    settings: Settings, course: Course, report: Report, ended: float, garbage: int
-) -> TrialRecord:
-    """The record of a trial that was ended at ``ended`` and is gone now.
-
-    ``garbage``: bytes on the descriptor for results that were not the child's own.
-    """
+def make_record(settings: Choice, course: Course, report: Report, ended: float) -> TrialRecord:
+    """The record of a trial that was ended at ``ended`` and is gone now."""
     now = time.monotonic()
-    result = course.result if course.result is not None and course.verdict is None else None
-    ending, detail = _ending(course, report, garbage)
-    if result is not None:
-        ending, detail = "ok", str(result["notes"])
-    elif ending == "slower":
-        since = course.elapsed(now) - course.elapsed(ended)
-        detail += f"; ended after {course.elapsed(ended):.3f} s, gone {since:.3f} s later"
-    elif report.tail.strip():
-        detail += f"\nThe end of what it printed:\n{_plain(report.tail)}"
-    result = result or {}
+    ending: Ending = "ok"
+    if course.result is not None and course.verdict is None:
+        facts = course.result
+    else:
+        ending, detail = _ending(course, report)
+        if ending == "slower":
+            since = course.elapsed(now) - course.elapsed(ended)
+            detail += f"; ended after {course.elapsed(ended):.3f} s, gone {since:.3f} s later"
+        elif report.tail.strip():
+            detail += f"\nThe end of what it printed:\n{_plain(report.tail)}"
+        facts = {"detail": detail}
     return TrialRecord(
         settings=dict(settings),
         ending=ending,
-        detail=detail,
         run_seconds=tuple(course.run_seconds),
         parts={name: tuple(seconds) for name, seconds in course.parts.items()},
         warm_up_seconds=course.warm_up_seconds,
-        step_bytes=result.get("step_bytes", {}),
-        stalled_seconds=result.get("stalled_seconds", {}),
-        pass_seconds=result.get("pass_seconds", 0.0),
-        peak_device_bytes=max(course.device_peak, result.get("device_peak", 0)),
+        peak_device_bytes=course.device_peak,
         peak_host_bytes=report.peak,
         trial_seconds=now - course.began,
+        **facts,
     )
 
 
-def _ending(course: Course, report: Report, garbage: int) -> tuple[Ending, str]:
+def _ending(course: Course, report: Report) -> tuple[Ending, str]:
     """How a trial without a result ended, and the beginning of its detail."""
     if course.verdict is not None:
         return course.verdict
     where = f"in stage {course.stage!r}"
-    if garbage:
-        where += f"; {garbage} bytes that were not its own came on the descriptor for results"
+    if report.noise:
+        where += f"; {report.noise} bytes that were not its own came on the descriptor for results"
     if report.passed is not None:
         most = course.limits.max_host_bytes
         return "out of memory", f"{report.passed} bytes resident, max_host_bytes={most}, {where}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ...checkpoint.manifest import FileStamp
@@ -17,8 +18,6 @@ CHUNK_NBYTES = 8 << 20
 WINDOW_NBYTES = 1 << 30
 """Bytes of a file whose pages are asked about at a time."""
 THREADS = 4
-PORTION = 64
-"""Chunks that are read between two words."""
 MARGIN = 0.1
 """Part of the free memory that filling the page cache leaves alone."""
 ENOUGH = 0.99
@@ -42,9 +41,8 @@ class PageCache:
         cached = pages = 0
         for path, size in self._sizes.items():
             for offset in range(0, size, WINDOW_NBYTES):
-                found = _resident(
-                    self._files.descriptor(path), offset, min(WINDOW_NBYTES, size - offset)
-                )
+                nbytes = min(WINDOW_NBYTES, size - offset)
+                found = _resident(self._files.descriptor(path), offset, nbytes)
                 if found is None:
                     return None
                 cached, pages = cached + found[0], pages + found[1]
@@ -54,7 +52,10 @@ class PageCache:
         """Drop the files' pages. What has stayed, in words; "" if nothing to speak of."""
         for path in self._sizes:
             descriptor = self._files.descriptor(path)
-            _flush(descriptor)
+            # Pages that are not yet written cannot be dropped. Where this cannot be asked for (of a
+            # read-only file system, say), nothing is unwritten.
+            with suppress(OSError):
+                os.fsync(descriptor)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         share = self.share()
@@ -62,52 +63,35 @@ class PageCache:
             return ""
         return f"cold: {share:.0%} of the checkpoint's files stayed in the page cache (in use?)"
 
-    def fill(self, word: Callable[[], object]) -> str:
-        """Read the files unless they are cached; ``word`` is called again and again meanwhile.
-
-        What could not be done, in words; "" if they are cached.
-        """
+    def fill(self) -> str:
+        """Read the files unless they are cached. What could not be done, in words; "" if they are
+        cached."""
         share = self.share()
         if share is not None and share >= ENOUGH:
             return ""
         missing = sum(self._sizes.values()) * (1 - (share or 0))
         if missing > available_host_bytes() * (1 - MARGIN):
             return "warm: the page cache has no room for the checkpoint's files"
-        self._read(word)
+        self._read()
         share = self.share()
         if share is None or share >= ENOUGH:
             return ""
         return f"warm: only {share:.0%} of the checkpoint's files are in the page cache"
 
-    def _read(self, word: Callable[[], object]) -> None:
+    def _read(self) -> None:
+        """Read the files and forget them."""
         chunks = [
             (self._files.descriptor(path), offset)
             for path, size in self._sizes.items()
             for offset in range(0, size, CHUNK_NBYTES)
         ]
-        # In portions, because it is for this thread to say a word.
-        for begin in range(0, len(chunks), PORTION):
-            word()
-            _read_all(chunks[begin : begin + PORTION])
+        buffers = [bytearray(CHUNK_NBYTES) for _ in range(THREADS)]
 
+        def read(worker: int, number: int) -> None:
+            descriptor, offset = chunks[number]
+            os.preadv(descriptor, [buffers[worker]], offset)
 
-def _read_all(chunks: Sequence[tuple[int, int]]) -> None:
-    """Read (descriptor, offset) chunks and forget them."""
-    buffers = [bytearray(CHUNK_NBYTES) for _ in range(THREADS)]
-
-    def read(worker: int, number: int) -> None:
-        descriptor, offset = chunks[number]
-        os.preadv(descriptor, [buffers[worker]], offset)
-
-    run_jobs(read, len(chunks), THREADS)
-
-
-def _flush(descriptor: int) -> None:
-    """Pages that are not yet written cannot be dropped."""
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        return  # of a read-only file system, say: then nothing is unwritten
+        run_jobs(read, len(chunks), THREADS)
 
 
 def _resident(descriptor: int, offset: int, nbytes: int) -> tuple[int, int] | None:

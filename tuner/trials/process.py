@@ -11,17 +11,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ...errors import StreamerError
+from . import supervisor
 from .frames import FrameReader
 from .setup_fn import TRIAL_VARIABLE
 
-HERE = Path(__file__).parent
+CHILD = Path(__file__).with_name("child.py")
 REAP_SECONDS = 60.0
 """For processes that have been killed: the kernel may still have to free their memory."""
 LOOKS, LOOK_SECONDS = 3, 0.02
@@ -48,24 +51,32 @@ class Report:
     tail: str = ""
     """The end of what was printed."""
     supervisor_status: int = 0
-    """The supervisor's own return code. Not 0: the rest of this report is missing."""
+    """The supervisor's own return code. Not 0: all before is missing."""
+    noise: int = 0
+    """Bytes on the descriptor for results that were not the child's own."""
 
 
 class CandidateProcess:
     """Started with construction; ends with :meth:`end`, which must be called.
 
-    Thread rules: one thread, which must live until then.
+    ``hear(message)`` is called in these two for all that the child says. ``wake``: a descriptor on
+    which a byte ends a :meth:`wait`. Thread rules: one thread, which must live until the end.
     """
 
-    def __init__(self, request: Mapping[str, Any], max_host_bytes: int | None) -> None:
+    def __init__(
+        self,
+        request: Mapping[str, Any],
+        max_host_bytes: int | None,
+        hear: Callable[[dict[str, Any]], object],
+        wake: int,
+    ) -> None:
         nonce = secrets.token_hex(16)
         self._marker = secrets.token_hex(8)
         self._reader = FrameReader(nonce)
         self._stack = ExitStack()
         self._said = b""
         self._ended = False
-        self._silent = False
-        self._wake: int | None = None
+        self._hear, self._wake = hear, wake
         self._supervisor: subprocess.Popen[bytes] | None = None
         try:
             self._start({**request, "nonce": nonce}, max_host_bytes)
@@ -73,85 +84,76 @@ class CandidateProcess:
             self.end()
             raise
 
-    @property
-    def garbage(self) -> int:
-        """Bytes on the descriptor for results that were not the child's own."""
-        return self._reader.garbage
+    def wait(self, seconds: float) -> bool:
+        """Wait for news, for a byte on ``wake``, or for so many seconds; True if the supervisor has
+        ended."""
+        for key, _ in self._selector.select(max(0.0, seconds)):
+            if key.fd == self._wake:
+                continue
+            data = os.read(key.fd, CHUNK_NBYTES)
+            if key.fd == self._results:
+                self._take(data)
+            else:
+                self._said += data
+                self._ended = self._ended or not data
+            if not data:
+                self._selector.unregister(key.fd)
+        return self._ended
 
-    def wait(self, wake: int, seconds: float) -> tuple[list[dict[str, Any]], bool]:
-        """Wait for news, for a byte on descriptor ``wake``, or for so many seconds.
-
-        What the child has said, and whether the supervisor has ended.
-        """
-        if self._wake is None:
-            self._selector.register(wake, selectors.EVENT_READ)
-            self._wake = wake
-        return self._listen(seconds)
-
-    def end(self) -> tuple[Report, list[dict[str, Any]]]:
-        """Have everything ended and wait for that; the report, and what was said until then.
+    def end(self) -> Report:
+        """Have everything ended and wait for that.
 
         StreamerError if a process cannot be ended, which only the kernel can bring about.
         """
         with self._stack:
             if self._supervisor is None:
-                return Report(None), []
+                return Report(None)
             self._lifeline.close()
-            if self._wake is not None:
-                self._selector.unregister(self._wake)
+            self._selector.unregister(self._wake)
             # It may have been stopped by what it supervises.
             self._supervisor.send_signal(signal.SIGCONT)
-            messages = self._listen_to_end()
-            report = self._report(self._supervisor.wait())
+            self._wait_for_end(self._supervisor.pid)
+            status = self._supervisor.wait()
+            try:
+                report = Report(**json.loads(self._said))
+            except ValueError:
+                report = Report(None, supervisor_status=status or 1)
             if not report.adopts:
                 end_marked(self._marker)
-            for _ in range(LAST_CHUNKS):
-                if self._silent:
-                    break
-                messages += self._hear()
-            return report, messages
+            read = partial(os.read, self._results, CHUNK_NBYTES)
+            with suppress(BlockingIOError):
+                for data in islice(iter(read, b""), LAST_CHUNKS):
+                    self._take(data)
+            return replace(report, noise=self._reader.garbage)
 
-    def _listen_to_end(self) -> list[dict[str, Any]]:
-        """Wait until the supervisor has ended; what the child said until then."""
+    def _take(self, data: bytes) -> None:
+        for message in self._reader.feed(data):
+            self._hear(message)
+
+    def _wait_for_end(self, pid: int) -> None:
         deadline = time.monotonic() + REAP_SECONDS
-        messages: list[dict[str, Any]] = []
-        while (left := deadline - time.monotonic()) > 0:
-            more, ended = self._listen(left)
-            messages += more
-            if ended:
-                return messages
-        assert self._supervisor is not None
-        raise StreamerError(
-            f"a trial's processes were killed and are still there after {REAP_SECONDS:g} s "
-            f"(supervisor: process {self._supervisor.pid}); no trial can be run beside them"
-        )
-
-    def _listen(self, seconds: float) -> tuple[list[dict[str, Any]], bool]:
-        messages: list[dict[str, Any]] = []
-        for key, _ in self._selector.select(max(0.0, seconds)):
-            if key.fd == self._results:
-                messages += self._hear()
-            elif key.fd == self._report_descriptor:
-                data = os.read(self._report_descriptor, CHUNK_NBYTES)
-                self._said += data
-                self._ended = self._ended or not data
-        return messages, self._ended
+        while not self._ended:
+            if time.monotonic() > deadline:
+                raise StreamerError(
+                    f"a trial's processes were killed and are still there after {REAP_SECONDS:g} s "
+                    f"(supervisor: process {pid}); no trial can be run beside them"
+                )
+            self.wait(deadline - time.monotonic())
 
     def _start(self, request: Mapping[str, Any], max_host_bytes: int | None) -> None:
         enter, closing = self._stack.enter_context, self._stack.callback
-        wanted = tempfile.TemporaryFile()  # noqa: SIM115 - entered here
-        enter(wanted)
-        wanted.write(json.dumps(request).encode())
-        wanted.flush()
         self._results, results_end = os.pipe()
         closing(os.close, self._results)
         with ExitStack() as ours:
             ours.callback(os.close, results_end)
             self._selector = enter(selectors.DefaultSelector())
+            wanted = tempfile.TemporaryFile()  # noqa: SIM115 - entered here
+            enter(wanted)
+            wanted.write(json.dumps({**request, "results": results_end}, default=_as_json).encode())
+            wanted.seek(0)
             kept = (wanted.fileno(), results_end)
             # -P: the folder of this script is no place to import from.
-            script = str(HERE / "child.py")
-            command = [sys.executable, "-P", script, *(str(descriptor) for descriptor in kept)]
+            command = [sys.executable, "-P", str(CHILD), str(wanted.fileno())]
             orders = {
                 "command": command,
                 "parent": os.getpid(),
@@ -159,7 +161,7 @@ class CandidateProcess:
                 "max_host_bytes": max_host_bytes,
             }
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(HERE / "supervisor.py"), json.dumps(orders)],
+                [sys.executable, "-I", "-S", supervisor.__file__, json.dumps(orders)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=kept,
@@ -169,30 +171,21 @@ class CandidateProcess:
         assert self._supervisor.stdin is not None
         assert self._supervisor.stdout is not None
         self._lifeline = enter(self._supervisor.stdin)
-        self._report_descriptor = enter(self._supervisor.stdout).fileno()
-        for descriptor in (self._results, self._report_descriptor):
-            os.set_blocking(descriptor, False)
+        enter(self._supervisor.stdout)
+        os.set_blocking(self._results, False)
+        for descriptor in (self._results, self._supervisor.stdout.fileno(), self._wake):
             self._selector.register(descriptor, selectors.EVENT_READ)
 
-    def _hear(self) -> list[dict[str, Any]]:
-        """What the child has said, from one read."""
-        try:
-            data = os.read(self._results, CHUNK_NBYTES)
-        except BlockingIOError:
-            self._silent = True
-            return []
-        if not data:
-            self._silent = True
-            with suppress(KeyError):
-                self._selector.unregister(self._results)
-        return self._reader.feed(data)
 
-    def _report(self, status: int) -> Report:
-        try:
-            report = json.loads(self._said)
-        except ValueError:
-            return Report(None, supervisor_status=status or 1)
-        return Report(**report, supervisor_status=0)
+def child_request(module: str, **request: Any) -> dict[str, Any]:
+    """What child.py is to have ``module.main`` do, where modules are found as they are here."""
+    paths = [entry for entry in sys.path if isinstance(entry, str)]
+    return {"module": module, "argv": sys.argv, "sys_path": paths, **request}
+
+
+def _as_json(value: Any) -> dict[str, Any]:
+    """A dataclass in a request. (asdict would copy a model's tables.)"""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def end_marked(marker: str) -> None:
@@ -201,39 +194,14 @@ def end_marked(marker: str) -> None:
     deadline = time.monotonic() + REAP_SECONDS
     looks = 0
     while looks < LOOKS and time.monotonic() < deadline:
-        found = _marked(wanted)
+        found = [pid for pid in supervisor.process_ids() if _is_marked(wanted, pid)]
         # One look can miss a process: its environment is empty for a moment while it starts.
         looks = 0 if found else looks + 1
         for pid in found:
-            with suppress(ProcessLookupError, PermissionError):
-                _kill_marked(pid, wanted)
+            supervisor.refuses(pid, signal.SIGKILL, partial(_is_marked, wanted))
         if not found:
             time.sleep(LOOK_SECONDS)
 
 
-def _kill_marked(pid: int, wanted: bytes) -> None:
-    """Not another process that has got the id meanwhile."""
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        raise
-    except (OSError, AttributeError):  # an older kernel, a sandbox; not Linux
-        os.kill(pid, signal.SIGKILL)
-        return
-    try:
-        if _is_marked(pid, wanted):
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-    finally:
-        os.close(handle)
-
-
-def _marked(wanted: bytes) -> list[int]:
-    pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
-    return [pid for pid in pids if _is_marked(pid, wanted)]
-
-
-def _is_marked(pid: int, wanted: bytes) -> bool:
-    try:
-        return wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
+def _is_marked(wanted: bytes, pid: int) -> bool:
+    return wanted in supervisor.read_proc(f"{pid}/environ").split(b"\0")

@@ -6,14 +6,13 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
+from ...measuring.footprint import io_counters
 from ...transport.tasks import join_all, start_thread
 
 LOOK_SECONDS = 1.0
 LEAST_NBYTES = 1 << 16
 """To look takes some bytes, too."""
-IO_COUNTERS = Path("/proc/self/io")
 
 
 @contextmanager
@@ -48,8 +47,6 @@ def telling_of_progress(
 def work_done() -> int:
     """Bytes that were read or came as pages, so far: a process that hangs gets neither."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    read = 0
-    with suppress(OSError, ValueError):
-        pairs = (line.split(": ") for line in IO_COUNTERS.read_text().splitlines())
-        read = sum(int(value) for name, value in pairs if name in ("rchar", "read_bytes"))
+    counters = io_counters()
+    read = counters.get("rchar", 0) + counters.get("read_bytes", 0)
     return read + resource.getpagesize() * (usage.ru_minflt + usage.ru_majflt)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
-Settings = Mapping[str, int | str | None]
-"""A candidate: keyword arguments of the streamer. JSON values alone."""
+Choice = Mapping[str, int | str | None]
+"""What a candidate is: keyword arguments of the streamer. JSON values alone."""
 
 CacheState = Literal["warm", "cold"]
 """The page cache before every measured run: holding the checkpoint's files, or nothing of them."""
@@ -47,14 +47,24 @@ class TrialSpec:
 
     model: Mapping[str, object]
     """Either {"path": checkpoint} or the published constructor's model arguments."""
-    settings: Settings
+    settings: Choice
     setup_fn: FunctionName | None
     """None: a synthetic load of ``tokens`` vectors a layer."""
     on_copy: FunctionName | None = None
     """The streamer's ``on_copy``."""
     engine: str | None = None
-    """Dotted name of a module that opens what is measured, in place of LayerStreamer and setup_fn:
-    see :mod:`.engine`."""
+    """Dotted name of a module that opens what is measured, in place of LayerStreamer and setup_fn.
+
+    A name is no import: the tuner knows nothing of engines, and its own process, which opens no
+    device, never loads one. The processes that need it import the module, which has
+
+    * ``plan_engines(path, candidates, **options)``: by candidate, the options of
+      ``LayerStreamer.from_checkpoint`` that an engine with these settings would stream with, or a
+      line that says why there can be none; nothing is opened;
+    * ``open_workload(path, alive=, **options)``: an engine, opened. It has its ``streamer``, and
+      ``run()``, which does a piece of work and returns the seconds of its parts by their names.
+      ``alive()`` is to be called now and then, so that a long run is not taken for one that hangs.
+    """
     tokens: int = 1
     n_runs: int = 4
     """Runs of which the first is discarded."""
@@ -85,7 +95,7 @@ class TrialLimits:
 class TrialRecord:
     """What became of one candidate."""
 
-    settings: Settings
+    settings: Choice
     ending: Ending
     detail: str = ""
     """First a line that says it all: an error, a signal's name, the limit that was passed, why it

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any
@@ -29,14 +29,9 @@ class EndOfImport(BaseException):
     """A script that is imported in a trial's child has come to tune()."""
 
 
-def in_child() -> bool:
-    """True in the processes of a trial, which never tune."""
-    return TRIAL_VARIABLE in os.environ
-
-
 def end_import_in_child() -> None:
     """What ``tune()`` calls first. In a child it ends the script's import where it stands."""
-    if in_child():
+    if TRIAL_VARIABLE in os.environ:
         raise EndOfImport("tune() was called in a trial: a trial does not tune")
 
 
@@ -46,8 +41,15 @@ def name_function(function: Callable[..., Any], option: str = "setup_fn") -> Fun
     ConfigError for a lambda, a function inside another, a method of an instance, whatever else its
     module does not have under its name, and for a __main__ that is no file (a prompt, -c, stdin).
     """
-    module, qualname = _own_names(function, option)
-    _check_reachable(function, module, qualname, option)
+    module = getattr(function, "__module__", None)
+    qualname = getattr(function, "__qualname__", None)
+    if not callable(function) or not isinstance(module, str) or not isinstance(qualname, str):
+        raise ConfigError(f"{option}={function!r}: must be a function that its module has by name")
+    if (reason := _why_not(function, module, qualname)) is not None:
+        raise ConfigError(
+            f"{option}={qualname}: {reason}, so a fresh process cannot import it; "
+            "define it with def at the top of a module"
+        )
     found = sys.modules[module]
     file = getattr(found, "__file__", None)
     if not isinstance(file, str) or not Path(file).is_file():
@@ -78,37 +80,22 @@ def load_function(name: FunctionName) -> Callable[..., Any]:
     return function
 
 
-def _own_names(function: object, option: str) -> tuple[str, str]:
-    module = getattr(function, "__module__", None)
-    qualname = getattr(function, "__qualname__", None)
-    if not callable(function) or not isinstance(module, str) or not isinstance(qualname, str):
-        raise ConfigError(f"{option}={function!r}: must be a function that its module has by name")
+def _why_not(function: object, module: str, qualname: str) -> str | None:
+    """Why a fresh process cannot import it; None if it can."""
     for part, kind in (("<lambda>", "a lambda"), ("<locals>", "defined inside a function")):
         if part in qualname.split("."):
-            raise ConfigError(
-                f"{option}={qualname}: is {kind}, which a fresh process cannot import; "
-                "define it with def at the top of a module"
-            )
-    return module, qualname
-
-
-def _check_reachable(function: object, module: str, qualname: str, option: str) -> None:
+            return f"is {kind}"
     found: object = sys.modules.get(module)
     for part in qualname.split("."):
         found = getattr(found, part, None)
     of_class = isinstance(found, MethodType) and found == function
     if found is function or of_class:
-        return
+        return None
     if found is None:
-        reason = f"module {module!r} has nothing of that name"
-    elif isinstance(function, MethodType):
-        reason = "is a method of an instance"
-    else:
-        reason = f"{module}.{qualname} is something else by now (decorated, or defined again)"
-    raise ConfigError(
-        f"{option}={qualname}: {reason}, so a fresh process cannot import it; "
-        "define it with def at the top of a module"
-    )
+        return f"module {module!r} has nothing of that name"
+    if isinstance(function, MethodType):
+        return "is a method of an instance"
+    return f"{module}.{qualname} is something else by now (decorated, or defined again)"
 
 
 def _load_module(name: FunctionName) -> ModuleType:
@@ -117,10 +104,14 @@ def _load_module(name: FunctionName) -> ModuleType:
     # A script is run once, however many of its functions are asked for: they share its globals.
     if loaded is not None and (not is_script or loaded.__file__ == name.file):
         return loaded
-    spec = _script_spec(name.file) if is_script else importlib.util.find_spec(name.module)
+    if is_script:  # whatever its name ends with
+        loader = SourceFileLoader(SCRIPT, name.file)
+        spec = spec_from_file_location(SCRIPT, name.file, loader=loader)
+    else:
+        spec = find_spec(name.module)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{name.option}={name.qualname}: no module {name.module!r} is found")
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     sys.modules[spec.name] = module
     if is_script:
         _kept.append(sys.modules["__main__"])
@@ -129,8 +120,3 @@ def _load_module(name: FunctionName) -> ModuleType:
     with suppress(EndOfImport):
         spec.loader.exec_module(module)
     return module
-
-
-def _script_spec(file: str) -> ModuleSpec | None:
-    loader = SourceFileLoader(SCRIPT, file)
-    return importlib.util.spec_from_file_location(SCRIPT, file, loader=loader)

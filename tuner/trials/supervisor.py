@@ -1,7 +1,7 @@
 """The parent of a candidate's process: keeps it within its memory, leaves nothing of it behind.
 
 A script of its own, started by path with ``python -I -S``, on the standard library alone, so that
-it starts in no time and nothing of the user's runs in it. One argument: :class:`Orders` as JSON.
+it starts in no time and nothing of the user's runs in it. One argument: Supervisor's, as JSON.
 Stdin is the pipe whose closing ends the trial; stdout takes one line of JSON when all has ended.
 
 On Linux every descendant of the candidate ends up as this process's child (it is their subreaper),
@@ -18,9 +18,10 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 TICK_SECONDS = 0.05
 """Between two looks at processes and memory."""
@@ -35,26 +36,22 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 OOM_FIRST = "1000"
 """oom_score_adj of what the kernel is to kill first when memory runs out."""
 CANNOT_START = 127
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Signals that end the trial as the closing of the pipe does."""
-
-
-class Orders(TypedDict):
-    """What the parent wants."""
-
-    command: list[str]
-    parent: int
-    """Its process id: if that is not our parent any more, it has ended."""
-    descriptors: list[int]
-    """That the candidate keeps."""
-    max_host_bytes: int | None
+ENDING = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))
+"""Signals that end the trial as the closing of the pipe does. (Windows imports this, no more.)"""
 
 
 class Supervisor:
-    """One candidate from start to end. Thread rules: one thread."""
+    """One candidate from start to end. Thread rules: one thread.
 
-    def __init__(self, orders: Orders) -> None:
-        self._orders = orders
+    ``parent``: its process id; if that is not our parent any more, it has ended. ``descriptors``:
+    those that the candidate keeps.
+    """
+
+    def __init__(
+        self, command: list[str], parent: int, descriptors: list[int], max_host_bytes: int | None
+    ) -> None:
+        self._parent = parent
+        self._most = max_host_bytes
         self._peak = 0
         self._passed: int | None = None
         self._status: int | None = None
@@ -68,13 +65,12 @@ class Supervisor:
         # An inherited "ignore" would have the kernel reap for us and lose what became of it.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._adopts = _prctl(PR_SET_CHILD_SUBREAPER, 1)
-        if os.getppid() != orders["parent"]:
+        if os.getppid() != parent:
             sys.exit(CANNOT_START)  # it ended while this process started
         self._output, write_end = os.pipe()
         os.set_blocking(self._output, False)
-        self._child = _start(orders, write_end)
-        os.close(write_end)
-        for descriptor in orders["descriptors"]:
+        self._child = _start(command, descriptors, write_end)
+        for descriptor in (write_end, *descriptors):
             os.close(descriptor)
 
     def run(self) -> dict[str, Any]:
@@ -101,7 +97,7 @@ class Supervisor:
         ready, _, _ = select.select([0, *open_output], [], [], TICK_SECONDS)
         if self._output in ready:
             self._drain()
-        if 0 in ready or self._asked_to_end or os.getppid() != self._orders["parent"]:
+        if 0 in ready or self._asked_to_end or os.getppid() != self._parent:
             return True
         self._reap()
         return self._status is not None or self._too_large()
@@ -131,22 +127,21 @@ class Supervisor:
             self._next_scan = now + max(SCAN_SECONDS, (now - begin) / SCAN_SHARE)
         total = sum(_resident(pid) for pid in self._known)
         self._peak = max(self._peak, total)
-        most = self._orders["max_host_bytes"]
-        if most is not None and total > most:
+        if self._most is not None and total > self._most:
             self._passed = total
         return self._passed is not None
 
     def _end_all(self) -> None:
         """Kill until no descendant is left."""
         if self._status is None:
-            _refuses(self._child, signal.SIGKILL)  # what it costs the machine ends here
+            refuses(self._child, signal.SIGKILL)  # what it costs the machine ends here
         if sys.platform != "linux" and hasattr(os, "killpg"):
-            _refuses(-self._child, signal.SIGKILL)
+            refuses(-self._child, signal.SIGKILL)
         pause = 0.001
         while self._reap():
             found = _freeze() if sys.platform == "linux" else {self._child}
             # In a list: every one is to be tried.
-            if found and all([_refuses(pid, signal.SIGKILL) for pid in found]):
+            if found and all([refuses(pid, signal.SIGKILL) for pid in found]):
                 return  # all are another user's by now
             self._drain()
             time.sleep(pause)
@@ -168,7 +163,7 @@ class Supervisor:
         self._asked_to_end = True
 
 
-def _start(orders: Orders, output: int) -> int:
+def _start(command: list[str], descriptors: list[int], output: int) -> int:
     """Start the candidate in a session of its own; its process id."""
     supervisor = os.getpid()
     pid = os.fork()
@@ -182,14 +177,14 @@ def _start(orders: Orders, output: int) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        for descriptor in orders["descriptors"]:
+        for descriptor in descriptors:
             os.set_inheritable(descriptor, True)
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(OOM_FIRST)
         if os.getppid() == supervisor:
-            os.execv(orders["command"][0], orders["command"])
+            os.execv(command[0], command)
     except BaseException as error:
-        os.write(2, f"cannot start {orders['command'][0]}: {error}\n".encode())
+        os.write(2, f"cannot start {command[0]}: {error}\n".encode())
     finally:
         os._exit(CANNOT_START)
 
@@ -202,19 +197,16 @@ def _freeze() -> set[int]:
         if not new:
             break
         for pid in new:
-            _refuses(pid, signal.SIGSTOP)
+            refuses(pid, signal.SIGSTOP)
         frozen |= new
     return frozen
 
 
 def _descendants() -> set[int]:
     """Process ids of all that descend from this process."""
-    children: dict[int, list[int]] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdecimal():
-            parent = _parent(entry.name)
-            if parent is not None:
-                children.setdefault(parent, []).append(int(entry.name))
+    children: dict[int | None, list[int]] = {}
+    for pid in process_ids():
+        children.setdefault(_parent(pid), []).append(pid)
     found, new = set[int](), children.get(os.getpid(), [])
     while new:
         found.update(new)
@@ -222,36 +214,42 @@ def _descendants() -> set[int]:
     return found
 
 
-def _parent(pid: str) -> int | None:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
+def process_ids() -> list[int]:
+    """Of all that there are; none where that is not told."""
+    entries = os.scandir("/proc") if Path("/proc").is_dir() else ()
+    return [int(entry.name) for entry in entries if entry.name.isdecimal()]
+
+
+def _parent(pid: int) -> int | None:
     # The name, in brackets, may hold anything.
-    return int(text.rpartition(b")")[2].split()[1])
+    after = read_proc(f"{pid}/stat").rpartition(b")")[2].split()
+    return int(after[1]) if after else None
 
 
 def _resident(pid: int) -> int:
     """Resident bytes of a process but for the pages of files that it maps."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()
-    except OSError:
-        return 0
+    lines = read_proc(f"{pid}/status").splitlines()
     kinds = (b"RssAnon:", b"RssShmem:")
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kinds))
 
 
 def _oom_kills() -> int:
     """How often the kernel has killed for want of memory."""
+    lines = read_proc("vmstat").splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(b"oom_kill "))
+
+
+def read_proc(name: str) -> bytes:
+    """What is there to read below /proc; nothing of a process that has gone."""
     try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
+        return Path("/proc", name).read_bytes()
     except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+        return b""
 
 
-def _refuses(pid: int, number: int) -> bool:
-    """Send a signal to a descendant or a group; True if that is not allowed: another user's."""
+def refuses(pid: int, number: int, is_ours: Callable[[int], bool] | None = None) -> bool:
+    """Send a signal to a process that ``is_ours``, by default a descendant, or to a group; True if
+    that is not allowed: another user's."""
     try:
         handle = os.pidfd_open(pid) if pid > 0 and hasattr(os, "pidfd_open") else -1
     except ProcessLookupError:
@@ -261,7 +259,7 @@ def _refuses(pid: int, number: int) -> bool:
     try:
         if handle < 0:
             os.kill(pid, number)
-        elif _is_ours(pid):  # not another process that has got the id meanwhile
+        elif (is_ours or _descends)(pid):  # not another process that has got the id meanwhile
             signal.pidfd_send_signal(handle, number)
     except (ProcessLookupError, PermissionError) as error:
         return isinstance(error, PermissionError)
@@ -271,11 +269,11 @@ def _refuses(pid: int, number: int) -> bool:
     return False
 
 
-def _is_ours(pid: int) -> bool:
+def _descends(pid: int) -> bool:
     """True if the process that has the id now descends from this one."""
     ancestor: int | None = pid
     while ancestor is not None and ancestor > 1 and ancestor != os.getpid():
-        ancestor = _parent(str(ancestor))
+        ancestor = _parent(ancestor)
     return ancestor == os.getpid()
 
 
@@ -286,15 +284,11 @@ def _prctl(option: int, value: int) -> bool:
     return bool(ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0) == 0)
 
 
-def main() -> int:
-    supervisor = Supervisor(json.loads(sys.argv[1]))
-    report = json.dumps(supervisor.run()).encode() + b"\n"
-    try:
-        os.write(1, report)
-    except OSError:
-        return 1  # the parent has gone
-    return 0
+def main() -> None:
+    report = json.dumps(Supervisor(**json.loads(sys.argv[1])).run())
+    with suppress(OSError):  # the parent may have gone
+        os.write(1, report.encode() + b"\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

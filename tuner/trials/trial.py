@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
 
-from ...errors import ConfigError, StreamerError
-from ...transport.stage import Bell
-from ...transport.tasks import start_thread
+from ...errors import StreamerError
+from ...transport.tasks import join_all, start_thread
 from .course import Course
 from .outcome import make_record
-from .process import CandidateProcess
+from .process import CandidateProcess, child_request
 from .record import TrialLimits, TrialRecord, TrialSpec
 
 OnEvent = Callable[[str, float], object]
@@ -36,10 +35,14 @@ def run_trial(
     "open", "setup", "cache", "run 1", "sleep", "before run 2", "run 2" and so on. What it raises
     ends the trial and is raised, as is a KeyboardInterrupt: nothing is left running then.
 
-    ConfigError for values that make no trial; StreamerError where there are no such processes, or
-    if one that was killed does not go away. Thread rules: any thread; blocks.
+    StreamerError where there are no such processes, or if one that was killed does not go away.
+    ``spec`` and ``limits`` are made by TuneOptions, which checks them. Thread rules: any thread;
+    blocks.
     """
-    _check(spec, limits)
+    if os.name != "posix":
+        raise StreamerError("a trial needs the processes of Linux, WSL2 or macOS")
+    if not sys.executable:
+        raise StreamerError("a trial needs sys.executable, which this Python does not know")
     task = _Task(spec, limits)
     try:
         return task.run(on_event or (lambda stage, seconds: None))
@@ -59,38 +62,32 @@ class _Task:
     def __init__(self, spec: TrialSpec, limits: TrialLimits) -> None:
         self._spec = spec
         self._limits = limits
-        self._bell = Bell()
-        self._events: deque[tuple[str, float]] = deque()
-        self._record: TrialRecord | None = None
-        self._error: BaseException | None = None
+        self._events: SimpleQueue[tuple[str, float] | None] = SimpleQueue()
+        """None: there comes none any more."""
+        self._found: TrialRecord | BaseException | None = None
         self._over = False
         self._stopped = False
+        self._ended: float | None = None
+        """When what is left of it began to be ended."""
         self._wake, self._waker = os.pipe()
         self._thread = threading.Thread(target=self._work, name="layer-streamer-trial", daemon=True)
 
     def run(self, on_event: OnEvent) -> TrialRecord:
         try:
             start_thread(self._thread)
-            while True:
-                over = self._over  # asked first: the last event comes before it
-                if self._events:
-                    on_event(*self._events.popleft())
-                elif over:
-                    break
-                else:
-                    self._bell.wait()
+            for event in iter(self._events.get, None):
+                on_event(*event)
         finally:
             self._stop()
-        if self._error is not None:
-            raise self._error
-        assert self._record is not None
-        return self._record
+        if isinstance(self._found, BaseException):
+            raise self._found
+        assert self._found is not None
+        return self._found
 
     def close(self) -> None:
         """Give the pipe back, unless the thread may still be looking at it."""
         if self._over or self._thread.ident is None:
-            if self._over:
-                self._thread.join()
+            join_all([self._thread], threading.TIMEOUT_MAX)
             os.close(self._wake)
             os.close(self._waker)
 
@@ -101,7 +98,7 @@ class _Task:
         os.write(self._waker, b"x")
         while self._thread.ident is not None and not self._over:
             try:
-                self._bell.wait()
+                self._events.get()
             except KeyboardInterrupt as again:
                 interrupt = again
         if interrupt is not None:
@@ -110,74 +107,41 @@ class _Task:
     def _work(self) -> None:
         try:
             if not self._stopped:
-                self._record = self._run()
+                self._found = self._run()
         except BaseException as error:
-            self._error = error
+            self._found = error
         finally:
             self._over = True
-            self._bell.ring()
+            self._events.put(None)
 
     def _run(self) -> TrialRecord:
         course = Course(self._limits, time.monotonic(), self._spec.sleep_seconds)
         self._note("start", course)
-        request = {
-            "spec": _as_json(self._spec),
-            "argv": sys.argv,
-            "sys_path": [entry for entry in sys.path if isinstance(entry, str)],
-        }
-        process = CandidateProcess(request, self._limits.max_host_bytes)
+        request = child_request(f"{__package__}.measure", spec=self._spec)
+        hear = partial(self._hear, course)
+        process = CandidateProcess(request, self._limits.max_host_bytes, hear, self._wake)
         try:
             self._follow(process, course)
         finally:
-            ended = time.monotonic()
-            report, late = process.end()
-        for message in late:
-            if not course.over:
-                course.hear(message, ended)
-        return make_record(self._spec.settings, course, report, ended, process.garbage)
+            self._ended = time.monotonic()
+            report = process.end()
+        return make_record(self._spec.settings, course, report, self._ended)
 
     def _follow(self, process: CandidateProcess, course: Course) -> None:
         """Listen until the trial is over: by its own words, the clock, or the supervisor."""
         ended = False
         while not (ended or course.over or self._stopped):
-            wait = course.due().when - time.monotonic()
-            messages, ended = process.wait(self._wake, wait)
-            now = time.monotonic()
-            for message in messages:
-                stage = None if course.over else course.hear(message, now)
-                if stage is not None:
-                    self._note(stage, course)
+            ended = process.wait(course.due().when - time.monotonic())
             due = course.due()
-            if now >= due.when and not ended and not course.over:
+            if time.monotonic() >= due.when and not ended and not course.over:
                 course.verdict = (due.ending, due.detail)
 
+    def _hear(self, course: Course, message: dict[str, Any]) -> None:
+        """Take note of what the child says, unless the trial is over."""
+        if not course.over:
+            stage = course.hear(message, self._ended or time.monotonic())
+            if stage is not None:
+                self._note(stage, course)
+
     def _note(self, stage: str, course: Course) -> None:
-        self._events.append((stage, time.monotonic() - course.began))
-        self._bell.ring()
-
-
-def _as_json(spec: TrialSpec) -> dict[str, object]:
-    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
-    for option in ("setup_fn", "on_copy"):
-        name = values[option]
-        values[option] = None if name is None else asdict(name)
-    return {**values, "model": dict(spec.model), "settings": dict(spec.settings)}
-
-
-def _check(spec: TrialSpec, limits: TrialLimits) -> None:
-    if os.name != "posix":
-        raise StreamerError("a trial needs the processes of Linux, WSL2 or macOS")
-    if not sys.executable:
-        raise StreamerError("a trial needs sys.executable, which this Python does not know")
-    if spec.n_runs < 2:
-        raise ConfigError(f"n_runs={spec.n_runs}: must be at least 2 (the first is discarded)")
-    if spec.tokens < 0:
-        raise ConfigError(f"tokens={spec.tokens}: must be at least 0")
-    if not 0 <= spec.sleep_seconds < math.inf:
-        raise ConfigError(f"sleep_seconds={spec.sleep_seconds}: must be at least 0, and finite")
-    for name in ("trial_seconds", "hang_seconds"):
-        value = getattr(limits, name)
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name}={value}: must be above 0, and finite")
-    if not 0 <= limits.margin < math.inf:
-        raise ConfigError(f"margin={limits.margin}: must be at least 0, and finite")
+        self._events.put((stage, time.monotonic() - course.began))

@@ -11,12 +11,12 @@ from layer_streamer.checkpoint.formats import read_manifest
 from layer_streamer.machine.identity import MachineIdentity
 from layer_streamer.planning.placement import Rates
 from layer_streamer.planning.plan import Machine
-from layer_streamer.tuner.search.predict import Costs
+from layer_streamer.tuner.search.predict import MEMCPY_RATE, Class, Costs, Work
 from layer_streamer.tuner.search.race import Entry, Race
-from layer_streamer.tuner.search.screen import Bounds, Screener
-from layer_streamer.tuner.search.space import Candidate, candidates
+from layer_streamer.tuner.search.screen import Screener
+from layer_streamer.tuner.search.space import Bounds, candidates
 from layer_streamer.tuner.survey import Survey
-from layer_streamer.tuner.trials.record import TrialLimits, TrialRecord, TrialSpec
+from layer_streamer.tuner.trials.record import Choice, TrialLimits, TrialRecord, TrialSpec
 
 GIB = 1 << 30
 MODEL = Path("/nowhere/model")
@@ -84,8 +84,8 @@ def screener(path: Path, found: Machine, bounds: Bounds | None = None) -> Screen
     return Screener(read_manifest(path), found, fixed, bounds or Bounds())
 
 
-def all_candidates(axes: Mapping[str, Sequence[Any]], *, unified: bool) -> list[Candidate]:
-    return list(candidates(axes, unified=unified))
+def all_candidates(axes: Mapping[str, Sequence[Any]], *, unified: bool) -> list[Choice]:
+    return candidates(axes, unified=unified)
 
 
 def run_race(race: Race, costs: Sequence[float], margin: float | None = 0.1) -> list[int]:
@@ -106,7 +106,12 @@ def run_race(race: Race, costs: Sequence[float], margin: float | None = 0.1) -> 
 
 
 def entry(features: Mapping[str, Any], predicted: float, floor: float = 0.0) -> Entry:
-    return Entry(features, lambda costs: predicted, lambda costs: floor)
+    """One whose run takes so many seconds by NO_COSTS, ``floor`` of them, at least, for copies."""
+    memcpy = (predicted - floor) * MEMCPY_RATE
+    return Entry(features, Work(0, memcpy, floor, 0, READS, COPIES, (0, 0, 0), jitter=0))
 
 
-NO_COSTS = Costs("warm", None, True)
+READS: Class = ("read", "direct", 1, 1, False)
+COPIES: Class = ("copy", "pinned", 0, 0, False)
+NO_COSTS = Costs("warm", None, False, {COPIES: 1.0}, compute_seconds=0.0)
+"""A byte is copied in a second; nothing else is known."""
