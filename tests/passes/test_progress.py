@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -19,7 +20,8 @@ from support import in_thread, open_checkpoint
 
 from layer_streamer import LayerStreamer
 from layer_streamer.progress import ProgressBar
-from layer_streamer.tuner.progress import Progress
+from layer_streamer.tuner.options import TuneOptions
+from layer_streamer.tuner.progress import TuneProgress
 
 
 class Stderr(io.StringIO):
@@ -68,7 +70,7 @@ def a_pass_counts_every_layer(streamer: LayerStreamer) -> None:
 
 
 def tune_a_little() -> None:
-    bar = Progress(shown=True)
+    bar = TuneProgress(TuneOptions(), time.monotonic)
     bar.begin(0, 2)
     bar.event("opening", 0.1)
     bar.note("a line")
