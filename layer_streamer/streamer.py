@@ -18,7 +18,7 @@ from .passes.caller import Caller
 from .passes.claims import Claims
 from .passes.inputs import LayerFn
 from .passes.statics import sum_by_device
-from .passes.sweep import Parts, Sweep, run_layers, sweep
+from .passes.sweep import Opened, Sweep, run_layers, sweep
 from .planning.options import DeviceName, MoreOptions, Options, check_names, shows
 from .planning.plan import Plan
 from .planning.settings import Count, Settings, read_count
@@ -103,7 +103,7 @@ class LayerStreamer:
         self._plan, self._memory, self._sizes = pipeline.plan, pipeline.memory, statics.sizes
         self._last_pass: PassReport | None = None
         show = bool(settings.asked["track_progress"])
-        self._parts: Parts | None = Parts(pipeline, Caller(pipeline), statics, Claims(), show)
+        self._parts: Opened | None = Opened(pipeline, Caller(pipeline), statics, Claims(), show)
         pipeline.start()
 
     @property
@@ -231,7 +231,7 @@ class LayerStreamer:
         state = "closed" if self.closed else f"{self.num_layers} layers on {self.device}"
         return f"<LayerStreamer {self.manifest.path} ({state})>"
 
-    def _opened(self) -> Parts:
+    def _opened(self) -> Opened:
         parts = self._parts
         if parts is None:
             raise ClosedError("the streamer is closed")

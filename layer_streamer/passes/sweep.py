@@ -24,7 +24,7 @@ class StoppedError(StreamerError):
     """on_copy raised StopIteration (the cause), which a loop would take for its end."""
 
 
-class Parts(NamedTuple):
+class Opened(NamedTuple):
     """What an open streamer is made of; dropped as one when it is closed."""
 
     pipeline: Pipeline
@@ -37,7 +37,7 @@ class Parts(NamedTuple):
         return self.pipeline.control.closing
 
 
-def sweep(parts: Parts, owner: object, *, guarded: bool) -> Sweep:
+def sweep(parts: Opened, owner: object, *, guarded: bool) -> Sweep:
     """Hand out one pass's layers. ``guarded``: make each layer's device the current one for it.
 
     ``owner``, whose garbage collection closes the parts, lives for as long as the generator does.
@@ -74,7 +74,7 @@ def sweep(parts: Parts, owner: object, *, guarded: bool) -> Sweep:
             bar.close()
 
 
-def run_layers(parts: Parts, owner: object, x: Any, layer_fn: LayerFn) -> Any:
+def run_layers(parts: Opened, owner: object, x: Any, layer_fn: LayerFn) -> Any:
     """One pass of ``layer_fn`` from ``x``; its result, on the first device."""
     devices = [device.torch_device for device in parts.pipeline.devices]
     steps = sweep(parts, owner, guarded=True)
@@ -91,7 +91,7 @@ def run_layers(parts: Parts, owner: object, x: Any, layer_fn: LayerFn) -> Any:
     return move(x, devices[0])
 
 
-def _end(parts: Parts, current: Pass) -> None:
+def _end(parts: Opened, current: Pass) -> None:
     """An unfinished pass is over: start prefetching again, if it is still its turn.
 
     A sweep that is finalized on another thread leaves that to the next pass, which finds out.
