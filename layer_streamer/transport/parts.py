@@ -55,12 +55,14 @@ class Part:
     chunk: int
     """Bytes of ``extents`` that one job reads at most."""
     num_jobs: int
+    ends: tuple[int, ...]
+    """Bytes up to the end of each of ``extents``."""
 
     def job(self, j: int) -> Sequence[Extent]:
         """What its ``j``-th job reads; small extents share one."""
         if self.num_jobs == 1:
             return self.extents
-        ends = list(accumulate(extent.length for extent in self.extents))
+        ends = self.ends
         begin, end = j * self.chunk, min((j + 1) * self.chunk, ends[-1])
         extents = []
         for i in range(bisect_right(ends, begin), len(ends)):
@@ -122,10 +124,11 @@ class Cutter:
 
     def _part(self, group: Sequence[_Placed], copies: tuple[Copy, ...]) -> Part:
         extents = tuple(placed.extent for placed in group)
-        num_jobs = -(-sum(extent.length for extent in extents) // self._chunk)
+        ends = tuple(accumulate(extent.length for extent in extents))
+        num_jobs = -(-ends[-1] // self._chunk) if ends else 0
         copy_nbytes = sum(copy.nbytes for copy in copies)
         whole = self._slot_nbytes is None
-        return Part(extents, copies, copy_nbytes, whole, self._chunk, num_jobs)
+        return Part(extents, copies, copy_nbytes, whole, self._chunk, num_jobs, ends)
 
 
 class _Placed(NamedTuple):
