@@ -39,7 +39,7 @@ def open_limits(
     if any(copied) and not devices[0].unified:
         limits["copy"] = stack.enter_context(closing(RawCopies(devices, copied))).seconds
     # Pages of mapped files that a CPU takes in are not read: nothing is known of how fast it can.
-    mapped = pipeline.lanes[0].memory.residents.mapped
+    mapped = pipeline.residents.mapped
     reads = [read for i, layout in enumerate(layouts) if i not in mapped for read in layout.reads]
     if reads:
         memories = [lane.memory for lane in pipeline.lanes if not lane.memory.through_ring]

@@ -52,7 +52,7 @@ class Caller:
             self.abort()
         self._pipeline.wake()
         for lane in self._lanes:
-            if lane.copier is not None and not lane.device.unified:
+            if lane.copier is not None:
                 lane.copier.avoid(lane.device.current_stream())
         run = self._run()
         self._schedule.clock(run, run.released).start()

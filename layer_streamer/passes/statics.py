@@ -9,8 +9,8 @@ import torch
 from ..checkpoint.manifest import Manifest, TensorSpec
 from ..devices.device import CpuDevice, Device
 from ..planning.layout import Step, cast_dtype, lay_out
+from ..transport.loader import Loader
 from ..transport.mapped import MappedFiles
-from ..transport.residents import Loader
 
 
 class Statics:

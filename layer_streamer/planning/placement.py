@@ -69,15 +69,6 @@ class Slots:
 
 
 @dataclass(frozen=True, slots=True)
-class LaneSlots:
-    """Slots that belong to one device."""
-
-    device: int
-    """How many it has; on a unified device, of the one pool there is."""
-    host: Slots
-
-
-@dataclass(frozen=True, slots=True)
 class Placement:
     """Where every step lives, and the memory that this takes while passes run, bytes.
 
@@ -97,10 +88,6 @@ class Placement:
     """By device: residents, slots and cast slot, without the caller's reserve."""
     host_bytes: int
     """Residents and slots in host memory; 0 on a unified device."""
-
-    def slots_of(self, device_idx: int) -> LaneSlots:
-        """Slots that belong to one device."""
-        return LaneSlots(self.device_slots[device_idx].count, self.host_slots[device_idx])
 
 
 def place(

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from functools import partial
 
-from ..devices.device import Device, Stream
+from ..devices.device import Stream
 from ..planning.options import OnCopy
-from .pool import DeviceSlot, HostPool
-from .schedule import Order, Orders
-from .stage import LaneRun, Post, Stage
-from .target import Target
+from .lane_memory import LaneMemory
+from .pool import DeviceSlot, Source
+from .stage import LaneRun, Post, Run, Stage
 
 
 class Listener:
@@ -46,21 +45,17 @@ class Listener:
 class Memcpy(Stage):
     """Moves steps from pageable to pinned slots."""
 
-    def __init__(self, post: Post, order: Order, source: HostPool, target: HostPool) -> None:
+    def __init__(self, post: Post, memory: LaneMemory) -> None:
         super().__init__("layer-streamer-memcpy", post)
-        self._order = order
-        self._source = source
-        self._target = target
+        self._order = memory.orders.read
+        self._source, self._target = memory.host_pools
 
     def process(self, lane_run: LaneRun) -> None:
         run, n = lane_run.run, 0
         while self.await_source(lane_run, n) and self.await_slot(lane_run, n):
             number = self._order.number(n)
             if number not in run.failures:
-                try:
-                    self._move(lane_run, n, number)
-                except BaseException as error:
-                    run.fail(number, error)
+                run.attempt(number, partial(self._move, lane_run, n, number))
             lane_run.staged.advance()
             self.source_bell.ring()
             self.target_bell.ring()
@@ -99,28 +94,24 @@ class Memcpy(Stage):
 
 
 class Copier(Stage):
-    """Enqueues every step's copies on its own stream and records when they are done."""
+    """Enqueues every step's copies on its own stream and records when they are done.
 
-    def __init__(
-        self,
-        post: Post,
-        orders: Orders,
-        device: Device,
-        target: Target,
-        slots: Sequence[DeviceSlot],
-        on_copy: OnCopy | None,
-    ) -> None:
+    On a CPU, where a step is used in the slot that it was read into, tensors that are misaligned
+    for their dtype are copied to their place in that slot.
+    """
+
+    def __init__(self, post: Post, memory: LaneMemory, on_copy: OnCopy | None) -> None:
         super().__init__("layer-streamer-copy", post)
-        self.stream = device.new_stream()
-        self.slots = slots
+        self._memory = memory
+        self._orders = memory.orders
+        self._pool = memory.pool
+        self._device = memory.device
         self._on_copy = on_copy
+        self.stream = memory.device.new_stream()
         self._next_stream: Stream | None = None
-        self._orders = orders
-        self._device = device
-        self._target = target
         # Slots come from the constructing thread's stream, where their memory may still be in use.
-        self._allocated = device.new_event()
-        self._allocated.record(device.current_stream())
+        self._allocated = memory.device.new_event()
+        self._allocated.record(memory.device.current_stream())
 
     def prepare(self) -> None:
         self._device.use_in_this_thread(self.stream)
@@ -142,13 +133,13 @@ class Copier(Stage):
                 self._next_stream = fresh
 
     def process(self, lane_run: LaneRun) -> None:
-        n = 0
-        while self.await_source(lane_run, n) and self._target.await_slot(self, lane_run, n):
+        run, n = lane_run.run, 0
+        while self.await_source(lane_run, n) and self.await_slot(lane_run, n):
             number = self._orders.copied.number(n)
-            self._attempt(self._begin, lane_run, n, number)
+            run.attempt(number, partial(self._begin, lane_run, n, number))
             if not self._take_reads(lane_run, n, number):
                 return
-            self._attempt(self._end, lane_run, n, number)
+            run.attempt(number, partial(self._end, run, n, number))
             lane_run.copied.advance()
             self.target_bell.ring()
             n += 1
@@ -161,9 +152,24 @@ class Copier(Stage):
         first = self._orders.read.before(number)
         return self.await_true(lane_run.run, lambda: lane_run.staged.out > first)
 
+    def await_slot(self, lane_run: LaneRun, n: int) -> bool:
+        """Wait until the caller has given the last step in this slot back."""
+        released, count = self._orders.released, self._pool.count
+        return self.await_true(lane_run.run, lambda: released(lane_run) > n - count)
+
     def await_part(self, lane_run: LaneRun, k: int) -> bool:
         """Wait until one more part of the step has been handed on, the lane's ``k``-th."""
         return self.await_true(lane_run.run, lambda: lane_run.staged.out > k)
+
+    def _begin(self, lane_run: LaneRun, n: int, number: int) -> None:
+        if self._next_stream is not None:
+            self._change_stream(self._next_stream)
+        run = lane_run.run
+        if not self._memory.in_place:
+            in_use = n + 1 - self._orders.released(lane_run)
+            self._schedule.note_peak(run, number, self._orders.copied, self._pool.name, in_use)
+        self._slot(n).order_after_uses(self.stream)
+        self._schedule.clock(run, number).begin_copy(self._schedule.index(number), self.stream)
 
     def _take_reads(self, lane_run: LaneRun, n: int, number: int) -> bool:
         """Enqueue what comes from disk, part by part; False once the run is over.
@@ -171,50 +177,50 @@ class Copier(Stage):
         What has failed is counted as well: its host slots are free again.
         """
         run, read = lane_run.run, self._orders.read
-        index, clock = self._schedule.index(number), self._schedule.clock(run, number)
         first = read.before(number)
         for k in range(first, read.before(number + 1)):
             if k > first and not self.await_part(lane_run, k):
                 return False
             if number not in run.failures:
-                try:
-                    self._target.enqueue_read(n, k, index, clock, self.stream)
-                except BaseException as error:
-                    run.fail(number, error)
+                run.attempt(number, partial(self._copy_part, run, n, number, k))
             lane_run.enqueued = k + 1
             self.source_bell.ring()
         return True
 
-    def _attempt(
-        self, work: Callable[[LaneRun, int, int], None], lane_run: LaneRun, n: int, number: int
-    ) -> None:
-        """Do something for a step; an error is what its pass is to raise."""
+    def _copy_part(self, run: Run, n: int, number: int, k: int) -> None:
+        """The host slot that it comes from is in use until its copies have run."""
+        pool, part = self._memory.host_pools[-1], self._memory.parts[k]
+        slot, whole = k % pool.count, not self._memory.through_ring
+        if not whole:
+            clock = self._schedule.clock(run, number)
+            index = self._schedule.index(number)
+            pool.copy_begins(slot, part.copy_nbytes, index, clock, self.stream)
         try:
-            work(lane_run, n, number)
-        except BaseException as error:
-            lane_run.run.fail(number, error)
+            self._copy(pool.source(slot, part, kept=whole), n, kept=whole)
+        finally:
+            pool.copy_enqueued(slot, self.stream)
 
-    def _begin(self, lane_run: LaneRun, n: int, number: int) -> None:
-        if self._next_stream is not None:
-            self._change_stream(self._next_stream)
-        run, index = lane_run.run, self._schedule.index(number)
-        if self._target.pool_name is not None:
-            in_use = n + 1 - self._orders.released(lane_run)
-            self._schedule.note_peak(
-                run, number, self._orders.copied, self._target.pool_name, in_use
-            )
-        self._target.order_slot(n, self.stream)
-        self._schedule.clock(run, number).begin_copy(index, self.stream)
+    def _copy(self, source: Source, n: int, *, kept: bool) -> None:
+        targets = self._slot(n).parts(source.copies, kept=kept)
+        for dst, src in zip(targets, source.parts, strict=True):
+            if source.pinned:
+                self._device.copy_pinned(dst, src, self.stream)
+            else:
+                self._device.copy(dst, src)
 
-    def _end(self, lane_run: LaneRun, n: int, number: int) -> None:
-        run, index = lane_run.run, self._schedule.index(number)
+    def _end(self, run: Run, n: int, number: int) -> None:
+        index = self._schedule.index(number)
         if number not in run.failures:
-            if index not in self._orders.read:
-                self._target.enqueue(n, index, self.stream)
+            source = self._memory.residents.sources.get(index)
+            if source is not None:
+                self._copy(source, n, kept=True)
             if self._on_copy is not None:
                 self._on_copy(self._schedule.steps[index].layer_idx, self.stream)
         self._schedule.clock(run, number).copy_end[index].record(self.stream)
-        self.slots[n % len(self.slots)].ready.record(self.stream)
+        self._slot(n).ready.record(self.stream)
+
+    def _slot(self, n: int) -> DeviceSlot:
+        return self._pool.slots[n % self._pool.count]
 
     def _change_stream(self, fresh: Stream) -> None:
         moved = self._device.new_event()

@@ -9,7 +9,6 @@ from .lane_memory import LaneMemory
 from .reader import Feeder, Reader
 from .schedule import Schedule
 from .stage import Bell, Control, LaneRun, Post, Progress, Run, Stage
-from .target import DeviceTarget, UnifiedTarget
 
 
 class Lane:
@@ -34,7 +33,7 @@ class Lane:
         control, caller_bell = ends
         orders, on_copy = memory.orders, settings.asked["on_copy"]
         moves = any(orders.layouts[i].copies for i in orders.copied.indices)
-        idle = memory.device.unified and on_copy is None and not moves
+        idle = memory.in_place and on_copy is None and not moves
         there = {
             "feed": orders.read.count > 0,
             "memcpy": len(memory.host_pools) == 2,
@@ -51,19 +50,17 @@ class Lane:
         self.stages: list[Stage] = []
         """In the order that steps pass through them."""
         if "memcpy" in posts:
-            self.stages.append(Memcpy(posts["memcpy"], orders.read, *memory.host_pools))
+            self.stages.append(Memcpy(posts["memcpy"], memory))
         if "copy" in posts:
-            self.copier = _build_copier(posts["copy"], memory, settings)
+            self.copier = Copier(posts["copy"], memory, on_copy)
             self.stages.append(self.copier)
         if "feed" in posts:
-            post, pool = posts["feed"], memory.host_pools[0]
-            slots = pool.arena.bytes
-            self.reader = Reader(post, memory.parts, files, slots, memory.residents)
-            feeder = Feeder(post, memory, self.reader, tuple(self.stages))
+            self.reader = Reader(posts["feed"], memory, files)
+            feeder = Feeder(posts["feed"], memory, self.reader, tuple(self.stages))
             self.stages.insert(0, feeder)
         self.filler_bell = bells[1] if posts else bells[0]
         """Rung when the caller gives a slot back: of the stage that fills it."""
-        if self.copier is not None and not memory.device.unified:
+        if self.copier is not None and not memory.in_place:
             self.filler_bell = self.copier.bell
 
     def new_run(self, run: Run) -> LaneRun:
@@ -91,21 +88,3 @@ class Lane:
             if self.copier is not None:
                 self.copier.stream.synchronize()
             self.memory.wait_unused()
-
-
-def _build_copier(post: Post, memory: LaneMemory, settings: Settings) -> Copier:
-    device, pools = memory.device, memory.host_pools
-    target = (
-        UnifiedTarget(memory.orders, pools[0])
-        if device.unified
-        else DeviceTarget(
-            memory.orders,
-            memory.parts,
-            memory.residents.sources,
-            pools[-1] if pools else None,
-            memory.pool,
-            device,
-        )
-    )
-    slots, on_copy = memory.pool.slots, settings.asked["on_copy"]
-    return Copier(post, memory.orders, device, target, slots, on_copy)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Mapping, Sequence
 
 from ..devices.device import Device, Stream
 from ..planning.batches import plan_batches
 from ..planning.layout import Layout
-from ..planning.placement import LaneSlots
+from ..planning.placement import Placement, Slots
 from ..planning.settings import Settings
 from .memory import HostArena, allocate, device_slots
 from .parts import Cutter, Parts
 from .pool import DevicePool, DeviceSlot, HostPool, Scratch
 from .residents import Residents
 from .schedule import Order, Orders
+from .stage import LaneRun
 from .weights import Weights
 
 
 class LaneMemory:
-    """Slots of one device, and what is resident there.
+    """Slots of one device, and which of its steps go through them.
+
+    On a CPU a step is used in the slot that it is read into (``in_place``): one pool holds as many
+    layers ahead as three would, and no byte moves twice.
 
     Ownership: built and freed by the pipeline; its stages own what the pools' classes say; the
     caller's thread alone calls :meth:`weights_of`, :meth:`release` and :meth:`start_over`.
@@ -28,55 +30,63 @@ class LaneMemory:
 
     def __init__(
         self,
+        lane_idx: int,
         device: Device,
         layouts: Sequence[Layout],
-        indices: Sequence[int],
         residents: Residents,
         settings: Settings,
-        slots: LaneSlots,
+        placement: Placement,
     ) -> None:
-        """``indices``: the device's steps."""
         self.device = device
+        self.in_place = device.unified
         self.residents = residents
         # What stays on the device passes through the copier all the same if somebody listens.
-        passes = [i for i in indices if i not in residents.weights or settings.asked["on_copy"]]
-        read = [i for i in passes if i not in residents.weights and i not in residents.sources]
-        copied = Order(passes, len(layouts))
-        in_slots = passes if device.unified else read
-        self.through_ring = settings.through_ring and not device.unified
-        room = slots.host.nbytes if self.through_ring else None
+        passes = [
+            i
+            for i, owner in enumerate(placement.devices)
+            if owner == lane_idx and (i not in residents.weights or settings.asked["on_copy"])
+        ]
+        read = passes if self.in_place else [i for i in passes if layouts[i].reads]
+        self.through_ring = settings.through_ring and not self.in_place
+        room = placement.host_slots[lane_idx].nbytes if self.through_ring else None
         chunk = room or settings.chunk_nbytes  # a ring's part is one job
         cutter = Cutter(room, chunk, aligned=settings.read_mode == "direct")
-        self.parts = Parts(layouts, in_slots, cutter)
-        self.orders = Orders(tuple(layouts), copied, self.parts.order)
+        self.parts = Parts(layouts, read, cutter)
+        self.orders = Orders(tuple(layouts), Order(passes, len(layouts)), self.parts.order)
+        planned = placement.device_slots[lane_idx], placement.host_slots[lane_idx]
+        slots = self._plan_slots(*planned, settings.host_slots)
+        counts = {name: some.count for name, some in slots.items()}
+        self.batches = plan_batches(settings, counts, unified=self.in_place)
+        # Pools of several devices stand in one report.
+        prefix = f"{lane_idx} " if len(placement.device_slots) > 1 else ""
+        self.slot_counts = {prefix + name: count for name, count in counts.items()}
+        """Slots by pool."""
         self.host_pools: list[HostPool] = []
+        """In the order that layers pass through them."""
         self.scratch: Scratch | None = None
         try:
-            self._build_pools(slots, settings)
+            self._build_pools(slots, prefix, settings.num_readers)
         except BaseException:
             self.free()
             raise
-        self.batches = plan_batches(settings, self.slot_counts, unified=device.unified)
-
-    @property
-    def slot_counts(self) -> dict[str, int]:
-        """Slots by pool."""
-        counts = {pool.name: pool.count for pool in self.host_pools}
-        if self.pool.count:
-            counts[self.pool.name] = self.pool.count
-        return counts
 
     @property
     def device_nbytes(self) -> int:
         """Bytes of device memory that the slots take."""
         scratch = self.scratch.memory.nbytes if self.scratch is not None else 0
-        return scratch + (0 if self.device.unified else self.pool.nbytes)
+        return scratch + (0 if self.in_place else self.pool.nbytes)
 
     @property
     def passes_ahead(self) -> int:
         """Passes that prefetch can reach beyond the one that runs."""
         slots = sum(self.slot_counts.values())
         return -(-slots // self.orders.copied.count) if self.orders.copied.count else 0
+
+    def num_emptied(self, lane_run: LaneRun) -> int:
+        """How many parts from disk have been taken out of the first host pool."""
+        if self.in_place:
+            return self.orders.released(lane_run)
+        return lane_run.staged.done if len(self.host_pools) == 2 else lane_run.enqueued
 
     def weights_of(self, index: int, n: int | None, stream: Stream) -> Weights:
         """The tensors of a step, the lane's ``n``-th in a slot; enqueues casts on ``stream``."""
@@ -129,45 +139,41 @@ class LaneMemory:
         if self.scratch is not None:
             self.scratch.wait_unused()
 
-    def name_pools(self, prefix: str) -> None:
-        """Put ``prefix`` before the names of the pools, for reports."""
-        self.pool.name = prefix + self.pool.name
-        for pool in self.host_pools:
-            pool.name = prefix + pool.name
-
     def free(self) -> None:
         """Give the host memory's page locks back. Idempotent."""
         for pool in self.host_pools:
             pool.arena.close()
 
-    def _build_pools(self, slots: LaneSlots, settings: Settings) -> None:
-        device, layouts = self.device, self.orders.layouts
-        through = [layouts[i] for i in self.orders.copied.indices]
-        filled = [layouts[i] for i in self.orders.copied.indices if i not in self.residents.weights]
-        read = [layouts[i] for i in self.orders.read.indices if i not in self.residents.mapped]
-        host_nbytes = max((layout.host_nbytes for layout in read), default=0)
-        device_nbytes = max((layout.device_nbytes for layout in filled), default=0)
-        scratch_nbytes = max((layout.scratch_nbytes for layout in filled), default=0)
-        count = max(slots.device, 1)  # somebody listens, although nothing is streamed
-        memories: list[torch.Tensor] = []
-        if device.unified and through:
-            # One pool: it holds as many layers ahead as the three would, and no byte moves twice.
-            nbytes = max(host_nbytes, device_nbytes if read else 0)
-            self._add_host_pool("device", count, nbytes, settings)
-            memories = self.host_pools[0].arena.slots
-        elif through:
-            if read and self.through_ring:
-                self._add_host_pool("ring", slots.host.count, slots.host.nbytes, settings)
-            elif read:
-                for name, host_count in settings.host_slots.items():
-                    self._add_host_pool(name, host_count, host_nbytes, settings)
-            memories = device_slots(count, device_nbytes, device)
-        self.pool = DevicePool(memories, device)
-        if scratch_nbytes:
-            self.scratch = Scratch(allocate(scratch_nbytes, device), device)
+    def _plan_slots(self, device: Slots, host: Slots, pools: Mapping[str, int]) -> dict[str, Slots]:
+        """Slots by pool, in the order that layers pass through them: the plan's, where needed."""
+        if not self.orders.copied.count:
+            return {}
+        # Somebody may listen although nothing is streamed.
+        count, nbytes = max(device.count, 1), device.nbytes
+        layouts, viewed = self.orders.layouts, self.residents.mapped
+        fills = any(layouts[i].reads and i not in viewed for i in self.orders.read.indices)
+        if self.in_place:
+            return {"device": Slots(count, nbytes if fills else 0)}
+        slots = dict[str, Slots]()
+        if fills:
+            slots = {name: Slots(n, host.nbytes) for name, n in pools.items()} or {"ring": host}
+        return slots | {"device": Slots(count, nbytes)}
 
-    def _add_host_pool(self, name: str, count: int, slot_nbytes: int, settings: Settings) -> None:
-        pinned = name in ("pinned", "ring")
-        threads = settings.num_readers
-        arena = HostArena([slot_nbytes] * count, self.device, pinned=pinned, threads=threads)
-        self.host_pools.append(HostPool(name, arena, self.device))
+    def _build_pools(self, slots: Mapping[str, Slots], prefix: str, threads: int) -> None:
+        for name, some in slots.items():
+            if self.in_place or name != "device":
+                sizes, pinned = [some.nbytes] * some.count, name in ("pinned", "ring")
+                arena = HostArena(sizes, self.device, pinned=pinned, threads=threads)
+                self.host_pools.append(HostPool(prefix + name, arena, self.device))
+        own = slots.get("device", Slots(0, 0))
+        memories = (
+            self.host_pools[0].arena.slots
+            if self.in_place and self.host_pools
+            else device_slots(own.count, own.nbytes, self.device)
+        )
+        self.pool = DevicePool(prefix + "device", memories, self.device)
+        layouts, resident = self.orders.layouts, self.residents.weights
+        filled = [layouts[i] for i in self.orders.copied.indices if i not in resident]
+        nbytes = max((layout.scratch_nbytes for layout in filled), default=0)
+        if nbytes:
+            self.scratch = Scratch(allocate(nbytes, self.device), self.device)

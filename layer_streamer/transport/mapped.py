@@ -99,6 +99,11 @@ class MappedFiles:
         self._locks: PageLocks | None = None
 
     @property
+    def pinned(self) -> bool:
+        """True while the pages are locked."""
+        return bool(self._locks)
+
+    @property
     def nbytes(self) -> int:
         return sum(region.memory.nbytes for region in self.regions)
 

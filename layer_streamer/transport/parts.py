@@ -50,8 +50,6 @@ class Part:
     copies: tuple[Copy, ...]
     """``src`` counts from the begin of the slot. Of a whole step: its layout's own."""
     copy_nbytes: int
-    whole: bool
-    """True where slots hold whole steps; a ring's parts lie elsewhere in it with every pass."""
     chunk: int
     """Bytes of ``extents`` that one job reads at most."""
     num_jobs: int
@@ -127,8 +125,7 @@ class Cutter:
         ends = tuple(accumulate(extent.length for extent in extents))
         num_jobs = -(-ends[-1] // self._chunk) if ends else 0
         copy_nbytes = sum(copy.nbytes for copy in copies)
-        whole = self._slot_nbytes is None
-        return Part(extents, copies, copy_nbytes, whole, self._chunk, num_jobs, ends)
+        return Part(extents, copies, copy_nbytes, self._chunk, num_jobs, ends)
 
 
 class _Placed(NamedTuple):

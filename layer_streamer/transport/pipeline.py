@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 from ..devices.device import Device
 from ..errors import ClosedError, StreamerError
 from ..planning.layout import Layout, Step
+from ..planning.placement import Tier
 from ..planning.plan import Plan
 from ..planning.settings import Settings
 from ..progress import ProgressBar
@@ -24,8 +25,9 @@ from .clock import Routes
 from .files import OpenFiles
 from .lane import Lane
 from .lane_memory import LaneMemory
+from .loader import Loader
 from .memory import MemoryUse
-from .residents import Loader, Residents
+from .residents import Residents
 from .schedule import Schedule
 from .stage import Bell, Control, Run
 from .tasks import join_all, noted_on
@@ -57,27 +59,30 @@ class Pipeline:
     ) -> None:
         self.devices = tuple(devices)
         self.files = files
-        self.plan = plan
         self.control = Control()
         self.caller_bell = Bell()
         self.control.on_fatal = self.caller_bell.ring
-        self._memories: list[LaneMemory] = []
+        self._pid = os.getpid()
         self._settings = settings.but(
             read_mode=plan.read_mode,
             read_threads=plan.read_threads,
             read_chunk=plan.read_chunk,
         )
         self.loader = Loader(files, self._settings.chunk_nbytes, self._settings.num_readers)
-        self._steps = tuple(steps)
-        self._layouts = list(layouts)
-        self._pid = os.getpid()
-        self._residents = [Residents() for _ in devices]
+        self.residents = Residents()
+        self._memories: list[LaneMemory] = []
         show_weights_to_pytree()
         try:
             if plan.read_mode == "direct":
                 files.use_direct()
-            self._load()
-            self.lanes = self._build_lanes()
+            self.plan = self._load(steps, layouts, plan)
+            streamed = tuple(map(_what_moves, layouts, plan.tiers))
+            for lane_idx, device in enumerate(self.devices):
+                where = (self.residents, self._settings, plan.placement)
+                with device.guard():
+                    self._memories.append(LaneMemory(lane_idx, device, streamed, *where))
+            self.schedule = self._build_schedule(steps, streamed)
+            self.lanes = [self._build_lane(*some) for some in enumerate(self._memories)]
         except BaseException:
             self._free()
             raise
@@ -85,14 +90,13 @@ class Pipeline:
     @property
     def memory(self) -> MemoryUse:
         """What slots and resident layers take."""
-        pools = [pool for memory in self._memories for pool in memory.host_pools]
-        residents = self._residents
+        slots = [pool.arena for memory in self._memories for pool in memory.host_pools]
+        on_host = [*slots, *self.residents.owners]
         return MemoryUse(
-            host_bytes=sum(p.arena.nbytes for p in pools) + sum(r.host_nbytes for r in residents),
-            pinned_bytes=sum(p.arena.nbytes for p in pools if p.arena.pinned)
-            + sum(r.pinned_nbytes for r in residents),
+            host_bytes=sum(some.nbytes for some in on_host),
+            pinned_bytes=sum(some.nbytes for some in on_host if some.pinned),
             device_bytes=sum(memory.device_nbytes for memory in self._memories)
-            + sum(r.device_nbytes for r in residents),
+            + self.residents.device_nbytes,
         )
 
     def start(self) -> None:
@@ -186,101 +190,58 @@ class Pipeline:
     def _free(self) -> None:
         """Give back what is not the collector's; an error keeps nothing else from being freed."""
         with ExitStack() as owned:
-            parts = [r.close for r in self._residents] + [m.free for m in self._memories]
-            for give_back in (self.files.close, *parts):
-                owned.callback(give_back)
+            slots = [pool.arena for memory in self._memories for pool in memory.host_pools]
+            for owner in (self.files, *self.residents.owners, *slots):
+                owned.callback(owner.close)
         self.control.forget_errors()
 
-    def _load(self) -> None:
-        """Bring what is resident into memory, with a progress bar."""
-        tiers, sizes = self.plan.tiers, self.plan.sizes
-        nbytes = sum(
-            size.read_nbytes for size, tier in zip(sizes, tiers, strict=True) if tier != "disk"
+    def _load(self, steps: Sequence[Step], layouts: Sequence[Layout], plan: Plan) -> Plan:
+        """Bring what is resident into memory, with a progress bar; the plan as it could be kept."""
+        on_device, in_host = (
+            {i: layouts[i] for i, placed in enumerate(plan.tiers) if placed == tier}
+            for tier in ("device", "host")
         )
+        nbytes = sum(layout.read_nbytes for layout in (*on_device.values(), *in_host.values()))
         shown = nbytes > 0 and self._settings.asked["track_progress"]
         style: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
         with ProgressBar(total=nbytes, desc="loading", disable=not shown, **style) as bar:
             loader = replace(self.loader, on_loaded=bar.update)
-            self._load_devices(loader)
-            self._load_host(loader)
-
-    def _load_devices(self, loader: Loader) -> None:
-        for lane_idx, device in enumerate(self.devices):
-            indices = self._indices(lane_idx, "device")
-            if indices:
-                into = self._residents[lane_idx]
-                steps = {i: self._steps[i] for i in indices}
+            for lane_idx, device in enumerate(self.devices):
+                held = {i: steps[i] for i in on_device if plan.placement.devices[i] == lane_idx}
                 with device.guard():
-                    loader.load_device(into, steps, device, self._settings.asked["dtype"])
-            for i in indices:
-                # Nothing of it is read or copied any more.
-                self._layouts[i] = replace(self._layouts[i], reads=(), copies=())
+                    dtype = self._settings.asked["dtype"]
+                    loader.load_device(self.residents, held, device, dtype)
+            if self.devices[0].unified:
+                return self._view_mapped(loader, steps, layouts, plan)
+            return self._load_host(loader, in_host, plan)
 
-    def _load_host(self, loader: Loader) -> None:
+    def _load_host(self, loader: Loader, layouts: Mapping[int, Layout], plan: Plan) -> Plan:
         """Host-resident steps: mapped, or in an arena; shared by the devices, freed as one."""
-        first, device = self._residents[0], self.devices[0]
-        if device.unified:
-            if self.plan.read_mode == "mapped":
-                self._view_mapped(loader)
-            return
-        indices = [i for i, tier in enumerate(self.plan.tiers) if tier == "host"]
-        if not indices:
-            return
-        layouts = {i: self._layouts[i] for i in indices}
-        if self.plan.read_mode != "mapped" or not loader.map_host(first, layouts, device):
-            if self.plan.read_mode == "mapped":
-                self.plan = self.plan.unmapped("mapping or page-locking was refused")
-            loader.load_host(first, layouts, device)
-        for residents in self._residents[1:]:
-            residents.sources = first.sources
-        for i in indices:
-            self._layouts[i] = replace(self._layouts[i], reads=())
+        device, mapped = self.devices[0], plan.read_mode == "mapped"
+        if not layouts or (mapped and loader.map_host(self.residents, layouts, device)):
+            return plan
+        loader.load_host(self.residents, layouts, device)
+        return plan.unmapped("mapping or page-locking was refused") if mapped else plan
 
-    def _view_mapped(self, loader: Loader) -> None:
+    def _view_mapped(
+        self, loader: Loader, steps: Sequence[Step], layouts: Sequence[Layout], plan: Plan
+    ) -> Plan:
         """CPU: hand out views of the mapped files, of every step that lies there aligned."""
-        indices = [
-            i
-            for i, tier in enumerate(self.plan.tiers)
-            if tier == "disk" and self._layouts[i].reads and not self._layouts[i].copies
-        ]
-        layouts = {i: self._layouts[i] for i in indices}
-        steps = {i: self._steps[i] for i in indices}
-        if not loader.view_mapped(self._residents[0], steps, layouts):
-            self.plan = self.plan.unmapped("mapping or populating was refused")
-            return
-        for residents in self._residents[1:]:
-            residents.view_mapped(self._residents[0])
+        aligned = {
+            i: layout
+            for i, (layout, tier) in enumerate(zip(layouts, plan.tiers, strict=True))
+            if tier == "disk" and layout.reads and not layout.copies
+        }
+        mapped = plan.read_mode == "mapped"
+        if mapped and not loader.view_mapped(self.residents, aligned, steps):
+            return plan.unmapped("mapping or populating was refused")
+        return plan
 
-    def _indices(self, lane_idx: int, tier: str | None = None) -> list[int]:
-        """The steps of a lane (of one tier)."""
-        return [
-            i
-            for i in range(lane_idx, len(self._steps), len(self.devices))
-            if tier is None or self.plan.tiers[i] == tier
-        ]
-
-    def _build_lanes(self) -> list[Lane]:
-        for lane_idx, device in enumerate(self.devices):
-            indices, residents = self._indices(lane_idx), self._residents[lane_idx]
-            slots = self.plan.placement.slots_of(lane_idx)
-            what = (self._layouts, indices, residents, self._settings, slots)
-            with device.guard():
-                self._memories.append(memory := LaneMemory(device, *what))
-            if len(self.devices) > 1:
-                memory.name_pools(f"{lane_idx} ")
-        self.schedule = self._build_schedule()
-        lanes, ends = [], (self.control, self.caller_bell)
-        for lane_idx, memory in enumerate(self._memories):
-            with memory.device.guard():
-                lane = Lane(lane_idx, memory, self.schedule, self.files, self._settings, ends)
-            lanes.append(lane)
-        return lanes
-
-    def _build_schedule(self) -> Schedule:
+    def _build_schedule(self, steps: Sequence[Step], layouts: Sequence[Layout]) -> Schedule:
         routes = Routes.of(
-            self._layouts,
+            layouts,
             self.devices,
-            viewed=self._residents[0].mapped,
+            viewed=self.residents.mapped,
             two_pools=any(len(memory.host_pools) == 2 for memory in self._memories),
             limits=partial(_limits_of, self.plan, self.files),
         )
@@ -288,7 +249,19 @@ class Pipeline:
         for memory in self._memories:
             counts |= memory.slot_counts
         ahead = max(memory.passes_ahead for memory in self._memories)
-        return Schedule(self._steps, self._layouts, routes, counts, ahead)
+        return Schedule(steps, layouts, routes, counts, ahead)
+
+    def _build_lane(self, lane_idx: int, memory: LaneMemory) -> Lane:
+        ends = (self.control, self.caller_bell)
+        with memory.device.guard():
+            return Lane(lane_idx, memory, self.schedule, self.files, self._settings, ends)
+
+
+def _what_moves(layout: Layout, tier: Tier) -> Layout:
+    """What of a step is read and copied in every pass, if it lives in ``tier``."""
+    if tier == "disk":
+        return layout
+    return replace(layout, reads=(), copies=() if tier == "device" else layout.copies)
 
 
 def _limits_of(plan: Plan, files: OpenFiles) -> dict[str, float]:

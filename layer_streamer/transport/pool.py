@@ -87,8 +87,8 @@ class HostPool:
         self._timed: list[tuple[PassClock, int, int] | None] = [None] * self.count
         self._sources: dict[tuple[int, int], Source] = {}
 
-    def source(self, slot: int, part: Part) -> Source:
-        """What is copied out of a slot; that of whole steps is kept. From the copier's thread."""
+    def source(self, slot: int, part: Part, *, kept: bool) -> Source:
+        """What is copied out of a slot; built once, if ``kept``. From the copier's thread."""
         copies = part.copies
         source = self._sources.get((slot, id(copies)))
         if source is None:
@@ -96,7 +96,7 @@ class HostPool:
             source = cut_source(
                 self.arena.memory, base, copies, self._segment, pinned=self.arena.pinned
             )
-            if part.whole:
+            if kept:
                 self._sources[slot, id(copies)] = source
         return source
 
@@ -273,9 +273,8 @@ class Scratch:
 class DevicePool:
     """The device slots."""
 
-    name = "device"
-
-    def __init__(self, memories: list[torch.Tensor], device: Device) -> None:
+    def __init__(self, name: str, memories: list[torch.Tensor], device: Device) -> None:
+        self.name = name
         self.slots = [DeviceSlot(memory, device) for memory in memories]
         self.count = len(self.slots)
         self.nbytes = sum(memory.nbytes for memory in memories)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 
 from ..errors import StreamerError
 from .files import OpenFiles
 from .lane_memory import LaneMemory
-from .parts import Extent, Part, Parts, read_extent
-from .residents import Residents
+from .parts import Extent, read_extent
 from .stage import LaneRun, Post, Run, Stage
 
 
@@ -41,27 +41,20 @@ class Reader:
     all its bytes are in the slot and its files are what they were when the checkpoint was opened.
     """
 
-    def __init__(
-        self,
-        post: Post,
-        parts: Parts,
-        files: OpenFiles,
-        slots: Sequence[memoryview],
-        residents: Residents,
-    ) -> None:
-        """``post``: the feeder's. ``residents``: steps in a mapped file are faulted in instead."""
+    def __init__(self, post: Post, memory: LaneMemory, files: OpenFiles) -> None:
+        """``post``: the feeder's."""
         _, self.drained_bell, self.filled_bell = post.bells
         self._schedule = post.schedule
-        self._order = parts.order
+        self._parts = memory.parts
         self._files = files
         self._control = post.control
-        self._slots = slots
-        self._residents = residents
+        self._slots = memory.host_pools[0].arena.bytes
+        self._residents = memory.residents
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self._submitted = 0
         self._lock = threading.Lock()
         self._finished = 0
-        self._pending = [0] * len(slots)
+        self._pending = [0] * len(self._slots)
         self._filled: set[int] = set()
         self._num_threads = 0
 
@@ -81,15 +74,16 @@ class Reader:
         """True if every submitted job is finished."""
         return self._finished == self._submitted
 
-    def submit(self, lane_run: LaneRun, k: int, part: Part | None) -> None:
-        """Queue the reads of the lane's ``k``-th part from disk; its slot is free. None: it failed.
+    def submit(self, lane_run: LaneRun, k: int) -> None:
+        """Queue the reads of the lane's ``k``-th part from disk, if its step has not failed.
 
         A job is made as it is queued, and gone when it is done.
         """
-        number = self._order.number(k)
-        begins = self._order.before(number) == k
-        count = 0 if part is None else part.num_jobs
-        if part is None or not count:
+        order, part = self._parts.order, self._parts[k]
+        number = order.number(k)
+        begins = order.before(number) == k
+        count = 0 if number in lane_run.run.failures else part.num_jobs
+        if not count:
             if begins:
                 clock = self._schedule.clock(lane_run.run, number)
                 clock.read_begin[self._schedule.index(number)] = time.perf_counter()
@@ -132,18 +126,14 @@ class Reader:
 
     def _do(self, job: Job) -> None:
         run, number = job.lane_run.run, job.number
-        # Nobody waits for the bytes of an aborted run; its slots may be filled again all the same.
-        if not (run.aborted or self._control.closing or number in run.failures):
-            try:
-                self._read(run, job)
-            except BaseException as error:
-                run.fail(number, error)
+        self._attempt(run, number, partial(self._read, run, job))
         with self._lock:
             slot = job.k % len(self._pending)
             self._pending[slot] -= 1
             last = self._pending[slot] == 0
         if last:
-            self._check_files(run, number)
+            paths = self._schedule.paths[self._schedule.index(number)]
+            self._attempt(run, number, partial(self._files.check_unchanged, paths))
             self._complete(job.lane_run, job.k, number)
         with self._lock:
             self._finished += 1
@@ -165,13 +155,10 @@ class Reader:
             except StreamerError as error:
                 raise type(error)(f"{self._describe(index, extent)}: {error}") from error
 
-    def _check_files(self, run: Run, number: int) -> None:
-        if run.aborted or self._control.closing or number in run.failures:
-            return
-        try:
-            self._files.check_unchanged(self._schedule.paths[self._schedule.index(number)])
-        except BaseException as error:
-            run.fail(number, error)
+    def _attempt(self, run: Run, number: int, work: Callable[[], object]) -> None:
+        # Nobody waits for the bytes of an aborted run; its slots may be filled again all the same.
+        if not (run.aborted or self._control.closing or number in run.failures):
+            run.attempt(number, work)
 
     def _describe(self, index: int, extent: Extent) -> str:
         """The layer, and the first tensor that has bytes in the extent."""
@@ -196,35 +183,27 @@ class Feeder(Stage):
     ) -> None:
         super().__init__("layer-streamer-feed", post)
         self._others = others
-        self._released = memory.orders.released if memory.device.unified else None
-        self._parts = memory.parts
+        self._memory = memory
         self._reader = reader
         self._pool = memory.host_pools[0]
-        self._moves = len(memory.host_pools) == 2
 
     def process(self, lane_run: LaneRun) -> None:
         run = lane_run.run
         if not self.await_true(run, lambda: self._earlier_runs_left(run)):
             return
         self._reader.begin_run()
-        k, order = 0, self._parts.order
+        k, order = 0, self._memory.orders.read
         while self.await_slot(lane_run, k):
-            number, part = order.number(k), None
-            try:
-                self.wait_reusable(k % self._pool.count)
-                in_use = k + 1 - self.num_emptied(lane_run)
-                self._schedule.note_peak(run, number, order, self._pool.name, in_use)
-                part = self._parts[k]
-            except BaseException as error:
-                run.fail(number, error)
-            self._reader.submit(lane_run, k, part)
+            number = order.number(k)
+            run.attempt(number, partial(self.wait_reusable, k % self._pool.count))
+            in_use = k + 1 - self.num_emptied(lane_run)
+            self._schedule.note_peak(run, number, order, self._pool.name, in_use)
+            self._reader.submit(lane_run, k)
             k += 1
 
     def num_emptied(self, lane_run: LaneRun) -> int:
         """How many of the lane's parts from disk have been taken out of the pool."""
-        if self._released is not None:
-            return self._released(lane_run)
-        return lane_run.staged.done if self._moves else lane_run.enqueued
+        return self._memory.num_emptied(lane_run)
 
     def await_slot(self, lane_run: LaneRun, k: int) -> bool:
         """Wait until the part that had this slot before has been taken out of it."""

@@ -120,6 +120,13 @@ class Run:
         if self.aborted:
             self.failures.clear()
 
+    def attempt(self, number: int, work: Callable[[], object]) -> None:
+        """Do something for step ``number``; an error is what its pass is to raise. Any thread."""
+        try:
+            work()
+        except BaseException as error:
+            self.fail(number, error)
+
     def abort(self) -> None:
         """End it: nobody takes its steps any more. From the caller's thread."""
         self.aborted = True

@@ -198,7 +198,7 @@ def test_closing_gives_all_memory_back_without_a_garbage_collection(
     pipeline = streamer._parts.pipeline
     owned = [weakref.ref(lane) for lane in pipeline.lanes]
     owned += [weakref.ref(pool.arena) for lane in pipeline.lanes for pool in lane.memory.host_pools]
-    owned += [weakref.ref(owner) for some in pipeline._residents for owner in some.owners]
+    owned += [weakref.ref(owner) for owner in pipeline.residents.owners]
     del pipeline
     gc.collect()
     gc.disable()

@@ -33,8 +33,7 @@ from layer_streamer.transport.copier import Copier, Memcpy
 from layer_streamer.transport.pipeline import Pipeline
 from layer_streamer.transport.pool import DeviceSlot, Scratch
 from layer_streamer.transport.reader import Feeder
-from layer_streamer.transport.stage import LaneRun, Stage
-from layer_streamer.transport.target import DeviceTarget
+from layer_streamer.transport.stage import LaneRun, Run, Stage
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +86,9 @@ def one_step_early(handed_on: Callable[[LaneRun], int]) -> Any:
     return await_source
 
 
-def device_slot_early(target: DeviceTarget, stage: Stage, lane_run: LaneRun, n: int) -> bool:
-    freed = target._orders.released
-    return stage.await_true(lane_run.run, lambda: freed(lane_run) >= n - target._pool.count)
+def device_slot_early(copier: Copier, lane_run: LaneRun, n: int) -> bool:
+    freed = copier._orders.released
+    return copier.await_true(lane_run.run, lambda: freed(lane_run) >= n - copier._pool.count)
 
 
 def record_hand_out_only(slot: DeviceSlot, current: FakeStream) -> None:
@@ -115,22 +114,22 @@ def one_part_early(copier: Copier, lane_run: LaneRun, k: int) -> bool:
 
 def all_parts_but_the_last_in_time(copier: Copier, lane_run: LaneRun, n: int, number: int) -> bool:
     """Says that the step is ready before its last part is copied."""
-    enqueue, last = copier._target.enqueue_read, copier._orders.read.before(number + 1) - 1
+    copy_part, last = copier._copy_part, copier._orders.read.before(number + 1) - 1
 
-    def enqueue_read(n: int, k: int, *where: Any) -> None:
+    def copy_early(run: Run, n: int, number: int, k: int) -> None:
         if k == last:
-            copier.slots[n % len(copier.slots)].ready.record(copier.stream)
+            copier._slot(n).ready.record(copier.stream)
             lane_run.copied.advance()
             copier.target_bell.ring()
             time.sleep(0)  # lets those who wait have their turn, as a real copy would
             lane_run.copied.done -= 1
-        enqueue(n, k, *where)
+        copy_part(run, n, number, k)
 
-    copier._target.enqueue_read = enqueue_read  # type: ignore[method-assign]
+    copier._copy_part = copy_early  # type: ignore[method-assign]
     try:
         return take_reads(copier, lane_run, n, number)
     finally:
-        copier._target.enqueue_read = enqueue  # type: ignore[method-assign]
+        copier._copy_part = copy_part  # type: ignore[method-assign]
 
 
 def change_stream_at_once(copier: Copier, fresh: FakeStream) -> None:
@@ -177,7 +176,7 @@ MUTATIONS: dict[str, tuple[type, str, Any, str, Any]] = {
     "a layer is ready before its last part is copied": (
         Copier, "_take_reads", all_parts_but_the_last_in_time, "ring", None),
     "a copy takes a slot too early": (
-        DeviceTarget, "await_slot", device_slot_early, "pinned", None),
+        Copier, "await_slot", device_slot_early, "pinned", None),
     "a cast does not wait for the work on the last cast": (
         Scratch, "order_after_uses", leave_out, "pinned", torch.bfloat16),
     "a run starts before the earlier ones are left": (

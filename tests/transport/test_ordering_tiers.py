@@ -34,8 +34,7 @@ from layer_streamer.transport.memory import Bounces
 from layer_streamer.transport.pipeline import Pipeline
 from layer_streamer.transport.reader import Feeder
 from layer_streamer.transport.schedule import Orders
-from layer_streamer.transport.stage import LaneRun, Run, Stage
-from layer_streamer.transport.target import DeviceTarget
+from layer_streamer.transport.stage import LaneRun, Run
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +108,10 @@ def copies_of_the_first_lane(
     await_step(caller, run, run.lanes[0], n, number)
 
 
-def slots_of_all_lanes(target: DeviceTarget, stage: Stage, lane_run: LaneRun, n: int) -> bool:
+def slots_of_all_lanes(copier: Copier, lane_run: LaneRun, n: int) -> bool:
     """Counts the releases of whatever lane as this lane's."""
-    run, count = lane_run.run, target._pool.count
-    return stage.await_true(run, lambda: run.released > n - count)
+    run, count = lane_run.run, copier._pool.count
+    return copier.await_true(run, lambda: run.released > n - count)
 
 
 def wait_for_the_first_device(pipeline: Pipeline) -> None:
@@ -145,7 +144,7 @@ MUTATIONS: dict[str, tuple[type, str, Any, dict[str, Any], dict[str, int]]] = {
     "a layer is handed out when another lane has copied": (
         Caller, "_await", copies_of_the_first_lane, TWO, {}),
     "a lane takes a slot when a step of any lane is given back": (
-        DeviceTarget, "await_slot", slots_of_all_lanes, TWO, {}),
+        Copier, "await_slot", slots_of_all_lanes, TWO, {}),
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def file_byte(path: Path, offset: int) -> int:
 def jobs_of(layout: Layout, chunk: int, *, aligned: bool) -> list[list[Extent]]:
     """What threads read of a step that one slot holds."""
     (part,) = Cutter(None, chunk, aligned=aligned).cut(layout)
-    assert part.whole and part.copies is layout.copies
+    assert part.copies is layout.copies
     return [list(part.job(j)) for j in range(part.num_jobs)]
 
 

@@ -203,16 +203,16 @@ def test_an_error_in_one_part_is_its_layers_and_the_next_pass_is_exact(
     device = FakeDevice(5)
     with open_checkpoint(device, path, n_cpu_pinned=0, read_chunk=PAGE) as streamer:
         streamer.run_pass(None, lambda x, w, i: x)
-        target = streamer._parts.pipeline.lanes[0].copier._target
-        enqueue, seen = target.enqueue_read, []
+        copier = streamer._parts.pipeline.lanes[0].copier
+        copy_part, seen = copier._copy_part, []
 
-        def refuse(n: int, k: int, index: int, clock: Any, stream: Any) -> None:
-            if index == 2 and not seen:
+        def refuse(run: Any, n: int, number: int, k: int) -> None:
+            if number % streamer.num_steps == 2 and not seen:
                 seen.append(k)
                 raise RuntimeError("the device refuses a copy")
-            enqueue(n, k, index, clock, stream)
+            copy_part(run, n, number, k)
 
-        monkeypatch.setattr(target, "enqueue_read", refuse)
+        monkeypatch.setattr(copier, "_copy_part", refuse)
         with pytest.raises(RuntimeError, match="refuses a copy"):
             for _ in range(3):
                 streamer.run_pass(None, lambda x, w, i: x)
