@@ -73,7 +73,7 @@ class Caller:
             if index in memory.residents.mapped:
                 # Its pages were there when they were populated; a look at missing ones kills.
                 self._pipeline.files.check_unchanged(self._schedule.paths[index])
-            slot = memory.pool.slots[n % memory.pool.count]
+            slot = memory.slots[n % len(memory.slots)]
             slot.handed_on = stream
             self.order_after_copy(slot.ready, stream)
         elif self._control.closing:

@@ -104,7 +104,7 @@ class Copier(Stage):
         super().__init__("layer-streamer-copy", post)
         self._memory = memory
         self._orders = memory.orders
-        self._pool = memory.pool
+        self._slots = memory.slots
         self._device = memory.device
         self._on_copy = on_copy
         self.stream = memory.device.new_stream()
@@ -154,7 +154,7 @@ class Copier(Stage):
 
     def await_slot(self, lane_run: LaneRun, n: int) -> bool:
         """Wait until the caller has given the last step in this slot back."""
-        released, count = self._orders.released, self._pool.count
+        released, count = self._orders.released, len(self._slots)
         return self.await_true(lane_run.run, lambda: released(lane_run) > n - count)
 
     def await_part(self, lane_run: LaneRun, k: int) -> bool:
@@ -167,7 +167,8 @@ class Copier(Stage):
         run = lane_run.run
         if not self._memory.in_place:
             in_use = n + 1 - self._orders.released(lane_run)
-            self._schedule.note_peak(run, number, self._orders.copied, self._pool.name, in_use)
+            pool = self._memory.device_pool
+            self._schedule.note_peak(run, number, self._orders.copied, pool, in_use)
         self._slot(n).order_after_uses(self.stream)
         self._schedule.clock(run, number).begin_copy(self._schedule.index(number), self.stream)
 
@@ -220,7 +221,7 @@ class Copier(Stage):
         self._slot(n).ready.record(self.stream)
 
     def _slot(self, n: int) -> DeviceSlot:
-        return self._pool.slots[n % self._pool.count]
+        return self._slots[n % len(self._slots)]
 
     def _change_stream(self, fresh: Stream) -> None:
         moved = self._device.new_event()

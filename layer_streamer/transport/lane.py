@@ -34,29 +34,30 @@ class Lane:
         orders, on_copy = memory.orders, settings.asked["on_copy"]
         moves = any(orders.layouts[i].copies for i in orders.copied.indices)
         idle = memory.in_place and on_copy is None and not moves
-        there = {
-            "feed": orders.read.count > 0,
-            "memcpy": len(memory.host_pools) == 2,
-            "copy": orders.copied.count > 0 and not idle,
+        there: dict[type[Stage], bool] = {
+            Feeder: orders.read.count > 0,
+            Memcpy: len(memory.host_pools) == 2,
+            Copier: orders.copied.count > 0 and not idle,
         }
-        bells = [Bell(), *(Bell() for present in there.values() if present), caller_bell]
+        kinds = [kind for kind, needed in there.items() if needed]
+        bells = [Bell(), *(Bell() for _ in kinds), caller_bell]
         """Of each stage, between those of nobody and the caller."""
         posts = {
-            name: Post(control, lane_idx, schedule, bells[i - 1 : i + 2], bells[1])
-            for i, name in enumerate((name for name, present in there.items() if present), start=1)
+            kind: Post(control, lane_idx, schedule, bells[i : i + 3], bells[1])
+            for i, kind in enumerate(kinds)
         }
         self.reader: Reader | None = None
         self.copier: Copier | None = None
         self.stages: list[Stage] = []
         """In the order that steps pass through them."""
-        if "memcpy" in posts:
-            self.stages.append(Memcpy(posts["memcpy"], memory))
-        if "copy" in posts:
-            self.copier = Copier(posts["copy"], memory, on_copy)
+        if Memcpy in posts:
+            self.stages.append(Memcpy(posts[Memcpy], memory))
+        if Copier in posts:
+            self.copier = Copier(posts[Copier], memory, on_copy)
             self.stages.append(self.copier)
-        if "feed" in posts:
-            self.reader = Reader(posts["feed"], memory, files)
-            feeder = Feeder(posts["feed"], memory, self.reader, tuple(self.stages))
+        if Feeder in posts:
+            self.reader = Reader(posts[Feeder], memory, files)
+            feeder = Feeder(posts[Feeder], memory, self.reader, tuple(self.stages))
             self.stages.insert(0, feeder)
         self.filler_bell = bells[1] if posts else bells[0]
         """Rung when the caller gives a slot back: of the stage that fills it."""

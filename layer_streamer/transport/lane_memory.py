@@ -11,7 +11,7 @@ from ..planning.placement import Placement, Slots
 from ..planning.settings import Settings
 from .memory import HostArena, allocate, device_slots
 from .parts import Cutter, Parts
-from .pool import DevicePool, DeviceSlot, HostPool, Scratch
+from .pool import DeviceSlot, HostPool, Scratch
 from .residents import Residents
 from .schedule import Order, Orders
 from .stage import LaneRun
@@ -59,6 +59,8 @@ class LaneMemory:
         self.batches = plan_batches(settings, counts, unified=self.in_place)
         # Pools of several devices stand in one report.
         prefix = f"{lane_idx} " if len(placement.device_slots) > 1 else ""
+        self.device_pool = prefix + "device"
+        """The name of its ``slots``."""
         self.slot_counts = {prefix + name: count for name, count in counts.items()}
         """Slots by pool."""
         self.host_pools: list[HostPool] = []
@@ -74,7 +76,8 @@ class LaneMemory:
     def device_nbytes(self) -> int:
         """Bytes of device memory that the slots take."""
         scratch = self.scratch.memory.nbytes if self.scratch is not None else 0
-        return scratch + (0 if self.in_place else self.pool.nbytes)
+        slots = 0 if self.in_place else sum(slot.memory.nbytes for slot in self.slots)
+        return scratch + slots
 
     @property
     def passes_ahead(self) -> int:
@@ -96,7 +99,7 @@ class LaneMemory:
         if resident is not None:
             return resident
         assert n is not None
-        stored = self._stored(index, self.pool.slots[n % self.pool.count])
+        stored = self._stored(index, self.slots[n % len(self.slots)])
         if self.scratch is not None:
             return self.scratch.cast(stored, self.orders.layouts[index], stream)
         return stored
@@ -109,22 +112,23 @@ class LaneMemory:
         written = False
         n = self.orders.copied.find(number)
         if n is not None:
-            slot = self.pool.slots[n % self.pool.count]
+            slot = self.slots[n % len(self.slots)]
             layout = self.orders.layouts[index]
             slot.record_uses(stream)
             if self.scratch is not None:
                 self.scratch.record_uses(stream)
-                written = self.scratch.expire(self._stored(index, slot), layout)
+                written = self.scratch.expire_cast(self._stored(index, slot), layout)
             written |= slot.expire(layout)
         return self.residents.release(index) or written
 
     def start_over(self) -> None:
         """All slots will be filled anew, and what stays has to be what the files have."""
-        for slot in self.pool.slots:
+        for slot in self._written_to():
             slot.forget_writes()
-        if self.scratch is not None:
-            self.scratch.forget_writes()
         self.residents.find_written()
+
+    def _written_to(self) -> list[DeviceSlot]:
+        return [*self.slots, self.scratch] if self.scratch is not None else self.slots
 
     def _stored(self, index: int, slot: DeviceSlot) -> Weights:
         mapped = self.residents.mapped.get(index)
@@ -135,9 +139,8 @@ class LaneMemory:
         if self.residents.weights:
             # No event tells what still reads them: they are never given back.
             self.device.wait_idle()
-        self.pool.wait_all()
-        if self.scratch is not None:
-            self.scratch.wait_unused()
+        for slot in self._written_to():
+            slot.wait_unused()
 
     def free(self) -> None:
         """Give the host memory's page locks back. Idempotent."""
@@ -171,7 +174,7 @@ class LaneMemory:
             if self.in_place and self.host_pools
             else device_slots(own.count, own.nbytes, self.device)
         )
-        self.pool = DevicePool(prefix + "device", memories, self.device)
+        self.slots = [DeviceSlot(memory, self.device) for memory in memories]
         layouts, resident = self.orders.layouts, self.residents.weights
         filled = [layouts[i] for i in self.orders.copied.indices if i not in resident]
         nbytes = max((layout.scratch_nbytes for layout in filled), default=0)

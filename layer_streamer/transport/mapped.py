@@ -136,17 +136,19 @@ class MappedFiles:
 
         Any thread.
         """
+        populate_range(self._files, *self._pages_of(extent))
+
+    def _pages_of(self, extent: Extent | Read) -> tuple[Region, int, int]:
+        """Its region, where in it the first of its pages begins, and bytes from there."""
         region = self.find(extent.path, extent.offset)
         place = extent.offset - region.offset
         start = place // PAGE * PAGE
-        populate_range(self._files, region, start, place + extent.nbytes - start)
+        return region, start, place + extent.nbytes - start
 
     def restore(self, reads: Iterable[Read]) -> None:
         """Have the (handed out) pages that hold these reads be the file's again, faulted in."""
         for read in reads:
-            region = self.find(read.path, read.offset)
-            start = (read.offset - region.offset) // PAGE * PAGE
-            nbytes = read.offset - region.offset + read.nbytes - start
+            region, start, nbytes = self._pages_of(read)
             region.mapping.madvise(mmap.MADV_DONTNEED, start, nbytes)
             self.fault_in(read)
 

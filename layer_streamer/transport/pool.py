@@ -126,11 +126,6 @@ class HostPool:
             seconds = self._begun[slot].elapsed_time(self._copied[slot]) / 1e3
             clock.add_copy(index, nbytes, seconds)
 
-    def wait_all(self) -> None:
-        """Block until no slot is read by the device."""
-        for slot in range(self.count):
-            self.wait_reusable(slot)
-
 
 class DeviceSlot:
     """One slot on the device.
@@ -203,7 +198,7 @@ class DeviceSlot:
         return self._watch.expire()
 
     def forget_writes(self) -> None:
-        """It is going to be filled anew. From the caller's thread."""
+        """It is going to be filled anew, or cast into. From the caller's thread."""
         self._watch.forget()
 
 
@@ -216,7 +211,7 @@ class _Cast(NamedTuple):
     """Where each tensor is cast to, and from where."""
 
 
-class Scratch:
+class Scratch(DeviceSlot):
     """The device's one slot for cast tensors: written at hand-out, free at release.
 
     Ownership: the caller's thread. Its stream may change between layers, so each use is ordered
@@ -224,16 +219,14 @@ class Scratch:
     """
 
     def __init__(self, memory: torch.Tensor, device: Device) -> None:
-        self.memory = memory
+        super().__init__(memory, device)
         self._device = device
-        self._slot = DeviceSlot(memory, device)
-        self._watch = Watch([memory])
         self._cast: dict[tuple[int, int], _Cast] = {}
 
     def cast(self, stored: Weights, layout: Layout, stream: Stream) -> Weights:
         """Enqueue the casts of a step on the caller's current stream; its tensors, cast."""
         self.order_after_uses(stream)
-        self._slot.handed_on = stream
+        self.handed_on = stream
         key = (id(stored), id(layout.casts))
         kept = self._cast.get(key)
         if kept is None:
@@ -246,40 +239,9 @@ class Scratch:
             self._device.copy(target, source)
         return kept.weights
 
-    def expire(self, stored: Weights, layout: Layout) -> bool:
+    def expire_cast(self, stored: Weights, layout: Layout) -> bool:
         """The step's hand-out has ended; True if the caller has written to its cast tensors."""
         key = (id(stored), id(layout.casts))
         if key in self._cast and self._cast[key].weights.wants_grad():
             del self._cast[key]
         return self._watch.expire()
-
-    def forget_writes(self) -> None:
-        """Each use begins with a cast. From the caller's thread."""
-        self._watch.forget()
-
-    def order_after_uses(self, stream: Stream) -> None:
-        """Let ``stream`` wait for the caller's work on the last step's cast tensors."""
-        self._slot.order_after_uses(stream)
-
-    def record_uses(self, current: Stream) -> None:
-        """The caller's work on the cast tensors has been enqueued."""
-        self._slot.record_uses(current)
-
-    def wait_unused(self) -> None:
-        """Block until the caller's work on the scratch slot has ended."""
-        self._slot.wait_unused()
-
-
-class DevicePool:
-    """The device slots."""
-
-    def __init__(self, name: str, memories: list[torch.Tensor], device: Device) -> None:
-        self.name = name
-        self.slots = [DeviceSlot(memory, device) for memory in memories]
-        self.count = len(self.slots)
-        self.nbytes = sum(memory.nbytes for memory in memories)
-
-    def wait_all(self) -> None:
-        """Block until the caller's work on every slot has ended."""
-        for slot in self.slots:
-            slot.wait_unused()

@@ -15,7 +15,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .tasks import start_thread
@@ -75,6 +75,7 @@ class Progress:
             self.out = done
 
 
+@dataclass(slots=True, eq=False)
 class LaneRun:
     """How far the stages of one lane have come in a run.
 
@@ -84,16 +85,14 @@ class LaneRun:
     host memory have been enqueued.
     """
 
-    __slots__ = ("copied", "enqueued", "read", "run", "staged")
-
-    def __init__(self, run: Run, read: Progress, staged: Progress, copied: Progress) -> None:
-        self.run = run
-        self.read = read
-        self.staged = staged
-        self.copied = copied
-        self.enqueued = 0
+    run: Run
+    read: Progress
+    staged: Progress
+    copied: Progress
+    enqueued: int = 0
 
 
+@dataclass(slots=True, eq=False)
 class Run:
     """One unbroken sequence of passes, from its start to the abort that ends it.
 
@@ -104,15 +103,12 @@ class Run:
     raise: the frames of an error lead back to the run, and to all that a pass was given.
     """
 
-    __slots__ = ("aborted", "base_pass", "failures", "handed", "lanes", "released")
-
-    def __init__(self, base_pass: int) -> None:
-        self.base_pass = base_pass
-        self.aborted = False
-        self.handed = 0
-        self.released = 0
-        self.failures: dict[int, BaseException] = {}
-        self.lanes: tuple[LaneRun, ...] = ()
+    base_pass: int
+    aborted: bool = False
+    handed: int = 0
+    released: int = 0
+    failures: dict[int, BaseException] = field(default_factory=dict)
+    lanes: tuple[LaneRun, ...] = ()
 
     def fail(self, number: int, error: BaseException) -> None:
         """Have the pass of step ``number`` raise ``error``, if no other was first. Any thread."""

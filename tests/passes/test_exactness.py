@@ -119,7 +119,7 @@ def test_a_slow_layer_fn_finds_its_layer_intact_after_every_pool_has_filled(
     witness = Witness(device, tensors)
     options = {"n_gpu": 1, "n_cpu_pinned": 1, "n_cpu": 1}
     with open_checkpoint(device, path, **options) as streamer:
-        slots = streamer._parts.pipeline.lanes[0].memory.pool.count
+        slots = len(streamer._parts.pipeline.lanes[0].memory.slots)
 
         def slow(x: None, weights: Any, layer_idx: int) -> None:
             run = streamer._parts.pipeline.control.run

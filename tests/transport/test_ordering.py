@@ -88,7 +88,7 @@ def one_step_early(handed_on: Callable[[LaneRun], int]) -> Any:
 
 def device_slot_early(copier: Copier, lane_run: LaneRun, n: int) -> bool:
     freed = copier._orders.released
-    return copier.await_true(lane_run.run, lambda: freed(lane_run) >= n - copier._pool.count)
+    return copier.await_true(lane_run.run, lambda: freed(lane_run) >= n - len(copier._slots))
 
 
 def record_hand_out_only(slot: DeviceSlot, current: FakeStream) -> None:

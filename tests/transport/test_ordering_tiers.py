@@ -110,7 +110,7 @@ def copies_of_the_first_lane(
 
 def slots_of_all_lanes(copier: Copier, lane_run: LaneRun, n: int) -> bool:
     """Counts the releases of whatever lane as this lane's."""
-    run, count = lane_run.run, copier._pool.count
+    run, count = lane_run.run, len(copier._slots)
     return copier.await_true(run, lambda: run.released > n - count)
 
 
@@ -172,7 +172,7 @@ def find_errors_on_the_cpu(
         def look(x: Any, weights: Mapping[str, torch.Tensor], layer_idx: int) -> None:
             run = pipeline.control.run
             n = lane.memory.orders.copied.before(run.released)
-            ahead = n + lane.memory.pool.count if layer_idx in lane.memory.orders.copied else 0
+            ahead = n + len(lane.memory.slots) if layer_idx in lane.memory.orders.copied else 0
             while run.lanes[0].read.done < ahead and not streamer.closed:
                 os.sched_yield()
             for _ in range(50):  # one read more is one too many: give it the time
