@@ -17,7 +17,7 @@ import torch
 from ..errors import ConfigError, StreamerError
 from ..planning.options import DeviceName
 from .cudart import CudaEvent, load_runtime
-from .device import PIN_SEGMENT, CpuDevice, Device, Event, Stream
+from .device import CpuDevice, Device, Event, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -25,21 +25,16 @@ CUDA_HOST_REGISTER_PORTABLE = 1
 CUDA_HOST_REGISTER_READ_ONLY = 8
 
 
-class AcceleratorDevice:
+class AcceleratorDevice(Device):
     """A device with torch's generic streams and events; host memory stays pageable."""
 
     unified = False
-    maps_files = False
-    pin_segment = PIN_SEGMENT
 
     def __init__(self, torch_device: torch.device) -> None:
         index = torch_device.index
         if index is None:
             index = torch.accelerator.current_device_index()
         self.torch_device = torch.device(torch_device.type, index)
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def free_bytes(self) -> int:
         free, _ = torch.accelerator.get_memory_info(self.torch_device.index)
@@ -50,9 +45,6 @@ class AcceleratorDevice:
             "%s: host memory cannot be page-locked, copies are slower", self.torch_device
         )
         return False
-
-    def unpin(self, memory: torch.Tensor) -> None:
-        return
 
     def new_stream(self) -> Stream:
         stream: Stream = torch.Stream(self.torch_device)
@@ -70,20 +62,11 @@ class AcceleratorDevice:
         torch.accelerator.set_device_index(self.torch_device.index)
         torch.accelerator.set_stream(stream)
 
-    def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
-        dst.copy_(src, non_blocking=True)
-
-    def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
-        self.copy(dst, src)
-
     def wait_idle(self) -> None:
         torch.accelerator.synchronize(self.torch_device)
 
     def guard(self) -> AbstractContextManager[object]:
         return torch.accelerator.device_index(self.torch_device.index)
-
-    def check_can_wait(self) -> None:
-        return
 
 
 class CudaDevice(AcceleratorDevice):

@@ -36,18 +36,22 @@ class Stream(Protocol):
 
 
 class Device(Protocol):
-    """The seam between the pipeline and a device; tests put an asynchronous fake behind it."""
+    """The seam between the pipeline and a device; tests put an asynchronous fake behind it.
+
+    What has a body here is what a device does that names it as its base, and says nothing else.
+    """
 
     torch_device: torch.device
     unified: bool
     """True if host memory is the device's memory, so that a byte read is where it is used."""
-    maps_files: bool
+    maps_files: bool = False
     """True if :meth:`pin` may be asked for the read-only pages of a mapped file."""
-    pin_segment: int
+    pin_segment: int = PIN_SEGMENT
     """Bytes that :meth:`pin` locks at a time; no copy may cross from one segment to the next."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """A uint8 tensor of ``nbytes`` on the device."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def free_bytes(self) -> int:
         """Bytes of memory that can still be allocated on the device."""
@@ -57,6 +61,7 @@ class Device(Protocol):
 
     def unpin(self, memory: torch.Tensor) -> None:
         """Undo :meth:`pin`; of memory that is not page-locked (any more): nothing."""
+        return
 
     def new_stream(self) -> Stream:
         """A stream for copies."""
@@ -72,9 +77,11 @@ class Device(Protocol):
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
         """Enqueue a copy (a cast, if dtypes differ) on the calling thread's current stream."""
+        dst.copy_(src, non_blocking=True)
 
     def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         """Enqueue a copy of equal bytes from page-locked memory on the thread's current stream."""
+        self.copy(dst, src)
 
     def wait_idle(self) -> None:
         """Block until the device has done all work there is."""
@@ -84,6 +91,7 @@ class Device(Protocol):
 
     def check_can_wait(self) -> None:
         """StreamerError if the current stream cannot take part in a pass (graph capture)."""
+        return
 
 
 class HostEvent:
@@ -117,28 +125,20 @@ class HostStream:
         return
 
 
-class CpuDevice:
+class CpuDevice(Device):
     """The CPU: slots are ordinary memory, and work is done when a call returns."""
 
     unified = True
-    maps_files = False
-    pin_segment = PIN_SEGMENT
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
         self._stream = HostStream()
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def free_bytes(self) -> int:
         return available_host_bytes()
 
     def pin(self, memory: torch.Tensor, *, read_only: bool = False) -> bool:
         return False
-
-    def unpin(self, memory: torch.Tensor) -> None:
-        return
 
     def new_stream(self) -> Stream:
         return self._stream
@@ -152,17 +152,8 @@ class CpuDevice:
     def use_in_this_thread(self, stream: Stream) -> None:
         return
 
-    def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
-        dst.copy_(src)
-
-    def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
-        self.copy(dst, src)
-
     def wait_idle(self) -> None:
         return
 
     def guard(self) -> AbstractContextManager[object]:
         return NO_GUARD
-
-    def check_can_wait(self) -> None:
-        return
