@@ -79,10 +79,6 @@ class CudaDevice(AcceleratorDevice):
         check_architecture(self.torch_device.index)
         self._runtime = load_runtime()
 
-    def free_bytes(self) -> int:
-        free, _ = torch.cuda.mem_get_info(self.torch_device)
-        return free
-
     def pin(self, memory: torch.Tensor, *, read_only: bool = False) -> bool:
         flags = CUDA_HOST_REGISTER_PORTABLE | (CUDA_HOST_REGISTER_READ_ONLY if read_only else 0)
         cudart = torch.cuda.cudart()
@@ -93,7 +89,7 @@ class CudaDevice(AcceleratorDevice):
             if int(code) != 0:
                 with self.guard():
                     _drain_error()
-                self._unregister(memory, offset)
+                self.unpin(memory[:offset])
                 kind = "pages of a mapped file" if read_only else "host memory"
                 logger.warning(
                     "page-locking %.2f GiB of %s was refused (%s)",
@@ -105,13 +101,10 @@ class CudaDevice(AcceleratorDevice):
         return True
 
     def unpin(self, memory: torch.Tensor) -> None:
-        self._unregister(memory, memory.nbytes)
-
-    def _unregister(self, memory: torch.Tensor, end: int) -> None:
         cudart = torch.cuda.cudart()
         codes = [
             cudart.cudaHostUnregister(memory.data_ptr() + offset)
-            for offset in range(0, end, self.pin_segment)
+            for offset in range(0, memory.nbytes, self.pin_segment)
         ]
         if any(int(code) != 0 for code in codes):
             with self.guard():
@@ -134,13 +127,6 @@ class CudaDevice(AcceleratorDevice):
     def current_stream(self) -> Stream:
         stream: Stream = torch.cuda.current_stream(self.torch_device)
         return stream
-
-    def use_in_this_thread(self, stream: Any) -> None:
-        torch.cuda.set_device(self.torch_device)
-        torch.cuda.set_stream(stream)
-
-    def guard(self) -> AbstractContextManager[object]:
-        return torch.cuda.device(self.torch_device)
 
     def check_can_wait(self) -> None:
         if torch.cuda.is_current_stream_capturing():
