@@ -217,16 +217,12 @@ def open_devices(device: DeviceName | Sequence[DeviceName] | None) -> tuple[Devi
 
 def _unusable_gpu() -> str | None:
     """What is known of an NVIDIA GPU that torch does not see; None if there is no sign of one."""
-    driver = Path("/proc/driver/nvidia/version")
+    driver, sign = Path("/proc/driver/nvidia/version"), "/dev/nvidiactl"
     if driver.exists():
         version = driver.read_text(errors="replace").splitlines()[0].removeprefix("NVRM version: ")
-        return f"an NVIDIA GPU is present (driver: {version.strip()}) but {_torch_build()}"
-    if Path("/dev/nvidiactl").exists():
-        return f"an NVIDIA GPU is present (/dev/nvidiactl) but {_torch_build()}"
-    return None
-
-
-def _torch_build() -> str:
+        sign = f"driver: {version.strip()}"
+    elif not Path(sign).exists():
+        return None
     cuda = torch.version.cuda
     built = f"built for CUDA {cuda}, cannot use it" if cuda else "is a CPU build"
-    return f"torch {torch.__version__} {built}"
+    return f"an NVIDIA GPU is present ({sign}) but torch {torch.__version__} {built}"
