@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from itertools import count
 from pathlib import Path
@@ -63,8 +64,8 @@ class OpenFiles:
         """True once the file system has refused to read a file directly."""
         reserve(2 * len(self._stamps))
         try:
-            run_all([self._open_all], 1)
-            self.check_unchanged(stamps)
+            run_all([partial(self._open_file, stamp) for stamp in self._stamps.values()], 1)
+            self.check_unchanged()
         except BaseException:
             self.close()
             raise
@@ -72,7 +73,7 @@ class OpenFiles:
     def use_direct(self) -> None:
         """From now on, read past the page cache wherever the file system allows that."""
         self.reads_direct = True
-        run_all([self._open_all_direct], 1)
+        run_all([partial(self._open_direct, path) for path in self._stamps], 1)
 
     def cached_share(self, extents: Iterable[tuple[Path, int, int]]) -> float:
         """About which part of some (path, offset, bytes) is in the page cache; 0 if unknown."""
@@ -138,21 +139,16 @@ class OpenFiles:
         for owner in self._owners:
             owner.close()
 
-    def _open_all(self) -> None:
-        for path, stamp in self._stamps.items():
-            self._open[path] = _Open(stamp, self._own(_open(path), path), stamp.ctime_ns)
-
-    def _own(self, descriptor: int, path: Path) -> int:
+    def _open_file(self, stamp: FileStamp) -> None:
         try:
-            self._owners.append(_Owner(descriptor))
-        except OSError as error:  # a directory by now
-            os.close(descriptor)
-            raise _open_error(path, error) from error
-        return descriptor
+            descriptor = self._own(open_regular(stamp.path))
+        except OSError as error:
+            raise _open_error(stamp.path, error) from error
+        self._open[stamp.path] = _Open(stamp, descriptor, stamp.ctime_ns)
 
-    def _open_all_direct(self) -> None:
-        for path in self._stamps:
-            self._open_direct(path)
+    def _own(self, descriptor: int) -> int:
+        self._owners.append(_Owner(descriptor))
+        return descriptor
 
     def _look_at_name(self, path: Path, file: _Open, info: os.stat_result) -> None:
         """The file's time of change moved, and nothing else: a notice if its name is still its own,
@@ -179,7 +175,7 @@ class OpenFiles:
 
     def _open_direct(self, path: Path) -> None:
         try:
-            descriptor = self._own(open_direct(path), path)
+            descriptor = self._own(open_direct(path))
         except OSError as error:
             if error.errno in OUT_OF_DESCRIPTORS:
                 raise _open_error(path, error) from error
@@ -253,13 +249,6 @@ def read_error(path: Path, wanted: int, offset: int, error: OSError) -> ReadErro
     """What is raised of a read that the system refused."""
     reason = error.strerror or error
     return ReadError(f"{path}: reading {wanted} bytes at offset {offset} failed: {reason}")
-
-
-def _open(path: Path) -> int:
-    try:
-        return open_regular(path)
-    except OSError as error:
-        raise _open_error(path, error) from error
 
 
 def _open_error(path: Path, error: OSError) -> CheckpointError:
