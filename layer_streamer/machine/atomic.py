@@ -40,6 +40,15 @@ def read_record(path: Path, most: int) -> bytes:
     return content
 
 
+def read_text(path: Path) -> str:
+    """What a file of the kernel's says; nothing if it cannot be read. A name in it may be of any
+    bytes, which are kept."""
+    try:
+        return os.fsdecode(path.read_bytes())
+    except OSError:
+        return ""
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Context in which the error of a full disk, which a write raises without a name, gets one."""

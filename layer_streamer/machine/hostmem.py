@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from .atomic import read_text
+
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 
-@dataclass(frozen=True, slots=True)
-class _Version:
-    """Names of a cgroup's files."""
-
-    limit: str
-    usage: str
-    cached: tuple[str, str]
-    """Lines of memory.stat: file pages, which usage counts and the kernel gives back."""
-
-
 _VERSIONS = (
-    _Version("memory.max", "memory.current", ("inactive_file", "active_file")),
-    _Version(
+    ("memory.max", "memory.current", "inactive_file", "active_file"),
+    (
         "memory.limit_in_bytes",
         "memory.usage_in_bytes",
-        ("total_inactive_file", "total_active_file"),
+        "total_inactive_file",
+        "total_active_file",
     ),
 )
+"""Names of a cgroup's files with its limit and its usage, and lines of its memory.stat: file pages,
+which usage counts and the kernel gives back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +55,15 @@ def available_host_bytes() -> int:
 def cgroup_limits() -> Iterator[CgroupLimit]:
     """The limits of the cgroups that this process is in, and of all their ancestors."""
     for folder in _cgroups():
-        for version in _VERSIONS:
-            limit, usage = _number(folder / version.limit), _number(folder / version.usage)
+        for limit_file, usage_file, *cached in _VERSIONS:
+            limit, usage = _number(folder / limit_file), _number(folder / usage_file)
             if limit is not None and usage is not None:
-                yield CgroupLimit(folder, limit, usage, _cached(folder, version.cached))
+                yield CgroupLimit(folder, limit, usage, _cached(folder, cached))
 
 
 def _cgroups() -> Iterator[Path]:
     """Folders of the cgroups that this process is in, and of all their ancestors."""
-    for line in _text(MEMBERSHIP).split("\n"):
+    for line in read_text(MEMBERSHIP).split("\n"):
         fields = line.split(":", 2)
         if len(fields) < 3:
             continue
@@ -82,9 +76,9 @@ def _cgroups() -> Iterator[Path]:
             yield root.joinpath(*parts[:depth])
 
 
-def _cached(folder: Path, names: tuple[str, str]) -> int:
+def _cached(folder: Path, names: Sequence[str]) -> int:
     """Bytes of a cgroup's usage that are page cache."""
-    pairs = [line.split() for line in _text(folder / "memory.stat").splitlines()]
+    pairs = [line.split() for line in read_text(folder / "memory.stat").splitlines()]
     found = [pair[1] for pair in pairs if len(pair) == 2 and pair[0] in names]
     return sum(int(number) for number in found if number.isdecimal())
 
@@ -92,14 +86,6 @@ def _cached(folder: Path, names: tuple[str, str]) -> int:
 def _number(path: Path) -> int | None:
     """The number in a file; None if there is none ("max": no limit)."""
     try:
-        return int(_text(path))
+        return int(read_text(path))
     except ValueError:
         return None
-
-
-def _text(path: Path) -> str:
-    """What a file says; nothing if it cannot be read. A cgroup's name may be of any bytes."""
-    try:
-        return os.fsdecode(path.read_bytes())
-    except OSError:
-        return ""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .atomic import read_text
+
 CPUINFO = Path("/proc/cpuinfo")
 MOUNTS = Path("/proc/self/mountinfo")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -118,11 +120,7 @@ def _plain(text: bytes) -> str:
 
 
 def _cpu_model() -> str:
-    try:
-        text = CPUINFO.read_text(errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.+)$", read_text(CPUINFO), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
@@ -143,8 +141,5 @@ def _gpu_names() -> tuple[str, ...]:
 
 
 def _driver() -> str | None:
-    try:
-        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", NVIDIA_DRIVER.read_text(errors="replace"))
-    except OSError:
-        return None
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", read_text(NVIDIA_DRIVER))
     return found[0] if found else None
