@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .descriptors import open_regular
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What writes raise where nothing more can be written."""
@@ -28,12 +29,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_record(path: Path, most: int) -> bytes:
-    """A regular file of ``most`` bytes at the most. OSError; ValueError for anything else."""
-    # Of a FIFO or a terminal, opening and reading would wait for somebody who writes.
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ValueError("not a regular file")
+    """A regular file of ``most`` bytes at the most. OSError; ValueError for a larger one."""
+    with open(open_regular(path), "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"larger than {most} bytes")

@@ -30,7 +30,6 @@ MOST_NBYTES = 1 << 20
 BOUNDS = {"threads": (1, 256), "chunk_nbytes": (1, 1 << 30)}
 """Of numbers that a streamer takes over from a record."""
 MODES = ("direct", "cold")
-RATES = ("bytes_per_s", "pageable", "back", "copy_together")
 
 P = TypeVar("P")
 
@@ -120,8 +119,7 @@ class MachineLimits:
     def best_read(self) -> ReadRate | None:
         """The fastest direct read; where those are refused, the fastest cold one."""
         reads = self.disk.reads if self.disk else ()
-        direct = [read for read in reads if read.mode == "direct"]
-        return max(direct or reads, key=lambda read: read.bytes_per_s, default=None)
+        return max(reads, key=lambda r: (r.mode == "direct", r.bytes_per_s), default=None)
 
     @property
     def read_rate(self) -> float | None:
@@ -131,7 +129,7 @@ class MachineLimits:
     def best_read_rate(self, mode: str) -> float | None:
         """Disk to host memory in this ``mode``: "direct", or "cold" through the page cache."""
         reads = self.disk.reads if self.disk else ()
-        return max((read.bytes_per_s for read in reads if read.mode == mode), default=None)
+        return _best(read for read in reads if read.mode == mode)
 
     @property
     def cached_read_rate(self) -> float | None:
@@ -145,15 +143,11 @@ class MachineLimits:
 
     def copy_rate(self, device: str) -> float | None:
         """Pinned host memory to ``device`` ("cuda:0"), in copies of the best size."""
-        for limits in self.machine.devices:
-            if limits.device == device:
-                return _best(limits.copies)
-        return None
+        return next((_best(d.copies) for d in self.machine.devices if d.device == device), None)
 
     def pageable_rate(self, device: str) -> float | None:
         """Pageable host memory to ``device``."""
-        rates = [limits.pageable for limits in self.machine.devices if limits.device == device]
-        return rates[0] if rates else None
+        return next((d.pageable for d in self.machine.devices if d.device == device), None)
 
     @property
     def copy_together_rate(self) -> float | None:
@@ -172,7 +166,7 @@ def load_limits(path: Path | None = None, *, gpus: bool = True) -> MachineLimits
     ``gpus``: False if nothing is asked of them, and CUDA is not to be started for their names: the
     record is then one of this machine whatever GPUs it names.
     """
-    identity = this_machine() if gpus else this_machine(gpus=False)
+    identity = this_machine(gpus=gpus)
     own = _folder(identity)
     for folder in [own] if gpus else sorted(own.parent.glob("*")):
         machine = _load(folder / "machine.json", MachinePart)
@@ -192,13 +186,13 @@ def save_limits(limits: MachineLimits) -> tuple[Path, ...]:
     if limits.disk is not None:
         parts[folder / _disk_name(limits.disk.file_system)] = limits.disk
     for path, part in parts.items():
-        write_atomically(path, json.dumps({"version": VERSION, **asdict(part)}))
+        write_atomically(path, json.dumps(encode(part)))
     return tuple(parts)
 
 
-def encode(limits: MachineLimits) -> dict[str, Any]:
-    """``limits`` as JSON has it; :func:`decode` is the way back."""
-    return {"version": VERSION, **asdict(limits)}
+def encode(record: MachineLimits | MachinePart | DiskPart) -> dict[str, Any]:
+    """``record`` as JSON has it; :func:`decode` is the way back."""
+    return {"version": VERSION, **asdict(record)}
 
 
 def decode(document: object, kind: type[P]) -> P:
@@ -213,7 +207,7 @@ def decode(document: object, kind: type[P]) -> P:
     return value
 
 
-def _best(rates: Iterable[ThreadRate | SizeRate]) -> float | None:
+def _best(rates: Iterable[ReadRate | ThreadRate | SizeRate]) -> float | None:
     return max((rate.bytes_per_s for rate in rates), default=None)
 
 
@@ -249,8 +243,8 @@ def _load(path: Path, kind: type[P]) -> P | None:
 
 
 def _accepts(name: str, value: Any) -> bool:
-    if isinstance(value, float) or name in RATES:
-        return bool(value > 0)
+    if isinstance(value, float):
+        return value > 0
     if type(value) is int:
         low, high = BOUNDS.get(name, (0, HUGE))
         return low <= value <= high

@@ -19,7 +19,7 @@ class Form:
     """What records of one kind may hold beside what their types say."""
 
     accepts: Callable[[str, Any], bool] = lambda name, value: True
-    """By a field's name, whether it can have this number or text."""
+    """By a field's name, whether it can have this number (of its field's type) or text."""
     exact: bool = True
     """False: fields that are not known are left out, and what is missing has its default."""
 
@@ -40,10 +40,11 @@ class Form:
                 return None
             # Of several that are not None, all are plain.
             kind = next((one for one in inner if _is_plain(one, value)), inner[0])
-            if is_dataclass(kind):
-                return self._read_fields(kind, value, name)
-        if _is_plain(kind, value) and self.accepts(name, value):
-            return float(value) if kind is float else value
+            return self.read(kind, value, name)
+        if _is_plain(kind, value):
+            plain = float(value) if kind is float else value
+            if self.accepts(name, plain):
+                return plain
         raise ValueError(f"{name}={_said(value)}: not a {_called(kind)} that a record can have")
 
     def _read_fields(self, kind: Any, value: Any, name: str) -> Any:

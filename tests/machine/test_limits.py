@@ -213,7 +213,7 @@ def test_limits_under_another_driver_or_torch_are_not_this_machines(
     limits = sample(tmp_path)
     save_limits(limits)
     other = replace(this_machine(), **change)
-    monkeypatch.setattr(limits_module, "this_machine", lambda: other)
+    monkeypatch.setattr(limits_module, "this_machine", lambda **_: other)
     assert load_limits(tmp_path) is None
     # The disk's part outlives the change.
     save_limits(MachineLimits(replace(limits.machine, identity=other), None))
@@ -231,7 +231,7 @@ def test_machines_that_share_a_home_directory_do_not_share_a_record(
     theirs = replace(mine, machine=replace(mine.machine, identity=other))
     save_limits(theirs)
     assert load_limits(tmp_path) == mine
-    monkeypatch.setattr(limits_module, "this_machine", lambda: other)
+    monkeypatch.setattr(limits_module, "this_machine", lambda **_: other)
     assert load_limits(tmp_path) == theirs
 
 
