@@ -5,12 +5,16 @@ Beside these, ``errors.printable`` makes any of them fit to be printed.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError
 
 MAX_NAME_CHARS = 1024
 """Longest name of a tensor or key; also keeps error messages readable."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What JSON can have by itself ("\\ud800"), and no valid text can: all that UTF-8 refuses."""
 
 
 def check_name(name: str, path: Path, what: str) -> None:
@@ -20,11 +24,8 @@ def check_name(name: str, path: Path, what: str) -> None:
             f"{path}: {what} {shown(name)}: a name of {len(name)} characters, "
             f"not 1 to {MAX_NAME_CHARS}"
         )
-    if not name.isascii():
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:  # "\ud800" in JSON: a lone surrogate
-            raise CheckpointError(f"{path}: {what} {shown(name)}: not valid Unicode") from error
+    if not name.isascii() and _SURROGATE.search(name):
+        raise CheckpointError(f"{path}: {what} {shown(name)}: not valid Unicode")
 
 
 def shown(value: object) -> str:
@@ -49,11 +50,7 @@ def file_fault(name: str) -> str:
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
         return "is not below the model's directory"
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return "is not valid Unicode"
-    return ""
+    return "is not valid Unicode" if _SURROGATE.search(name) else ""
 
 
 def absolute(path: Path) -> Path:
