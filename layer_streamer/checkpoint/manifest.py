@@ -193,14 +193,14 @@ def check_extents(specs: Iterable[TensorSpec], size: int, path: Path) -> None:
             end, previous = spec.offset + spec.nbytes, spec.name
 
 
-def stamp_file(path: Path, context: str = "") -> FileStamp:
+def stamp_file(path: Path) -> FileStamp:
     """Identity of ``path`` now; CheckpointError if it is missing or no regular file."""
     try:
         info = path.stat()
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}{context}") from error
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
     if not stat.S_ISREG(info.st_mode):
-        raise CheckpointError(f"{path}: not a regular file{context}")
+        raise CheckpointError(f"{path}: not a regular file")
     return FileStamp(path, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
 
@@ -230,14 +230,13 @@ def manifest_from_tensor_info(  # noqa: PLR0913, PLR0917 - the published constru
         raise ConfigError(f"block_sizes: no size for {unsized or 'any key (block_keys is empty)'}")
     stamps = {shard: _stamp_shard(directory, shard) for shard in shard_offsets}
     specs: dict[str, TensorSpec] = {}
+    by_shard: dict[str, list[TensorSpec]] = {shard: [] for shard in stamps}
     for name, (shard, offset, shape) in tensor_info.items():
         if shard not in stamps:
             raise CheckpointError(f"{directory}: {name!r} is in {shard!r}, not in shard_offsets")
         nbytes = checked_nbytes(shape, 8 * dtype.itemsize, f"{directory / shard}: tensor {name!r}")
         start = shard_offsets[shard] + offset
         specs[name] = TensorSpec(name, dtype, tuple(shape), directory / shard, start, nbytes)
-    by_shard: dict[str, list[TensorSpec]] = {shard: [] for shard in stamps}
-    for name, (shard, _, _) in tensor_info.items():
         by_shard[shard].append(specs[name])
     for shard, stamp in stamps.items():
         check_extents(by_shard[shard], stamp.size, stamp.path)
