@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from itertools import groupby
 
 from ..errors import printable
@@ -22,7 +21,8 @@ def describe(manifest: Manifest) -> str:
         f"{manifest.nbytes / 1e9:.3f} GB in {files} file{'s' if files > 1 else ''}",
         f"  {'layers':<12} {'MB each':>10}  tensors",
     ]
-    for layers in _equal_neighbours(manifest):
+    for _, equal in groupby(manifest.layers, key=_signature):
+        layers = list(equal)
         first, last = layers[0], layers[-1]
         name = f"{first.layer_idx}-{last.layer_idx}" if len(layers) > 1 else f"{first.layer_idx}"
         kinds = Counter(kind(spec) for spec in first.tensors.values())
@@ -58,11 +58,6 @@ def document(manifest: Manifest) -> str:
 def kind(spec: TensorSpec) -> str:
     """How a tensor is stored: its GGML type, or its dtype."""
     return spec.ggml_type or str(spec.dtype).removeprefix("torch.")
-
-
-def _equal_neighbours(manifest: Manifest) -> Iterator[list[LayerSpec]]:
-    for _, layers in groupby(manifest.layers, key=_signature):
-        yield list(layers)
 
 
 def _signature(layer: LayerSpec) -> frozenset[tuple[str, str, tuple[int, ...]]]:
