@@ -118,7 +118,7 @@ class Caller:
         number = self._finished.number + 1 if self._finished is not None else 0
         self._finished = _Finished(clock, number)
         if self._asking:
-            self._reported = number, clock.report(self._schedule.layouts)
+            self._reported = number, clock.report()
 
     def abort(self) -> None:
         """Drop the pass that is under way and start prefetching the first layers again.
@@ -161,7 +161,7 @@ class Caller:
     def _attempt(self, finished: _Finished) -> PassReport | None:
         """The report of ``finished``; None if another pass has finished meanwhile."""
         try:
-            report = finished.clock.report(self._schedule.layouts)
+            report = finished.clock.report()
         except Exception:
             # Events that are recorded again meanwhile may say that they cannot be compared.
             if self._finished is finished:

@@ -8,53 +8,40 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TypeVar
 
 from ..devices.device import Device, Event, Stream
 from ..planning.layout import Layout, Step
-from .stats import PassReport, Span, StepReport, report_step
+from .stats import PassReport, Span, report_step
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
 class Routes:
-    """The way of each step of a pass, by its index."""
+    """The way of each step of a pass, by its index, on devices that take turns. Immutable."""
 
-    devices: tuple[Device, ...]
-    device_of: tuple[int, ...]
-    """Which of ``devices`` the step is handed out on."""
-    read: frozenset[int]
-    """Steps that are read from disk."""
-    moved: frozenset[int]
-    """Steps that a memcpy takes from pageable to pinned memory."""
-    copied: frozenset[int]
-    """Steps whose bytes are copied to their device, or moved within their slot."""
-    limits: Callable[[], Mapping[str, float]] = dict
-    """Called for each report. By kind of step ("read", "copy"), the measured limit in bytes a
-    second, where it is known of how the bytes are moved by then."""
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         layouts: Sequence[Layout],
-        devices: tuple[Device, ...],
+        devices: Sequence[Device],
         *,
         viewed: Container[int],
         two_pools: bool,
         limits: Callable[[], Mapping[str, float]],
-    ) -> Routes:
-        """The ways of steps that are laid out so, on devices that take turns.
-
-        ``viewed``: those that are handed out where a mapped file has them.
-        """
-        read = frozenset(i for i, layout in enumerate(layouts) if layout.reads)
-        return cls(
-            devices=devices,
-            device_of=tuple(i % len(devices) for i in range(len(layouts))),
-            read=read,
-            moved=frozenset(i for i in read if two_pools and i not in viewed),
-            copied=frozenset(i for i, layout in enumerate(layouts) if layout.copies),
-            limits=limits,
-        )
+    ) -> None:
+        """``viewed``: steps that are handed out where a mapped file has them."""
+        self.layouts = layouts
+        self.devices = devices
+        self.read = [i for i, layout in enumerate(layouts) if layout.reads]
+        """Steps that are read from disk."""
+        self.moved = [i for i in self.read if two_pools and i not in viewed]
+        """Steps that a memcpy takes from pageable to pinned memory."""
+        self.copied = [i for i, layout in enumerate(layouts) if layout.copies]
+        """Steps whose bytes are copied to their device, or moved within their slot."""
+        self.limits = limits
+        """Called for each report. By kind of step ("read", "copy"), the measured limit in bytes a
+        second, where it is known of how the bytes are moved by then."""
 
 
 class PassClock:
@@ -108,36 +95,40 @@ class PassClock:
         """The pass's last compute has been enqueued, and its result is on the first device."""
         self._end.record(self._routes.devices[0].current_stream())
 
-    def report(self, layouts: Sequence[Layout]) -> PassReport:
+    def report(self) -> PassReport:
         """What the stamps say; waits until the devices have done the pass."""
         self._end.synchronize()
-        routes, steps = self._routes, dict[str, StepReport]()
-        for name, indices, begins, ends in (
-            ("read", routes.read, self.read_begin, self.read_end),
-            ("memcpy", routes.moved, self.memcpy_begin, self.memcpy_end),
-        ):
-            if indices:
-                nbytes = sum(layouts[index].read_nbytes for index in indices)
-                spans = self._host_spans(sorted(indices), begins, ends)
-                steps[name] = report_step(name, nbytes, spans)
+        routes, layouts = self._routes, self._routes.layouts
         offsets = [self._offset(i) for i in range(len(routes.devices))]
-        if routes.copied:
-            nbytes = sum(layouts[index].copy_nbytes for index in routes.copied)
-            copied = sorted(routes.copied)
-            spans = self._spans(copied, self.copy_begin, self.copy_end, offsets)
-            spans = [
-                self._condense(i, span, layouts[i].copy_nbytes)
-                for i, span in zip(copied, spans, strict=True)
-            ]
-            steps["copy"] = report_step("copy", nbytes, spans, offsets[0])
+
+        def on_host(i: int, stamp: float) -> float:
+            return stamp - self._begin_seconds
+
+        def on_device(i: int, event: Event) -> float:
+            at = i % len(offsets)
+            return offsets[at] + self._begins[at].elapsed_time(event) / 1e3
+
         every = range(len(self._steps))
-        spans = self._spans(every, self.compute_begin, self.compute_end, offsets)
-        nbytes = sum(step.nbytes for step in self._steps)
-        steps["compute"] = report_step("compute", nbytes, spans, offsets[0])
+        reads = self._spans(routes.read, self.read_begin, self.read_end, on_host)
+        moves = self._spans(routes.moved, self.memcpy_begin, self.memcpy_end, on_host)
+        copies = self._spans(routes.copied, self.copy_begin, self.copy_end, on_device)
+        copies = [
+            self._condense(i, span, layouts[i].copy_nbytes)
+            for i, span in zip(routes.copied, copies, strict=True)
+        ]
+        computes = self._spans(every, self.compute_begin, self.compute_end, on_device)
+        steps = (
+            report_step("read", sum(layouts[i].read_nbytes for i in routes.read), reads),
+            report_step("memcpy", sum(layouts[i].read_nbytes for i in routes.moved), moves),
+            report_step(
+                "copy", sum(layouts[i].copy_nbytes for i in routes.copied), copies, offsets[0]
+            ),
+            report_step("compute", sum(step.nbytes for step in self._steps), computes, offsets[0]),
+        )
         return PassReport(
             seconds=self._begins[0].elapsed_time(self._end) / 1e3,
             num_layers=len(self._steps),
-            steps=steps,
+            steps={step.name: step for step in steps if step.spans},
             peak_slots={name: (self.peak_slots[name], n) for name, n in self._pools.items()},
             limits=routes.limits(),
         )
@@ -155,15 +146,7 @@ class PassClock:
 
     def _events(self) -> list[Event]:
         devices = self._routes.devices
-        return [devices[i].new_event() for i in self._routes.device_of]
-
-    def _host_spans(
-        self, indices: Iterable[int], begins: Sequence[float], ends: Sequence[float]
-    ) -> list[Span]:
-        origin = self._begin_seconds
-        return [
-            Span(self._steps[i].layer_idx, begins[i] - origin, ends[i] - origin) for i in indices
-        ]
+        return [devices[i % len(devices)].new_event() for i in range(len(self._steps))]
 
     def _offset(self, device_idx: int) -> float:
         """Seconds from the pass's begin on the host's clock to its begin on a device's."""
@@ -177,15 +160,12 @@ class PassClock:
     def _spans(
         self,
         indices: Iterable[int],
-        begins: Sequence[Event],
-        ends: Sequence[Event],
-        offsets: Sequence[float],
+        begins: Sequence[T],
+        ends: Sequence[T],
+        seconds: Callable[[int, T], float],
     ) -> list[Span]:
-        spans = []
-        for i in indices:
-            device_idx = self._routes.device_of[i]
-            origin, offset = self._begins[device_idx], offsets[device_idx]
-            begin = offset + origin.elapsed_time(begins[i]) / 1e3
-            end = offset + origin.elapsed_time(ends[i]) / 1e3
-            spans.append(Span(self._steps[i].layer_idx, begin, end))
-        return spans
+        """Of steps, from stamps that ``seconds`` puts on the host's clock, by the step's index."""
+        return [
+            Span(self._steps[i].layer_idx, seconds(i, begins[i]), seconds(i, ends[i]))
+            for i in indices
+        ]

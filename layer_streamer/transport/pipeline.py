@@ -238,7 +238,7 @@ class Pipeline:
         return plan
 
     def _build_schedule(self, steps: Sequence[Step], layouts: Sequence[Layout]) -> Schedule:
-        routes = Routes.of(
+        routes = Routes(
             layouts,
             self.devices,
             viewed=self.residents.mapped,

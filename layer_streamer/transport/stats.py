@@ -14,9 +14,6 @@ from pathlib import Path
 
 from ..machine.atomic import write_atomically
 
-STEP_NAMES = ("read", "memcpy", "copy", "compute")
-"""The steps on a byte's way, in order."""
-
 
 @dataclass(frozen=True, slots=True)
 class Span:

@@ -273,14 +273,14 @@ def test_a_report_is_of_one_pass_though_others_finish_while_it_is_made(
     tiny_checkpoint(tmp_path, NUM_LAYERS)
     report, made, inside = PassClock.report, list[PassReport](), list[int]()
 
-    def slow(clock: PassClock, layouts: Any) -> PassReport:
+    def slow(clock: PassClock) -> PassReport:
         """So slow that passes overtake it, until the thread that runs them is asked."""
         if not inside and len(made) < overtaken:
             inside.append(1)
             for _ in range(4):
                 streamer.run_pass(None, nothing)
             inside.clear()
-        made.append(report(clock, layouts))
+        made.append(report(clock))
         return made[-1]
 
     with open_checkpoint(None, tmp_path, n_gpu=0) as streamer:

@@ -19,6 +19,7 @@ from layer_streamer.planning.layout import PAGE, Layout, align_up
 from layer_streamer.transport.memory import HostArena
 from layer_streamer.transport.parts import Cutter, Part, Parts
 from layer_streamer.transport.pool import HostPool
+from layer_streamer.transport.stats import Span
 
 SLOTS = [PAGE, 2 * PAGE, 5 * PAGE, 1 << 20]
 
@@ -173,8 +174,7 @@ def test_parts_whose_copies_are_not_timed_yet_are_taken_to_be_as_fast_as_the_oth
         streamer.run_pass(None, lambda x, w, i: x)
         clock = streamer._parts.pipeline.schedule._clocks[0]
         clock._part_seconds[2], clock._part_nbytes[2] = 1.0, 250
-        spans = clock._spans([2], clock.copy_begin, clock.copy_end, [0.0])
-        span = replace(spans[0], begin=5.0, end=25.0)
+        span = Span(2, begin=5.0, end=25.0)
         assert clock._condense(2, span, 1000).begin == 21.0
         assert clock._condense(2, replace(span, begin=24.0), 1000).begin == 24.0
         clock._part_nbytes[2] = 0
