@@ -94,26 +94,15 @@ class PassReport:
         """The pass in Chrome's trace-event format, for https://ui.perfetto.dev."""
         start = min((s.begin for step in self.steps.values() for s in step.spans), default=0.0)
         events: list[dict[str, object]] = []
-        tid = 0
-        for step in self.steps.values():
-            for row in _rows(step.spans):
-                tid += 1
-                name = {"name": f"{tid} {step.name}"}
-                events.append(
-                    {"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": name}
-                )
-                events += [
-                    {
-                        "ph": "X",
-                        "name": f"layer {span.layer_idx}",
-                        "cat": step.name,
-                        "pid": 1,
-                        "tid": tid,
-                        "ts": (span.begin - start) * 1e6,
-                        "dur": (span.end - span.begin) * 1e6,
-                    }
-                    for span in row
-                ]
+        rows = [(step.name, row) for step in self.steps.values() for row in _rows(step.spans)]
+        for tid, (cat, row) in enumerate(rows, start=1):
+            place = {"pid": 1, "tid": tid}
+            row_name = {"name": f"{tid} {cat}"}
+            events.append({"ph": "M", "name": "thread_name", **place, "args": row_name})
+            for span in row:
+                name = f"layer {span.layer_idx}"
+                when = {"ts": (span.begin - start) * 1e6, "dur": (span.end - span.begin) * 1e6}
+                events.append({"ph": "X", "name": name, "cat": cat, **place, **when})
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
     def save_timeline(self, path: str | Path) -> None:
