@@ -98,10 +98,9 @@ def show_weights_to_pytree() -> None:
                 list(weights),
             ),
         )
-    except IndexError:
-        return  # somebody has it in hand
-    except ValueError:
-        return  # it is registered: only what came after was interrupted
+    except (IndexError, ValueError):
+        # Somebody has it in hand; or it is registered, and only what came after was interrupted.
+        return
     except BaseException:
         _to_register.append(None)
         raise
