@@ -94,15 +94,11 @@ def mount_of(path: Path) -> Mount | None:
     """The mounted file system that ``path`` is on; of two at one place, the later. OSError if there
     is no such path, or no table of mounts."""
     place = path.resolve(strict=True)
-    best = None
-    # As bytes, by line feeds alone: a mount's name may be of any others.
-    for line in MOUNTS.read_bytes().split(b"\n"):
-        found = _mount(line)
-        if found is None or Path(found.point) not in (place, *place.parents):
-            continue
-        if best is None or len(found.point) >= len(best.point):
-            best = found
-    return best
+    # As bytes, by line feeds alone: a mount's name may be of any others. Of equals max takes the
+    # first, which is to be the later mount.
+    mounts = map(_mount, reversed(MOUNTS.read_bytes().split(b"\n")))
+    above = [m for m in mounts if m is not None and Path(m.point) in (place, *place.parents)]
+    return max(above, key=lambda mount: len(mount.point), default=None)
 
 
 def _mount(line: bytes) -> Mount | None:
