@@ -45,7 +45,8 @@ class Form:
             plain = float(value) if kind is float else value
             if self.accepts(name, plain):
                 return plain
-        raise ValueError(f"{name}={_said(value)}: not a {_called(kind)} that a record can have")
+        called = getattr(kind, "__name__", kind)
+        raise ValueError(f"{name}={_said(value)}: not a {called} that a record can have")
 
     def _read_fields(self, kind: Any, value: Any, name: str) -> Any:
         wanted = {field.name for field in fields(kind)}
@@ -72,7 +73,3 @@ def _said(value: Any) -> str:
     if isinstance(value, int) and not -HUGE <= value <= HUGE:
         return "a number of many digits"
     return repr(value)[:MOST_SAID]
-
-
-def _called(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind))
