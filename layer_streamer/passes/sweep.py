@@ -33,9 +33,6 @@ class Opened(NamedTuple):
     claims: Claims
     track_progress: bool
 
-    def closed(self) -> bool:
-        return self.pipeline.control.closing
-
 
 def sweep(parts: Opened, owner: object, *, guarded: bool) -> Sweep:
     """Hand out one pass's layers. ``guarded``: make each layer's device the current one for it.
@@ -97,5 +94,5 @@ def _end(parts: Opened, current: Pass) -> None:
     A sweep that is finalized on another thread leaves that to the next pass, which finds out.
     """
     mine = current.thread is threading.current_thread()
-    if mine and not parts.closed() and parts.claims.has(current):
+    if mine and not parts.pipeline.control.closing and parts.claims.has(current):
         parts.caller.abort()
