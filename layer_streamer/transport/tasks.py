@@ -110,7 +110,8 @@ def run_all(
         # One whose start was interrupted, so that it cannot be joined, does nothing any more.
         work.stopped.set()
         join_all(workers, threading.TIMEOUT_MAX)
-        work.drop_results()
+        # Errors that nobody raises: their frames hold this, and all that the tasks do.
+        work.results = SimpleQueue()
     return [results[number] for number in range(work.count)]
 
 
@@ -120,7 +121,9 @@ _at_work: weakref.WeakSet[_Work[Any]] = weakref.WeakSet()
 def _end_in_child() -> None:
     """A forked child has none of the threads: nobody does the tasks."""
     for work in tuple(_at_work):
-        work.fail(ClosedError("the process was forked while it was at work: a child opens its own"))
+        work.results.put(
+            ClosedError("the process was forked while it was at work: a child opens its own")
+        )
 
 
 if hasattr(os, "register_at_fork"):
@@ -138,7 +141,7 @@ class _Work(Generic[T]):
         self._tasks = tuple(tasks)
         self.count = len(self._tasks)
         self._rest = iter(range(threads, self.count))  # one step, whichever threads are at it
-        self._results: SimpleQueue[tuple[int, T] | BaseException] = SimpleQueue()
+        self.results: SimpleQueue[tuple[int, T] | BaseException] = SimpleQueue()
 
     def run(self, first: int) -> None:
         """Do task ``first``, then others until none is left, one fails, or ``stopped`` is set."""
@@ -146,24 +149,16 @@ class _Work(Generic[T]):
             for number in chain((first,), self._rest):
                 if self.stopped.is_set():
                     return
-                self._results.put((number, self._tasks[number]()))
+                self.results.put((number, self._tasks[number]()))
         except BaseException as error:
-            self._results.put(error)
-
-    def fail(self, error: BaseException) -> None:
-        """Have the next result be ``error``, after those that are there."""
-        self._results.put(error)
+            self.results.put(error)
 
     def next_result(self) -> tuple[int, T]:
         """Wait for the next (number of the task, result); raises the error of a task."""
-        result = self._results.get()
+        result = self.results.get()
         if isinstance(result, BaseException):
             try:
                 raise result
             finally:
                 del result  # or this frame and the error would hold each other
         return result
-
-    def drop_results(self) -> None:
-        """Forget errors that nobody raises: their frames hold this, and all that the tasks do."""
-        self._results = SimpleQueue()
