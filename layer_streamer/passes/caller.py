@@ -6,8 +6,6 @@ there is no state beside the run's counters: the next pass begins from them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from ..devices.device import Event, Stream
 from ..errors import ClosedError, StreamerError
 from ..transport.clock import PassClock
@@ -16,13 +14,6 @@ from ..transport.pipeline import Pipeline
 from ..transport.stage import LaneRun, Run
 from ..transport.stats import PassReport
 from ..transport.weights import Weights
-
-
-class _Finished(NamedTuple):
-    """A finished pass. Its clock is whole for as long as it is the last one."""
-
-    clock: PassClock
-    number: int
 
 
 class Caller:
@@ -37,9 +28,10 @@ class Caller:
         self._control = pipeline.control
         self._schedule = pipeline.schedule
         self._lanes = pipeline.lanes
-        self._finished: _Finished | None = None
-        self._asking: dict[object, None] = {}
-        self._reported: tuple[int, PassReport] | None = None
+        # The last finished pass: a tuple of its own, for its clock is used again by later ones.
+        self._finished: tuple[PassClock] | None = None
+        self._asking: dict[int, list[PassReport]] = {}
+        """By their ids, lists of threads that wait for reports made on the pass's own thread."""
 
     def begin(self) -> None:
         """Begin a pass at its first step, starting over if the one before did not end."""
@@ -115,10 +107,11 @@ class Caller:
         clock = self._schedule.clock(run, run.released - 1)
         clock.stop()
         self._pipeline.files.check_unchanged()
-        number = self._finished.number + 1 if self._finished is not None else 0
-        self._finished = _Finished(clock, number)
+        self._finished = (clock,)
         if self._asking:
-            self._reported = number, clock.report()
+            report = clock.report()
+            for answers in tuple(self._asking.values()):
+                answers[:] = [report]
 
     def abort(self) -> None:
         """Drop the pass that is under way and start prefetching the first layers again.
@@ -143,25 +136,25 @@ class Caller:
         The clock of a pass is used again once the next one has finished. If passes are quicker
         than this, the thread that runs them is asked to make the report.
         """
-        token, begun = object(), self._finished
+        answers = list[PassReport]()
         try:
             while True:
                 finished = self._finished
-                if finished is None or begun is None:
+                if finished is None:
                     return None
                 report = self._attempt(finished)
                 if report is not None:
                     return report
-                if self._reported is not None and self._reported[0] > begun.number:
-                    return self._reported[1]
-                self._asking[token] = None
+                if answers:
+                    return answers[-1]
+                self._asking[id(answers)] = answers
         finally:
-            self._asking.pop(token, None)
+            self._asking.pop(id(answers), None)
 
-    def _attempt(self, finished: _Finished) -> PassReport | None:
+    def _attempt(self, finished: tuple[PassClock]) -> PassReport | None:
         """The report of ``finished``; None if another pass has finished meanwhile."""
         try:
-            report = finished.clock.report()
+            report = finished[0].report()
         except Exception:
             # Events that are recorded again meanwhile may say that they cannot be compared.
             if self._finished is finished:
