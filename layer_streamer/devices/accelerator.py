@@ -47,16 +47,13 @@ class AcceleratorDevice(Device):
         return False
 
     def new_stream(self) -> Stream:
-        stream: Stream = torch.Stream(self.torch_device)
-        return stream
+        return torch.Stream(self.torch_device)
 
     def new_event(self) -> Event:
-        event: Event = torch.Event(self.torch_device, enable_timing=True)
-        return event
+        return torch.Event(self.torch_device, enable_timing=True)
 
     def current_stream(self) -> Stream:
-        stream: Stream = torch.accelerator.current_stream(self.torch_device)
-        return stream
+        return torch.accelerator.current_stream(self.torch_device)
 
     def use_in_this_thread(self, stream: Any) -> None:
         torch.accelerator.set_device_index(self.torch_device.index)
@@ -112,8 +109,7 @@ class CudaDevice(AcceleratorDevice):
 
     def new_stream(self) -> Stream:
         # High priority: the pool of streams that users rarely draw from.
-        stream: Stream = torch.cuda.Stream(self.torch_device, priority=-1)
-        return stream
+        return torch.cuda.Stream(self.torch_device, priority=-1)
 
     def new_event(self) -> Event:
         return CudaEvent.make(self._runtime)
@@ -125,8 +121,7 @@ class CudaDevice(AcceleratorDevice):
             self._runtime.copy(dst, src, stream)
 
     def current_stream(self) -> Stream:
-        stream: Stream = torch.cuda.current_stream(self.torch_device)
-        return stream
+        return torch.cuda.current_stream(self.torch_device)
 
     def check_can_wait(self) -> None:
         if torch.cuda.is_current_stream_capturing():
