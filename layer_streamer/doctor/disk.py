@@ -14,8 +14,7 @@ from ..machine.identity import Mount, mount_of
 from ..machine.libc import direct_alignment
 from ..planning.budget import format_bytes
 from ..planning.layout import PAGE
-from ..transport.direct import open_direct
-from ..transport.files import OpenFiles, read_direct
+from ..transport.files import OpenFiles, open_direct, read_direct
 from .facts import Fact, Group, Line, learn
 
 BLOCKS = Path("/sys/class/block")

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..planning.layout import PAGE
-from ..transport.direct import open_direct
-from ..transport.files import read_direct, read_error, read_exactly
+from ..transport.files import open_direct, read_direct, read_error, read_exactly
 
 WRITE_NBYTES = 16 << 20
 FLUSH_NBYTES = 256 << 20

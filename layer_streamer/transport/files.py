@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +16,8 @@ from pathlib import Path
 from ..checkpoint.manifest import FileStamp
 from ..errors import CheckpointChangedError, CheckpointError, ClosedError, ReadError, printable
 from ..machine.descriptors import OUT_OF_DESCRIPTORS, open_regular, reserve
+from ..machine.libc import direct_alignment
 from ..planning.layout import PAGE
-from .direct import open_direct
 from .tasks import run_all
 
 logger = logging.getLogger(__name__)
@@ -199,6 +200,19 @@ class OpenFiles:
         logger.warning(
             "%s: direct reads are refused (%s), reading buffered", printable(str(path)), error
         )
+
+
+def open_direct(path: Path) -> int:
+    """A descriptor of ``path`` for page-aligned reads past the page cache; OSError where that is
+    refused."""
+    if sys.platform != "linux":
+        raise OSError("direct reads are implemented for Linux only")
+    descriptor = open_regular(path, os.O_DIRECT)
+    alignment = direct_alignment(descriptor)
+    if alignment is not None and not 0 < alignment <= PAGE:
+        os.close(descriptor)
+        raise OSError(f"direct reads need an alignment of {alignment} bytes")
+    return descriptor
 
 
 def read_exactly(descriptor: int, view: memoryview, offset: int, path: Path) -> None:

@@ -21,8 +21,7 @@ from support import Witness, make_device, open_checkpoint
 from layer_streamer import CheckpointChangedError, LayerStreamer, ReadError
 from layer_streamer.planning.layout import PAGE
 from layer_streamer.transport import files
-from layer_streamer.transport.direct import open_direct
-from layer_streamer.transport.files import OpenFiles
+from layer_streamer.transport.files import OpenFiles, open_direct
 
 SHM = Path("/dev/shm")
 TENSORS = {f"model.layers.{i}.w": random_tensor((9001,), seed=i) for i in range(4)}
@@ -160,7 +159,7 @@ def test_a_file_is_read_direct_unless_its_file_system_needs_more_than_pages(
 ) -> None:
     real = os.open
     monkeypatch.setattr(
-        "layer_streamer.transport.direct.direct_alignment", lambda descriptor: alignment
+        "layer_streamer.transport.files.direct_alignment", lambda descriptor: alignment
     )
     monkeypatch.setattr(os, "open", lambda path, flags: real(path, flags & ~os.O_DIRECT))
     before = open_descriptors()

@@ -23,8 +23,7 @@ from layer_streamer import CheckpointChangedError, CheckpointError, LayerStreame
 from layer_streamer.checkpoint.formats import GGUFArray
 from layer_streamer.machine.descriptors import open_regular
 from layer_streamer.tools.cli import main
-from layer_streamer.transport.direct import open_direct
-from layer_streamer.transport.files import OpenFiles
+from layer_streamer.transport.files import OpenFiles, open_direct
 
 
 def backed_up(path: Path) -> None:

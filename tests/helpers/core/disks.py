@@ -15,7 +15,7 @@ import pytest
 from layer_streamer.checkpoint.manifest import FileStamp
 from layer_streamer.planning.layout import PAGE
 from layer_streamer.transport import files
-from layer_streamer.transport.direct import open_direct
+from layer_streamer.transport.files import open_direct
 
 
 def stamp(path: Path) -> FileStamp:

@@ -10,7 +10,7 @@ import pytest
 
 from layer_streamer.measuring import probe_disk, probe_files
 from layer_streamer.measuring.probe_config import ProbeConfig
-from layer_streamer.transport.direct import open_direct
+from layer_streamer.transport.files import open_direct
 
 KIB = 1 << 10
 TINY = ProbeConfig(
