@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
@@ -169,23 +170,24 @@ def lay_out(step: Step, *, unified: bool, dtype: torch.dtype | None = None) -> L
     ``dtype``: cast CASTABLE tensors to it in the scratch slot; None hands all out as stored.
     """
     runs, reads, end = _place_reads(step)
-    copies, views, device_end = _place_unified(runs, end) if unified else _place_copies(runs)
-    views += [
-        View(key, spec.dtype, spec.shape, 0, 0)
+    copies, offsets, device_end = _place_unified(runs, end) if unified else _place_copies(runs)
+    to_cast = {
+        key: spec
         for key, spec in step.tensors.items()
-        if not spec.nbytes
-    ]
-    order = {key: i for i, key in enumerate(step.tensors)}
-    views.sort(key=lambda view: order[view.key])
-    casts, scratch_end = _place_casts(views, dtype)
+        if cast_dtype(spec.dtype, dtype) != spec.dtype
+    }
+    casts, scratch_nbytes = lay_out_resident(replace(step, tensors=to_cast), dtype)
     return Layout(
         reads=tuple(reads),
         copies=tuple(copies),
-        views=tuple(views),
-        casts=tuple(casts),
-        host_nbytes=align_up(end, PAGE),
+        views=tuple(
+            View(key, spec.dtype, spec.shape, offsets.get(key, 0), spec.nbytes)
+            for key, spec in step.tensors.items()
+        ),
+        casts=casts,
+        host_nbytes=end,
         device_nbytes=align_up(device_end, COPY_ALIGNMENT),
-        scratch_nbytes=scratch_end,
+        scratch_nbytes=scratch_nbytes,
     )
 
 
@@ -205,13 +207,8 @@ def lay_out_resident(step: Step, dtype: torch.dtype | None) -> tuple[tuple[View,
     return tuple(views), end
 
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """One tensor in the host slot."""
-
-    key: str
-    spec: TensorSpec
-    slot_offset: int
+_Run: TypeAlias = list[tuple[str, TensorSpec, int]]
+"""What one read brings: each tensor by its key, and its place in the host slot."""
 
 
 def _merge_adjacent(step: Step) -> list[list[tuple[str, TensorSpec]]]:
@@ -228,62 +225,38 @@ def _merge_adjacent(step: Step) -> list[list[tuple[str, TensorSpec]]]:
     return runs
 
 
-def _place_reads(step: Step) -> tuple[list[list[_Placed]], list[Read], int]:
-    placed_runs, reads, end = [], [], 0
-    for run in _merge_adjacent(step):
-        first, last = run[0][1], run[-1][1]
-        start = align_up(end, PAGE) + first.offset % PAGE
+def _place_reads(step: Step) -> tuple[list[_Run], list[Read], int]:
+    runs, reads, end = list[_Run](), [], 0
+    for tensors in _merge_adjacent(step):
+        first, last = tensors[0][1], tensors[-1][1]
+        start = end + first.offset % PAGE
         nbytes = last.offset + last.nbytes - first.offset
         reads.append(Read(first.path, first.offset, start, nbytes))
-        placed_runs.append(
-            [_Placed(key, spec, start + spec.offset - first.offset) for key, spec in run]
-        )
+        runs.append([(key, spec, start + spec.offset - first.offset) for key, spec in tensors])
         # Page-aligned to the end: a direct read covers the whole last page.
         end = align_up(start + nbytes, PAGE)
-    return placed_runs, reads, end
+    return runs, reads, end
 
 
-def _place_unified(runs: list[list[_Placed]], end: int) -> tuple[list[Copy], list[View], int]:
-    copies, views = [], []
-    for item in (item for run in runs for item in run):
-        spec, offset = item.spec, item.slot_offset
+def _place_unified(runs: list[_Run], end: int) -> tuple[Iterable[Copy], dict[str, int], int]:
+    copies, offsets = [], dict[str, int]()
+    for key, spec, offset in chain.from_iterable(runs):
+        offsets[key] = offset
         if offset % spec.dtype.itemsize:
-            offset = align_up(end, TENSOR_ALIGNMENT)
-            copies.append(Copy(item.slot_offset, offset, spec.nbytes))
-            end = offset + spec.nbytes
-        views.append(View(item.key, spec.dtype, spec.shape, offset, spec.nbytes))
-    return copies, views, end
+            offsets[key] = align_up(end, TENSOR_ALIGNMENT)
+            copies.append(Copy(offset, offsets[key], spec.nbytes))
+            end = offsets[key] + spec.nbytes
+    return copies, offsets, end
 
 
-def _place_copies(runs: list[list[_Placed]]) -> tuple[list[Copy], list[View], int]:
-    copies: list[Copy] = []
-    views: list[View] = []
-    end = 0
+def _place_copies(runs: list[_Run]) -> tuple[Iterable[Copy], dict[str, int], int]:
+    copies, offsets, end = dict[int, Copy](), dict[str, int](), 0
     for run in runs:
         src = dst = -1
-        for item in run:
-            spec = item.spec
-            if src < 0 or (item.slot_offset - src) % TENSOR_ALIGNMENT:
-                src, dst = item.slot_offset, align_up(end, COPY_ALIGNMENT)
-                copies.append(Copy(src, dst, spec.nbytes))
-            else:
-                nbytes = item.slot_offset + spec.nbytes - src
-                copies[-1] = replace(copies[-1], nbytes=nbytes)
-            offset = dst + item.slot_offset - src
-            views.append(View(item.key, spec.dtype, spec.shape, offset, spec.nbytes))
-            end = offset + spec.nbytes
-    return copies, views, end
-
-
-def _place_casts(views: list[View], dtype: torch.dtype | None) -> tuple[list[View], int]:
-    casts: list[View] = []
-    end = 0
-    for view in views:
-        cast = cast_dtype(view.dtype, dtype)
-        if cast == view.dtype:
-            continue
-        offset = align_up(end, COPY_ALIGNMENT)
-        nbytes = view.nbytes // view.dtype.itemsize * cast.itemsize
-        casts.append(View(view.key, cast, view.shape, offset, nbytes))
-        end = offset + nbytes
-    return casts, align_up(end, COPY_ALIGNMENT)
+        for key, spec, offset in run:
+            if src < 0 or (offset - src) % TENSOR_ALIGNMENT:
+                src, dst = offset, align_up(end, COPY_ALIGNMENT)
+            offsets[key] = dst + offset - src
+            end = offsets[key] + spec.nbytes
+            copies[src] = Copy(src, dst, end - dst)  # one tensor longer each time
+    return copies.values(), offsets, end
