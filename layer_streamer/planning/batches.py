@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .settings import Settings, cap_batch, note_unused_batch
+from .settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +29,25 @@ def plan_batches(settings: Settings, counts: Mapping[str, int], *, unified: bool
         # One pool, one hand-over: the readers'. A second batch could wait for slots that the
         # first one holds back.
         all_batches = (asked["batch_cpu"], asked["batch_cpu_pinned"], asked["batch_gpu"])
-        given = [batch for batch in all_batches if batch]
-        return Batches(cap_batch("batch", max(given, default=None), counts["device"]), 1, 1)
-    read = staged = 1
-    if "pinned" in counts:
-        pinned = cap_batch("batch_cpu_pinned", asked["batch_cpu_pinned"], counts["pinned"])
-        if "host" in counts:
-            staged = pinned
-        else:
-            read = pinned
-    else:
-        note_unused_batch("batch_cpu_pinned", asked["batch_cpu_pinned"], "pinned pool")
-    if "host" in counts:
-        read = cap_batch("batch_cpu", asked["batch_cpu"], counts["host"])
-    else:
-        note_unused_batch("batch_cpu", asked["batch_cpu"], "pageable pool")
-    return Batches(read, staged, cap_batch("batch_gpu", asked["batch_gpu"], counts["device"]))
+        largest = max((batch for batch in all_batches if batch), default=None)
+        return Batches(_cap("batch", largest, "", counts["device"]), 1, 1)
+    pinned = _cap("batch_cpu_pinned", asked["batch_cpu_pinned"], "pinned", counts.get("pinned"))
+    pageable = _cap("batch_cpu", asked["batch_cpu"], "pageable", counts.get("host"))
+    copied = _cap("batch_gpu", asked["batch_gpu"], "device", counts["device"])
+    read, staged = (pageable, pinned) if "host" in counts else (pinned, 1)
+    return Batches(read, staged, copied)
+
+
+def _cap(option: str, batch: int | None, pool: str, slots: int | None) -> int:
+    """Steps to hand on at a time: no more than the pool holds, or it would wait for ever.
+
+    ``slots``: None where there is no such pool.
+    """
+    if batch is None:
+        return 1
+    if slots is None:
+        logger.info("%s=%d has no effect: there is no %s pool", option, batch, pool)
+        return 1
+    if batch > slots:
+        logger.info("%s=%d is more than its pool's %d slots: capped", option, batch, slots)
+    return min(batch, slots)

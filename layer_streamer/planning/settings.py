@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,8 +16,6 @@ from .options import OPTIONS, Options, ReadMode, check_names
 
 Count = int | Literal["default"] | None
 """Layers of a pool as the published constructor takes them: its None is no such pool, as 0 is."""
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_N_GPU = 2
 DEFAULT_N_GPU_OF_SEVERAL = 4
@@ -129,18 +126,3 @@ class Settings:
 def read_count(count: Count) -> int | None:
     """A pool of the published constructor as :class:`Settings` has it."""
     return None if count == "default" else count or 0
-
-
-def cap_batch(name: str, batch: int | None, slots: int) -> int:
-    """Layers to hand on at a time: no more than the pool holds, or it would wait for ever."""
-    if batch is None:
-        return 1
-    if batch > slots:
-        logger.info("%s=%d is more than its pool's %d slots: capped", name, batch, slots)
-    return min(batch, slots)
-
-
-def note_unused_batch(name: str, batch: int | None, pool: str) -> None:
-    """Say that a batch has no effect because its pool is not there."""
-    if batch is not None:
-        logger.info("%s=%d has no effect: there is no %s", name, batch, pool)

@@ -154,7 +154,7 @@ def _quiet() -> Iterator[None]:
     def drop(record: logging.LogRecord) -> bool:
         return False
 
-    loggers = (planner.logger, logging.getLogger("layer_streamer.planning.settings"))
+    loggers = (planner.logger, logging.getLogger("layer_streamer.planning.batches"))
     for logger in loggers:
         logger.addFilter(drop)
     try:
