@@ -109,43 +109,41 @@ def place(
     devices = tuple(i % num_devices for i in range(len(sizes)))
     if unified:
         on_device = _hold_unified(sizes, devices, budget)
-        in_host = [False] * len(sizes)
+        in_host = set[int]()
     else:
-        on_device = _hold_on_devices(sizes, num_devices, budget)
+        on_device = _hold_on_devices(sizes, devices, num_devices, budget)
         in_host = _hold_in_host(sizes, devices, on_device, budget)
     tiers: list[Tier] = [
-        "device" if held else "host" if kept else "disk"
-        for held, kept in zip(on_device, in_host, strict=True)
+        "device" if i in on_device else "host" if i in in_host else "disk"
+        for i in range(len(sizes))
     ]
     return _account(sizes, tiers, num_devices, budget, unified=unified)
 
 
-def _hold_on_devices(sizes: Sequence[StepSize], num_devices: int, budget: Budget) -> list[bool]:
-    resident = [False] * len(sizes)
+def _hold_on_devices(
+    sizes: Sequence[StepSize], devices: Sequence[int], num_devices: int, budget: Budget
+) -> set[int]:
+    resident = set[int]()
     for device in range(num_devices):
-        steps = range(device, len(sizes), num_devices)
-        candidates = [
-            Candidate(sizes[i].device_nbytes, sizes[i].copy_nbytes, sizes[i].slot_nbytes)
-            for i in steps
-        ]
+        candidates = {
+            i: Candidate(sizes[i].device_nbytes, sizes[i].copy_nbytes, sizes[i].slot_nbytes)
+            for i in range(device, len(sizes), num_devices)
+        }
         owner = f"device {device}" if num_devices > 1 else "the device"
         memory = _device_memory(budget, device, owner)
         if memory is not None:
-            held = choose_residents(candidates, [device] * len(candidates), memory)
-            for i, is_held in zip(steps, held, strict=True):
-                resident[i] = is_held
+            resident |= choose_residents(candidates, devices, memory)
     return resident
 
 
-def _hold_unified(
-    sizes: Sequence[StepSize], devices: Sequence[int], budget: Budget
-) -> Sequence[bool]:
+def _hold_unified(sizes: Sequence[StepSize], devices: Sequence[int], budget: Budget) -> set[int]:
     memory = _device_memory(budget, 0, "the device")
     if memory is None:
-        return [False] * len(sizes)
-    candidates = [
-        Candidate(size.device_nbytes, size.read_nbytes, size.slot_nbytes) for size in sizes
-    ]
+        return set()
+    candidates = {
+        i: Candidate(size.device_nbytes, size.read_nbytes, size.slot_nbytes)
+        for i, size in enumerate(sizes)
+    }
     return choose_residents(candidates, devices, memory)
 
 
@@ -164,23 +162,20 @@ def _device_memory(budget: Budget, device: int, owner: str) -> Memory | None:
 
 
 def _hold_in_host(
-    sizes: Sequence[StepSize], devices: Sequence[int], on_device: Sequence[bool], budget: Budget
-) -> list[bool]:
-    resident = [False] * len(sizes)
+    sizes: Sequence[StepSize], devices: Sequence[int], on_device: set[int], budget: Budget
+) -> set[int]:
     if budget.host is None:
-        return resident
-    steps = [i for i, held in enumerate(on_device) if not held]
-    candidates = [
-        Candidate(sizes[i].host_nbytes, sizes[i].read_nbytes, sizes[i].host_nbytes) for i in steps
-    ]
+        return set()
+    candidates = {
+        i: Candidate(size.host_nbytes, size.read_nbytes, size.host_nbytes)
+        for i, size in enumerate(sizes)
+        if i not in on_device
+    }
     memory = Memory("host_budget", "the host", budget.host, budget.host_slots)
     if budget.host_slot_nbytes is not None:
         ring_nbytes = budget.host_slots * budget.host_slot_nbytes
         memory = Memory("host_budget", "the host", budget.host, 0, scratch_nbytes=ring_nbytes)
-    held = choose_residents(candidates, [devices[i] for i in steps], memory)
-    for i, is_held in zip(steps, held, strict=True):
-        resident[i] = is_held
-    return resident
+    return choose_residents(candidates, devices, memory)
 
 
 def _account(

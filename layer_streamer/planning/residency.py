@@ -8,7 +8,7 @@ knapsack problem.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from operator import mul
@@ -68,16 +68,14 @@ class _Kinds:
     kinds: list[Candidate]
     sizes: list[int]
     """By kind, what a resident takes."""
+    gains: list[int]
+    """By kind, what one more resident is worth: the bytes, and among equals the number of steps."""
     members: list[list[int]]
     """By kind: its steps, in order."""
     counts: dict[int, list[int]]
     """By device: how many steps of each kind it has."""
     devices: Sequence[int]
     """By step."""
-
-    def gain(self, kind: int) -> int:
-        """What one more resident is worth: the bytes, and among equals the number of steps."""
-        return self.kinds[kind].spared_nbytes * (len(self.devices) + 1) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,59 +114,58 @@ class _Option:
 
 
 def choose_residents(
-    steps: Sequence[Candidate], devices: Sequence[int], memory: Memory
-) -> list[bool]:
-    """Whether each step is resident, so that the spared bytes are as many as ``memory`` permits.
+    steps: Mapping[int, Candidate], devices: Sequence[int], memory: Memory
+) -> set[int]:
+    """The steps that are resident, so that the spared bytes are as many as ``memory`` permits.
 
-    ``devices`` has the device of each step. Among equal steps the residents are spread evenly.
-    Exact for few kinds of steps (at most MAX_TRIED combinations); with many, what fits is filled
-    in, largest or most sparing first. Errors: ConfigError, naming the setting and the bound, if
-    not even the slots fit.
+    ``steps``: the candidates by their numbers; ``devices`` has the device of each step. Among equal
+    steps the residents are spread evenly. Exact for few kinds of steps (at most MAX_TRIED
+    combinations); with many, what fits is filled in, largest or most sparing first. Errors:
+    ConfigError, naming the setting and the bound, if not even the slots fit.
     """
-    total = sum(step.nbytes for step in steps)
+    total = sum(step.nbytes for step in steps.values())
     if total <= memory.available:
-        return [True] * len(steps)
+        return set(steps)
     table = _tabulate(steps, devices)
-    options = list(_options(table, memory))
-    if not any(option.least <= memory.available for option in options):
-        raise _refusal(memory, options, total)
-    gain, resident = _search(table, options, memory)
+    gain, resident = _search(table, memory)
+    if gain < 0:
+        raise _refusal(memory, _options(table, memory), total)
     levelled = _level(steps)
     if levelled != steps:
-        table = _tabulate(levelled, devices)
-        levelled_gain, spread = _search(table, list(_options(table, memory)), memory)
+        levelled_gain, spread = _search(_tabulate(levelled, devices), memory)
         if levelled_gain == gain:
             return spread
     return resident
 
 
-def _level(steps: Sequence[Candidate]) -> list[Candidate]:
+def _level(steps: Mapping[int, Candidate]) -> dict[int, Candidate]:
     """Steps that spare the same are taken to be as large as the largest of them.
 
     Equal layers differ by a page or so, by how they lie in their file. Where that makes no
     difference to how many fit, they should be spread as what they are: equal.
     """
     largest: dict[int, Candidate] = {}
-    for step in steps:
+    for step in steps.values():
         known = largest.setdefault(step.spared_nbytes, step)
         if step.nbytes > known.nbytes or step.slot_nbytes > known.slot_nbytes:
             nbytes = max(step.nbytes, known.nbytes)
             slot_nbytes = max(step.slot_nbytes, known.slot_nbytes)
             largest[step.spared_nbytes] = Candidate(nbytes, step.spared_nbytes, slot_nbytes)
-    return [largest[step.spared_nbytes] for step in steps]
+    return {i: largest[step.spared_nbytes] for i, step in steps.items()}
 
 
-def _tabulate(steps: Sequence[Candidate], devices: Sequence[int]) -> _Kinds:
+def _tabulate(steps: Mapping[int, Candidate], devices: Sequence[int]) -> _Kinds:
     members: dict[Candidate, list[int]] = {}
-    for i, step in enumerate(steps):
+    for i, step in steps.items():
         members.setdefault(step, []).append(i)
     kinds = sorted(members, key=lambda kind: (kind.slot_nbytes, kind.nbytes), reverse=True)
-    counts = {device: [0] * len(kinds) for device in sorted(set(devices))}
+    counts = {device: [0] * len(kinds) for device in sorted({devices[i] for i in steps})}
     for k, kind in enumerate(kinds):
         for i in members[kind]:
             counts[devices[i]][k] += 1
     sizes = [kind.nbytes for kind in kinds]
-    return _Kinds(kinds, sizes, [members[kind] for kind in kinds], counts, devices)
+    gains = [kind.spared_nbytes * (len(steps) + 1) + 1 for kind in kinds]
+    return _Kinds(kinds, sizes, gains, [members[kind] for kind in kinds], counts, devices)
 
 
 def _is_small(table: _Kinds) -> bool:
@@ -223,18 +220,20 @@ def _with_own_slots(option: _Option, table: _Kinds) -> Iterator[_Option]:
         yield replace(option, own_slots=True, resident_nbytes=resident, num_slots=num_slots)
 
 
-def _search(table: _Kinds, options: Sequence[_Option], memory: Memory) -> tuple[int, list[bool]]:
-    """The largest gain, -1 if no option is feasible, and which steps are resident for it."""
-    feasible = [option for option in options if option.least <= memory.available]
+def _search(table: _Kinds, memory: Memory) -> tuple[int, set[int]]:
+    """The largest gain, -1 if no option is feasible, and the steps that are resident for it."""
+    feasible = [option for option in _options(table, memory) if option.least <= memory.available]
     feasible.sort(key=lambda option: option.overhead)
-    best, resident = -1, list[bool]()
+    best, resident = -1, set[int]()
     tries = MAX_TRIED
-    everything = sum(table.gain(k) * len(members) for k, members in enumerate(table.members))
+    everything = sum(
+        gain * len(steps) for gain, steps in zip(table.gains, table.members, strict=True)
+    )
     for option in feasible if _is_small(table) else feasible[:FEW_OPTIONS]:
         kinds, stocks = [], []
         for kind, nbytes in option.choices(table):
             kinds.append(kind)
-            stocks.append(Stock(nbytes, table.gain(kind), option.counts[kind]))
+            stocks.append(Stock(nbytes, table.gains[kind], option.counts[kind]))
         must = everything - sum(stock.gain * stock.count for stock in stocks)
         left = memory.available - option.least
         if must + bound_gain(stocks, left) <= best:
@@ -247,14 +246,13 @@ def _search(table: _Kinds, options: Sequence[_Option], memory: Memory) -> tuple[
     return best, resident
 
 
-def _spread(table: _Kinds, option: _Option, counts: dict[int, int]) -> list[bool]:
-    """Residents by step: ``counts`` of each kind, spread over the steps that may be streamed."""
-    resident = [True] * len(table.devices)
+def _spread(table: _Kinds, option: _Option, counts: dict[int, int]) -> set[int]:
+    """The residents: ``counts`` of each kind, spread over the steps that may be streamed."""
+    resident = {i for members in table.members for i in members}
     for kind, count in counts.items():
         members = [i for i in table.members[kind] if table.devices[i] in option.streaming]
         kept = spread_evenly(count, len(members))
-        for position, i in enumerate(members):
-            resident[i] = position in kept
+        resident.difference_update(i for n, i in enumerate(members) if n not in kept)
     return resident
 
 
@@ -267,7 +265,7 @@ def spread_evenly(count: int, total: int) -> frozenset[int]:
     return frozenset((2 * i + 1) * total // (2 * count) for i in range(count))
 
 
-def _refusal(memory: Memory, options: Sequence[_Option], total: int) -> ConfigError:
+def _refusal(memory: Memory, options: Iterable[_Option], total: int) -> ConfigError:
     least, parts = total, [f"{format_bytes(total)} with every step resident"]
     option = min(options, key=lambda option: option.least, default=None)
     if option is not None and option.least < total:
