@@ -38,22 +38,27 @@ class Budget:
     """What may be used, bytes."""
 
     device: tuple[int | None, ...]
-    """By device; None: slots as needed, and nothing resident.
-
-    On a unified device the first one counts, for all memory of all devices.
-    """
+    """By device; None: slots as needed, and nothing resident."""
     host: int | None
     """For all devices together; None: slots as needed, and nothing resident."""
     device_slots: int
-    """Slots of each device (n_gpu + 1); on a unified device, slots of its one pool."""
+    """Slots of each device."""
     host_slots: int
     """Host slots of each device, all host pools together."""
-    reserve: tuple[int, ...] = ()
-    """By device, what of its budget is the caller's; missing: 0."""
+    reserve: int = 0
+    """What of each device's budget is the caller's."""
     scratch_nbytes: int = 0
     """The cast slot of each device to which something is streamed."""
     host_slot_nbytes: int | None = None
     """Size of a host slot; None: as large as the largest step that is read."""
+    shared: bool = False
+    """True if devices compute in host memory (the CPU): ``host`` limits what they hold, together,
+    and there are no host slots."""
+
+    @property
+    def limits(self) -> tuple[int | None, ...]:
+        """By memory that devices compute in; device i has the one at i modulo their number."""
+        return (self.host,) if self.shared else self.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,75 +95,49 @@ class Placement:
     """Residents and slots in host memory; 0 on a unified device."""
 
 
-def place(
-    sizes: Sequence[StepSize], num_devices: int, budget: Budget, *, unified: bool
-) -> Placement:
+def place(sizes: Sequence[StepSize], budget: Budget) -> Placement:
     """Where each step of a pass lives, so that as few bytes as possible move each pass.
 
     Slots are paid first, then residency; where nothing is streamed, no slots are needed. A device
     holds the steps that spare it the most bytes of copies. Host memory, which the devices share,
-    holds those of the rest that spare the most bytes of reads. ``unified``: all devices use one
-    memory, and what they hold spares reads. Equal steps are spread evenly over the pass, so that
-    neither disk nor link sees a burst.
+    holds those of the rest that spare the most bytes of reads. Where devices compute in it, what
+    they hold spares reads. Equal steps are spread evenly over the pass, so that neither disk nor
+    link sees a burst.
 
     The choice is exact for few sizes, nearly so for many. Where it is exact, more device memory
     never means more bytes copied, and more host memory never more bytes read. (More device memory
     may mean more bytes read, if sizes differ: what is left may fill host memory less well.)
     Errors: ConfigError if a budget is below its slots, naming it and the bound.
     """
-    devices = tuple(i % num_devices for i in range(len(sizes)))
-    if unified:
-        on_device = _hold_unified(sizes, devices, budget)
-        in_host = set[int]()
-    else:
-        on_device = _hold_on_devices(sizes, devices, num_devices, budget)
-        in_host = _hold_in_host(sizes, devices, on_device, budget)
+    devices = tuple(i % len(budget.device) for i in range(len(sizes)))
+    on_device = _hold_on_devices(sizes, devices, budget)
+    in_host = set[int]() if budget.shared else _hold_in_host(sizes, devices, on_device, budget)
     tiers: list[Tier] = [
         "device" if i in on_device else "host" if i in in_host else "disk"
         for i in range(len(sizes))
     ]
-    return _account(sizes, tiers, num_devices, budget, unified=unified)
+    return _account(sizes, tiers, devices, budget)
 
 
-def _hold_on_devices(
-    sizes: Sequence[StepSize], devices: Sequence[int], num_devices: int, budget: Budget
-) -> set[int]:
-    resident = set[int]()
-    for device in range(num_devices):
-        candidates = {
-            i: Candidate(sizes[i].device_nbytes, sizes[i].copy_nbytes, sizes[i].slot_nbytes)
-            for i in range(device, len(sizes), num_devices)
-        }
-        owner = f"device {device}" if num_devices > 1 else "the device"
-        memory = _device_memory(budget, device, owner)
-        if memory is not None:
-            resident |= choose_residents(candidates, devices, memory)
-    return resident
-
-
-def _hold_unified(sizes: Sequence[StepSize], devices: Sequence[int], budget: Budget) -> set[int]:
-    memory = _device_memory(budget, 0, "the device")
-    if memory is None:
-        return set()
-    candidates = {
-        i: Candidate(size.device_nbytes, size.read_nbytes, size.slot_nbytes)
-        for i, size in enumerate(sizes)
-    }
-    return choose_residents(candidates, devices, memory)
-
-
-def _device_memory(budget: Budget, device: int, owner: str) -> Memory | None:
-    nbytes = budget.device[device]
-    if nbytes is None:
-        return None
-    return Memory(
-        name="device_budget",
-        owner=owner,
-        budget=nbytes,
-        slots=budget.device_slots,
-        scratch_nbytes=budget.scratch_nbytes,
-        reserve=budget.reserve[device] if device < len(budget.reserve) else 0,
-    )
+def _hold_on_devices(sizes: Sequence[StepSize], devices: Sequence[int], budget: Budget) -> set[int]:
+    held, limits = set[int](), budget.limits
+    for first, limit in enumerate(limits):
+        if limit is None:
+            continue
+        candidates = dict[int, Candidate]()
+        for i in range(first, len(sizes), len(limits)):
+            spared = sizes[i].read_nbytes if budget.shared else sizes[i].copy_nbytes
+            candidates[i] = Candidate(sizes[i].device_nbytes, spared, sizes[i].slot_nbytes)
+        memory = Memory(
+            name="device_budget",
+            owner=f"device {first}" if len(limits) > 1 else "the device",
+            budget=limit,
+            slots=budget.device_slots,
+            scratch_nbytes=budget.scratch_nbytes,
+            reserve=budget.reserve,
+        )
+        held |= choose_residents(candidates, devices, memory)
+    return held
 
 
 def _hold_in_host(
@@ -179,35 +158,30 @@ def _hold_in_host(
 
 
 def _account(
-    sizes: Sequence[StepSize],
-    tiers: Sequence[Tier],
-    num_devices: int,
-    budget: Budget,
-    *,
-    unified: bool,
+    sizes: Sequence[StepSize], tiers: Sequence[Tier], devices: tuple[int, ...], budget: Budget
 ) -> Placement:
     """The placement with these tiers, and what it takes."""
     slots, host_slots, device_bytes = [], [], []
-    read = [i for i, tier in enumerate(tiers) if tier == "disk"]
     host_nbytes = budget.host_slot_nbytes
     if host_nbytes is None:
-        host_nbytes = max((sizes[i].host_nbytes for i in read), default=0)
-    for device in range(num_devices):
-        steps = range(device, len(sizes), num_devices)
-        streamed = [i for i in steps if tiers[i] != "device"]
+        read = (size.host_nbytes for size, tier in zip(sizes, tiers, strict=True) if tier == "disk")
+        host_nbytes = max(read, default=0)
+    for device in range(len(budget.device)):
+        steps = [i for i, owner in enumerate(devices) if owner == device]
+        num_streamed = sum(tiers[i] != "device" for i in steps)
         # Devices that share a memory have been charged for slots of one size.
-        sizing = [i for i, tier in enumerate(tiers) if tier != "device"] if unified else streamed
-        slot_nbytes = max((sizes[i].slot_nbytes for i in sizing), default=0)
-        slots.append(_slots(min(budget.device_slots, len(streamed)), slot_nbytes))
-        on_disk = not unified and any(tiers[i] == "disk" for i in steps)
+        sharing = range(device % len(budget.limits), len(sizes), len(budget.limits))
+        streamed = (sizes[i].slot_nbytes for i in sharing if tiers[i] != "device")
+        slots.append(_slots(min(budget.device_slots, num_streamed), max(streamed, default=0)))
+        on_disk = any(tiers[i] == "disk" for i in steps)
         host_slots.append(_slots(budget.host_slots * on_disk, host_nbytes))
         resident = sum(sizes[i].device_nbytes for i in steps if tiers[i] == "device")
-        scratch = budget.scratch_nbytes if streamed else 0
+        scratch = budget.scratch_nbytes if num_streamed else 0
         device_bytes.append(resident + slots[-1].total_nbytes + scratch)
-    kept = sum(sizes[i].host_nbytes for i, tier in enumerate(tiers) if tier == "host")
+    kept = sum(size.host_nbytes for size, tier in zip(sizes, tiers, strict=True) if tier == "host")
     return Placement(
         tiers=tuple(tiers),
-        devices=tuple(i % num_devices for i in range(len(sizes))),
+        devices=devices,
         device_slots=tuple(slots),
         host_slots=tuple(host_slots),
         device_bytes=tuple(device_bytes),

@@ -34,6 +34,11 @@ class Machine:
     readers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """By read mode, the (threads, bytes a read) that were measured to be the fastest."""
 
+    def host_nbytes(self, placement: Placement) -> int:
+        """What a placement takes of host memory."""
+        of_devices = sum(placement.device_bytes) if self.unified else 0
+        return placement.host_bytes + of_devices
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

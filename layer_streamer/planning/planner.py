@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import ConfigError
-from .budget import format_bytes, parse_bytes
+from .budget import MAX_BYTES, format_bytes, parse_bytes
 from .layout import PAGE, Layout, Step, lay_out_resident
 from .options import Bytes
 from .placement import Budget, Placement, StepSize, place, predict
@@ -54,11 +54,7 @@ def make_plan(
     matters. Errors: ConfigError for a budget below its slots, for mapped files that do not fit.
     """
     sizes = tuple(sizes)
-    if machine.unified:
-        placement = _place_unified(sizes, scratch_nbytes, machine, settings)
-        mode, reason = _unified_mode(sizes, placement, machine, settings)
-    else:
-        placement, mode, reason = _place_streamed(sizes, scratch_nbytes, machine, settings)
+    placement, mode, reason = _choose(sizes, scratch_nbytes, machine, settings)
     if mode == "load":
         from_cache = cached_share() >= CACHED
         mode = "buffered" if from_cache else "direct"
@@ -68,7 +64,7 @@ def make_plan(
     if reads and mode == "buffered" and (machine.rates.cold or machine.rates.cached):
         cached = cached_share()
     rates = rates_of(placement, mode, cached, machine, settings)
-    ring = settings.through_ring and not machine.unified and reads
+    ring = settings.through_ring and any(slots.count for slots in placement.host_slots)
     threads, chunk = _choose_readers(mode, machine, settings, ring=ring)
     return Plan(
         machine=machine,
@@ -123,96 +119,85 @@ def _resolve(name: str, budget: Bytes | None, free: int) -> int | None:
     return _usable(free) if budget == "auto" else parse_bytes(name, budget)
 
 
-def _place_unified(
+def _budget_of(
     sizes: tuple[StepSize, ...], scratch_nbytes: int, machine: Machine, settings: Settings
-) -> Placement:
-    available = machine.host_available
-    budgets = [
-        _resolve(name, value, available)
-        for name, value in (
-            ("device_budget", settings.asked["device_budget"]),
-            ("host_budget", settings.asked["host_budget"]),
+) -> Budget:
+    """What may be used: here a machine that computes in host memory takes the form of all others.
+
+    Its devices share one pool, which has as many slots as all pools together would have.
+    """
+    asked = settings.asked
+    host = _resolve("host_budget", asked["host_budget"], machine.host_available)
+    if machine.unified:
+        # Both names mean the one memory there is; the smaller amount holds.
+        device = _resolve("device_budget", asked["device_budget"], machine.host_available)
+        return Budget(
+            device=(None,) * len(machine.devices),
+            host=min((limit for limit in (device, host) if limit is not None), default=None),
+            device_slots=settings.num_device + settings.num_pinned + settings.num_pageable + 1,
+            host_slots=0,
+            scratch_nbytes=scratch_nbytes,
+            shared=True,
         )
-    ]
-    # Both names mean the one memory there is; the smaller amount holds.
-    budget = min((b for b in budgets if b is not None), default=None)
-    slots = settings.num_device + settings.num_pinned + settings.num_pageable + 1
-    count = len(machine.devices)
-    sizes = tuple(
-        replace(size, slot_nbytes=max(size.slot_nbytes, size.host_nbytes)) for size in sizes
-    )
-    placement = place(
-        sizes, count, Budget((budget,) * count, None, slots, 0, (), scratch_nbytes), unified=True
-    )
-    _check_host(sum(placement.device_bytes), budget is not None, machine, settings)
-    return placement
-
-
-def _unified_mode(
-    sizes: tuple[StepSize, ...], placement: Placement, machine: Machine, settings: Settings
-) -> tuple[str, str]:
-    if settings.read_mode != "auto":
-        return settings.read_mode, "as asked"
-    return _stream_mode(sizes, placement, sum(placement.device_bytes), machine, settings)
-
-
-def _place_streamed(
-    sizes: tuple[StepSize, ...], scratch_nbytes: int, machine: Machine, settings: Settings
-) -> tuple[Placement, str, str]:
-    count, asked = len(machine.devices), settings.asked
     host_slots, host_slot_nbytes = sum(settings.host_slots.values()), None
     if settings.through_ring:
         # Which mode it will be follows from the placement, but of that only where it is not asked.
-        likely = "direct" if asked["host_budget"] is not None else "buffered"
+        likely = "direct" if host is not None else "buffered"
         mode = settings.read_mode if settings.read_mode in RING_CHUNKS else likely
         host_slots, host_slot_nbytes = _ring(mode, sizes, machine, settings)
-    budget = Budget(
+    return Budget(
         device=tuple(
-            _resolve("device_budget", asked["device_budget"], n) for n in machine.device_free
+            _resolve("device_budget", asked["device_budget"], free) for free in machine.device_free
         ),
-        host=None,
+        host=host,
         device_slots=settings.num_device + 1,
         host_slots=host_slots,
         host_slot_nbytes=host_slot_nbytes,
-        reserve=(settings.reserve_nbytes,) * count,
+        reserve=settings.reserve_nbytes,
         scratch_nbytes=scratch_nbytes,
     )
-    slots_only, budget = _shrink_slots(sizes, count, budget, settings)
-    needed = sum(
-        size.host_nbytes
-        for size, tier in zip(sizes, slots_only.tiers, strict=True)
-        if tier != "device"
-    )
-    given = _resolve("host_budget", asked["host_budget"], machine.host_available)
+
+
+def _choose(
+    sizes: tuple[StepSize, ...], scratch_nbytes: int, machine: Machine, settings: Settings
+) -> tuple[Placement, str, str]:
+    """The placement, the read mode ("load": nothing is read in passes) and its reason."""
+    budget = _budget_of(sizes, scratch_nbytes, machine, settings)
+    held, budget = _shrink_slots(sizes, budget, settings)
+    given, needed = budget.host, held.host_bytes
     usable = _usable(machine.host_available) if given is None else given
-    if needed and _wants_map(machine, settings) and needed <= usable:
-        placement = place(sizes, count, replace(budget, host=needed), unified=False)
-        return placement, "mapped", f"host memory holds it ({format_bytes(usable)} may be used)"
-    if settings.read_mode == "mapped" and needed and machine.maps_files:
-        raise ConfigError(
-            f"read_mode='mapped': needs {format_bytes(needed)} of host memory, "
-            f"{format_bytes(usable)} may be used (host_budget says otherwise)"
-        )
-    placement = place(sizes, count, replace(budget, host=given), unified=False)
-    _check_host(placement.host_bytes, given is not None, machine, settings)
-    if settings.read_mode in ("direct", "buffered"):
+    if needed and _wants_map(machine, settings):
+        if needed <= usable:
+            return held, "mapped", f"host memory holds it ({format_bytes(usable)} may be used)"
+        if settings.read_mode == "mapped":
+            raise ConfigError(
+                f"read_mode='mapped': needs {format_bytes(needed)} of host memory, "
+                f"{format_bytes(usable)} may be used (host_budget says otherwise)"
+            )
+    placement = place(sizes, budget)
+    used = machine.host_nbytes(placement)
+    _check_host(used, given is not None, machine, settings)
+    if settings.read_mode in ("direct", "buffered") or (
+        budget.shared and settings.read_mode == "mapped"
+    ):
         return placement, settings.read_mode, "as asked"
-    mode, reason = _stream_mode(sizes, placement, placement.host_bytes, machine, settings)
-    if settings.through_ring and mode == "direct" and given is None:
+    mode, reason = _stream_mode(sizes, placement, used, machine, settings)
+    if budget.host_slot_nbytes is not None and mode == "direct" and given is None:
         host_slots, host_slot_nbytes = _ring(mode, sizes, machine, settings)
         budget = replace(budget, host_slots=host_slots, host_slot_nbytes=host_slot_nbytes)
-        placement = place(sizes, count, budget, unified=False)
+        placement = place(sizes, budget)
     return placement, mode, reason
 
 
 def _shrink_slots(
-    sizes: tuple[StepSize, ...], num_devices: int, budget: Budget, settings: Settings
+    sizes: tuple[StepSize, ...], budget: Budget, settings: Settings
 ) -> tuple[Placement, Budget]:
-    """The placement with nothing in host memory; fewer device slots if nobody asked for more."""
+    """The placement if host memory held all that is streamed, and the budget with fewer device
+    slots if there is no room for more and nobody asked for them."""
     least = min(2, budget.device_slots) if settings.asked["n_gpu"] is None else budget.device_slots
     while True:
         try:
-            return place(sizes, num_devices, budget, unified=False), budget
+            return place(sizes, replace(budget, host=MAX_BYTES)), budget
         except ConfigError:
             if budget.device_slots == least:
                 raise
@@ -220,12 +205,12 @@ def _shrink_slots(
 
 
 def _wants_map(machine: Machine, settings: Settings) -> bool:
+    if settings.read_mode != "mapped":
+        auto = settings.read_mode == "auto" and not settings.names_host_pools
+        return auto and machine.maps_files
     if not machine.maps_files:
-        if settings.read_mode == "mapped":
-            logger.warning("read_mode='mapped': the device cannot copy from mapped files")
-        return False
-    asked = settings.read_mode == "mapped"
-    return asked or (settings.read_mode == "auto" and not settings.names_host_pools)
+        logger.warning("read_mode='mapped': the device cannot copy from mapped files")
+    return machine.maps_files
 
 
 def _check_host(nbytes: int, budgeted: bool, machine: Machine, settings: Settings) -> None:

@@ -29,7 +29,7 @@ SIZES = [replace(LAYER, copy_nbytes=60 + 10 * i) for i in range(4)]
 
 def placed(*tiers: str) -> Placement:
     """Four steps on two devices, in these tiers."""
-    empty = place(SIZES, 2, Budget((None, None), None, 1, 1), unified=False)
+    empty = place(SIZES, Budget((None, None), None, 1, 1))
     return replace(empty, tiers=tiers)
 
 
@@ -85,7 +85,7 @@ def test_a_rate_that_is_needed_and_unknown_leaves_the_time_unknown(
 
 def test_steps_that_need_no_copy_need_no_link() -> None:
     sizes = [replace(LAYER, copy_nbytes=0)] * 3
-    placement = place(sizes, 1, Budget((None,), None, 3, 0), unified=True)
+    placement = place(sizes, Budget((None,), None, 3, 0, shared=True))
     prediction = predict(sizes, placement, Rates(8.0, (None,)))
     assert prediction == Prediction(30.0, "read", 30.0, 0.0, 240, 0)
 
@@ -111,7 +111,7 @@ def test_of_equal_steps_more_budget_never_holds_fewer_nor_takes_longer(
     for device, host in pairs:
         budget = Budget((device,) * num_devices, host, device_slots, host_slots)
         try:
-            placement = place(sizes, num_devices, budget, unified=False)
+            placement = place(sizes, budget)
         except ConfigError:
             assert not found, "more memory was refused where less was enough"
             continue
@@ -134,11 +134,11 @@ def test_more_device_memory_never_copies_more_and_more_host_memory_never_reads_m
     larger_host = replace(budget, host=host + more)
     rates = Rates(1.0, (1.0,))
     try:
-        before = predict(sizes, place(sizes, 1, budget, unified=False), rates)
+        before = predict(sizes, place(sizes, budget), rates)
     except ConfigError:
         return
-    with_device = predict(sizes, place(sizes, 1, larger_device, unified=False), rates)
-    with_host = predict(sizes, place(sizes, 1, larger_host, unified=False), rates)
+    with_device = predict(sizes, place(sizes, larger_device), rates)
+    with_host = predict(sizes, place(sizes, larger_host), rates)
     assert before is not None
     assert with_device is not None
     assert with_host is not None
@@ -155,7 +155,7 @@ def test_a_checkpoint_of_many_steps_keeps_its_budgets_and_fills_them(
 ) -> None:
     sizes = [StepSize(*[10_000 + i * 7919 % num_sizes] * 5) for i in range(num_steps)]
     budget = Budget((num_steps * 2500,) * 2, num_steps * 2000, 3, 5)
-    placement = place(sizes, 2, budget, unified=False)
+    placement = place(sizes, budget)
     spare = [budget.device[0] - used for used in placement.device_bytes]
     spare.append(num_steps * 2000 - placement.host_bytes)
     assert min(spare) >= 0

@@ -137,7 +137,7 @@ class Screener:
         Only what is certain counts: a process takes more than its plan, never less.
         """
         place = plan.placement
-        host = sum(place.device_bytes) if self._machine.unified else place.host_bytes
+        host = self._machine.host_nbytes(place)
         why = self._bounds.excess(max(place.device_bytes), host, "the plan takes")
         if why or self._machine.unified:
             return why
