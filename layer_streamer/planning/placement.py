@@ -75,15 +75,14 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where every step lives, and the memory that this takes while passes run, bytes.
+    """Where every step lives, the memory that this takes, and what passes move; bytes.
 
-    What is needed for a moment to load the residents is not in it.
+    Step i is on device i modulo their number. What is needed for a moment to load the residents is
+    not in it.
     """
 
     tiers: tuple[Tier, ...]
     """By step."""
-    devices: tuple[int, ...]
-    """By step, the index of its device: step i is on device i modulo their number."""
     device_slots: tuple[Slots, ...]
     """By device: no more than it streams steps, none if it streams nothing."""
     host_slots: tuple[Slots, ...]
@@ -93,6 +92,10 @@ class Placement:
     """By device: residents, slots and cast slot, without the caller's reserve."""
     host_bytes: int
     """Residents and slots in host memory; 0 on a unified device."""
+    read_bytes: int
+    """A pass, of all devices."""
+    copy_bytes: tuple[int, ...]
+    """By device, a pass."""
 
 
 def place(sizes: Sequence[StepSize], budget: Budget) -> Placement:
@@ -109,17 +112,16 @@ def place(sizes: Sequence[StepSize], budget: Budget) -> Placement:
     may mean more bytes read, if sizes differ: what is left may fill host memory less well.)
     Errors: ConfigError if a budget is below its slots, naming it and the bound.
     """
-    devices = tuple(i % len(budget.device) for i in range(len(sizes)))
-    on_device = _hold_on_devices(sizes, devices, budget)
-    in_host = set[int]() if budget.shared else _hold_in_host(sizes, devices, on_device, budget)
+    on_device = _hold_on_devices(sizes, budget)
+    in_host = set[int]() if budget.shared else _hold_in_host(sizes, on_device, budget)
     tiers: list[Tier] = [
         "device" if i in on_device else "host" if i in in_host else "disk"
         for i in range(len(sizes))
     ]
-    return _account(sizes, tiers, devices, budget)
+    return account(sizes, tiers, budget)
 
 
-def _hold_on_devices(sizes: Sequence[StepSize], devices: Sequence[int], budget: Budget) -> set[int]:
+def _hold_on_devices(sizes: Sequence[StepSize], budget: Budget) -> set[int]:
     held, limits = set[int](), budget.limits
     for first, limit in enumerate(limits):
         if limit is None:
@@ -136,13 +138,11 @@ def _hold_on_devices(sizes: Sequence[StepSize], devices: Sequence[int], budget: 
             scratch_nbytes=budget.scratch_nbytes,
             reserve=budget.reserve,
         )
-        held |= choose_residents(candidates, devices, memory)
+        held |= choose_residents(candidates, len(budget.device), memory)
     return held
 
 
-def _hold_in_host(
-    sizes: Sequence[StepSize], devices: Sequence[int], on_device: set[int], budget: Budget
-) -> set[int]:
+def _hold_in_host(sizes: Sequence[StepSize], on_device: set[int], budget: Budget) -> set[int]:
     if budget.host is None:
         return set()
     candidates = {
@@ -154,38 +154,39 @@ def _hold_in_host(
     if budget.host_slot_nbytes is not None:
         ring_nbytes = budget.host_slots * budget.host_slot_nbytes
         memory = Memory("host_budget", "the host", budget.host, 0, scratch_nbytes=ring_nbytes)
-    return choose_residents(candidates, devices, memory)
+    return choose_residents(candidates, len(budget.device), memory)
 
 
-def _account(
-    sizes: Sequence[StepSize], tiers: Sequence[Tier], devices: tuple[int, ...], budget: Budget
-) -> Placement:
-    """The placement with these tiers, and what it takes."""
-    slots, host_slots, device_bytes = [], [], []
+def account(sizes: Sequence[StepSize], tiers: Sequence[Tier], budget: Budget) -> Placement:
+    """The placement with these tiers: what it takes, what it moves."""
+    count, num_memories = len(budget.device), len(budget.limits)
+    slots, host_slots, device_bytes, copy_bytes = [], [], [], []
+    read = [size for size, tier in zip(sizes, tiers, strict=True) if tier == "disk"]
     host_nbytes = budget.host_slot_nbytes
     if host_nbytes is None:
-        read = (size.host_nbytes for size, tier in zip(sizes, tiers, strict=True) if tier == "disk")
-        host_nbytes = max(read, default=0)
-    for device in range(len(budget.device)):
-        steps = [i for i, owner in enumerate(devices) if owner == device]
-        num_streamed = sum(tiers[i] != "device" for i in steps)
+        host_nbytes = max((size.host_nbytes for size in read), default=0)
+    for device in range(count):
+        steps = range(device, len(sizes), count)
+        streamed = [i for i in steps if tiers[i] != "device"]
         # Devices that share a memory have been charged for slots of one size.
-        sharing = range(device % len(budget.limits), len(sizes), len(budget.limits))
-        streamed = (sizes[i].slot_nbytes for i in sharing if tiers[i] != "device")
-        slots.append(_slots(min(budget.device_slots, num_streamed), max(streamed, default=0)))
-        on_disk = any(tiers[i] == "disk" for i in steps)
+        sharing = range(device % num_memories, len(sizes), num_memories)
+        largest = max((sizes[i].slot_nbytes for i in sharing if tiers[i] != "device"), default=0)
+        slots.append(_slots(min(budget.device_slots, len(streamed)), largest))
+        on_disk = any(tiers[i] == "disk" for i in streamed)
         host_slots.append(_slots(budget.host_slots * on_disk, host_nbytes))
         resident = sum(sizes[i].device_nbytes for i in steps if tiers[i] == "device")
-        scratch = budget.scratch_nbytes if num_streamed else 0
+        scratch = budget.scratch_nbytes if streamed else 0
         device_bytes.append(resident + slots[-1].total_nbytes + scratch)
+        copy_bytes.append(sum(sizes[i].copy_nbytes for i in streamed))
     kept = sum(size.host_nbytes for size, tier in zip(sizes, tiers, strict=True) if tier == "host")
     return Placement(
         tiers=tuple(tiers),
-        devices=devices,
         device_slots=tuple(slots),
         host_slots=tuple(host_slots),
         device_bytes=tuple(device_bytes),
         host_bytes=kept + sum(slots.total_nbytes for slots in host_slots),
+        read_bytes=sum(size.read_nbytes for size in read),
+        copy_bytes=tuple(copy_bytes),
     )
 
 
@@ -225,16 +226,12 @@ class Prediction:
     copy_bytes: int
 
 
-def predict(sizes: Sequence[StepSize], placement: Placement, rates: Rates) -> Prediction | None:
+def predict(placement: Placement, rates: Rates) -> Prediction | None:
     """The seconds that a pass takes: reads and copies go on side by side, the slower one counts.
 
     None if a rate is unknown of a disk or link over which something moves.
     """
-    read_bytes = 0
-    copied = [0] * len(placement.device_bytes)
-    for size, tier, device in zip(sizes, placement.tiers, placement.devices, strict=True):
-        read_bytes += size.read_nbytes if tier == "disk" else 0
-        copied[device] += size.copy_nbytes if tier != "device" else 0
+    read_bytes, copied = placement.read_bytes, placement.copy_bytes
     times = []
     for nbytes, rate in ((read_bytes, rates.read), *zip(copied, rates.copy, strict=True)):
         if nbytes and rate is None:

@@ -72,7 +72,7 @@ def make_plan(
         placement=placement,
         read_mode=mode,  # type: ignore[arg-type]
         reason=reason,
-        predicted=predict(sizes, placement, rates),
+        predicted=predict(placement, rates),
         read_threads=threads,
         read_chunk=chunk,
         layers=tuple(range(len(sizes))),
@@ -181,7 +181,7 @@ def _choose(
         budget.shared and settings.read_mode == "mapped"
     ):
         return placement, settings.read_mode, "as asked"
-    mode, reason = _stream_mode(sizes, placement, used, machine, settings)
+    mode, reason = _stream_mode(placement, used, machine, settings)
     if budget.host_slot_nbytes is not None and mode == "direct" and given is None:
         host_slots, host_slot_nbytes = _ring(mode, sizes, machine, settings)
         budget = replace(budget, host_slots=host_slots, host_slot_nbytes=host_slot_nbytes)
@@ -230,18 +230,10 @@ def _check_host(nbytes: int, budgeted: bool, machine: Machine, settings: Setting
 
 
 def _stream_mode(
-    sizes: tuple[StepSize, ...],
-    placement: Placement,
-    used: int,
-    machine: Machine,
-    settings: Settings,
+    placement: Placement, used: int, machine: Machine, settings: Settings
 ) -> tuple[str, str]:
     """How the steps that live on disk are read under "auto"."""
-    on_disk = sum(
-        size.read_nbytes
-        for size, tier in zip(sizes, placement.tiers, strict=True)
-        if tier == "disk"
-    )
+    on_disk = placement.read_bytes
     if not on_disk:
         return "load", ""
     if settings.asked["host_budget"] is not None:

@@ -8,7 +8,7 @@ knapsack problem.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from operator import mul
@@ -74,8 +74,7 @@ class _Kinds:
     """By kind: its steps, in order."""
     counts: dict[int, list[int]]
     """By device: how many steps of each kind it has."""
-    devices: Sequence[int]
-    """By step."""
+    num_devices: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,26 +112,24 @@ class _Option:
                 yield kind, nbytes
 
 
-def choose_residents(
-    steps: Mapping[int, Candidate], devices: Sequence[int], memory: Memory
-) -> set[int]:
+def choose_residents(steps: Mapping[int, Candidate], num_devices: int, memory: Memory) -> set[int]:
     """The steps that are resident, so that the spared bytes are as many as ``memory`` permits.
 
-    ``steps``: the candidates by their numbers; ``devices`` has the device of each step. Among equal
-    steps the residents are spread evenly. Exact for few kinds of steps (at most MAX_TRIED
+    ``steps``: the candidates by their numbers; step i is on device i modulo ``num_devices``. Among
+    equal steps the residents are spread evenly. Exact for few kinds of steps (at most MAX_TRIED
     combinations); with many, what fits is filled in, largest or most sparing first. Errors:
     ConfigError, naming the setting and the bound, if not even the slots fit.
     """
     total = sum(step.nbytes for step in steps.values())
     if total <= memory.available:
         return set(steps)
-    table = _tabulate(steps, devices)
+    table = _tabulate(steps, num_devices)
     gain, resident = _search(table, memory)
     if gain < 0:
         raise _refusal(memory, _options(table, memory), total)
     levelled = _level(steps)
     if levelled != steps:
-        levelled_gain, spread = _search(_tabulate(levelled, devices), memory)
+        levelled_gain, spread = _search(_tabulate(levelled, num_devices), memory)
         if levelled_gain == gain:
             return spread
     return resident
@@ -154,18 +151,18 @@ def _level(steps: Mapping[int, Candidate]) -> dict[int, Candidate]:
     return {i: largest[step.spared_nbytes] for i, step in steps.items()}
 
 
-def _tabulate(steps: Mapping[int, Candidate], devices: Sequence[int]) -> _Kinds:
+def _tabulate(steps: Mapping[int, Candidate], num_devices: int) -> _Kinds:
     members: dict[Candidate, list[int]] = {}
     for i, step in steps.items():
         members.setdefault(step, []).append(i)
     kinds = sorted(members, key=lambda kind: (kind.slot_nbytes, kind.nbytes), reverse=True)
-    counts = {device: [0] * len(kinds) for device in sorted({devices[i] for i in steps})}
+    counts = {device: [0] * len(kinds) for device in sorted({i % num_devices for i in steps})}
     for k, kind in enumerate(kinds):
         for i in members[kind]:
-            counts[devices[i]][k] += 1
+            counts[i % num_devices][k] += 1
     sizes = [kind.nbytes for kind in kinds]
     gains = [kind.spared_nbytes * (len(steps) + 1) + 1 for kind in kinds]
-    return _Kinds(kinds, sizes, gains, [members[kind] for kind in kinds], counts, devices)
+    return _Kinds(kinds, sizes, gains, [members[kind] for kind in kinds], counts, num_devices)
 
 
 def _is_small(table: _Kinds) -> bool:
@@ -250,7 +247,7 @@ def _spread(table: _Kinds, option: _Option, counts: dict[int, int]) -> set[int]:
     """The residents: ``counts`` of each kind, spread over the steps that may be streamed."""
     resident = {i for members in table.members for i in members}
     for kind, count in counts.items():
-        members = [i for i in table.members[kind] if table.devices[i] in option.streaming]
+        members = [i for i in table.members[kind] if i % table.num_devices in option.streaming]
         kept = spread_evenly(count, len(members))
         resident.difference_update(i for n, i in enumerate(members) if n not in kept)
     return resident

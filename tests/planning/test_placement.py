@@ -293,9 +293,9 @@ def test_without_budgets_there_are_slots_and_nothing_else() -> None:
     budget = replace(NO_LIMIT, device=(None, None), scratch_nbytes=7)
     placement = place([LAYER] * 5, budget)
     assert set(placement.tiers) == {"disk"}
-    assert placement.devices == (0, 1, 0, 1, 0)
     assert placement.device_slots == (Slots(3, 100), Slots(2, 100))
     assert placement.device_bytes == (307, 207)
+    assert (placement.copy_bytes, placement.read_bytes) == ((300, 200), 500)
     assert placement.host_bytes == 2 * 5 * 100
     assert place([LAYER] * 5, UNIFIED).host_bytes == 0
 

@@ -16,6 +16,8 @@ from layer_streamer.planning.placement import (
     Prediction,
     Rates,
     StepSize,
+    Tier,
+    account,
     place,
     predict,
 )
@@ -27,14 +29,13 @@ SIZES = [replace(LAYER, copy_nbytes=60 + 10 * i) for i in range(4)]
 """Copies of 60 and 80 bytes on device 0, of 70 and 90 on device 1."""
 
 
-def placed(*tiers: str) -> Placement:
+def placed(*tiers: Tier) -> Placement:
     """Four steps on two devices, in these tiers."""
-    empty = place(SIZES, Budget((None, None), None, 1, 1))
-    return replace(empty, tiers=tiers)
+    return account(SIZES, tiers, Budget((None, None), None, 1, 1))
 
 
 def predicted(placement: Placement, rates: Rates) -> Prediction:
-    prediction = predict(SIZES, placement, rates)
+    prediction = predict(placement, rates)
     assert prediction is not None
     return prediction
 
@@ -78,15 +79,15 @@ def test_where_nothing_moves_a_pass_takes_no_time_whatever_the_rates() -> None:
     ],
 )
 def test_a_rate_that_is_needed_and_unknown_leaves_the_time_unknown(
-    tiers: tuple[str, ...], rates: Rates, is_known: bool
+    tiers: tuple[Tier, ...], rates: Rates, is_known: bool
 ) -> None:
-    assert (predict(SIZES, placed(*tiers), rates) is not None) == is_known
+    assert (predict(placed(*tiers), rates) is not None) == is_known
 
 
 def test_steps_that_need_no_copy_need_no_link() -> None:
     sizes = [replace(LAYER, copy_nbytes=0)] * 3
     placement = place(sizes, Budget((None,), None, 3, 0, shared=True))
-    prediction = predict(sizes, placement, Rates(8.0, (None,)))
+    prediction = predict(placement, Rates(8.0, (None,)))
     assert prediction == Prediction(30.0, "read", 30.0, 0.0, 240, 0)
 
 
@@ -115,7 +116,7 @@ def test_of_equal_steps_more_budget_never_holds_fewer_nor_takes_longer(
         except ConfigError:
             assert not found, "more memory was refused where less was enough"
             continue
-        prediction = predict(sizes, placement, Rates(7.0, (25.0,) * num_devices, 40.0))
+        prediction = predict(placement, Rates(7.0, (25.0,) * num_devices, 40.0))
         assert prediction is not None
         found.append((placement, prediction))
     for (less, slower), (more, faster) in pairwise(found):
@@ -134,11 +135,11 @@ def test_more_device_memory_never_copies_more_and_more_host_memory_never_reads_m
     larger_host = replace(budget, host=host + more)
     rates = Rates(1.0, (1.0,))
     try:
-        before = predict(sizes, place(sizes, budget), rates)
+        before = predict(place(sizes, budget), rates)
     except ConfigError:
         return
-    with_device = predict(sizes, place(sizes, larger_device), rates)
-    with_host = predict(sizes, place(sizes, larger_host), rates)
+    with_device = predict(place(sizes, larger_device), rates)
+    with_host = predict(place(sizes, larger_host), rates)
     assert before is not None
     assert with_device is not None
     assert with_host is not None
@@ -160,6 +161,6 @@ def test_a_checkpoint_of_many_steps_keeps_its_budgets_and_fills_them(
     spare.append(num_steps * 2000 - placement.host_bytes)
     assert min(spare) >= 0
     assert max(spare) < 10_000
-    prediction = predict(sizes, placement, Rates(1e9, (1e9, 1e9)))
+    prediction = predict(placement, Rates(1e9, (1e9, 1e9)))
     assert prediction is not None
     assert prediction.read_bytes < prediction.copy_bytes

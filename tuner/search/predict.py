@@ -71,7 +71,7 @@ def work_of(planned: Planned) -> Work:
     plan, slots, batches = planned.plan, planned.slots, planned.batches
     unified = plan.machine.unified
     count = len(plan.placement.device_bytes)
-    known = predict(plan.sizes, plan.placement, Rates(1.0, (1.0,) * count))
+    known = predict(plan.placement, Rates(1.0, (1.0,) * count))
     assert known is not None
     staged = "pinned" in slots and "host" in slots
     pinned = "host" not in slots or staged
