@@ -46,14 +46,10 @@ def assemble(
     if (on_copy := settings.asked["on_copy"]) is not None:
         listener = Listener(on_copy)
         settings = settings.but(on_copy=listener.weakly())
-    steps = plan_steps(manifest, settings.tail, settings.asked["layers"])
-    layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.asked["dtype"])
     files = OpenFiles(manifest.files)
     try:
-        limits = load_limits(next(iter(manifest.files)), gpus=not devices[0].unified)
-        machine = look_at_machine(devices, _rates(limits, devices), fastest_readers(limits))
-        plan = _plan(steps, layouts, machine, settings, files)
-        if machine.unified and "disk" in plan.tiers:
+        steps, layouts, plan = _plan(manifest, devices, settings, files, {})
+        if plan.machine.unified and "disk" in plan.tiers:
             note_too_many_threads()
         pipeline = Pipeline(steps, layouts, files, devices, settings, plan)
         statics = Statics(manifest, pipeline.loader, settings.asked["dtype"])
@@ -73,39 +69,39 @@ def draw_plan(
 
     ``given``: rates in bytes a second to go by instead of measured ones: "read", "copy".
     """
+    files = OpenFiles(manifest.files)
+    try:
+        return _plan(manifest, devices, settings, files, given)[-1]
+    finally:
+        files.close()
+
+
+def _plan(
+    manifest: Manifest,
+    devices: Sequence[Device],
+    settings: Settings,
+    files: OpenFiles,
+    given: Mapping[str, float],
+) -> tuple[tuple[Step, ...], tuple[Layout, ...], Plan]:
+    unified, dtype = devices[0].unified, settings.asked["dtype"]
     steps = plan_steps(manifest, settings.tail, settings.asked["layers"])
-    layouts = lay_out_all(steps, unified=devices[0].unified, dtype=settings.asked["dtype"])
-    limits = load_limits(next(iter(manifest.files)), gpus=not devices[0].unified)
+    layouts = lay_out_all(steps, unified=unified, dtype=dtype)
+    limits = load_limits(next(iter(manifest.files)), gpus=not unified)
     rates = _rates(limits, devices)
     if "read" in given:
         rates = replace(rates, read=given["read"], cold=given["read"], cached=given["read"])
     if "copy" in given:
         copy = (given["copy"],) * len(devices)
         rates = replace(rates, copy=copy, copy_together=None, pageable=copy)
-    files = OpenFiles(manifest.files)
-    try:
-        machine = look_at_machine(devices, rates, fastest_readers(limits))
-        return _plan(steps, layouts, machine, settings, files)
-    finally:
-        files.close()
-
-
-def _plan(
-    steps: Sequence[Step],
-    layouts: Sequence[Layout],
-    machine: Machine,
-    settings: Settings,
-    files: OpenFiles,
-) -> Plan:
     extents = [(r.path, r.offset, r.nbytes) for layout in layouts for r in layout.reads]
     plan = make_plan(
-        measure_steps(steps, layouts, settings.asked["dtype"]),
+        measure_steps(steps, layouts, dtype),
         max(layout.scratch_nbytes for layout in layouts),
-        machine,
+        look_at_machine(devices, rates, limits),
         settings,
         lambda: files.cached_share(extents),
     )
-    return replace(plan, layers=tuple(step.layer_idx for step in steps))
+    return steps, layouts, replace(plan, layers=tuple(step.layer_idx for step in steps))
 
 
 def _rates(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:
@@ -123,18 +119,14 @@ def _rates(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:
     )
 
 
-def fastest_readers(limits: MachineLimits | None) -> dict[str, tuple[int, int]]:
-    """By read mode, the threads and bytes a read that were the fastest, where that was measured."""
-    best = limits.best_read if limits is not None else None
-    if best is None or best.mode != "direct":
-        return {}
-    return {"direct": (best.threads, best.chunk_nbytes)}
-
-
 def look_at_machine(
-    devices: Sequence[Device], rates: Rates, readers: Mapping[str, tuple[int, int]]
+    devices: Sequence[Device], rates: Rates, limits: MachineLimits | None
 ) -> Machine:
-    """What this machine has free now."""
+    """What this machine has free now, and how it reads the fastest, where that was measured."""
+    best = limits.best_read if limits is not None else None
+    readers = dict[str, tuple[int, int]]()
+    if best is not None and best.mode == "direct":
+        readers["direct"] = (best.threads, best.chunk_nbytes)
     return Machine(
         devices=tuple(str(device.torch_device) for device in devices),
         unified=devices[0].unified,

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from ..assembly import fastest_readers, look_at_machine
+from ..assembly import look_at_machine
 from ..devices.accelerator import open_devices
 from ..errors import StreamerError
 from ..machine.identity import this_machine
@@ -33,7 +33,7 @@ def look(device: Any, path: Path) -> Survey:
     unknown = Rates(None, (None,) * len(devices))
     memory = psutil.Process().memory_info()
     return Survey(
-        look_at_machine(devices, unknown, fastest_readers(limits)),
+        look_at_machine(devices, unknown, limits),
         this_machine(),
         limits,
         # Libraries' files are page cache that any process may share.
