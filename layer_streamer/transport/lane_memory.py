@@ -43,8 +43,8 @@ class LaneMemory:
         # What stays on the device passes through the copier all the same if somebody listens.
         passes = [
             i
-            for i, owner in enumerate(placement.devices)
-            if owner == lane_idx and (i not in residents.weights or settings.asked["on_copy"])
+            for i in range(lane_idx, len(layouts), len(placement.device_slots))
+            if i not in residents.weights or settings.asked["on_copy"]
         ]
         read = passes if self.in_place else [i for i in passes if layouts[i].reads]
         self.through_ring = settings.through_ring and not self.in_place

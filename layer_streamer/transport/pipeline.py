@@ -207,7 +207,7 @@ class Pipeline:
         with ProgressBar(total=nbytes, desc="loading", disable=not shown, **style) as bar:
             loader = replace(self.loader, on_loaded=bar.update)
             for lane_idx, device in enumerate(self.devices):
-                held = {i: steps[i] for i in on_device if plan.placement.devices[i] == lane_idx}
+                held = {i: steps[i] for i in on_device if i % len(self.devices) == lane_idx}
                 with device.guard():
                     dtype = self._settings.asked["dtype"]
                     loader.load_device(self.residents, held, device, dtype)
