@@ -103,6 +103,7 @@ def config_fields(fields: Mapping[str, Any]) -> SimpleNamespace:
     _fill_layer_types(found)
     if model_type == "gemma3_text":
         found.rope_parameters = _gemma3_ropes(fields)
+        found.rope_theta = None  # of the layers that see everything, and in there
     else:
         found.rope_parameters = _rope(fields)
     found.rope_scaling = None

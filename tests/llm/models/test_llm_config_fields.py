@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
@@ -149,6 +149,13 @@ def outcome(read: Callable[[dict[str, Any]], Any], fields: dict[str, Any]) -> An
         return None
 
 
+@example(
+    {
+        "model_type": "gemma3_text", "hidden_size": 256, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "torch_dtype": "bfloat16",
+        "rope_theta": 20_000.0, "rope_local_base_freq": None,
+    }
+)  # fmt: skip
 @settings(max_examples=300, deadline=None)
 @given(CONFIGS)
 def test_any_config_is_read_or_refused_as_transformers_does(fields: dict[str, Any]) -> None:
