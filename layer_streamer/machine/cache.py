@@ -123,7 +123,7 @@ def _make_spare(place: Path | None, parts: tuple[str, ...], reason: str) -> Path
 
 def _spare(*, make: bool = False) -> Path | None:
     """Our folder among the temporary files; None if what has its name there is not ours alone."""
-    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    user = os.geteuid()
     try:
         spare = Path(tempfile.gettempdir()) / f"{NAME}-{user}"
         if make:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from contextlib import suppress
 from pathlib import Path
-
-try:
-    import resource
-except ImportError:  # pragma: no cover - Windows has no such limits
-    resource = None  # type: ignore[assignment]
 
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 """Errors of a process, or a machine, that has as many files open as it may."""
@@ -25,7 +21,7 @@ def open_regular(path: Path, flags: int = 0) -> int:
     the limit.
     """
     # O_NONBLOCK means nothing to a regular file.
-    flags |= os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags |= os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         try:
             descriptor = os.open(path, flags)
@@ -48,8 +44,6 @@ def open_regular(path: Path, flags: int = 0) -> int:
 
 def raise_limit() -> bool:
     """Let this process open as many files as its hard limit says; False if it may already."""
-    if resource is None:
-        return False
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
         return False
@@ -61,15 +55,13 @@ def raise_limit() -> bool:
 def reserve(count: int) -> None:
     """Raise the soft limit where ``count`` descriptors would be more than half of it, so that what
     else the process opens finds some left."""
-    if resource is not None:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY and 2 * count > soft:
-            raise_limit()
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and 2 * count > soft:
+        raise_limit()
 
 
 def _limit(number: int) -> str:
     if number == errno.ENFILE:
         return "the machine's limit, /proc/sys/fs/file-max"
-    assert resource is not None
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return f"this process may open {hard}: raise its hard limit, ulimit -Hn"

@@ -126,8 +126,7 @@ def _end_in_child() -> None:
         )
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_end_in_child)
+os.register_at_fork(after_in_child=_end_in_child)
 
 
 class _Work(Generic[T]):
