@@ -78,22 +78,17 @@ class CudaDevice(AcceleratorDevice):
 
     def pin(self, memory: torch.Tensor, *, read_only: bool = False) -> bool:
         flags = CUDA_HOST_REGISTER_PORTABLE | (CUDA_HOST_REGISTER_READ_ONLY if read_only else 0)
-        cudart = torch.cuda.cudart()
-        for offset in range(0, memory.nbytes, self.pin_segment):
-            length = min(self.pin_segment, memory.nbytes - offset)
+        cudart, nbytes = torch.cuda.cudart(), memory.nbytes
+        for offset in range(0, nbytes, self.pin_segment):
+            length = min(self.pin_segment, nbytes - offset)
             with self.guard():
                 code = cudart.cudaHostRegister(memory.data_ptr() + offset, length, flags)
             if int(code) != 0:
-                with self.guard():
-                    _drain_error()
+                self._drain_error()
                 self.unpin(memory[:offset])
                 kind = "pages of a mapped file" if read_only else "host memory"
-                logger.warning(
-                    "page-locking %.2f GiB of %s was refused (%s)",
-                    memory.nbytes / 2**30,
-                    kind,
-                    code,
-                )
+                gib = nbytes / 2**30
+                logger.warning("page-locking %.2f GiB of %s was refused (%s)", gib, kind, code)
                 return False
         return True
 
@@ -104,8 +99,18 @@ class CudaDevice(AcceleratorDevice):
             for offset in range(0, memory.nbytes, self.pin_segment)
         ]
         if any(int(code) != 0 for code in codes):
-            with self.guard():
-                _drain_error()
+            self._drain_error()
+
+    def _drain_error(self) -> None:
+        """Take the CUDA error of a refused registration: the next kernel is not to report it.
+
+        torch has no binding for cudaGetLastError; its check after a kernel launch reads and clears
+        that error.
+        """
+        try:
+            torch.zeros(1, dtype=torch.float32, device=self.torch_device).add_(1)
+        except RuntimeError as error:
+            logger.debug("drained after a refused registration: %s", error)
 
     def new_stream(self) -> Stream:
         # High priority: the pool of streams that users rarely draw from.
@@ -129,17 +134,6 @@ class CudaDevice(AcceleratorDevice):
                 "a pass cannot run while the current stream captures a CUDA graph: "
                 "the layers' copies would not be part of the graph"
             )
-
-
-def _drain_error() -> None:
-    """Take the CUDA error of a refused registration, so that the next kernel does not report it.
-
-    torch has no binding for cudaGetLastError; its check after a kernel launch reads and clears it.
-    """
-    try:
-        torch.zeros(1, dtype=torch.float32, device="cuda").add_(1)
-    except RuntimeError as error:
-        logger.debug("drained after a refused registration: %s", error)
 
 
 def check_architecture(index: int) -> None:
