@@ -26,17 +26,14 @@ class _Lock:
         self._lock.acquire(timeout=PATIENCE)
         return True
 
-    def release(self) -> None:
+    def release(self, *error: object) -> None:
         try:
             self._lock.release()
         except RuntimeError:
             return  # one that waited in vain has released it
 
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
+    __enter__ = acquire
+    __exit__ = release
 
 
 class ProgressBar(tqdm):  # type: ignore[type-arg]

@@ -51,18 +51,16 @@ def cache_path(*parts: str, make: bool = False) -> Path:
     if not make:
         spare = _spare()
         usual, other = ((p.joinpath(*parts) if p else NOWHERE) for p in (place, spare))
-        if os.path.exists(usual):  # noqa: PTH110 - in a folder that is closed to us, too
-            return usual
-        return usual if place not in _refused and can_be_made(place) else other
+        there = os.path.exists(usual)  # noqa: PTH110 - in a folder that is closed to us, too
+        return usual if there or (place not in _refused and can_be_made(place)) else other
     reason = "there is no home directory"
     if place is not None:
         folder = place.joinpath(*parts)
         try:
             _make(folder)
+            return folder
         except OSError as error:
             reason = f"{folder} cannot be written ({error.strerror or error})"
-        else:
-            return folder
     return _make_spare(place, parts, reason)
 
 

@@ -23,13 +23,10 @@ def open_regular(path: Path, flags: int = 0) -> int:
     # O_NONBLOCK means nothing to a regular file.
     flags |= os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        try:
-            descriptor = os.open(path, flags)
-        except OSError as error:
-            if error.errno != errno.EMFILE or not raise_limit():
-                raise
-            descriptor = os.open(path, flags)
+        descriptor = os.open(path, flags)
     except OSError as error:
+        if error.errno == errno.EMFILE and raise_limit():
+            return open_regular(path, flags)
         if error.errno in OUT_OF_DESCRIPTORS:
             raise OSError(error.errno, f"{error.strerror} ({_limit(error.errno)})") from error
         raise
