@@ -39,14 +39,13 @@ class Caller:
             with lane.device.guard():
                 lane.device.check_can_wait()
         self._pipeline.files.check_unchanged()
-        run = self._control.run
-        if run is None or not self._between_passes(run):
+        if not self._between_passes(self._control.run):
             self.abort()
         self._pipeline.wake()
         for lane in self._lanes:
             if lane.copier is not None:
                 lane.copier.avoid(lane.device.current_stream())
-        run = self._run()
+        run = self._control.run
         self._schedule.clock(run, run.released).start()
 
     def take(self) -> tuple[int, Weights]:
@@ -54,7 +53,7 @@ class Caller:
 
         Raises the error that kept the step from being read or copied.
         """
-        run = self._run()
+        run = self._control.run
         number = run.released
         index = self._schedule.index(number)
         memory = self._lane(index).memory
@@ -85,7 +84,7 @@ class Caller:
         """
         if self._control.closing:
             self._pipeline.check_process()
-        run = self._run()
+        run = self._control.run
         number = run.released
         index = self._schedule.index(number)
         lane = self._lane(index)
@@ -103,7 +102,7 @@ class Caller:
 
     def finish(self) -> None:
         """The pass's last step has been given back."""
-        run = self._run()
+        run = self._control.run
         clock = self._schedule.clock(run, run.released - 1)
         clock.stop()
         self._pipeline.files.check_unchanged()
@@ -118,17 +117,15 @@ class Caller:
 
         May be called, and interrupted, any number of times.
         """
-        run, base_pass = self._control.run, 0
-        if run is not None:
-            run.abort()
-            if run.handed > run.released:
-                index = self._schedule.index(run.released)
-                memory = self._lane(index).memory
-                memory.release(index, run.released, memory.device.current_stream())
-            base_pass = run.base_pass + run.released // self._schedule.length
+        run = self._control.run
+        run.abort()
+        if run.handed > run.released:
+            index = self._schedule.index(run.released)
+            memory = self._lane(index).memory
+            memory.release(index, run.released, memory.device.current_stream())
         for lane in self._lanes:
             lane.memory.start_over()
-        self._pipeline.publish(base_pass)
+        self._pipeline.publish(run.base_pass + run.released // self._schedule.length)
 
     def report(self) -> PassReport | None:
         """The report of the last finished pass; waits until the device has done it. Any thread.
@@ -165,12 +162,6 @@ class Caller:
     def _closed(self) -> ClosedError:
         self._pipeline.check_process()
         return ClosedError("the streamer was closed during the pass")
-
-    def _run(self) -> Run:
-        run = self._control.run
-        if run is None:
-            raise ClosedError("no pass has begun")
-        return run
 
     def _lane(self, index: int) -> Lane:
         return self._lanes[index % len(self._lanes)]

@@ -153,7 +153,7 @@ class Stage(ABC):
 
     def __init__(self, name: str, post: Post) -> None:
         self.source_bell, self.bell, self.target_bell = post.bells
-        self.run: Run | None = None
+        self.run = post.control.run
         self._name = name
         self._control = post.control
         self._lane_idx = post.lane_idx
@@ -195,7 +195,7 @@ class Stage(ABC):
     def _next_run(self) -> Run | None:
         while not self._control.closing:
             run = self._control.run
-            if run is not None and run is not self.run:
+            if run is not self.run:
                 self.run = run
                 self._first_bell.ring()
                 return run
@@ -207,13 +207,15 @@ class Control:
     """What every thread of a pipeline looks at: the run to do, and whether to stop.
 
     ``run`` is replaced, never changed, by the caller's thread in a single assignment, so that an
-    interrupt leaves either the old or the new one. ``closing`` only ever becomes True. ``fatal``
+    interrupt leaves either the old or the new one; before the first it is one that is over, which
+    every stage is taken to have left. ``closing`` only ever becomes True. ``fatal``
     is an error that ended a thread: no pass can succeed after it. ``threads`` are all that were
     started; the first of them that leaves its loop does what is in ``on_leave``.
     """
 
     def __init__(self) -> None:
-        self.run: Run | None = None
+        self.run = Run(0)
+        self.run.abort()
         self.closing = False
         self.fatal: BaseException | None = None
         self.on_fatal: Callable[[], None] = lambda: None
@@ -239,8 +241,7 @@ class Control:
     def forget_errors(self) -> None:
         """Once all threads have ended: frames of errors nobody raised lead back to everything."""
         self.fatal = None
-        if self.run is not None:
-            self.run.abort()
+        self.run.abort()
 
     def fail(self, error: BaseException) -> None:
         """Record that a thread died of ``error`` and wake the caller."""
