@@ -4,8 +4,12 @@ Public names are imported when they are first asked for, so that a command that 
 can do, or what is wrong, need not wait for torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if os.name != "posix":
+    raise ImportError("layer-streamer runs on Linux, on macOS, and on Windows in WSL2 only")
 
 if TYPE_CHECKING:
     from .checkpoint.formats import read_manifest

@@ -6,6 +6,8 @@ import ast
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,3 +145,10 @@ def test_defaults_in_the_table_are_those_of_the_settings() -> None:
     assert table["read_threads"] == str(defaults.num_readers)
     chunks = sorted({defaults.chunk_nbytes, *RING_CHUNKS.values()})
     assert table["read_chunk"] == " or ".join(str(chunk >> 20) for chunk in chunks) + " MiB"
+
+
+def test_where_it_cannot_run_the_import_says_so_in_one_line() -> None:
+    program = "import ntpath, os, sys, typing; os.name = 'nt'; import layer_streamer"
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ran.stderr.splitlines()[-1].startswith("ImportError: layer-streamer runs on Linux")
