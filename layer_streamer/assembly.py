@@ -84,7 +84,7 @@ def _plan(
     given: Mapping[str, float],
 ) -> tuple[tuple[Step, ...], tuple[Layout, ...], Plan]:
     unified, dtype = devices[0].unified, settings.asked["dtype"]
-    steps = plan_steps(manifest, settings.tail, settings.asked["layers"])
+    steps = plan_steps(manifest, settings.asked["tail"], settings.asked["layers"])
     layouts = lay_out_all(steps, unified=unified, dtype=dtype)
     limits = load_limits(next(iter(manifest.files)), gpus=not unified)
     rates = _rates(limits, devices)

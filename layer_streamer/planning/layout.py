@@ -9,9 +9,9 @@ copy of its own at an aligned place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import TypeAlias
 
@@ -47,10 +47,6 @@ class Read:
     offset: int
     slot_offset: int
     nbytes: int
-
-    def holds(self, slot_offset: int) -> bool:
-        """True if this read brings that byte of the slot."""
-        return self.slot_offset <= slot_offset < self.slot_offset + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +97,7 @@ def align_up(value: int, alignment: int) -> int:
 
 
 def plan_steps(
-    manifest: Manifest, tail: Sequence[str] = (), layers: Sequence[int] | None = None
+    manifest: Manifest, tail: Sequence[str] | None = None, layers: Sequence[int] | None = None
 ) -> tuple[Step, ...]:
     """The steps of a pass: the chosen ``layers`` (None: all), then the ``tail`` tensors by rows.
 
@@ -113,15 +109,13 @@ def plan_steps(
     """
     steps = _choose_layers(manifest, layers)
     limit = max(step.nbytes for step in steps)
-    number = manifest.num_layers
-    for name in tail:
+    numbers = count(manifest.num_layers)
+    for name in tail or ():
         try:
             spec = manifest.tensor(name)
         except CheckpointError as error:
             raise ConfigError(f"tail={name!r}: {error}") from error
-        for part in split_rows(spec, limit):
-            steps.append(Step(number, {name: part}))
-            number += 1
+        steps += [Step(next(numbers), {name: part}) for part in split_rows(spec, limit)]
     return tuple(steps)
 
 
@@ -142,24 +136,20 @@ def _choose_layers(manifest: Manifest, layers: Sequence[int] | None) -> list[Ste
     return [manifest.layers[index] for index in layers]
 
 
-def split_rows(spec: TensorSpec, limit: int) -> Iterable[TensorSpec]:
+def split_rows(spec: TensorSpec, limit: int) -> Iterator[TensorSpec]:
     """``spec`` cut into ranges of rows (its first dimension), each at most ``limit`` bytes.
 
     Of more if that were more than MAX_TAIL_STEPS ranges: where layers are tiny, a table is not.
     """
     if spec.nbytes <= limit or not spec.shape or spec.shape[0] == 0:
-        return [spec]
+        yield spec
+        return
     row_nbytes = spec.nbytes // spec.shape[0]
     rows = max(1, limit // row_nbytes, -(-spec.shape[0] // MAX_TAIL_STEPS))
-    return [
-        replace(
-            spec,
-            shape=(min(rows, spec.shape[0] - first), *spec.shape[1:]),
-            offset=spec.offset + first * row_nbytes,
-            nbytes=min(rows, spec.shape[0] - first) * row_nbytes,
-        )
-        for first in range(0, spec.shape[0], rows)
-    ]
+    for first in range(0, spec.shape[0], rows):
+        num_rows = min(rows, spec.shape[0] - first)
+        shape, offset = (num_rows, *spec.shape[1:]), spec.offset + first * row_nbytes
+        yield replace(spec, shape=shape, offset=offset, nbytes=num_rows * row_nbytes)
 
 
 def lay_out(step: Step, *, unified: bool, dtype: torch.dtype | None = None) -> Layout:
@@ -211,31 +201,25 @@ _Run: TypeAlias = list[tuple[str, TensorSpec, int]]
 """What one read brings: each tensor by its key, and its place in the host slot."""
 
 
-def _merge_adjacent(step: Step) -> list[list[tuple[str, TensorSpec]]]:
-    runs: list[list[tuple[str, TensorSpec]]] = []
+def _place_reads(step: Step) -> tuple[list[_Run], list[Read], int]:
+    """What each read brings, the reads, and where they end: on a page, since direct reads cover
+    their last one."""
+    runs, reads, end = list[_Run](), list[Read](), 0
     filled = [(key, spec) for key, spec in step.tensors.items() if spec.nbytes]
     for key, spec in sorted(filled, key=lambda item: (str(item[1].path), item[1].offset)):
-        if runs:
-            last = runs[-1][-1][1]
-            gap = spec.offset - last.offset - last.nbytes
-            if last.path == spec.path and 0 <= gap <= READ_THROUGH:
-                runs[-1].append((key, spec))
-                continue
-        runs.append([(key, spec)])
-    return runs
-
-
-def _place_reads(step: Step) -> tuple[list[_Run], list[Read], int]:
-    runs, reads, end = list[_Run](), [], 0
-    for tensors in _merge_adjacent(step):
-        first, last = tensors[0][1], tensors[-1][1]
-        start = end + first.offset % PAGE
-        nbytes = last.offset + last.nbytes - first.offset
-        reads.append(Read(first.path, first.offset, start, nbytes))
-        runs.append([(key, spec, start + spec.offset - first.offset) for key, spec in tensors])
-        # Page-aligned to the end: a direct read covers the whole last page.
-        end = align_up(start + nbytes, PAGE)
+        if not (reads and _adjoins(reads[-1], spec)):
+            reads.append(Read(spec.path, spec.offset, end + spec.offset % PAGE, 0))
+            runs.append([])
+        start = spec.offset - reads[-1].offset
+        reads[-1] = replace(reads[-1], nbytes=start + spec.nbytes)
+        runs[-1].append((key, spec, reads[-1].slot_offset + start))
+        end = align_up(reads[-1].slot_offset + reads[-1].nbytes, PAGE)
     return runs, reads, end
+
+
+def _adjoins(read: Read, spec: TensorSpec) -> bool:
+    gap = spec.offset - read.offset - read.nbytes
+    return read.path == spec.path and 0 <= gap <= READ_THROUGH
 
 
 def _place_unified(runs: list[_Run], end: int) -> tuple[Iterable[Copy], dict[str, int], int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, Unpack, cast
@@ -108,11 +107,6 @@ class Settings:
     def reserve_nbytes(self) -> int:
         """The caller's part of ``device_budget``."""
         return parse_bytes("reserve_bytes", self.asked["reserve_bytes"] or 0)
-
-    @property
-    def tail(self) -> Sequence[str]:
-        """Tensors to stream after the last layer."""
-        return self.asked["tail"] or ()
 
     @property
     def num_readers(self) -> int:
