@@ -53,22 +53,17 @@ def make_plan(
     ``cached_share()`` tells which part of the files is in the page cache; it is asked only if that
     matters. Errors: ConfigError for a budget below its slots, for mapped files that do not fit.
     """
-    sizes = tuple(sizes)
-    placement, mode, reason = _choose(sizes, scratch_nbytes, machine, settings)
-    if mode == "load":
-        from_cache = cached_share() >= CACHED
-        mode = "buffered" if from_cache else "direct"
-        reason = f"read once, {'from the page cache' if from_cache else 'past the page cache'}"
-    reads = "disk" in placement.tiers
-    cached = None
-    if reads and mode == "buffered" and (machine.rates.cold or machine.rates.cached):
+    budget = _budget_of(sizes, scratch_nbytes, machine, settings)
+    placement, mode, reason = _choose(sizes, budget, machine, settings, cached_share)
+    cached, known = None, machine.rates.cold or machine.rates.cached
+    if "disk" in placement.tiers and mode == "buffered" and known:
         cached = cached_share()
     rates = rates_of(placement, mode, cached, machine, settings)
     ring = settings.through_ring and any(slots.count for slots in placement.host_slots)
     threads, chunk = _choose_readers(mode, machine, settings, ring=ring)
     return Plan(
         machine=machine,
-        sizes=sizes,
+        sizes=tuple(sizes),
         placement=placement,
         read_mode=mode,  # type: ignore[arg-type]
         reason=reason,
@@ -93,15 +88,16 @@ def _choose_readers(
     return settings.num_readers, chunk
 
 
-def _ring(
-    mode: str, sizes: Sequence[StepSize], machine: Machine, settings: Settings
-) -> tuple[int, int]:
-    """Slots of the ring and their bytes: whole pages, no more than hold all steps."""
+def _with_ring(
+    budget: Budget, mode: str, sizes: Sequence[StepSize], machine: Machine, settings: Settings
+) -> Budget:
+    """Host slots are those of a ring: whole pages, no more than hold all steps."""
     threads, chunk = _choose_readers(mode, machine, settings, ring=True)
     largest = max(size.host_nbytes for size in sizes)
     nbytes = max(min(chunk // PAGE * PAGE, largest), PAGE)
     parts = sum(-(-size.host_nbytes // nbytes) for size in sizes)
-    return min(threads * RING_SLOTS_PER_READER, parts), nbytes
+    num_slots = min(threads * RING_SLOTS_PER_READER, parts)
+    return replace(budget, host_slots=num_slots, host_slot_nbytes=nbytes)
 
 
 def margin(nbytes: int) -> int:
@@ -120,7 +116,7 @@ def _resolve(name: str, budget: Bytes | None, free: int) -> int | None:
 
 
 def _budget_of(
-    sizes: tuple[StepSize, ...], scratch_nbytes: int, machine: Machine, settings: Settings
+    sizes: Sequence[StepSize], scratch_nbytes: int, machine: Machine, settings: Settings
 ) -> Budget:
     """What may be used: here a machine that computes in host memory takes the form of all others.
 
@@ -139,30 +135,32 @@ def _budget_of(
             scratch_nbytes=scratch_nbytes,
             shared=True,
         )
-    host_slots, host_slot_nbytes = sum(settings.host_slots.values()), None
-    if settings.through_ring:
-        # Which mode it will be follows from the placement, but of that only where it is not asked.
-        likely = "direct" if host is not None else "buffered"
-        mode = settings.read_mode if settings.read_mode in RING_CHUNKS else likely
-        host_slots, host_slot_nbytes = _ring(mode, sizes, machine, settings)
-    return Budget(
+    budget = Budget(
         device=tuple(
             _resolve("device_budget", asked["device_budget"], free) for free in machine.device_free
         ),
         host=host,
         device_slots=settings.num_device + 1,
-        host_slots=host_slots,
-        host_slot_nbytes=host_slot_nbytes,
+        host_slots=sum(settings.host_slots.values()),
         reserve=settings.reserve_nbytes,
         scratch_nbytes=scratch_nbytes,
     )
+    if not settings.through_ring:
+        return budget
+    # Which mode it will be follows from the placement, but of that only where it is not asked.
+    likely = "direct" if host is not None else "buffered"
+    mode = settings.read_mode if settings.read_mode in RING_CHUNKS else likely
+    return _with_ring(budget, mode, sizes, machine, settings)
 
 
 def _choose(
-    sizes: tuple[StepSize, ...], scratch_nbytes: int, machine: Machine, settings: Settings
+    sizes: Sequence[StepSize],
+    budget: Budget,
+    machine: Machine,
+    settings: Settings,
+    cached_share: Callable[[], float],
 ) -> tuple[Placement, str, str]:
-    """The placement, the read mode ("load": nothing is read in passes) and its reason."""
-    budget = _budget_of(sizes, scratch_nbytes, machine, settings)
+    """The placement, the read mode and its reason."""
     held, budget = _shrink_slots(sizes, budget, settings)
     given, needed = budget.host, held.host_bytes
     usable = _usable(machine.host_available) if given is None else given
@@ -177,20 +175,21 @@ def _choose(
     placement = place(sizes, budget)
     used = machine.host_nbytes(placement)
     _check_host(used, given is not None, machine, settings)
-    if settings.read_mode in ("direct", "buffered") or (
-        budget.shared and settings.read_mode == "mapped"
-    ):
+    as_asked = ("direct", "buffered", "mapped") if budget.shared else ("direct", "buffered")
+    if settings.read_mode in as_asked:
         return placement, settings.read_mode, "as asked"
-    mode, reason = _stream_mode(placement, used, machine, settings)
+    if not placement.read_bytes:
+        from_cache = cached_share() >= CACHED
+        reason = f"read once, {'from the page cache' if from_cache else 'past the page cache'}"
+        return placement, "buffered" if from_cache else "direct", reason
+    mode, reason = _stream_mode(placement.read_bytes, used, machine, settings)
     if budget.host_slot_nbytes is not None and mode == "direct" and given is None:
-        host_slots, host_slot_nbytes = _ring(mode, sizes, machine, settings)
-        budget = replace(budget, host_slots=host_slots, host_slot_nbytes=host_slot_nbytes)
-        placement = place(sizes, budget)
+        placement = place(sizes, _with_ring(budget, mode, sizes, machine, settings))
     return placement, mode, reason
 
 
 def _shrink_slots(
-    sizes: tuple[StepSize, ...], budget: Budget, settings: Settings
+    sizes: Sequence[StepSize], budget: Budget, settings: Settings
 ) -> tuple[Placement, Budget]:
     """The placement if host memory held all that is streamed, and the budget with fewer device
     slots if there is no room for more and nobody asked for them."""
@@ -229,13 +228,8 @@ def _check_host(nbytes: int, budgeted: bool, machine: Machine, settings: Setting
     logger.warning("the budget lets %s of host memory be used, %s is free", needed, free)
 
 
-def _stream_mode(
-    placement: Placement, used: int, machine: Machine, settings: Settings
-) -> tuple[str, str]:
-    """How the steps that live on disk are read under "auto"."""
-    on_disk = placement.read_bytes
-    if not on_disk:
-        return "load", ""
+def _stream_mode(on_disk: int, used: int, machine: Machine, settings: Settings) -> tuple[str, str]:
+    """How so many bytes are read in each pass under "auto", and why."""
     if settings.asked["host_budget"] is not None:
         return "direct", "the page cache is not part of host_budget"
     room = _usable(machine.host_available - used)
