@@ -112,17 +112,14 @@ def place(sizes: Sequence[StepSize], budget: Budget) -> Placement:
     may mean more bytes read, if sizes differ: what is left may fill host memory less well.)
     Errors: ConfigError if a budget is below its slots, naming it and the bound.
     """
-    on_device = _hold_on_devices(sizes, budget)
-    in_host = set[int]() if budget.shared else _hold_in_host(sizes, on_device, budget)
-    tiers: list[Tier] = [
-        "device" if i in on_device else "host" if i in in_host else "disk"
-        for i in range(len(sizes))
-    ]
+    tiers: list[Tier] = ["disk"] * len(sizes)
+    _hold_on_devices(sizes, tiers, budget)
+    _hold_in_host(sizes, tiers, budget)
     return account(sizes, tiers, budget)
 
 
-def _hold_on_devices(sizes: Sequence[StepSize], budget: Budget) -> set[int]:
-    held, limits = set[int](), budget.limits
+def _hold_on_devices(sizes: Sequence[StepSize], tiers: list[Tier], budget: Budget) -> None:
+    limits = budget.limits
     for first, limit in enumerate(limits):
         if limit is None:
             continue
@@ -138,53 +135,57 @@ def _hold_on_devices(sizes: Sequence[StepSize], budget: Budget) -> set[int]:
             scratch_nbytes=budget.scratch_nbytes,
             reserve=budget.reserve,
         )
-        held |= choose_residents(candidates, len(budget.device), memory)
-    return held
+        for i in choose_residents(candidates, len(budget.device), memory):
+            tiers[i] = "device"
 
 
-def _hold_in_host(sizes: Sequence[StepSize], on_device: set[int], budget: Budget) -> set[int]:
-    if budget.host is None:
-        return set()
+def _hold_in_host(sizes: Sequence[StepSize], tiers: list[Tier], budget: Budget) -> None:
+    if budget.host is None or budget.shared:
+        return
     candidates = {
         i: Candidate(size.host_nbytes, size.read_nbytes, size.host_nbytes)
         for i, size in enumerate(sizes)
-        if i not in on_device
+        if tiers[i] == "disk"
     }
     memory = Memory("host_budget", "the host", budget.host, budget.host_slots)
     if budget.host_slot_nbytes is not None:
         ring_nbytes = budget.host_slots * budget.host_slot_nbytes
         memory = Memory("host_budget", "the host", budget.host, 0, scratch_nbytes=ring_nbytes)
-    return choose_residents(candidates, len(budget.device), memory)
+    for i in choose_residents(candidates, len(budget.device), memory):
+        tiers[i] = "host"
 
 
 def account(sizes: Sequence[StepSize], tiers: Sequence[Tier], budget: Budget) -> Placement:
     """The placement with these tiers: what it takes, what it moves."""
-    count, num_memories = len(budget.device), len(budget.limits)
+
+    def among(steps: range, *wanted: Tier) -> list[StepSize]:
+        return [sizes[i] for i in steps if tiers[i] in wanted]
+
+    count, num_memories, whole = len(budget.device), len(budget.limits), range(len(sizes))
     slots, host_slots, device_bytes, copy_bytes = [], [], [], []
-    read = [size for size, tier in zip(sizes, tiers, strict=True) if tier == "disk"]
+    read, kept = among(whole, "disk"), among(whole, "host")
     host_nbytes = budget.host_slot_nbytes
     if host_nbytes is None:
         host_nbytes = max((size.host_nbytes for size in read), default=0)
     for device in range(count):
-        steps = range(device, len(sizes), count)
-        streamed = [i for i in steps if tiers[i] != "device"]
+        steps = whole[device::count]
+        streamed = among(steps, "host", "disk")
         # Devices that share a memory have been charged for slots of one size.
-        sharing = range(device % num_memories, len(sizes), num_memories)
-        largest = max((sizes[i].slot_nbytes for i in sharing if tiers[i] != "device"), default=0)
+        sharing = among(whole[device % num_memories :: num_memories], "host", "disk")
+        largest = max((size.slot_nbytes for size in sharing), default=0)
         slots.append(_slots(min(budget.device_slots, len(streamed)), largest))
-        on_disk = any(tiers[i] == "disk" for i in streamed)
-        host_slots.append(_slots(budget.host_slots * on_disk, host_nbytes))
-        resident = sum(sizes[i].device_nbytes for i in steps if tiers[i] == "device")
+        host_slots.append(_slots(budget.host_slots * bool(among(steps, "disk")), host_nbytes))
+        resident = sum(size.device_nbytes for size in among(steps, "device"))
         scratch = budget.scratch_nbytes if streamed else 0
         device_bytes.append(resident + slots[-1].total_nbytes + scratch)
-        copy_bytes.append(sum(sizes[i].copy_nbytes for i in streamed))
-    kept = sum(size.host_nbytes for size, tier in zip(sizes, tiers, strict=True) if tier == "host")
+        copy_bytes.append(sum(size.copy_nbytes for size in streamed))
     return Placement(
         tiers=tuple(tiers),
         device_slots=tuple(slots),
         host_slots=tuple(host_slots),
         device_bytes=tuple(device_bytes),
-        host_bytes=kept + sum(slots.total_nbytes for slots in host_slots),
+        host_bytes=sum(size.host_nbytes for size in kept)
+        + sum(slots.total_nbytes for slots in host_slots),
         read_bytes=sum(size.read_nbytes for size in read),
         copy_bytes=tuple(copy_bytes),
     )
@@ -231,21 +232,20 @@ def predict(placement: Placement, rates: Rates) -> Prediction | None:
 
     None if a rate is unknown of a disk or link over which something moves.
     """
-    read_bytes, copied = placement.read_bytes, placement.copy_bytes
-    times = []
-    for nbytes, rate in ((read_bytes, rates.read), *zip(copied, rates.copy, strict=True)):
-        if nbytes and rate is None:
-            return None
-        times.append(nbytes / rate if rate is not None else 0.0)
+    read_bytes, copy_bytes = placement.read_bytes, sum(placement.copy_bytes)
+    moves = ((read_bytes, rates.read), *zip(placement.copy_bytes, rates.copy, strict=True))
+    if any(nbytes and rate is None for nbytes, rate in moves):
+        return None
+    read_seconds, *by_link = (nbytes / rate if rate is not None else 0.0 for nbytes, rate in moves)
     if rates.copy_together is not None:
-        times.append(sum(copied) / rates.copy_together)
-    read_seconds, copy_seconds = times[0], max(times[1:], default=0.0)
+        by_link.append(copy_bytes / rates.copy_together)
+    copy_seconds = max(by_link)
     bound_by = "read" if read_seconds >= copy_seconds else "copy"
     return Prediction(
         seconds=max(read_seconds, copy_seconds),
-        bound_by=bound_by if read_bytes or sum(copied) else "resident",
+        bound_by=bound_by if read_bytes or copy_bytes else "resident",
         read_seconds=read_seconds,
         copy_seconds=copy_seconds,
         read_bytes=read_bytes,
-        copy_bytes=sum(copied),
+        copy_bytes=copy_bytes,
     )
