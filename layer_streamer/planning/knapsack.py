@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from operator import mul
+from operator import attrgetter, mul
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,7 @@ def fill(stocks: Sequence[Stock], capacity: int, max_tried: int) -> tuple[list[i
     num_combinations = prod(stock.count + 1 for stock in stocks) // (stocks[last].count + 1)
     if num_combinations <= max_tried:
         return _fill_exactly(stocks, last, capacity), num_combinations
-    orders: tuple[Callable[[Stock], int], ...] = (
-        lambda stock: stock.gain,
-        lambda stock: stock.density,
-    )
+    orders = attrgetter("gain"), attrgetter("density")
     filled = [_fill_greedily(stocks, capacity, order) for order in orders]
     return max(filled, key=lambda counts: sum_gain(stocks, counts)), 0
 

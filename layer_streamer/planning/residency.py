@@ -8,6 +8,7 @@ knapsack problem.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -124,13 +125,13 @@ def choose_residents(steps: Mapping[int, Candidate], num_devices: int, memory: M
     if total <= memory.available:
         return set(steps)
     table = _tabulate(steps, num_devices)
-    gain, resident = _search(table, memory)
-    if gain < 0:
+    lost, resident = _search(table, memory)
+    if lost == math.inf:
         raise _refusal(memory, _options(table, memory), total)
     levelled = _level(steps)
     if levelled != steps:
-        levelled_gain, spread = _search(_tabulate(levelled, num_devices), memory)
-        if levelled_gain == gain:
+        levelled_lost, spread = _search(_tabulate(levelled, num_devices), memory)
+        if levelled_lost == lost:
             return spread
     return resident
 
@@ -171,10 +172,8 @@ def _is_small(table: _Kinds) -> bool:
 
 def _streaming_sets(table: _Kinds) -> Iterator[tuple[int, ...]]:
     """Sets of devices that may stream; of sets with equal steps, one."""
-    by_weight = sorted(
-        table.counts,
-        key=lambda device: sum(map(mul, table.counts[device], table.sizes)),
-    )
+    weights = {device: sum(map(mul, n, table.sizes)) for device, n in table.counts.items()}
+    by_weight = sorted(weights, key=weights.__getitem__)
     seen = set()
     for size in range(1, len(by_weight) + 1):
         # With too many sets to try, the devices that are lightest to hold are resident first.
@@ -217,30 +216,28 @@ def _with_own_slots(option: _Option, table: _Kinds) -> Iterator[_Option]:
         yield replace(option, own_slots=True, resident_nbytes=resident, num_slots=num_slots)
 
 
-def _search(table: _Kinds, memory: Memory) -> tuple[int, set[int]]:
-    """The largest gain, -1 if no option is feasible, and the steps that are resident for it."""
+def _search(table: _Kinds, memory: Memory) -> tuple[float, set[int]]:
+    """The steps that are resident where the least gain is lost, and how much: infinitely much if no
+    option is feasible."""
     feasible = [option for option in _options(table, memory) if option.least <= memory.available]
     feasible.sort(key=lambda option: option.overhead)
-    best, resident = -1, set[int]()
+    least, resident = math.inf, set[int]()
     tries = MAX_TRIED
-    everything = sum(
-        gain * len(steps) for gain, steps in zip(table.gains, table.members, strict=True)
-    )
     for option in feasible if _is_small(table) else feasible[:FEW_OPTIONS]:
         kinds, stocks = [], []
         for kind, nbytes in option.choices(table):
             kinds.append(kind)
             stocks.append(Stock(nbytes, table.gains[kind], option.counts[kind]))
-        must = everything - sum(stock.gain * stock.count for stock in stocks)
+        most = sum(stock.gain * stock.count for stock in stocks)
         left = memory.available - option.least
-        if must + bound_gain(stocks, left) <= best:
+        if most - bound_gain(stocks, left) >= least:
             continue
         counts, tried = fill(stocks, left, tries)
         tries -= tried
-        gain = must + sum_gain(stocks, counts)
-        if gain > best:
-            best, resident = gain, _spread(table, option, dict(zip(kinds, counts, strict=True)))
-    return best, resident
+        lost = most - sum_gain(stocks, counts)
+        if lost < least:
+            least, resident = lost, _spread(table, option, dict(zip(kinds, counts, strict=True)))
+    return least, resident
 
 
 def _spread(table: _Kinds, option: _Option, counts: dict[int, int]) -> set[int]:
