@@ -164,9 +164,7 @@ def account(sizes: Sequence[StepSize], tiers: Sequence[Tier], budget: Budget) ->
     count, num_memories, whole = len(budget.device), len(budget.limits), range(len(sizes))
     slots, host_slots, device_bytes, copy_bytes = [], [], [], []
     read, kept = among(whole, "disk"), among(whole, "host")
-    host_nbytes = budget.host_slot_nbytes
-    if host_nbytes is None:
-        host_nbytes = max((size.host_nbytes for size in read), default=0)
+    host_nbytes = budget.host_slot_nbytes or max((size.host_nbytes for size in read), default=0)
     for device in range(count):
         steps = whole[device::count]
         streamed = among(steps, "host", "disk")

@@ -120,30 +120,30 @@ class Plan:
         return replace(self, read_mode="buffered", reason=reason)
 
     def __str__(self) -> str:
-        sizes, tiers = self.sizes, self.tiers
-        names = {"device": "resident on the device", "host": "resident in host memory"}
+        names = {
+            "device": "resident on the device",
+            "host": "resident in host memory",
+            "disk": "on disk",
+        }
         lines = [f"  {'tier':<24} {'layers':>6} {'GB':>8} {'GB read':>8} {'GB copied':>9}  which"]
-        for tier in ("device", "host", "disk"):
-            of_tier = [i for i, placed in enumerate(tiers) if placed == tier]
+        for tier, name in names.items():
+            of_tier = [i for i, placed in enumerate(self.tiers) if placed == tier]
             if not of_tier:
                 continue
-            stored = sum(sizes[i].read_nbytes for i in of_tier)
+            stored = sum(self.sizes[i].read_nbytes for i in of_tier)
             read = stored if tier == "disk" else 0
-            which = sorted(self.layers[i] for i in of_tier)
-            copied = sum(sizes[i].copy_nbytes for i in of_tier) if tier != "device" else 0
+            copied = sum(self.sizes[i].copy_nbytes for i in of_tier) if tier != "device" else 0
             lines.append(
-                f"  {names.get(tier, 'on disk'):<24} {len(of_tier):>6} {stored / 1e9:>8.3f} "
-                f"{read / 1e9:>8.3f} {copied / 1e9:>9.3f}  {_ranges(which)}"
+                f"  {name:<24} {len(of_tier):>6} {stored / 1e9:>8.3f} {read / 1e9:>8.3f} "
+                f"{copied / 1e9:>9.3f}  {_ranges(sorted(self.layers[i] for i in of_tier))}"
             )
         for device, nbytes in zip(self.machine.devices, self.placement.device_bytes, strict=True):
             lines.append(f"  memory on {device}: {format_bytes(nbytes)}")
         if not self.machine.unified:
             kind = " (the page cache itself)" if self.read_mode == "mapped" else ""
             lines.append(f"  host memory: {format_bytes(self.placement.host_bytes)}{kind}")
-        lines += [
-            f"  static tensors on {device}: {format_bytes(nbytes)}"
-            for device, nbytes in self.static_bytes.items()
-        ]
+        for device, nbytes in self.static_bytes.items():
+            lines.append(f"  static tensors on {device}: {format_bytes(nbytes)}")
         lines += [
             f"  reads: {self.read_mode}: {self.reason}",
             f"  readers: {self.read_threads} threads x {format_bytes(self.read_chunk)}",
@@ -167,9 +167,7 @@ class Plan:
 
 def _ranges(indices: Sequence[int]) -> str:
     """ "0-3, 7": for people; what is too long is counted."""
-    if len(indices) < 2:
-        return ", ".join(map(str, indices))
-    if indices[-1] - indices[0] == len(indices) - 1:
+    if indices[-1] - indices[0] == len(indices) - 1 > 0:
         return f"{indices[0]}-{indices[-1]}"
     listed = ", ".join(map(str, indices[:12]))
     return listed if len(indices) <= 12 else f"{listed}, ... {indices[-1]}"

@@ -179,9 +179,9 @@ def _choose(
     if settings.read_mode in as_asked:
         return placement, settings.read_mode, "as asked"
     if not placement.read_bytes:
-        from_cache = cached_share() >= CACHED
-        reason = f"read once, {'from the page cache' if from_cache else 'past the page cache'}"
-        return placement, "buffered" if from_cache else "direct", reason
+        if cached_share() >= CACHED:
+            return placement, "buffered", "read once, from the page cache"
+        return placement, "direct", "read once, past the page cache"
     mode, reason = _stream_mode(placement.read_bytes, used, machine, settings)
     if budget.host_slot_nbytes is not None and mode == "direct" and given is None:
         placement = place(sizes, _with_ring(budget, mode, sizes, machine, settings))

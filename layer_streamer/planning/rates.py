@@ -15,8 +15,7 @@ def rates_of(
     ``cached``: the share of the files that the page cache has, from which buffered reads take it.
     What was not measured in the way that it is done here is None.
     """
-    copy, together = _copy_rates(placement, machine, settings)
-    return Rates(_read_rate(mode, cached, machine), copy, together)
+    return Rates(_read_rate(mode, cached, machine), *_copy_rates(placement, machine, settings))
 
 
 def _read_rate(mode: str, cached: float | None, machine: Machine) -> float | None:
