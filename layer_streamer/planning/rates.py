@@ -27,12 +27,10 @@ def _read_rate(mode: str, cached: float | None, machine: Machine) -> float | Non
         return None
     # A few pages that are missing may be those between tensors.
     cached = 1.0 if cached >= CACHED else cached
-    seconds = 0.0
-    for share, rate in ((cached, rates.cached), (1 - cached, rates.cold)):
-        if share and rate is None:
-            return None
-        seconds += share / rate if rate is not None else 0.0
-    return 1 / seconds
+    shares = ((cached, rates.cached), (1 - cached, rates.cold))
+    if any(share and rate is None for share, rate in shares):
+        return None
+    return 1 / sum(share / rate for share, rate in shares if rate is not None)
 
 
 def _copy_rates(

@@ -105,12 +105,12 @@ class _Option:
         """Bytes that it takes with no more residents than it must have."""
         return self.resident_nbytes + self.overhead
 
-    def choices(self, table: _Kinds) -> Iterator[tuple[int, int]]:
-        """The kinds that may be streamed, and what one resident of it takes more than streamed."""
+    def stocks(self, table: _Kinds) -> Iterator[tuple[int, Stock]]:
+        """By kind that may be streamed: what one resident of it takes more than streamed."""
         for kind in range(self.first, len(self.counts)):
             nbytes = table.sizes[kind] - self.own_slots * self.slot_nbytes
             if self.counts[kind] and (nbytes > 0 or not self.own_slots):
-                yield kind, nbytes
+                yield kind, Stock(nbytes, table.gains[kind], self.counts[kind])
 
 
 def choose_residents(steps: Mapping[int, Candidate], num_devices: int, memory: Memory) -> set[int]:
@@ -224,10 +224,8 @@ def _search(table: _Kinds, memory: Memory) -> tuple[float, set[int]]:
     least, resident = math.inf, set[int]()
     tries = MAX_TRIED
     for option in feasible if _is_small(table) else feasible[:FEW_OPTIONS]:
-        kinds, stocks = [], []
-        for kind, nbytes in option.choices(table):
-            kinds.append(kind)
-            stocks.append(Stock(nbytes, table.gains[kind], option.counts[kind]))
+        by_kind = dict(option.stocks(table))
+        stocks = list(by_kind.values())
         most = sum(stock.gain * stock.count for stock in stocks)
         left = memory.available - option.least
         if most - bound_gain(stocks, left) >= least:
@@ -236,7 +234,7 @@ def _search(table: _Kinds, memory: Memory) -> tuple[float, set[int]]:
         tries -= tried
         lost = most - sum_gain(stocks, counts)
         if lost < least:
-            least, resident = lost, _spread(table, option, dict(zip(kinds, counts, strict=True)))
+            least, resident = lost, _spread(table, option, dict(zip(by_kind, counts, strict=True)))
     return least, resident
 
 
