@@ -12,7 +12,7 @@ from ..planning.budget import parse_bytes
 from ..planning.layout import align_up
 from ..planning.placement import Tier
 from ..planning.plan import Plan
-from ..planning.planner import make_plan, margin
+from ..planning.planner import make_plan, usable
 from ..planning.settings import Settings
 from .facts import notices
 
@@ -116,10 +116,10 @@ def _budgets(replan: _Replan, option: str) -> Iterator[_Other]:
     if machine.unified and current is None and (named or option == "device_budget"):
         return
     free = min(machine.device_free) if option == "device_budget" else machine.host_available
-    usable = max(free - margin(free), 0)
-    now = usable if current == "auto" else parse_bytes(option, current or 0)
-    step = 1 << max((min(whole, usable) // STEPS).bit_length() - 1, 12)
-    for budget in range(align_up(now + 1, step), min(align_up(whole, step), usable) + 1, step):
+    room = usable(free)
+    now = room if current == "auto" else parse_bytes(option, current or 0)
+    step = 1 << max((min(whole, room) // STEPS).bit_length() - 1, 12)
+    for budget in range(align_up(now + 1, step), min(align_up(whole, step), room) + 1, step):
         yield from replan.candidates(option, budget, spell(budget))
 
 

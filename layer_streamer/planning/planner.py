@@ -22,8 +22,6 @@ from .settings import RING_CHUNKS, RING_SLOTS_PER_READER, Settings
 
 logger = logging.getLogger(__name__)
 
-GIB = 1 << 30
-
 
 def measure_steps(
     steps: Sequence[Step], layouts: Sequence[Layout], dtype: torch.dtype | None
@@ -100,19 +98,15 @@ def _with_ring(
     return replace(budget, host_slots=num_slots, host_slot_nbytes=nbytes)
 
 
-def margin(nbytes: int) -> int:
-    """What "auto" leaves of that much free memory: a tenth, at least 512 MiB."""
-    return max(nbytes // 10, GIB // 2)
-
-
-def _usable(nbytes: int) -> int:
-    return max(nbytes - margin(nbytes), 0)
+def usable(nbytes: int) -> int:
+    """What "auto" takes of so much free memory: all but a tenth, and but 512 MiB at the least."""
+    return max(nbytes - max(nbytes // 10, 512 << 20), 0)
 
 
 def _resolve(name: str, budget: Bytes | None, free: int) -> int | None:
     if budget is None:
         return None
-    return _usable(free) if budget == "auto" else parse_bytes(name, budget)
+    return usable(free) if budget == "auto" else parse_bytes(name, budget)
 
 
 def _budget_of(
@@ -163,14 +157,14 @@ def _choose(
     """The placement, the read mode and its reason."""
     held, budget = _shrink_slots(sizes, budget, settings)
     given, needed = budget.host, held.host_bytes
-    usable = _usable(machine.host_available) if given is None else given
+    allowed = usable(machine.host_available) if given is None else given
     if needed and _wants_map(machine, settings):
-        if needed <= usable:
-            return held, "mapped", f"host memory holds it ({format_bytes(usable)} may be used)"
+        if needed <= allowed:
+            return held, "mapped", f"host memory holds it ({format_bytes(allowed)} may be used)"
         if settings.read_mode == "mapped":
             raise ConfigError(
                 f"read_mode='mapped': needs {format_bytes(needed)} of host memory, "
-                f"{format_bytes(usable)} may be used (host_budget says otherwise)"
+                f"{format_bytes(allowed)} may be used (host_budget says otherwise)"
             )
     placement = place(sizes, budget)
     used = machine.host_nbytes(placement)
@@ -232,7 +226,6 @@ def _stream_mode(on_disk: int, used: int, machine: Machine, settings: Settings) 
     """How so many bytes are read in each pass under "auto", and why."""
     if settings.asked["host_budget"] is not None:
         return "direct", "the page cache is not part of host_budget"
-    room = _usable(machine.host_available - used)
-    if on_disk <= room:
+    if on_disk <= usable(machine.host_available - used):
         return "buffered", f"the page cache can hold {format_bytes(on_disk)}"
     return "direct", f"{format_bytes(on_disk)} a pass, the page cache has room for less"

@@ -25,7 +25,7 @@ from layer_streamer.doctor.changes import (
 )
 from layer_streamer.planning.placement import Rates, StepSize
 from layer_streamer.planning.plan import Machine, Plan
-from layer_streamer.planning.planner import make_plan, margin
+from layer_streamer.planning.planner import make_plan, usable
 from layer_streamer.planning.settings import Settings
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -107,7 +107,7 @@ def test_every_change_is_what_the_plan_with_it_gives(
         check_true(change, plan, other)
         if change.option.endswith("budget"):
             free = machine.host_available if change.option[0] == "h" else machine.device_free[0]
-            assert int(change.value) <= free - margin(free)
+            assert int(change.value) <= usable(free)
 
 
 def test_it_is_said_as_people_say_it() -> None:

@@ -13,7 +13,7 @@ from disks import warnings_of
 from layer_streamer import ConfigError
 from layer_streamer.planning.placement import Rates, StepSize
 from layer_streamer.planning.plan import Machine, Plan
-from layer_streamer.planning.planner import make_plan, margin
+from layer_streamer.planning.planner import make_plan, usable
 from layer_streamer.planning.settings import Settings
 
 GIB = 1 << 30
@@ -204,7 +204,7 @@ def test_a_host_budget_overrides_the_check_of_free_memory_with_a_warning(
 
 @pytest.mark.parametrize("free", [2 * GIB, 10 * GIB, 100 * GIB])
 def test_auto_leaves_a_tenth_and_half_a_gib_at_least(free: int) -> None:
-    assert margin(free) == max(free // 10, GIB // 2)
+    assert usable(free) == free - max(free // 10, GIB // 2)
 
 
 @pytest.mark.parametrize("free", [4, 10, 40])
@@ -212,9 +212,9 @@ def test_auto_budgets_use_what_is_free_less_the_margin(free: int) -> None:
     machine = replace(GPU, device_free=(free * GIB,), host_available=free * GIB)
     options = {"device_budget": "auto", "host_budget": "auto", "n_gpu": 0, "n_cpu_pinned": 1}
     placement = plan(machine, 200, **options).placement
-    usable = free * GIB - margin(free * GIB)
-    assert usable - GIB < placement.device_bytes[0] <= usable
-    assert usable - GIB < placement.host_bytes <= usable
+    most = usable(free * GIB)
+    assert most - GIB < placement.device_bytes[0] <= most
+    assert most - GIB < placement.host_bytes <= most
 
 
 def test_with_next_to_nothing_free_an_auto_budget_is_refused_and_not_negative() -> None:
