@@ -185,10 +185,7 @@ def _compare(plan: Plan, other: Plan) -> tuple[float, float, str]:
 
 def _moved(plan: Plan) -> tuple[float, float]:
     """GB that a pass reads, and copies."""
-    pairs = list(zip(plan.sizes, plan.tiers, strict=True))
-    read = sum(size.read_nbytes for size, tier in pairs if tier == "disk")
-    copied = sum(size.copy_nbytes for size, tier in pairs if tier != "device")
-    return read / 1e9, copied / 1e9
+    return plan.placement.read_bytes / 1e9, sum(plan.placement.copy_bytes) / 1e9
 
 
 def _numbers(then: float, now: float, unit: str) -> str:

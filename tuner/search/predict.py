@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ...machine.limits import MachineLimits
-from ...planning.placement import Rates, predict
 from ..trials.record import CacheState, TrialRecord
 from .screen import Planned
 
@@ -70,9 +69,7 @@ def work_of(planned: Planned) -> Work:
     """What one pass moves, and how far its steps overlap."""
     plan, slots, batches = planned.plan, planned.slots, planned.batches
     unified = plan.machine.unified
-    count = len(plan.placement.device_bytes)
-    known = predict(plan.placement, Rates(1.0, (1.0,) * count))
-    assert known is not None
+    read = plan.placement.read_bytes
     staged = "pinned" in slots and "host" in slots
     pinned = "host" not in slots or staged
     depths = (
@@ -84,10 +81,10 @@ def work_of(planned: Planned) -> Work:
     )
     source = ("mapped" if plan.read_mode == "mapped" else "pinned") if pinned else "pageable"
     return Work(
-        read=known.read_bytes,
-        memcpy=known.read_bytes if staged else 0,
+        read=read,
+        memcpy=read if staged else 0,
         # Devices copy side by side: the one with the most to copy counts.
-        copy=0.0 if unified else known.copy_seconds,
+        copy=0.0 if unified else float(max(plan.placement.copy_bytes)),
         compute=sum(size.copy_nbytes for size in plan.sizes),
         read_class=("read", plan.read_mode, plan.read_threads, plan.read_chunk, "ring" in slots),
         copy_class=("copy", source, 0, 0, False),
