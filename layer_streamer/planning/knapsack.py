@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import prod
+from math import inf, prod
 from operator import attrgetter, mul
 
 
@@ -22,16 +22,16 @@ class Stock:
     count: int
 
     @property
-    def density(self) -> int:
-        """Gain for each byte, in integers: floats would put close ones out of order."""
-        return (self.gain << 128) // max(self.nbytes, 1)
+    def density(self) -> float:
+        """Gain for each byte, infinite for none; else in integers: floats would put close ones out
+        of order."""
+        return (self.gain << 128) // self.nbytes if self.nbytes else inf
 
 
 def bound_gain(stocks: Sequence[Stock], capacity: int) -> int:
     """What cannot be exceeded in ``capacity`` bytes: the gain if steps could be cut."""
-    gain = sum(stock.count * stock.gain for stock in stocks if not stock.nbytes)
-    weighty = [stock for stock in stocks if stock.nbytes]
-    for stock in sorted(weighty, key=lambda stock: stock.density, reverse=True):
+    gain = 0
+    for stock in sorted(stocks, key=lambda stock: stock.density, reverse=True):
         if stock.count * stock.nbytes > capacity:
             return gain + capacity * stock.gain // stock.nbytes
         gain += stock.count * stock.gain

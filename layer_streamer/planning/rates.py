@@ -23,7 +23,7 @@ def _read_rate(mode: str, cached: float | None, machine: Machine) -> float | Non
     if mode == "direct":
         # Where direct reads were refused when they were measured, they will be again.
         return rates.read if rates.read is not None else rates.cold
-    if mode == "mapped" or cached is None:
+    if cached is None:
         return None
     # A few pages that are missing may be those between tensors.
     cached = 1.0 if cached >= CACHED else cached
