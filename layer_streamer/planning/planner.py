@@ -198,12 +198,11 @@ def _shrink_slots(
 
 
 def _wants_map(machine: Machine, settings: Settings) -> bool:
-    if settings.read_mode != "mapped":
-        auto = settings.read_mode == "auto" and not settings.names_host_pools
-        return auto and machine.maps_files
-    if not machine.maps_files:
+    asked = settings.read_mode == "mapped"
+    if asked and not machine.maps_files:
         logger.warning("read_mode='mapped': the device cannot copy from mapped files")
-    return machine.maps_files
+    suits = settings.read_mode == "auto" and not settings.names_host_pools
+    return machine.maps_files and (asked or suits)
 
 
 def _check_host(nbytes: int, budgeted: bool, machine: Machine, settings: Settings) -> None:
