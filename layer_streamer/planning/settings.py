@@ -91,7 +91,7 @@ class Settings:
         """Slots of each host pool by its name, in the order that layers pass through them: one more
         than are held ahead. None where they pass through a ring."""
         ahead = {"host": self.num_pageable, "pinned": self.num_pinned}
-        return {name: count + 1 for name, count in ahead.items() if count}
+        return {name: n + 1 for name, n in ahead.items() if n and not self.through_ring}
 
     @property
     def names_host_pools(self) -> bool:

@@ -11,6 +11,8 @@ import time
 import weakref
 from functools import partial
 
+import torch
+
 from ..devices.device import Stream
 from ..planning.options import OnCopy
 from .lane_memory import LaneMemory
@@ -190,31 +192,41 @@ class Copier(Stage):
 
     def _copy_part(self, run: Run, n: int, number: int, k: int) -> None:
         """The host slot that it comes from is in use until its copies have run."""
-        pool, part = self._memory.host_pools[-1], self._memory.parts[k]
-        slot, whole = k % pool.count, not self._memory.through_ring
-        if not whole:
-            clock = self._schedule.clock(run, number)
-            index = self._schedule.index(number)
+        pool, (_, part) = self._memory.host_pools[-1], self._memory.parts.find(k, number)
+        slot = k % pool.count
+        if self._memory.through_ring:
+            clock, index = self._schedule.clock(run, number), self._schedule.index(number)
             pool.copy_begins(slot, part.copy_nbytes, index, clock, self.stream)
         try:
-            self._copy(pool.source(slot, part, kept=whole), n, kept=whole)
+            if self._memory.through_ring:
+                # It lies elsewhere in the ring with every pass: what would be kept grows with them.
+                dst, src, pinned = self._slot(n).memory, pool.arena.slots[slot], pool.arena.pinned
+                for copy in part.copies:
+                    nbytes = copy.nbytes
+                    self._enqueue(
+                        dst[copy.dst : copy.dst + nbytes], src[copy.src : copy.src + nbytes], pinned
+                    )
+            else:
+                self._copy(pool.source(slot, part.copies), n)
         finally:
             pool.copy_enqueued(slot, self.stream)
 
-    def _copy(self, source: Source, n: int, *, kept: bool) -> None:
-        targets = self._slot(n).parts(source.copies, kept=kept)
-        for dst, src in zip(targets, source.parts, strict=True):
-            if source.pinned:
-                self._device.copy_pinned(dst, src, self.stream)
-            else:
-                self._device.copy(dst, src)
+    def _copy(self, source: Source, n: int) -> None:
+        for dst, src in zip(self._slot(n).parts(source.copies), source.parts, strict=True):
+            self._enqueue(dst, src, source.pinned)
+
+    def _enqueue(self, dst: torch.Tensor, src: torch.Tensor, pinned: bool) -> None:
+        if pinned:
+            self._device.copy_pinned(dst, src, self.stream)
+        else:
+            self._device.copy(dst, src)
 
     def _end(self, run: Run, n: int, number: int) -> None:
         index = self._schedule.index(number)
         if number not in run.failures:
             source = self._memory.residents.sources.get(index)
             if source is not None:
-                self._copy(source, n, kept=True)
+                self._copy(source, n)
             if self._on_copy is not None:
                 self._on_copy(self._schedule.steps[index].layer_idx, self.stream)
         self._schedule.clock(run, number).copy_end[index].record(self.stream)

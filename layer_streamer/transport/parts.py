@@ -144,11 +144,10 @@ class Parts:
         self.order = Order([i for i, parts in self._parts.items() for _ in parts], self._length)
         """Of all of them: what the readers count."""
 
-    def __getitem__(self, k: int) -> Part:
-        """The ``k``-th part of a run."""
-        number = self.order.number(k)
-        parts = self._parts[number % self._length]
-        return parts[0] if len(parts) == 1 else parts[k - self.order.before(number)]
+    def find(self, k: int, number: int) -> tuple[int, Part]:
+        """The run's ``k``-th part, one of step ``number``: its place in that, and itself."""
+        place = k - self.order.before(number)
+        return place, self._parts[number % self._length][place]
 
 
 def _clip(copies: Sequence[Copy], group: Sequence[_Placed]) -> Iterator[Copy]:

@@ -14,6 +14,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from ..devices.device import Device
 from ..errors import ClosedError, StreamerError
 from ..planning.layout import Layout, Step
@@ -92,11 +94,13 @@ class Pipeline:
         """What slots and resident layers take."""
         slots = [pool.arena for memory in self._memories for pool in memory.host_pools]
         on_host = [*slots, *self.residents.owners]
+        on_devices = sum(memory.device_nbytes for memory in self._memories)
+        on_devices += self.residents.device_nbytes
+        in_host = on_devices if self.devices[0].unified else 0
         return MemoryUse(
-            host_bytes=sum(some.nbytes for some in on_host),
+            host_bytes=sum(some.nbytes for some in on_host) + in_host,
             pinned_bytes=sum(some.nbytes for some in on_host if some.pinned),
-            device_bytes=sum(memory.device_nbytes for memory in self._memories)
-            + self.residents.device_nbytes,
+            device_bytes=on_devices - in_host,
         )
 
     def start(self) -> None:
@@ -204,7 +208,8 @@ class Pipeline:
         nbytes = sum(layout.read_nbytes for layout in (*on_device.values(), *in_host.values()))
         shown = nbytes > 0 and self._settings.asked["track_progress"]
         style: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
-        with ProgressBar(total=nbytes, desc="loading", disable=not shown, **style) as bar:
+        bar = ProgressBar(total=nbytes, desc="loading", disable=not shown, **style)
+        with bar, torch.inference_mode(False):
             loader = replace(self.loader, on_loaded=bar.update)
             for lane_idx, device in enumerate(self.devices):
                 held = {i: steps[i] for i in on_device if i % len(self.devices) == lane_idx}

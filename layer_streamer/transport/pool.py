@@ -16,7 +16,6 @@ from ..devices.device import Device, Stream
 from ..planning.layout import Copy, Layout, View
 from .clock import PassClock
 from .memory import HostArena, Watch, view_tensor
-from .parts import Part
 from .weights import Weights
 
 
@@ -31,9 +30,8 @@ class Source:
 
 
 def cut_parts(memory: torch.Tensor, extents: Iterable[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
-    """A view of uint8 ``memory`` for each (offset, bytes)."""
-    with torch.inference_mode(False):
-        return tuple(memory[offset : offset + nbytes] for offset, nbytes in extents)
+    """A view of uint8 ``memory`` for each (offset, bytes). Not from a thread in inference mode."""
+    return tuple(memory[offset : offset + nbytes] for offset, nbytes in extents)
 
 
 def cut_source(
@@ -87,17 +85,15 @@ class HostPool:
         self._timed: list[tuple[PassClock, int, int] | None] = [None] * self.count
         self._sources: dict[tuple[int, int], Source] = {}
 
-    def source(self, slot: int, part: Part, *, kept: bool) -> Source:
-        """What is copied out of a slot; built once, if ``kept``. From the copier's thread."""
-        copies = part.copies
+    def source(self, slot: int, copies: tuple[Copy, ...]) -> Source:
+        """What is copied out of a slot; built once. From the copier's thread."""
         source = self._sources.get((slot, id(copies)))
         if source is None:
             base = self.arena.offsets[slot]
             source = cut_source(
                 self.arena.memory, base, copies, self._segment, pinned=self.arena.pinned
             )
-            if kept:
-                self._sources[slot, id(copies)] = source
+            self._sources[slot, id(copies)] = source
         return source
 
     def copy_begins(
@@ -166,13 +162,11 @@ class DeviceSlot:
         for event in self._uses[: self._num_uses]:
             event.synchronize()
 
-    def parts(self, copies: tuple[Copy, ...], *, kept: bool) -> tuple[torch.Tensor, ...]:
-        """Where each copy goes; built once, if that is ``kept``. From the copier's thread."""
+    def parts(self, copies: tuple[Copy, ...]) -> tuple[torch.Tensor, ...]:
+        """Where each copy goes; built once. From the copier's thread."""
         parts = self._parts_by_id.get(id(copies))
         if parts is None:
             extents = tuple((copy.dst, copy.nbytes) for copy in copies)
-            if not kept:
-                return cut_parts(self.memory, extents)
             # Layers of one shape lie at different phases of the file, but go to the same places.
             parts = self._parts.get(extents)
             if parts is None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from queue import SimpleQueue
 
 from ..errors import StreamerError
@@ -74,17 +73,16 @@ class Reader:
         """True if every submitted job is finished."""
         return self._finished == self._submitted
 
-    def submit(self, lane_run: LaneRun, k: int) -> None:
-        """Queue the reads of the lane's ``k``-th part from disk, if its step has not failed.
+    def submit(self, lane_run: LaneRun, k: int, number: int) -> None:
+        """Queue the reads of the lane's ``k``-th part from disk, of step ``number``, if that has
+        not failed.
 
         A job is made as it is queued, and gone when it is done.
         """
-        order, part = self._parts.order, self._parts[k]
-        number = order.number(k)
-        begins = order.before(number) == k
+        place, part = self._parts.find(k, number)
         count = 0 if number in lane_run.run.failures else part.num_jobs
         if not count:
-            if begins:
+            if not place:
                 clock = self._schedule.clock(lane_run.run, number)
                 clock.read_begin[self._schedule.index(number)] = time.perf_counter()
             self._complete(lane_run, k, number)
@@ -92,7 +90,7 @@ class Reader:
         self._pending[k % len(self._pending)] = count
         self._submitted += count
         for j in range(count):
-            self._queue.put(Job(lane_run, k, number, begins and j == 0, part.job(j)))
+            self._queue.put(Job(lane_run, k, number, not place and not j, part.job(j)))
 
     def stop(self) -> None:
         """Have the threads end after what they are at. Never blocks."""
@@ -126,14 +124,17 @@ class Reader:
 
     def _do(self, job: Job) -> None:
         run, number = job.lane_run.run, job.number
-        self._attempt(run, number, partial(self._read, run, job))
+        try:
+            if self._wants(run, number):
+                self._read(run, job)
+        except BaseException as error:
+            run.fail(number, error)
         with self._lock:
             slot = job.k % len(self._pending)
             self._pending[slot] -= 1
             last = self._pending[slot] == 0
         if last:
-            paths = self._schedule.paths[self._schedule.index(number)]
-            self._attempt(run, number, partial(self._files.check_unchanged, paths))
+            self._check_files(run, number)
             self._complete(job.lane_run, job.k, number)
         with self._lock:
             self._finished += 1
@@ -155,10 +156,16 @@ class Reader:
             except StreamerError as error:
                 raise type(error)(f"{self._describe(index, extent)}: {error}") from error
 
-    def _attempt(self, run: Run, number: int, work: Callable[[], object]) -> None:
+    def _check_files(self, run: Run, number: int) -> None:
+        try:
+            if self._wants(run, number):
+                self._files.check_unchanged(self._schedule.paths[self._schedule.index(number)])
+        except BaseException as error:
+            run.fail(number, error)
+
+    def _wants(self, run: Run, number: int) -> bool:
         # Nobody waits for the bytes of an aborted run; its slots may be filled again all the same.
-        if not (run.aborted or self._control.closing or number in run.failures):
-            run.attempt(number, work)
+        return not (run.aborted or self._control.closing or number in run.failures)
 
     def _describe(self, index: int, extent: Extent) -> str:
         """The layer, and the first tensor that has bytes in the extent."""
@@ -195,10 +202,13 @@ class Feeder(Stage):
         k, order = 0, self._memory.orders.read
         while self.await_slot(lane_run, k):
             number = order.number(k)
-            run.attempt(number, partial(self.wait_reusable, k % self._pool.count))
+            try:
+                self.wait_reusable(k % self._pool.count)
+            except BaseException as error:
+                run.fail(number, error)
             in_use = k + 1 - self.num_emptied(lane_run)
             self._schedule.note_peak(run, number, order, self._pool.name, in_use)
-            self._reader.submit(lane_run, k)
+            self._reader.submit(lane_run, k, number)
             k += 1
 
     def num_emptied(self, lane_run: LaneRun) -> int:

@@ -23,7 +23,8 @@ END_SECONDS = 10.0
 POOLS = {"n_gpu": 1, "n_cpu_pinned": 1, "n_cpu": 1}
 """Named, because where no host pool is named "auto" may map the files instead of reading them."""
 FEW_SLOTS = {"n_gpu": 0, "n_cpu_pinned": 1}
-RING = {"n_cpu_pinned": 0, "n_cpu": 0, "read_chunk": 4096, "read_threads": 2}
+PARTS = {"read_chunk": 4096, "read_threads": 2}
+RING = {"n_cpu_pinned": 0, "n_cpu": 0, **PARTS}
 """What slots take must be less than all layers, or all would be resident instead."""
 
 
@@ -45,7 +46,8 @@ def _routes(kind: str) -> dict[str, Route]:
     return {
         "pools": Route(kind, POOLS),
         "direct": Route(kind, {**POOLS, "read_mode": "direct"}, read_mode="direct"),
-        "ring": Route(kind, {**RING, "n_gpu": 1, "read_mode": "direct"}, read_mode="direct"),
+        # No pool is named, which is the default; below, none is asked for.
+        "ring": Route(kind, {**PARTS, "n_gpu": 1, "read_mode": "direct"}, read_mode="direct"),
         "mapped": Route(
             kind, {"n_gpu": 1, "read_mode": "mapped"}, frozenset({"host"}), read_mode="mapped"
         ),
