@@ -223,10 +223,11 @@ def shows(keywords: Any) -> Callable[[Door], Door]:
 
 
 def markdown_table() -> str:
-    """README's table of them."""
-    rows = ["| option | default | meaning |", "|---|---|---|"]
-    rows += [f"| {names} | {o.words} | {o.meaning} |" for names, o in _rows(Options)]
-    return "\n".join(rows)
+    """README's table of them, what everybody looks for first."""
+    rows = {names: f"| {names} | {o.words} | {o.meaning} |" for names, o in _rows(Options)}
+    first = ("`device`", "`dtype`", "`device_budget`", "`host_budget`")
+    listed = [rows[names] for names in sorted(rows, key=lambda names: names not in first)]
+    return "\n".join(["| option | default | meaning |", "|---|---|---|", *listed])
 
 
 def _rows(keywords: Any) -> Iterator[tuple[str, Option]]:
