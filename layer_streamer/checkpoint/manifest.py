@@ -75,6 +75,14 @@ class TensorSpec:
     """Length in bytes."""
     ggml_type: str | None = None
     """GGML type name ("Q4_1", "F16", ...) of a tensor that comes from a GGUF file."""
+    pieces: tuple[TensorSpec, ...] = ()
+    """What it is made of, laid end to end, if its bytes lie in several places: ``path`` and
+    ``offset`` are those of the first, ``nbytes`` is their sum. No header has such a tensor."""
+
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        """What holds its bytes, in order: its pieces, or itself."""
+        return self.pieces or (self,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,9 @@ def lay_out(step: Step, *, unified: bool, dtype: torch.dtype | None = None) -> L
     ``dtype``: cast CASTABLE tensors to it in the scratch slot; None hands all out as stored.
     """
     runs, reads, end = _place_reads(step)
-    copies, offsets, device_end = _place_unified(runs, end) if unified else _place_copies(runs)
+    offsets, device_end = _place_joined(step, end if unified else 0)
+    place = _place_unified if unified else _place_copies
+    copies, device_end = place(runs, offsets, device_end)
     to_cast = {
         key: spec
         for key, spec in step.tensors.items()
@@ -171,7 +173,7 @@ def lay_out(step: Step, *, unified: bool, dtype: torch.dtype | None = None) -> L
         reads=tuple(reads),
         copies=tuple(copies),
         views=tuple(
-            View(key, spec.dtype, spec.shape, offsets.get(key, 0), spec.nbytes)
+            View(key, spec.dtype, spec.shape, offsets.get((key, 0), 0), spec.nbytes)
             for key, spec in step.tensors.items()
         ),
         casts=casts,
@@ -197,22 +199,34 @@ def lay_out_resident(step: Step, dtype: torch.dtype | None) -> tuple[tuple[View,
     return tuple(views), end
 
 
-_Run: TypeAlias = list[tuple[str, TensorSpec, int]]
-"""What one read brings: each tensor by its key, and its place in the host slot."""
+_Piece: TypeAlias = tuple[str, int]
+"""A tensor's key, and the byte of the tensor that the piece begins with."""
+_Run: TypeAlias = list[tuple[_Piece, TensorSpec, int]]
+"""What one read brings: each piece, and its place in the host slot."""
+_Offsets: TypeAlias = dict[_Piece, int]
+"""Where pieces come to lie in the device slot."""
+
+
+def _pieces(step: Step) -> Iterator[tuple[_Piece, TensorSpec]]:
+    for key, spec in step.tensors.items():
+        begin = 0
+        for extent in spec.extents:
+            yield (key, begin), extent
+            begin += extent.nbytes
 
 
 def _place_reads(step: Step) -> tuple[list[_Run], list[Read], int]:
     """What each read brings, the reads, and where they end: on a page, since direct reads cover
     their last one."""
     runs, reads, end = list[_Run](), list[Read](), 0
-    filled = [(key, spec) for key, spec in step.tensors.items() if spec.nbytes]
-    for key, spec in sorted(filled, key=lambda item: (str(item[1].path), item[1].offset)):
+    filled = [(piece, spec) for piece, spec in _pieces(step) if spec.nbytes]
+    for piece, spec in sorted(filled, key=lambda item: (str(item[1].path), item[1].offset)):
         if not (reads and _adjoins(reads[-1], spec)):
             reads.append(Read(spec.path, spec.offset, end + spec.offset % PAGE, 0))
             runs.append([])
         start = spec.offset - reads[-1].offset
         reads[-1] = replace(reads[-1], nbytes=start + spec.nbytes)
-        runs[-1].append((key, spec, reads[-1].slot_offset + start))
+        runs[-1].append((piece, spec, reads[-1].slot_offset + start))
         end = align_up(reads[-1].slot_offset + reads[-1].nbytes, PAGE)
     return runs, reads, end
 
@@ -222,25 +236,43 @@ def _adjoins(read: Read, spec: TensorSpec) -> bool:
     return read.path == spec.path and 0 <= gap <= READ_THROUGH
 
 
-def _place_unified(runs: list[_Run], end: int) -> tuple[Iterable[Copy], dict[str, int], int]:
-    copies, offsets = [], dict[str, int]()
-    for key, spec, offset in chain.from_iterable(runs):
-        offsets[key] = offset
-        if offset % spec.dtype.itemsize:
-            offsets[key] = align_up(end, TENSOR_ALIGNMENT)
-            copies.append(Copy(offset, offsets[key], spec.nbytes))
-            end = offsets[key] + spec.nbytes
-    return copies, offsets, end
+def _place_joined(step: Step, end: int) -> tuple[_Offsets, int]:
+    """Tensors of several pieces, which are copied to where they lie end to end."""
+    offsets = _Offsets()
+    for key, spec in step.tensors.items():
+        if spec.pieces:
+            base = end = align_up(end, COPY_ALIGNMENT)
+            for piece in spec.pieces:
+                offsets[key, end - base] = end
+                end += piece.nbytes
+    return offsets, end
 
 
-def _place_copies(runs: list[_Run]) -> tuple[Iterable[Copy], dict[str, int], int]:
-    copies, offsets, end = dict[int, Copy](), dict[str, int](), 0
+def _place_unified(runs: list[_Run], offsets: _Offsets, end: int) -> tuple[Iterable[Copy], int]:
+    copies = []
+    for piece, spec, offset in chain.from_iterable(runs):
+        if piece not in offsets and not offset % spec.dtype.itemsize:
+            offsets[piece] = offset
+            continue
+        if piece not in offsets:
+            offsets[piece] = align_up(end, TENSOR_ALIGNMENT)
+            end = offsets[piece] + spec.nbytes
+        copies.append(Copy(offset, offsets[piece], spec.nbytes))
+    return copies, end
+
+
+def _place_copies(runs: list[_Run], offsets: _Offsets, end: int) -> tuple[Iterable[Copy], int]:
+    copies = dict[int, Copy]()
     for run in runs:
         src = dst = -1
-        for key, spec, offset in run:
+        for piece, spec, offset in run:
+            if piece in offsets:
+                copies[offset] = Copy(offset, offsets[piece], spec.nbytes)
+                src = -1
+                continue
             if src < 0 or (offset - src) % TENSOR_ALIGNMENT:
                 src, dst = offset, align_up(end, COPY_ALIGNMENT)
-            offsets[key] = dst + offset - src
-            end = offsets[key] + spec.nbytes
+            offsets[piece] = dst + offset - src
+            end = offsets[piece] + spec.nbytes
             copies[src] = Copy(src, dst, end - dst)  # one tensor longer each time
-    return copies.values(), offsets, end
+    return copies.values(), end

@@ -6,7 +6,7 @@ It happens once, by several threads: of layers while a streamer is opened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -78,9 +78,10 @@ class Loader:
         ``device``, where they lie, is the current one; nothing else uses their memory any more.
         """
         parts = [
-            (spec, tensor, done)
+            (extent, flat, done)
             for spec, tensor in targets
-            for done in range(0, spec.nbytes, self.chunk)
+            for extent, flat in _cut(spec, tensor)
+            for done in range(0, extent.nbytes, self.chunk)
         ]
         if not parts:
             return
@@ -92,7 +93,7 @@ class Loader:
             self._run([partial(self._load_part, *part, bounces) for part in parts])
         finally:
             bounces.close()
-        self.files.check_unchanged({spec.path for spec, _ in targets})
+        self.files.check_unchanged({spec.path for spec, _, _ in parts})
 
     def load_host(self, into: Residents, layouts: Mapping[int, Layout], device: Device) -> None:
         """Read steps into an arena of exactly their size, pinned if the device can."""
@@ -163,10 +164,10 @@ class Loader:
     def _load_part(
         self, spec: TensorSpec, tensor: torch.Tensor, done: int, bounces: Bounces
     ) -> int:
-        """Bring up to a chunk of a tensor, from byte ``done`` on, to its device."""
+        """Bring up to a chunk of a (flat) tensor, from byte ``done`` on, to its device."""
         nbytes, itemsize = min(self.chunk, spec.nbytes - done), spec.dtype.itemsize
         as_stored = tensor.dtype == spec.dtype
-        flat = tensor.view(-1).view(torch.uint8) if as_stored else tensor.view(-1)
+        flat = tensor.view(torch.uint8) if as_stored else tensor
         unit = 1 if as_stored else itemsize
         part = flat[done // unit : (done + nbytes) // unit]
         bounce = bounces.mine()
@@ -191,3 +192,12 @@ class Loader:
         view = memoryview(array)[:length]
         self.files.read_into(spec.path, view, offset - lead, lead + nbytes)
         return slot[lead : lead + nbytes]
+
+
+def _cut(spec: TensorSpec, tensor: torch.Tensor) -> Iterator[Target]:
+    """What is read of a tensor at a stretch: the parts of it that its extents hold, flat."""
+    flat, begin = tensor.view(-1), 0
+    for extent in spec.extents:
+        end = begin + extent.nbytes // spec.dtype.itemsize
+        yield extent, flat[begin:end]
+        begin = end

@@ -171,7 +171,8 @@ class Reader:
         """The layer, and the first tensor that has bytes in the extent."""
         step = self._schedule.steps[index]
         end = extent.offset + extent.wanted
-        for spec in sorted(step.tensors.values(), key=lambda spec: spec.offset):
+        extents = (part for spec in step.tensors.values() for part in spec.extents)
+        for spec in sorted(extents, key=lambda spec: spec.offset):
             inside = spec.offset < end and extent.offset < spec.offset + spec.nbytes
             if spec.path == extent.path and inside:
                 return f"layer {step.layer_idx}, tensor {spec.name!r}"

@@ -134,7 +134,11 @@ def open_route(name: str, path: Path, device: Any, **options: Any) -> LayerStrea
     route = ROUTES[name]
     options = {**route.options, **options}
     if route.resident:
-        key = name, path, *(repr(options.get(option)) for option in ("dtype", "tail", "layers"))
+        key = (
+            name,
+            str(path),
+            *(repr(options.get(option)) for option in ("dtype", "tail", "layers")),
+        )
         if key not in _budgets:
             _budgets[key] = budgets(path, make_devices(name), options, route.resident)
         options |= _budgets[key]
