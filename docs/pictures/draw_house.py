@@ -23,6 +23,7 @@ ROWS = (
     ("llm", "tuner"),
     ("doctor",),
     ("measuring",),
+    ("modules",),
     ("streamer", "assembly", "preview"),
     ("passes",),
     ("transport",),
@@ -33,7 +34,7 @@ ROWS = (
 )
 COLORS = {
     "tools": "#d9e2ec", "llm": "#d9e2ec", "tuner": "#d9e2ec", "measuring": "#d9e2ec",
-    "doctor": "#d9e2ec",
+    "doctor": "#d9e2ec", "modules": "#f7d9a8",
     "passes": "#f7d9a8", "transport": "#a8d8b9", "devices": "#a8d8b9", "planning": "#bcdff5",
     "checkpoint": "#bcdff5", "machine": "#bcdff5",
 }  # fmt: skip

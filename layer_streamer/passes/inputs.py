@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,14 +16,31 @@ LayerFn = Callable[[Any, Weights, int], Any]
 
 
 def move(x: Any, device: torch.device) -> Any:
-    """``x`` with the tensors in its nested tuples, lists and dicts on ``device``."""
+    """``x`` with the tensors in its nested tuples, lists and dicts on ``device``.
+
+    A container whose tensors are there already is the same object: somebody may write to it.
+    """
     if isinstance(x, torch.Tensor):
         return x if x.device == device else x.to(device)
-    if isinstance(x, tuple):
+    if isinstance(x, tuple | list):
         parts = [move(part, device) for part in x]
-        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
-    if isinstance(x, list):
-        return [move(part, device) for part in x]
+        return x if all(map(is_, parts, x)) else _sequence_like(x, parts)
     if isinstance(x, dict):
-        return {key: move(part, device) for key, part in x.items()}
+        moved = {key: move(part, device) for key, part in x.items()}
+        return x if all(map(is_, moved.values(), x.values())) else _dict_like(x, moved)
     return x
+
+
+def _sequence_like(x: tuple[Any, ...] | list[Any], parts: list[Any]) -> Any:
+    if isinstance(x, list):
+        return parts
+    return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+
+
+def _dict_like(x: dict[Any, Any], moved: dict[Any, Any]) -> dict[Any, Any]:
+    if type(x) is dict:
+        return moved
+    kept = copy.copy(x)  # of its class: outputs of transformers are dicts with attributes
+    for key, part in moved.items():
+        kept[key] = part
+    return kept

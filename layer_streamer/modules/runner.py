@@ -1,0 +1,280 @@
+"""Runs a model's own forward over a sweep: its blocks ask for their weights as they are entered.
+
+Hooks on blocks, and on nothing else. That a hook has run says little of the forward (there may come
+an interrupt, an early exit, a generation that nobody goes on with), so all that is known is which
+layer was handed out last, and each block that is entered goes on from there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from threading import get_ident
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from ..errors import ClosedError, ConfigError, StreamerError
+from ..passes.inputs import move
+from ..passes.sweep import Sweep
+from ..streamer import LayerStreamer
+from ..transport.weights import Weights
+from .binding import Binder, Source
+from .blocks import Block
+from .calls import called_within, computes, thread_name
+
+_graph_task = torch._C._current_graph_task_id
+"""The backward that the calling thread is in; -1 outside of any."""
+BEFORE_ALL = -1
+
+
+class _Pass:
+    """One pass, as far as a forward has come with it. Of the thread that began it."""
+
+    __slots__ = ("at", "inside", "repeats", "sweep", "thread", "weights")
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.thread = get_ident()
+        self.at = BEFORE_ALL
+        """Layer that is handed out; the number of layers, if that is not known or over."""
+        self.weights: Weights
+        """Of that layer."""
+        self.inside = 0
+        """``id`` of the block that was entered and, for all that is known, not left."""
+        self.repeats = False
+        """A block was entered again while its layer was handed out."""
+
+
+class Runner:
+    """Has the blocks of one sequence get their weights from a streamer, whatever calls them.
+
+    Block i is layer i. A forward goes through the blocks in order, one pass each time:
+
+    * the next block is handed the next layer, and the one before is given back;
+    * the same block again (it is shared, or called twice for guidance) keeps its layer;
+    * a later block skips those in between, which are taken and given back unused;
+    * an earlier block begins a new pass. So does whatever comes after the last block, whose layer
+      is given back as it returns, unless blocks are repeated: prefetch of the next pass goes on
+      while the model computes what follows;
+    * an error of a block ends the pass.
+
+    With several devices, block i's inputs (tensors, also in tuples, lists and dicts) are moved to
+    its layer's device, and what the last block returns to the first one.
+
+    Raises, in the forward: StreamerError for a second forward at once, on another thread; for a
+    block that is entered during a backward, or within another block; what a ``sweep`` raises, with
+    the block's name. After each of them the next forward is right.
+
+    Thread rules: one forward at a time, on any thread; ``close`` from any. To compile blocks, use
+    ``block.forward = torch.compile(block.forward)``: hooks must stay outside.
+    """
+
+    def __init__(
+        self,
+        streamer: LayerStreamer,
+        blocks: Sequence[Block],
+        sources: Mapping[str, Source] | None = None,
+        *,
+        strict: bool = False,
+    ) -> None:
+        """``streamer``: its layers are the blocks, their keys are names of parameters relative to
+        the block. It is not closed by this. ``sources``, ``strict``: as of :class:`Binder`.
+
+        ConfigError if layers and blocks do not fit together.
+        """
+        layers = streamer.manifest.layers
+        if len(layers) != len(blocks) or streamer.plan.layers != tuple(range(len(blocks))):
+            raise ConfigError(
+                f"{len(blocks)} blocks, {len(layers)} layers, of which a pass hands out "
+                f"{len(streamer.plan.layers)}: each block needs its layer"
+            )
+        self._streamer = streamer
+        self._devices = streamer.devices
+        self._names = tuple(block.name for block in blocks)
+        self._last = len(blocks) - 1
+        self._current: _Pass | None = None
+        self._keeps_last = False
+        self._closed = False
+        self._strict = strict
+        self.binder = Binder(blocks, [tuple(x.tensors) for x in layers], sources, strict=strict)
+        """Of these blocks: says what its memory takes."""
+        self._handles: list[Any] = []
+        for i, block in enumerate(blocks):
+            self._hook(_Turn(self, i, self._devices), block.module)
+
+    def close(self) -> None:
+        """Remove the hooks, and put the blocks' parameters on meta again. Idempotent, any thread.
+
+        A forward that is under way on another thread raises ClosedError at the next block.
+        """
+        self._closed = True
+        for handle in self._handles:
+            handle.remove()
+        current, self._current = self._current, None
+        if current is not None:
+            with suppress(ValueError):  # another thread takes a layer just now: it finds out
+                current.sweep.close()
+        self.binder.unbind_all()
+
+    def enter(self, i: int, module: nn.Module) -> None:
+        """Block ``i``, which is ``module``, is about to run: hand out its weights."""
+        if torch.compiler.is_compiling():
+            raise StreamerError(
+                f"{self._names[i]}: torch.compile has come to the hooks that hand out weights and "
+                "cannot be traced: compile each block's forward alone"
+            )
+        if _graph_task() != -1:
+            self._refuse_backward(i)
+        current = self._go_on(i)
+        if current is None or i < current.at:
+            current = self._begin(i)
+        current.inside = id(module)
+        if self._current is not current:
+            self._refuse_second(self._current)
+        if i == current.at:
+            current.repeats = True
+        else:
+            self._advance(current, i)
+        self.binder.bind(i, module, current.weights)
+
+    def leave(self, i: int, output: Any) -> Any:
+        """Block ``i`` has run, or failed. What it returned, where that is to be another."""
+        current = self._current
+        failed = output is None and sys.exc_info()[1] is not None
+        mine = current is not None and current.thread == get_ident()
+        if failed:
+            if mine and _graph_task() == -1:
+                assert current is not None
+                self._end(current, finish=False)
+                if self._strict:
+                    self.binder.unbind(i)
+            return None
+        if current is None or not mine or current.at != i:
+            self._refuse_second(current)
+        current.inside = 0
+        if self._strict:
+            self.binder.unbind(i)
+        if i < self._last:
+            return None
+        if not (current.repeats or self._keeps_last):
+            self._end(current, finish=True)
+        return move(output, self._devices[0]) if len(self._devices) > 1 else None
+
+    def _hook(self, turn: _Turn, module: nn.Module) -> None:
+        several = len(self._devices) > 1
+        before = turn.move_before if several else turn.before
+        self._handles += [
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=several),
+            module.register_forward_hook(turn.after, always_call=True),
+        ]
+
+    def _go_on(self, i: int) -> _Pass | None:
+        """The pass that a forward on this thread is in, or left behind; None if there is none."""
+        current = self._current
+        if current is None:
+            return None
+        if current.thread != get_ident():
+            if computes(current.thread):
+                self._refuse_second(current)
+            return None
+        if current.inside and called_within(current.inside):
+            at = self._names[current.at] if current.at <= self._last else "a block"
+            raise StreamerError(
+                f"{self._names[i]} is entered within the forward of {at}, which still needs its "
+                "weights: only one of them can stream, name it by stacks="
+            )
+        return current
+
+    def _begin(self, i: int) -> _Pass:
+        """A new pass, which block ``i`` is the first to want something of."""
+        if self._closed:
+            raise ClosedError(f"{self._names[i]}: its weights do not stream any more")
+        old = self._current
+        if old is not None:
+            self._end(old, finish=True)
+        current = _Pass(self._streamer.sweep())
+        # To come back to the last block after it was given back is a whole pass: once is enough.
+        current.repeats = i == self._last > 0
+        self._current = current
+        return current
+
+    def _advance(self, current: _Pass, i: int) -> None:
+        """Give back what is handed out, and take layer ``i``; those in between go unused."""
+        current.at = len(self._names)
+        try:
+            for index, weights in current.sweep:
+                if index == i:
+                    current.weights = weights
+                    current.at = i
+                    return
+        except StreamerError as error:
+            self._name_block(error)
+            raise
+        self._refuse_second(self._current)
+
+    def _end(self, current: _Pass, *, finish: bool) -> None:
+        """The pass is over. ``finish``: it is whole, if its last layer was handed out."""
+        at, current.at = current.at, len(self._names)
+        try:
+            if finish and at == self._last and current.thread == get_ident():
+                self._keeps_last = current.repeats
+                next(current.sweep, None)
+            current.sweep.close()
+        except ValueError:
+            self._refuse_second(current)  # another thread takes a layer of it just now
+        except StreamerError as error:
+            self._name_block(error)
+            raise
+        self._current = None
+
+    def _name_block(self, error: StreamerError) -> None:
+        """An error that begins with a layer's number begins with its block's name."""
+        word, _, rest = str(error).partition(" ")
+        digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+        if word == "layer" and digits and int(digits) <= self._last:
+            error.args = (f"{self._names[int(digits)]}: {error}",)
+
+    def _refuse_second(self, current: _Pass | None) -> NoReturn:
+        if self._closed:
+            raise ClosedError("the model's weights do not stream any more: it was closed meanwhile")
+        where = thread_name(current.thread) if current is not None else "another thread"
+        raise StreamerError(
+            f"two forwards at once: one is running on {where}, and its blocks can hold the weights "
+            "of one forward only; put a lock around the model"
+        )
+
+    def _refuse_backward(self, i: int) -> NoReturn:
+        raise StreamerError(
+            f"{self._names[i]} is run again by a backward (activation checkpointing), when its "
+            "weights have gone: streamed weights are for inference; run the forward under "
+            "torch.no_grad(), without checkpointing"
+        )
+
+
+class _Turn:
+    """The hooks of one block."""
+
+    __slots__ = ("_device", "_i", "_runner")
+
+    def __init__(self, runner: Runner, i: int, devices: Sequence[torch.device]) -> None:
+        self._runner = runner
+        self._i = i
+        self._device = devices[i % len(devices)]
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        self._runner.enter(self._i, module)
+
+    def move_before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._runner.enter(self._i, module)
+        return move(args, self._device), move(kwargs, self._device)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self._runner.leave(self._i, output)
+
+    def __reduce__(self) -> NoReturn:
+        raise StreamerError(
+            "a model whose weights stream cannot be copied or pickled: stream it a second time"
+        )

@@ -1,0 +1,139 @@
+"""Plain models of blocks for the tests: each writes its checkpoint, streams, and runs resident."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import write_safetensors
+from support import open_checkpoint
+from torch import nn
+
+from layer_streamer import LayerStreamer
+from layer_streamer.modules.blocks import find_stacks
+from layer_streamer.modules.runner import Runner
+
+NUM_BLOCKS = 6
+HIDDEN = 8
+POOLS = {"n_gpu": 1, "n_cpu_pinned": 1, "n_cpu": 1}
+
+
+class Boom(Exception):
+    """What the tests' own blocks raise."""
+
+
+class Part(nn.Module):
+    """A block: a projection with a bias, a norm of its own, and a persistent buffer."""
+
+    def __init__(self, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden, 2 * hidden)
+        self.down = nn.Linear(2 * hidden, hidden, bias=False)
+        self.norm = nn.LayerNorm(hidden)
+        self.register_buffer("scale", torch.ones(hidden))
+        self.register_buffer("table", torch.arange(hidden) / hidden, persistent=False)
+        self.act: Callable[[], None] | None = None
+        """Called in the midst of a forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        middle = torch.tanh(self.up(self.norm(x)))
+        if self.act is not None:
+            self.act()
+        return x + self.down(middle) * self.scale + self.table
+
+
+class Net(nn.Module):
+    """Blocks between an embedding and a head; ``way`` is the order in which they are called."""
+
+    def __init__(self, count: int = NUM_BLOCKS, make: Callable[[], nn.Module] = Part) -> None:
+        super().__init__()
+        self.inner = nn.Linear(HIDDEN, HIDDEN)
+        self.blocks = nn.ModuleList(make() for _ in range(count))
+        self.head = nn.Linear(HIDDEN, 3)
+        self.way: Sequence[int] = range(count)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        for i in self.way:
+            x = self.blocks[i](x)
+        result: torch.Tensor = self.head(x)
+        return result
+
+
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with random values, the same for a seed, and no gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) / 2)
+    return model.eval().requires_grad_(False)
+
+
+def write_model(path: Path, model: nn.Module) -> None:
+    """The model's state as one file of a folder."""
+    path.mkdir(exist_ok=True, parents=True)
+    write_safetensors(path / "model.safetensors", model.state_dict())
+
+
+def emptied(make: Callable[[], nn.Module], resident: nn.Module) -> nn.Module:
+    """Another such model, whose blocks are on meta, and all else is as in ``resident``."""
+    with torch.device("meta"):
+        model = make().eval().requires_grad_(False)
+    blocks = {f"{block.name}." for block in find_stacks(model, ["blocks.{i}."])[0].blocks}
+    for name, module in model.named_modules():
+        source = resident.get_submodule(name)
+        for leaf, buffer in source._buffers.items():
+            if leaf in source._non_persistent_buffers_set:
+                module._buffers[leaf] = buffer
+        if not f"{name}.".startswith(tuple(blocks)):
+            module._parameters.update(source._parameters)
+    return model
+
+
+class Streamed:
+    """A model that streams and the same one resident."""
+
+    def __init__(
+        self, path: Path, make: Callable[[], nn.Module] = Net, device: Any = None, **options: Any
+    ) -> None:
+        strict = options.pop("strict", False)
+        self.resident = randomized(make())
+        write_model(path, self.resident)
+        self.model: Any = emptied(make, self.resident)
+        self.streamer = open_checkpoint(
+            device, path, layer_pattern="blocks.{i}.", **{**POOLS, **options}
+        )
+        blocks = find_stacks(self.model, ["blocks.{i}."])[0].blocks
+        self.runner = Runner(self.streamer, blocks, strict=strict)
+
+    def close(self) -> None:
+        self.runner.close()
+        self.streamer.close()
+
+    def agree(self, seed: int = 1, way: Iterable[int] | None = None) -> None:
+        """Fail unless both models give the same bits."""
+        x = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(seed))
+        for model in (self.model, self.resident):
+            if way is not None:
+                model.way = tuple(way)
+        with torch.no_grad():
+            assert torch.equal(self.model(x), self.resident(x))
+
+
+@contextmanager
+def streamed(path: Path, make: Callable[[], nn.Module] = Net, **options: Any) -> Iterator[Streamed]:
+    """Closed at the end."""
+    some = Streamed(path, make, **options)
+    try:
+        yield some
+    finally:
+        some.close()
+
+
+def unfinished(streamer: LayerStreamer) -> bool:
+    """Whether a layer is handed out, or was when its pass broke off."""
+    run = streamer._parts.pipeline.control.run  # type: ignore[union-attr]
+    return run is not None and not run.aborted and run.handed > run.released
