@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from checkpoints import write_safetensors
+from fake_device import FakeDevice
+from routes import ROUTES, open_route
 from support import open_checkpoint
 from torch import nn
 
@@ -16,13 +18,9 @@ from layer_streamer import LayerStreamer
 from layer_streamer.modules.blocks import find_stacks
 from layer_streamer.modules.runner import Runner
 
-NUM_BLOCKS = 6
-HIDDEN = 8
+NUM_BLOCKS = 7
+HIDDEN = 40
 POOLS = {"n_gpu": 1, "n_cpu_pinned": 1, "n_cpu": 1}
-
-
-class Boom(Exception):
-    """What the tests' own blocks raise."""
 
 
 class Part(nn.Module):
@@ -94,20 +92,35 @@ def emptied(make: Callable[[], nn.Module], resident: nn.Module) -> nn.Module:
 
 
 class Streamed:
-    """A model that streams and the same one resident."""
+    """A model that streams and the same one resident.
+
+    ``route``: one of tests' routes, and its device; ``options`` go before its. None: host pools.
+    """
 
     def __init__(
-        self, path: Path, make: Callable[[], nn.Module] = Net, device: Any = None, **options: Any
+        self,
+        path: Path,
+        make: Callable[[], nn.Module] = Net,
+        *,
+        route: str | None = None,
+        device: Any = None,
+        strict: bool = False,
+        **options: Any,
     ) -> None:
-        strict = options.pop("strict", False)
         self.resident = randomized(make())
         write_model(path, self.resident)
-        self.model: Any = emptied(make, self.resident)
-        self.streamer = open_checkpoint(
-            device, path, layer_pattern="blocks.{i}.", **{**POOLS, **options}
+        self.on = "cuda" if route is not None and ROUTES[route].kind == "cuda" else "cpu"
+        self.model: Any = emptied(make, self.resident.to(self.on))
+        options = {"layer_pattern": "blocks.{i}.", **options}
+        self.streamer = (
+            open_route(route, path, device, **options)
+            if route is not None
+            else open_checkpoint(device, path, **{**POOLS, **options})
         )
         blocks = find_stacks(self.model, ["blocks.{i}."])[0].blocks
         self.runner = Runner(self.streamer, blocks, strict=strict)
+        for block in blocks:  # after the runner's: what a late device has to do is done
+            block.module.register_forward_pre_hook(lambda module, args: finish(device))
 
     def close(self) -> None:
         self.runner.close()
@@ -115,12 +128,19 @@ class Streamed:
 
     def agree(self, seed: int = 1, way: Iterable[int] | None = None) -> None:
         """Fail unless both models give the same bits."""
-        x = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(self.on)
         for model in (self.model, self.resident):
             if way is not None:
                 model.way = tuple(way)
         with torch.no_grad():
             assert torch.equal(self.model(x), self.resident(x))
+
+
+def finish(device: Any) -> None:
+    """Have a late device, or several, do its work."""
+    for one in device if isinstance(device, list) else [device]:
+        if isinstance(one, FakeDevice):
+            one.drain()
 
 
 @contextmanager
