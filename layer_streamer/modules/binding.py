@@ -166,10 +166,11 @@ class Binder:
         for (holder, leaf), value in zip(bound.stores, bound.unbound, strict=True):
             holder[leaf] = value
 
-    def unbind_all(self) -> None:
-        """Take all blocks' weights out, and forget all that was made of hand-outs."""
+    def unbind_all(self, *, but: int | None = None) -> None:
+        """Take all blocks' weights out, ``but`` one's, and forget all that was made of them."""
         for i in range(len(self._blocks)):
-            self.unbind(i)
+            if i != but:
+                self.unbind(i)
         self._made.clear()
         self._converted.clear()
 

@@ -108,16 +108,20 @@ class Runner:
     def close(self) -> None:
         """Remove the hooks, and put the blocks' parameters on meta again. Idempotent, any thread.
 
-        A forward that is under way on another thread raises ClosedError at the next block.
+        A forward that is under way, here or on another thread, raises ClosedError at the end of its
+        block or the begin of the next, and only then is that block's part of it done.
         """
         self._closed = True
-        for handle in self._handles:
-            handle.remove()
         current, self._current = self._current, None
+        running = current is not None and computes(current.thread)
         if current is not None:
             with suppress(ValueError):  # another thread takes a layer just now: it finds out
                 current.sweep.close()
-        self.binder.unbind_all()
+        if not running:
+            for handle in self._handles:
+                handle.remove()
+        at = current.at if current is not None and running and current.inside else None
+        self.binder.unbind_all(but=at)
 
     def enter(self, i: int, module: nn.Module) -> None:
         """Block ``i``, which is ``module``, is about to run: hand out its weights."""
@@ -191,7 +195,7 @@ class Runner:
     def _begin(self, i: int) -> _Pass:
         """A new pass, which block ``i`` is the first to want something of."""
         if self._closed:
-            raise ClosedError(f"{self._names[i]}: its weights do not stream any more")
+            self._refuse_closed()
         old = self._current
         if old is not None:
             self._end(old, finish=True)
@@ -239,12 +243,16 @@ class Runner:
 
     def _refuse_second(self, current: _Pass | None) -> NoReturn:
         if self._closed:
-            raise ClosedError("the model's weights do not stream any more: it was closed meanwhile")
+            self._refuse_closed()
         where = thread_name(current.thread) if current is not None else "another thread"
         raise StreamerError(
             f"two forwards at once: one is running on {where}, and its blocks can hold the weights "
             "of one forward only; put a lock around the model"
         )
+
+    def _refuse_closed(self) -> NoReturn:
+        self.close()  # what was left because this forward was under way
+        raise ClosedError("the model's weights do not stream any more: it was closed")
 
     def _refuse_backward(self, i: int) -> NoReturn:
         raise StreamerError(
