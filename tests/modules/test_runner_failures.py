@@ -299,7 +299,7 @@ def test_a_closed_runner_leaves_a_plain_model_on_meta(opened: Streamed) -> None:
         assert not block._forward_hooks_always_called
         assert len(block._forward_pre_hooks) == 1  # the tests' own
     assert not opened.streamer.closed
-    opened.runner = Runner(opened.streamer, find_stacks(opened.model, ["blocks.{i}."])[0].blocks)
+    opened.stream_again()
     opened.agree()
 
 

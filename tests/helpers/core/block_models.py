@@ -117,10 +117,18 @@ class Streamed:
             if route is not None
             else open_checkpoint(device, path, **{**POOLS, **options})
         )
+        self.runner = self._runner(strict=strict)
+        for block in self.model.blocks:  # after the runner's: a late device's work is done
+            block.register_forward_pre_hook(lambda module, args: finish(device))
+
+    def _runner(self, **options: Any) -> Runner:
         blocks = find_stacks(self.model, ["blocks.{i}."])[0].blocks
-        self.runner = Runner(self.streamer, blocks, strict=strict)
-        for block in blocks:  # after the runner's: what a late device has to do is done
-            block.module.register_forward_pre_hook(lambda module, args: finish(device))
+        return Runner(self.streamer, blocks, **options)
+
+    def stream_again(self) -> None:
+        """With a new runner."""
+        self.runner.close()
+        self.runner = self._runner()
 
     def close(self) -> None:
         self.runner.close()
