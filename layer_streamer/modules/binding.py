@@ -18,13 +18,16 @@ from torch import nn
 from ..errors import ConfigError, StreamerError
 from ..transport.weights import Weights
 from .blocks import Block
-from .places import Holder, find_tensor, places_of
-from .unbound import as_parameter, as_unbound
+from .entry import Entry, entry_of
+from .places import Holder, find_empty, find_tensor, places_of
+from .unbound import as_parameter, as_unbound, without_name
 
 Convert: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 _wants_grad = attrgetter("requires_grad")
 _values = dict.values
+_UNKNOWN = nn.Identity()
+"""A child that no block has."""
 
 
 class Source(Protocol):
@@ -35,32 +38,13 @@ class Source(Protocol):
         """From the streamed tensor to the parameter; None where it is the parameter."""
 
 
-class _Entry(NamedTuple):
-    """What one key of a layer becomes. Equal entries of two blocks may be the same tensor."""
-
-    key: str
-    shape: torch.Size
-    kind: type[torch.Tensor]
-    """Class of the parameter; ``torch.Tensor`` for a buffer."""
-    attributes: str
-    """What it carries beside its data, as text: diffusers' GGUF parameters have their type."""
-    made: torch.dtype | None
-    """Dtype of one that is made by arithmetic, in memory of the binder's; None where it lies in
-    the slot."""
-
-    @property
-    def made_nbytes(self) -> int:
-        """Bytes of memory of the binder's that it takes."""
-        return self.shape.numel() * self.made.itemsize if self.made is not None else 0
-
-
-_Form: TypeAlias = tuple[_Entry, ...]
+_Form: TypeAlias = tuple[Entry, ...]
 
 
 class _Known(NamedTuple):
     """One key of a block, wherever its places are."""
 
-    entry: _Entry
+    entry: Entry
     unbound: torch.Tensor
     convert: Convert | None
 
@@ -92,7 +76,7 @@ class _Made:
     weights: Weights
     """Held, so that no other can take its place as the key."""
     by_form: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
-    by_entry: dict[_Entry, torch.Tensor] = field(default_factory=dict)
+    by_entry: dict[Entry, torch.Tensor] = field(default_factory=dict)
 
 
 class Binder:
@@ -125,9 +109,10 @@ class Binder:
         self._sources = sources or {}
         self._forms: dict[_Form, _Form] = {}
         self._made: dict[int, _Made] = {}
-        self._converted: dict[tuple[torch.device, _Entry], torch.Tensor] = {}
+        self._converted: dict[tuple[torch.device, Entry], torch.Tensor] = {}
         self._blocks = [self._open(*some) for some in zip(blocks, keys, strict=True)]
-        self.unbind_all()
+        for i in range(len(self._blocks)):
+            self.unbind(i)
 
     @property
     def made_nbytes(self) -> int:
@@ -166,10 +151,14 @@ class Binder:
         for (holder, leaf), value in zip(bound.stores, bound.unbound, strict=True):
             holder[leaf] = value
 
-    def unbind_all(self, *, but: int | None = None) -> None:
-        """Take all blocks' weights out, ``but`` one's, and forget all that was made of them."""
-        for i in range(len(self._blocks)):
+    def release(self, *, but: int | None = None) -> None:
+        """Take all blocks' weights out, ``but`` one's, and forget all that was made of them.
+
+        The blocks' parameters are plain ones on meta, ``strict`` or not.
+        """
+        for i, bound in enumerate(self._blocks):
             if i != but:
+                bound.unbound = tuple(map(without_name, bound.unbound))
                 self.unbind(i)
         self._made.clear()
         self._converted.clear()
@@ -187,10 +176,14 @@ class Binder:
                 )
             source = self._sources.get(name)
             convert = source.convert if source is not None else None
-            entry = _entry(key, tensor, made=convert is not None)
+            entry = entry_of(key, without_name(tensor), made=convert is not None)
             known[key] = _Known(entry, as_unbound(tensor, name, strict=self._strict), convert)
             wanted[id(tensor)] = key
-        return self._locate(block, wanted, known)
+        bound = self._locate(block, wanted, known)
+        # Looked for again when it is bound first: whoever has changed it by then, or left a part of
+        # it on meta, is to know.
+        bound.children = [_UNKNOWN]
+        return bound
 
     def _find_again(self, bound: _Bound, module: nn.Module) -> _Bound:
         """A block whose modules have changed: its tensors are looked for, wherever they are."""
@@ -205,6 +198,12 @@ class Binder:
             raise StreamerError(
                 f"{bound.name}: its modules were changed, and none of them holds the streamed "
                 f"{', '.join(sorted(missing))} any more: change them before the model streams"
+            )
+        empty = find_empty(module, found.stores)
+        if empty is not None:
+            raise StreamerError(
+                f"{bound.name}.{empty} is on meta and does not stream: it has no values; adapters "
+                "of peft lie where the weights do, so load them with low_cpu_mem_usage=True"
             )
         return found
 
@@ -247,7 +246,7 @@ class Binder:
             made.by_form[id(bound.form)] = values
         return values
 
-    def _value(self, block: str, made: _Made, entry: _Entry, unbound: torch.Tensor) -> torch.Tensor:
+    def _value(self, block: str, made: _Made, entry: Entry, unbound: torch.Tensor) -> torch.Tensor:
         if entry in made.by_entry:
             return made.by_entry[entry]
         tensor = made.weights[entry.key]
@@ -258,12 +257,11 @@ class Binder:
                 f"{block}.{entry.key}: expected shape {list(entry.shape)}, got {list(tensor.shape)}"
             )
         if entry.kind is not torch.Tensor:
-            carried = {k: v for k, v in vars(unbound).items() if k not in _OF_UNBOUND}
-            tensor = as_parameter(tensor, entry.kind, carried)
+            tensor = as_parameter(tensor, entry.kind, vars(without_name(unbound)))
         made.by_entry[entry] = tensor
         return tensor
 
-    def _memory_of(self, entry: _Entry, device: torch.device) -> torch.Tensor:
+    def _memory_of(self, entry: Entry, device: torch.device) -> torch.Tensor:
         """Where an entry is made. Whoever used it last has been ordered before the hand-out."""
         if (device, entry) not in self._converted:
             with torch.inference_mode(False):
@@ -273,18 +271,3 @@ class Binder:
 
     def _forget(self, weights: Weights) -> None:
         self._made.pop(id(weights), None)
-
-
-_OF_UNBOUND = frozenset({"full_name", "_is_param"})
-
-
-def _entry(key: str, tensor: torch.Tensor, *, made: bool) -> _Entry:
-    is_parameter = isinstance(tensor, nn.Parameter)
-    carried = sorted((k, repr(v)) for k, v in vars(tensor).items() if k not in _OF_UNBOUND)
-    return _Entry(
-        key=key,
-        shape=tensor.shape,
-        kind=type(tensor) if is_parameter else torch.Tensor,
-        attributes=str(carried) if is_parameter and carried else "",
-        made=tensor.dtype if made else None,
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -54,3 +54,14 @@ def find_tensor(module: nn.Module, key: str) -> torch.Tensor | None:
     if found is None and base is not None:
         found = dict(tensors_of(base)).get(leaf)
     return found
+
+
+def find_empty(block: nn.Module, filled: Iterable[tuple[Holder, Any]]) -> str | None:
+    """The name of something within a block that is on meta, and none of the ``filled`` places."""
+    places = {(id(holder), leaf) for holder, leaf in filled}
+    for name, module in block.named_modules():
+        for holder in (module._parameters, module._buffers):
+            for leaf, tensor in holder.items():
+                if tensor is not None and tensor.is_meta and (id(holder), leaf) not in places:
+                    return f"{name}.{leaf}" if name else leaf
+    return None

@@ -121,7 +121,7 @@ class Runner:
             for handle in self._handles:
                 handle.remove()
         at = current.at if current is not None and running and current.inside else None
-        self.binder.unbind_all(but=at)
+        self.binder.release(but=at)
 
     def enter(self, i: int, module: nn.Module) -> None:
         """Block ``i``, which is ``module``, is about to run: hand out its weights."""

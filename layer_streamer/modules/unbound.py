@@ -30,6 +30,8 @@ class Unbound(torch.Tensor):
     """
 
     full_name: str
+    stands_for: torch.Tensor
+    """The like of it on meta, as it was or would be without :class:`Unbound`."""
 
     @classmethod
     def __torch_function__(
@@ -44,8 +46,9 @@ class Unbound(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         found = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, Unbound)]
+        name = vars(found[0]).get("full_name", "a weight") if found else "a weight"
         raise StreamerError(
-            f"{found[0].full_name if found else 'a weight'} is used while its block has no weights:"
+            f"{name} is used while its block has no weights:"
             " they are there from the begin of the block's forward to its end"
         )
 
@@ -56,16 +59,27 @@ def as_unbound(tensor: torch.Tensor, name: str, *, strict: bool) -> torch.Tensor
     A tensor that is on meta by now stays the same object, unless ``strict`` asks for one that
     raises a StreamerError with its name when it is used.
     """
-    is_parameter = isinstance(tensor, nn.Parameter)
+    meta = _on_meta(without_name(tensor))
+    if not strict:
+        return meta
+    with torch.inference_mode(False), torch.no_grad():
+        unbound = torch.Tensor._make_subclass(Unbound, meta.detach(), False)
+    own: dict[str, Any] = {"full_name": name, "stands_for": meta}
+    if isinstance(meta, nn.Parameter):
+        own["_is_param"] = True  # what torch goes by for such classes
+    unbound.__dict__.update(vars(meta), **own)
+    return unbound
+
+
+def without_name(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor on meta that an unbound one stands for; any other is what it is."""
+    return tensor.stands_for if isinstance(tensor, Unbound) else tensor
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
         meta = tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
-        if strict:
-            unbound = torch.Tensor._make_subclass(Unbound, meta.detach(), False)
-            unbound.__dict__.update(vars(tensor), full_name=name)
-            if is_parameter:
-                unbound.__dict__["_is_param"] = True  # what torch goes by for such classes
-            return unbound
-        if not is_parameter:
+        if not isinstance(tensor, nn.Parameter):
             return meta
         if meta is tensor:
             return tensor.requires_grad_(False)

@@ -27,8 +27,13 @@ class Recipe:
 
 
 def on_meta(make: Callable[[], nn.Module] = Part) -> nn.Module:
+    """Parameters on meta, and what is in no checkpoint real."""
     with torch.device("meta"):
-        return make().eval()
+        block = make().eval()
+    for module in block.modules():
+        for leaf in module._non_persistent_buffers_set:
+            module._buffers[leaf] = torch.zeros(module._buffers[leaf].shape)
+    return block
 
 
 def state(make: Callable[[], nn.Module] = Part, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -92,7 +97,7 @@ def test_real_parameters_are_given_up_when_the_binder_is_made() -> None:
     assert all(isinstance(p, nn.Parameter) and p.is_meta for p in block.parameters())
     assert block.up.weight.shape == (2 * HIDDEN, HIDDEN)
     binder.bind(0, block, Weights(state()))
-    binder.unbind_all()
+    binder.release()
     assert all(p.is_meta for p in block.parameters())
 
 
@@ -124,13 +129,44 @@ def test_another_shape_than_the_modules_is_named() -> None:
 
 def test_several_names_of_one_tensor_within_a_block_all_get_it() -> None:
     block = on_meta()
-    block.other = nn.Linear(HIDDEN, 2 * HIDDEN, device="meta")
+    block.other = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False, device="meta")
     block.other.weight = block.up.weight
-    binder, _ = bound(block, keys=["up.weight"])
-    binder.bind(0, block, Weights({"up.weight": torch.ones(2 * HIDDEN, HIDDEN)}))
+    binder, _ = bound(block, keys=list(state()))
+    binder.bind(0, block, Weights(state()))
     assert block.other.weight is block.up.weight and not block.up.weight.is_meta
     binder.unbind(0)
     assert block.other.weight is block.up.weight and block.up.weight.is_meta
+
+
+def test_what_would_be_computed_with_on_meta_is_named_until_it_has_values() -> None:
+    block = on_meta()
+    binder, _ = bound(block, keys=list(state()))
+    block.up = Wrapped(block.up)
+    block.up.lora.to("meta")
+    for _ in range(2):
+        with pytest.raises(StreamerError, match=r"blocks\.0\.up\.lora\.weight is on meta"):
+            binder.bind(0, block, Weights(state()))
+    block.up.lora = nn.Linear(HIDDEN, 2 * HIDDEN)
+    binder.bind(0, block, Weights(state()))
+    with pytest.raises(StreamerError, match=r"blocks\.0\.down\.weight is on meta"):
+        fresh = on_meta()
+        some, _ = bound(fresh, keys=[key for key in state() if key != "down.weight"])
+        some.bind(0, fresh, Weights(state()))
+
+
+def test_what_was_bound_strictly_can_be_bound_by_another_binder_afterwards() -> None:
+    block = on_meta()
+    before = block.up.weight
+    binder, _ = bound(block, strict=True)
+    binder.bind(0, block, Weights(state()))
+    for strict in (True, False):
+        other, _ = bound(block, strict=strict)
+        other.bind(0, block, Weights(state()))
+        assert type(block.up.weight) is nn.Parameter
+        other.release()
+        assert type(block.scale) is torch.Tensor and block.scale.is_meta
+    bound(on_meta(), strict=True)[0].release()
+    assert isinstance(before, nn.Parameter)
 
 
 def test_a_recurrent_network_computes_with_what_is_bound() -> None:

@@ -217,12 +217,13 @@ def test_a_copy_of_a_streamed_model_is_one_clear_error(opened: Streamed, make: A
     opened.agree()
 
 
-def test_two_hundred_rounds_of_opening_and_closing_leave_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_rounds_of_opening_and_closing_leave_nothing(tmp_path: Path, rounds: int) -> None:
     def make() -> Net:
         return Net(2)
 
     with nothing_left(None):
-        for n in range(200):
+        for n in range(rounds):
             some = Streamed(tmp_path, make)
             some.agree(n)
             if n % 3 == 0:
