@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from block_models import HIDDEN, NUM_BLOCKS, Net, Part, Streamed, streamed, unfinished
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupter import LIBRARY
 from routes import default_params, make_devices
 from torch import nn
 
@@ -226,6 +229,50 @@ def test_what_is_resident_on_the_device_is_at_the_same_address_in_every_pass(
             some.agree(seed)
             seen.append([id(p) for p in some.model.blocks.parameters()])
         assert seen[0] == seen[1] == seen[2]
+
+
+def test_hooks_of_others_see_the_weights_before_and_after_a_blocks_forward(
+    opened: Streamed,
+) -> None:
+    seen: list[bool] = []
+    for block in opened.model.blocks:
+        block.register_forward_pre_hook(lambda m, args: seen.append(m.up.weight.is_meta))
+        block.register_forward_hook(lambda m, args, out: seen.append(m.up.weight.is_meta))
+    opened.stream_again()  # its hooks are younger, and come first all the same
+    opened.agree()
+    assert seen == 2 * NUM_BLOCKS * [False]
+
+
+def test_layers_that_are_cast_on_their_way_are_exact(tmp_path: Path) -> None:
+    with streamed(tmp_path, dtype=torch.bfloat16) as some:
+        for part in (some.model, some.resident):
+            part.to(torch.bfloat16)
+        some.stream_again()
+        x = torch.ones(2, HIDDEN, dtype=torch.bfloat16)
+        for _ in range(3):
+            with torch.no_grad():
+                assert torch.equal(some.model(x), some.resident(x))
+            assert all(p.dtype == torch.bfloat16 for p in some.model.parameters())
+
+
+def test_forwards_leave_no_more_objects_than_there_were(opened: Streamed) -> None:
+    only = (tracemalloc.Filter(True, f"{LIBRARY}/modules/*"),)
+
+    def count() -> int:
+        gc.collect()
+        traces = tracemalloc.take_snapshot().filter_traces(only)
+        return sum(stat.count for stat in traces.statistics("filename"))
+
+    ways = [WAYS["in order"], WAYS["each twice"], WAYS["left early"]]
+    tracemalloc.start()
+    try:
+        for n in range(24):
+            if n == 12:
+                before = count()
+            opened.agree(way=ways[n % 3])
+        assert count() - before < 6
+    finally:
+        tracemalloc.stop()
 
 
 def test_interleaved_passes_of_two_models_are_exact(tmp_path: Path) -> None:
