@@ -96,21 +96,22 @@ class Binder:
         blocks: Sequence[Block],
         keys: Sequence[Sequence[str]],
         sources: Mapping[str, Source] | None = None,
-        *,
-        strict: bool = False,
+        devices: Sequence[torch.device] = (),
     ) -> None:
         """``keys``: of each block, those that will be handed out. ``sources``: by full name of a
-        parameter (the block's name, a dot, the key), whether it is made by arithmetic. ``strict``:
-        a parameter that is used while its block has no weights raises an error with its name.
+        parameter (the block's name, a dot, the key), whether it is made by arithmetic. ``devices``:
+        where layers are handed out, in turn.
 
         From here on the blocks' parameters are on meta. ConfigError for a key without a place.
         """
-        self._strict = strict
         self._sources = sources or {}
         self._forms: dict[_Form, _Form] = {}
         self._made: dict[int, _Made] = {}
         self._converted: dict[tuple[torch.device, Entry], torch.Tensor] = {}
-        self._blocks = [self._open(*some) for some in zip(blocks, keys, strict=True)]
+        self._blocks = []
+        for i, (block, some) in enumerate(zip(blocks, keys, strict=True)):
+            device = devices[i % len(devices)] if devices else None
+            self._blocks.append(self._open(block, some, device))
         for i in range(len(self._blocks)):
             self.unbind(i)
 
@@ -136,16 +137,15 @@ class Binder:
             # Gradients of what another layer was computed with are not to be added to these.
             self._forget(weights)
             values = self._values_of(bound, weights)
-        if bound.conversions:
-            with torch.no_grad():
-                for place, key, convert in bound.conversions:
-                    values[place].copy_(convert(weights[key]))
+        for place, key, convert in bound.conversions:
+            values[place].copy_(convert(weights[key]))
         bound.current = values
         for (holder, leaf), value in zip(bound.stores, values, strict=True):
             holder[leaf] = value
 
     def unbind(self, i: int) -> None:
-        """Take block ``i``'s weights out again: its parameters are on meta."""
+        """Take block ``i``'s weights out again: to compute with one is a StreamerError with its
+        name."""
         bound = self._blocks[i]
         bound.current = bound.unbound
         for (holder, leaf), value in zip(bound.stores, bound.unbound, strict=True):
@@ -154,7 +154,7 @@ class Binder:
     def release(self, *, but: int | None = None) -> None:
         """Take all blocks' weights out, ``but`` one's, and forget all that was made of them.
 
-        The blocks' parameters are plain ones on meta, ``strict`` or not.
+        The blocks' parameters are plain ones on meta.
         """
         for i, bound in enumerate(self._blocks):
             if i != but:
@@ -163,7 +163,7 @@ class Binder:
         self._made.clear()
         self._converted.clear()
 
-    def _open(self, block: Block, keys: Sequence[str]) -> _Bound:
+    def _open(self, block: Block, keys: Sequence[str], device: torch.device | None) -> _Bound:
         """A block as it is when the binder is made: its keys are looked for by name."""
         wanted, known = dict[int, str](), dict[str, _Known]()
         for key in keys:
@@ -177,7 +177,7 @@ class Binder:
             source = self._sources.get(name)
             convert = source.convert if source is not None else None
             entry = entry_of(key, without_name(tensor), made=convert is not None)
-            known[key] = _Known(entry, as_unbound(tensor, name, strict=self._strict), convert)
+            known[key] = _Known(entry, as_unbound(tensor, name, device), convert)
             wanted[id(tensor)] = key
         bound = self._locate(block, wanted, known)
         # Looked for again when it is bound first: whoever has changed it by then, or left a part of
@@ -202,8 +202,7 @@ class Binder:
         empty = find_empty(module, found.stores)
         if empty is not None:
             raise StreamerError(
-                f"{bound.name}.{empty} is on meta and does not stream: it has no values; adapters "
-                "of peft lie where the weights do, so load them with low_cpu_mem_usage=True"
+                f"{bound.name}.{empty} is on meta, and nothing of it streams: it has no values"
             )
         return found
 

@@ -81,7 +81,9 @@ class Runner:
         strict: bool = False,
     ) -> None:
         """``streamer``: its layers are the blocks, their keys are names of parameters relative to
-        the block. It is not closed by this. ``sources``, ``strict``: as of :class:`Binder`.
+        the block. It is not closed by this. ``sources``: as of :class:`Binder`. ``strict``: a block
+        has its weights until its forward ends, so that whoever uses them later gets an error with
+        their name; else until another is handed out, and what comes later is not found out.
 
         ConfigError if layers and blocks do not fit together.
         """
@@ -99,7 +101,8 @@ class Runner:
         self._keeps_last = False
         self._closed = False
         self._strict = strict
-        self.binder = Binder(blocks, [tuple(x.tensors) for x in layers], sources, strict=strict)
+        keys = [tuple(layer.tensors) for layer in layers]
+        self.binder = Binder(blocks, keys, sources, streamer.devices)
         """Of these blocks: says what its memory takes."""
         self._handles: list[Any] = []
         for i, block in enumerate(blocks):

@@ -1,4 +1,8 @@
-"""What a block's parameter is while its block has no weights: right in shape, on meta."""
+"""What a block's parameter is while its block has no weights: right in all but its values.
+
+Plain tensors on meta would be computed with: a product of one on meta and one that is not raises
+nothing, and gives what nobody has computed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,8 @@ _LOOKS = frozenset(
     {
         "__get__", "__set__", "__repr__", "__format__", "__hash__", "__len__", "size", "dim",
         "ndimension", "numel", "nelement", "element_size", "stride", "is_floating_point",
-        "is_complex", "is_contiguous", "get_device", "requires_grad_", "detach", "_make_subclass",
+        "is_complex", "is_contiguous", "is_signed", "is_inference", "is_shared", "get_device",
+        "type", "requires_grad_", "detach", "_make_subclass",
     }
 )  # fmt: skip
 """Names of functions that ask for a tensor's form, not for its values."""
@@ -24,14 +29,17 @@ _VALUES = frozenset({"T", "mT", "H", "mH"})
 
 
 class Unbound(torch.Tensor):
-    """A parameter or buffer that says its name when it is computed with.
+    """A parameter or buffer on meta that says its name when it is computed with.
 
-    Shape, dtype and the like can be asked for; torch sees a Parameter in that of a parameter.
+    Shape, dtype and the like can be asked for; its ``device`` is where its block's weights will be,
+    since that is where others put what belongs beside it (peft its adapters). To torch it is a
+    Parameter if it stands for one.
     """
 
     full_name: str
     stands_for: torch.Tensor
-    """The like of it on meta, as it was or would be without :class:`Unbound`."""
+    """The plain tensor on meta."""
+    comes_to: torch.device
 
     @classmethod
     def __torch_function__(
@@ -42,29 +50,30 @@ class Unbound(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        found = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, Unbound)]
+        if attribute == "device" and found and "comes_to" in vars(found[0]):
+            return found[0].comes_to
         if getattr(func, "__name__", "") in _LOOKS and attribute not in _VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        found = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, Unbound)]
-        name = vars(found[0]).get("full_name", "a weight") if found else "a weight"
+        name = vars(found[0]).get("full_name") if found else None
         raise StreamerError(
-            f"{name} is used while its block has no weights:"
-            " they are there from the begin of the block's forward to its end"
+            f"{name or 'a weight'} is used while its block has no weights: they are there from the "
+            "begin of the block's forward to its end"
         )
 
 
-def as_unbound(tensor: torch.Tensor, name: str, *, strict: bool) -> torch.Tensor:
-    """What stands for ``tensor``, the module's parameter or buffer ``name``: meta, no gradients.
+def as_unbound(tensor: torch.Tensor, name: str, device: torch.device | None) -> torch.Tensor:
+    """What stands for ``tensor``, the parameter or buffer ``name``: without gradients.
 
-    A tensor that is on meta by now stays the same object, unless ``strict`` asks for one that
-    raises a StreamerError with its name when it is used.
+    ``device``: where its weights will be; None: it says that it is on meta.
     """
     meta = _on_meta(without_name(tensor))
-    if not strict:
-        return meta
     with torch.inference_mode(False), torch.no_grad():
         unbound = torch.Tensor._make_subclass(Unbound, meta.detach(), False)
     own: dict[str, Any] = {"full_name": name, "stands_for": meta}
+    if device is not None:
+        own["comes_to"] = device
     if isinstance(meta, nn.Parameter):
         own["_is_param"] = True  # what torch goes by for such classes
     unbound.__dict__.update(vars(meta), **own)

@@ -245,6 +245,7 @@ def test_hooks_of_others_see_the_weights_before_and_after_a_blocks_forward(
 
 def test_layers_that_are_cast_on_their_way_are_exact(tmp_path: Path) -> None:
     with streamed(tmp_path, dtype=torch.bfloat16) as some:
+        some.runner.close()
         for part in (some.model, some.resident):
             part.to(torch.bfloat16)
         some.stream_again()

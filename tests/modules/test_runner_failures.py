@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -62,6 +63,23 @@ def test_an_error_of_a_block_ends_the_pass_and_gives_the_slot_back(opened: Strea
         assert not unfinished(opened.streamer)
         opened.model.blocks[number].act = None
         opened.agree(number)
+
+
+def test_strictly_weights_are_there_within_a_block_and_nowhere_else(tmp_path: Path) -> None:
+    with streamed(tmp_path, strict=True) as some:
+        blocks = some.model.blocks
+        for act in (None, boom):
+            seen: list[list[bool]] = []
+            blocks[1].act = lambda s=seen: s.append([b.up.weight.is_meta for b in blocks])
+            blocks[2].act = act
+            with suppress(Boom):
+                run(some)
+            assert seen == [[True, False, *(NUM_BLOCKS - 2) * [True]]]
+            assert all(block.up.weight.is_meta for block in blocks)
+            with pytest.raises(StreamerError, match=r"blocks\.2\.up\.weight is used while"):
+                blocks[2].up(torch.ones(2, HIDDEN))
+        blocks[2].act = None
+        some.agree()
 
 
 def test_an_error_that_is_handled_beside_the_forward_is_none_of_the_forward(

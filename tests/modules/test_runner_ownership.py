@@ -18,6 +18,7 @@ from routes import nothing_left
 from support import HANG_SECONDS, in_thread
 
 from layer_streamer import StreamerError
+from layer_streamer.modules import runner
 
 
 @pytest.fixture
@@ -81,6 +82,20 @@ def test_a_second_forward_at_once_is_refused_and_the_first_is_exact(
             run(opened)
     first.finish()
     assert first.error is None
+    opened.agree()
+
+
+@pytest.mark.parametrize("place", ["in a block", "in the last"])
+def test_a_forward_that_another_thread_took_for_abandoned_gives_no_result(
+    opened: Streamed, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tells whether a thread is in a forward may be wrong; what comes out must not be."""
+    first = Held(opened, places(opened)[place])
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "computes", lambda thread: False)
+        opened.agree()
+    first.finish()
+    assert isinstance(first.error, StreamerError)
     opened.agree()
 
 
