@@ -135,7 +135,7 @@ class Binder:
         values = self._values_of(bound, weights)
         if True in map(_wants_grad, values):
             # Gradients of what another layer was computed with are not to be added to these.
-            self._forget(weights)
+            self._made.pop(id(weights))
             values = self._values_of(bound, weights)
         for place, key, convert in bound.conversions:
             values[place].copy_(convert(weights[key]))
@@ -190,8 +190,11 @@ class Binder:
         convert = {key: convert for _, key, convert in bound.conversions}
         wanted, known = dict[int, str](), dict[str, _Known]()
         for entry, now, unbound in zip(bound.form, bound.current, bound.unbound, strict=True):
-            wanted[id(now)] = entry.key
+            wanted[id(now)] = wanted[id(unbound)] = entry.key
             known[entry.key] = _Known(entry, unbound, convert.get(entry.key))
+        for made in self._made.values():
+            # An interrupted binding leaves some of what was there before.
+            wanted |= {id(t): some.key for some, t in made.by_entry.items() if some.key in known}
         found = self._locate(Block(bound.name, module), wanted, known)
         missing = known.keys() - {entry.key for entry in found.form}
         if missing:
@@ -267,6 +270,3 @@ class Binder:
                 memory = torch.empty(entry.shape, dtype=entry.made, device=device)
             self._converted[device, entry] = memory
         return self._converted[device, entry]
-
-    def _forget(self, weights: Weights) -> None:
-        self._made.pop(id(weights), None)

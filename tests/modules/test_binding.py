@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from block_models import HIDDEN, Part, randomized
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupter import Interrupt, Interrupter
 from torch import nn
 
 from layer_streamer import ConfigError, StreamerError
@@ -278,6 +280,27 @@ def test_a_layer_that_is_wrapped_before_or_after_keeps_its_weights(when: str) ->
     assert not block.up.lora.weight.is_meta
     binder.unbind(0)
     assert block.up.base_layer.weight.is_meta
+
+
+def test_a_layer_that_is_wrapped_after_an_interrupted_binding_keeps_its_weights() -> None:
+    number, fired = 0, True
+    while fired:
+        block = on_meta()
+        binder, _ = bound(block)
+        binder.bind(0, block, Weights(state()))
+        weights = Weights(state(seed=1))
+        try:
+            with Interrupter(number, "opcode", ("transport",)) as interrupter:
+                binder.bind(0, block, weights)
+        except Interrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        block.up = Wrapped(block.up)
+        binder.bind(0, block, weights)
+        assert torch.equal(block.up.base_layer.weight, weights["up.weight"])
+        number, fired = number + 5, interrupter.fired
+    assert number > 100
 
 
 def test_a_module_that_takes_over_the_parameter_of_another_gets_the_weights() -> None:
