@@ -19,7 +19,7 @@ from ..errors import ConfigError, StreamerError
 from ..transport.weights import Weights
 from .blocks import Block
 from .entry import Entry, entry_of
-from .places import Holder, find_empty, find_tensor, places_of
+from .holders import Holder, find_empty, find_tensor, places_of
 from .unbound import as_parameter, as_unbound, without_name
 
 Convert: TypeAlias = Callable[[torch.Tensor], torch.Tensor]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..errors import ConfigError
-from .places import tensors_of
+from .holders import tensors_of
 
 LISTS_NAMED = 12
 """How many of a model's lists an error names."""
