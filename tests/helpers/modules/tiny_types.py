@@ -18,8 +18,8 @@ DECODER: dict[str, Any] = dict(
     pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 EXPERTS = dict(
-    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_local_experts=4,
-    n_routed_experts=4, n_shared_experts=1, shared_expert_intermediate_size=32,
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, num_local_experts=4,
+    n_routed_experts=4, n_shared_experts=1, shared_expert_intermediate_size=24,
     first_k_dense_replace=1, n_group=1, topk_group=1, decoder_sparse_step=1,
 )  # fmt: skip
 LATENT = dict(
@@ -179,7 +179,7 @@ def _hybrids() -> dict[str, TinyType]:
     types["nemotron_h"] = TinyType("text", dict(
         mixture, layers_block_type=["mamba", "attention", "moe"], mamba_num_heads=8,
         mamba_head_dim=16, ssm_state_size=8, n_groups=1, chunk_size=8,
-        moe_shared_expert_intermediate_size=32))  # fmt: skip
+        moe_shared_expert_intermediate_size=24))  # fmt: skip
     types["zamba"] = TinyType("text", dict(
         DECODER, num_hidden_layers=6, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8,
         mamba_dt_rank=4, n_mamba_heads=2, use_mamba_kernels=False,
