@@ -104,7 +104,9 @@ def draft_hub_names(
             cast = dtype_of(name, spec, None)
             draft.recipes[name] = whole(name, places[name], spec, cast)
         else:
-            group = groups.setdefault(name, _Group(name, deepcopy(converter)))
+            if name not in groups:
+                groups[name] = _Group(name, deepcopy(converter))
+            group = groups[name]
             group.add(spec, pattern, dtype_of(name, spec, group.converter))
     # A quantizer's operations look at its modules.
     whose = model if hasattr(model, "hf_quantizer") else _Skeleton(model.config, places)
@@ -178,7 +180,7 @@ def _dtype_rule(
             stored = torch.empty((), dtype=spec.dtype, device="meta")
             new: torch.dtype | None = quantizer.get_new_dtype(converter, stored, dtype)
             return new
-        # transformers before 5.18: what is renamed is stored as its kernels take it.
+        # As older ones have it: what is renamed is stored as its kernels take it.
         return dtype if name == spec.name and spec.dtype.is_floating_point else None
 
     return dtype_of

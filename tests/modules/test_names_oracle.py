@@ -12,6 +12,9 @@ from tiny_models import REPRESENTATIVE, TYPES, has, tiny_class, tiny_model, tiny
 
 from layer_streamer.modules.names import Names, name_tensors
 
+# Some modeling files of older releases do that when they are imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
 REST = sorted({*TYPES} - {*REPRESENTATIVE})
 NOT_SAVED = {"marian": 2, "speech_to_text": 0}
 """How many parameters the class makes itself: tables of sines."""

@@ -42,8 +42,8 @@ def read(spec: TensorSpec) -> bytes:
 
 def made(recipe: Recipe) -> torch.Tensor:
     """The parameter: extents read, laid end to end, seen as the recipe says, converted."""
-    laid = torch.frombuffer(bytearray(b"".join(read(piece) for piece in recipe.pieces)),
-                            dtype=torch.uint8)  # fmt: skip
+    data = bytearray(b"".join(read(piece) for piece in recipe.pieces))
+    laid = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     seen = laid.view(recipe.dtype).view(recipe.shape)
     return seen if recipe.convert is None else recipe.convert(seen)
 

@@ -138,8 +138,11 @@ def _dense() -> dict[str, TinyType]:
 def _mixtures() -> dict[str, TinyType]:
     types = {name: TinyType("text", {**DECODER, **EXPERTS}) for name in MIXTURES}
     latent = {**DECODER, **EXPERTS, **LATENT}
-    for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash"):
+    for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"):
         types[name] = TinyType("text", latent)
+    types["longcat_flash"] = TinyType("text", dict(
+        latent, num_layers=2, ffn_hidden_size=96, expert_ffn_hidden_size=24, zero_expert_num=2,
+        moe_topk=2))  # fmt: skip
     types["lfm2_moe"] = TinyType("text", {
         **DECODER, **EXPERTS, "num_dense_layers": 1,
         "layer_types": ["conv", "full_attention", "conv"]})  # fmt: skip

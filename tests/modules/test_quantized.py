@@ -1,0 +1,104 @@
+"""Quantized checkpoints: what from_pretrained makes of them on a CPU, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from recipes import differences, loaded, made_all, manifest_of
+from tiny_models import tiny_config, tiny_model_on_meta
+from tiny_quantized import quantized_checkpoint
+
+from layer_streamer import ConfigError
+from layer_streamer.modules.names import Names, name_tensors
+from layer_streamer.modules.quantized import prepare_quantized
+
+CPU = torch.device("cpu")
+OLD = int(transformers.__version__.split(".")[1]) < 20
+BITS = {"load_in_4bit": True}
+
+
+def names_of(folder: Path, device: torch.device = CPU) -> tuple[Names, Any]:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    prepare_quantized(model, device)
+    return name_tensors(model, manifest_of(folder)), model
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("llama", "fp8"), ("mixtral", "fp8"), ("gpt_oss", "mxfp4"), ("llama", "ct_int4"),
+     ("mixtral", "ct_fp8"), pytest.param("qwen3_moe", "ct_int4", marks=pytest.mark.slow),
+     pytest.param("llama", "ct_fp8", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_numbers_are_those_that_from_pretrained_unpacks(
+    name: str, method: str, tmp_path: Path
+) -> None:
+    quantized_checkpoint(tmp_path, name, method)
+    options: dict[str, Any] = {}
+    if method.startswith("ct"):
+        if OLD:
+            pytest.skip("this transformers unpacks whole models only")
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    names, _ = names_of(tmp_path)
+    reference = loaded(transformers.AutoModelForCausalLM, tmp_path, dtype="auto", **options)
+    assert (names.missing, names.unused) == ((), ())
+    assert differences(made_all(names), reference) == []
+    assert any(r.convert for r in names.recipes.values())
+
+
+def test_what_is_read_of_a_quantized_weight_is_its_packed_bytes(tmp_path: Path) -> None:
+    names, _ = names_of(quantized_checkpoint(tmp_path, "gpt_oss", "mxfp4"))
+    for recipe in names.recipes.values():
+        if recipe.name.endswith("_proj") and recipe.convert:
+            numbers = torch.Size(recipe.convert.shape).numel()
+            assert recipe.nbytes == numbers // 2 + numbers // 32
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_where_a_gpu_computes_in_fp8_weights_and_scales_stay_as_they_lie(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *args: (9, 0))
+    quantized_checkpoint(tmp_path, name, "fp8")
+    names, model = names_of(tmp_path, torch.device("cuda", 0))
+    assert (names.missing, names.unused) == ((), ())
+    assert not any(recipe.convert for recipe in names.recipes.values())
+    stored = {recipe.dtype for recipe in names.recipes.values()}
+    assert stored == {torch.float8_e4m3fn, torch.float32, torch.bfloat16}
+    state = model.state_dict()
+    assert all(tuple(state[n].shape) == r.shape for n, r in names.recipes.items())
+
+
+def test_without_quantization_nothing_is_done() -> None:
+    model = tiny_model_on_meta("llama")
+    prepare_quantized(model, CPU)
+    assert not hasattr(model, "hf_quantizer")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [(BITS, "'bitsandbytes' cannot be streamed.*while they are loaded.*quantize`"),
+     (transformers.BitsAndBytesConfig(**BITS), "'bitsandbytes'.*layer-streamer quantize"),
+     ({"quant_method": "gptq", "bits": 4}, "'gptq' cannot be streamed.*pack weights anew"),
+     ({"quant_method": "awq", "bits": 4}, "'awq' cannot be streamed"),
+     ({"quant_method": "torchao"}, "'torchao' cannot be streamed.*no plain tensors"),
+     ({"quant_method": "fp8", "activation_scheme": "odd"}, "'fp8' cannot be run here: .*odd")],
+)  # fmt: skip
+def test_what_cannot_be_lent_is_refused_in_one_line_with_the_way_out(
+    config: Any, reason: str
+) -> None:
+    settings = tiny_config("llama")
+    settings.quantization_config = config
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(settings)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ConfigError, match=reason) as caught:
+        prepare_quantized(model, CPU)
+    assert "\n" not in str(caught.value)
+    assert [type(module) for module in model.modules()] == before
