@@ -16,7 +16,7 @@ import torch
 
 from ..checkpoint.manifest import TensorSpec
 from ..errors import CheckpointError
-from .places import Draft, Place, expect_dtype, expect_shape, shown_shape
+from .places import Draft, Place, cast, expect_shape, shown_shape, whole
 from .recipe import Conversion, Recipe, recipe_of_inputs
 from .trace import Run, Trace
 
@@ -101,8 +101,7 @@ def draft_hub_names(
         if name not in places or taken:
             draft.unplaced[spec.name] = name
         elif converter is None:
-            cast = dtype_of(name, spec, None)
-            draft.recipes[name] = whole(name, places[name], spec, cast)
+            draft.recipes[name] = whole(name, places[name], spec, dtype_of(name, spec, None))
         else:
             if name not in groups:
                 groups[name] = _Group(name, deepcopy(converter))
@@ -114,12 +113,6 @@ def draft_hub_names(
         for recipe in _recipes(group, whose, places):
             draft.recipes.setdefault(recipe.name, recipe)
     return draft
-
-
-def whole(name: str, place: Place, spec: TensorSpec, dtype: torch.dtype | None) -> Recipe:
-    """The recipe of a parameter that is one tensor of the checkpoint, cast to ``dtype``."""
-    expect_shape(name, place.shape, spec, spec.shape)
-    return _cast(Recipe(name, (spec,), spec.dtype, spec.shape), dtype, spec)
 
 
 def ignored(model: Any, missing: set[str], unused: set[str]) -> tuple[set[str], set[str]]:
@@ -186,20 +179,6 @@ def _dtype_rule(
     return dtype_of
 
 
-def _cast(recipe: Recipe, dtype: torch.dtype | None, spec: TensorSpec) -> Recipe:
-    """The recipe with a cast of what its pieces are, if the parameter's dtype is another."""
-    if dtype is None or dtype == recipe.dtype:
-        return recipe
-    expect_dtype(recipe.name, dtype, spec)
-
-    def make(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return tensors[0].to(dtype)
-
-    laid = ((recipe.dtype, recipe.shape),)
-    convert = Conversion("cast", laid, dtype, recipe.shape, make)
-    return Recipe(recipe.name, recipe.pieces, recipe.dtype, recipe.shape, convert)
-
-
 def _recipes(group: _Group, model: Any, places: Mapping[str, Place]) -> Iterator[Recipe]:
     """What the tensors of one converter become: a recipe for each of its parameters."""
     trace, sources = Trace(), group.sources
@@ -222,7 +201,7 @@ def _recipes(group: _Group, model: Any, places: Mapping[str, Place]) -> Iterator
         if runs is not None and _worth_it(runs, len(sources)):
             pieces = tuple(_piece(sources[run.source], run) for run in runs)
             recipe = Recipe(name, pieces, tensor.dtype, shape)
-            yield _cast(recipe, group.casts[0] or sources[0].dtype, sources[0])
+            yield cast(recipe, group.casts[0] or sources[0].dtype, sources[0])
         else:
             yield _converted(group, name, shape, model)
 
@@ -252,8 +231,8 @@ def _converted(group: _Group, name: str, shape: tuple[int, ...], model: Any) -> 
     casts = group.casts
 
     def make(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        cast = [t if to is None else t.to(to) for t, to in zip(tensors, casts, strict=True)]
-        return group.convert(cast, model)[name]
+        ready = [t if to is None else t.to(to) for t, to in zip(tensors, casts, strict=True)]
+        return group.convert(ready, model)[name]
 
     inputs = tuple((spec.dtype, spec.shape) for spec in group.sources)
     dtype = casts[0] or group.sources[0].dtype

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..checkpoint.manifest import FrozenMapping, Manifest, TensorSpec
 from ..errors import ConfigError
-from .hub_names import draft_hub_names, ignored, whole
-from .places import Draft, Place, places_of
+from .hub_names import draft_hub_names, ignored
+from .places import Place, places_of
+from .plain_names import draft_plain_names, ignored_names
 from .recipe import Recipe
 
 
@@ -40,8 +41,9 @@ def name_tensors(
     """Finds what each parameter and persistent buffer of ``model`` is made of.
 
     ``model`` is on the meta device, with the dtypes that it shall run in; nothing of it is
-    changed. For a transformers model its own conversion mapping and tie rules count, for any other
-    module names are equal. ``key_mapping`` maps regular expressions to what replaces them in the
+    changed. For a transformers model its own conversion mapping and tie rules count; for any other
+    module names are equal, and where it is one of diffusers' its class's exceptions count, too.
+    ``key_mapping`` maps regular expressions to what replaces them in the
     checkpoint's names, in order, once each, before anything else; ``\\1`` is what the group
     matched.
 
@@ -56,10 +58,11 @@ def name_tensors(
     if hub:
         draft = draft_hub_names(model, places, specs, key_mapping)
     else:
-        draft = _draft_equal_names(places, specs, key_mapping)
+        draft = draft_plain_names(model, places, specs, key_mapping)
     tied = _ties(model if hub else None, places, draft.recipes)
     missing = {name for name in places if name not in draft.recipes and name not in tied}
-    made, useless = ignored(model, missing, {*draft.unplaced.values()}) if hub else (set(), set())
+    names = {*draft.unplaced.values()}
+    made, useless = ignored(model, missing, names) if hub else (set(), ignored_names(model, names))
     return Names(
         FrozenMapping({name: draft.recipes[name] for name in places if name in draft.recipes}),
         FrozenMapping(tied),
@@ -92,22 +95,6 @@ def _tensors(manifest: Manifest) -> Iterable[TensorSpec]:
     yield from manifest.static.values()
     for layer in manifest.layers:
         yield from layer.tensors.values()
-
-
-def _draft_equal_names(
-    places: Mapping[str, Place], specs: Mapping[str, TensorSpec], key_mapping: Mapping[str, str]
-) -> Draft:
-    draft = Draft()
-    for spec in specs.values():
-        name = spec.name
-        for pattern, replacement in key_mapping.items():
-            name = re.sub(pattern, replacement, name, count=1)
-        if name in places and name not in draft.recipes:
-            place = places[name]
-            draft.recipes[name] = whole(name, place, spec, place.dtype)
-        else:
-            draft.unplaced[spec.name] = name
-    return draft
 
 
 def _ties(model: Any, places: Mapping[str, Place], recipes: Mapping[str, Recipe]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a module has places for: parameters and persistent buffers, their shapes and dtypes."""
+"""What a module has places for: parameters and persistent buffers, and what fits them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from ..checkpoint.manifest import TensorSpec
 from ..errors import CheckpointError
-from .recipe import Recipe
+from .recipe import Conversion, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,26 @@ def places_of(module: nn.Module) -> dict[str, Place]:
         for name, tensor in module.state_dict(keep_vars=True).items()
         if isinstance(tensor, torch.Tensor)
     }
+
+
+def whole(name: str, place: Place, spec: TensorSpec, dtype: torch.dtype | None) -> Recipe:
+    """The recipe of a parameter that is one tensor of the checkpoint, cast to ``dtype``."""
+    expect_shape(name, place.shape, spec, spec.shape)
+    return cast(Recipe(name, (spec,), spec.dtype, spec.shape), dtype, spec)
+
+
+def cast(recipe: Recipe, dtype: torch.dtype | None, spec: TensorSpec) -> Recipe:
+    """The recipe with a cast of what its pieces are, if the parameter's dtype is another."""
+    if dtype is None or dtype == recipe.dtype:
+        return recipe
+    expect_dtype(recipe.name, dtype, spec)
+
+    def make(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return tensors[0].to(dtype)
+
+    laid = ((recipe.dtype, recipe.shape),)
+    convert = Conversion("cast", laid, dtype, recipe.shape, make)
+    return Recipe(recipe.name, recipe.pieces, recipe.dtype, recipe.shape, convert)
 
 
 def expect_shape(
