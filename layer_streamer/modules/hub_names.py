@@ -203,7 +203,7 @@ def _recipes(group: _Group, model: Any, places: Mapping[str, Place]) -> Iterator
             recipe = Recipe(name, pieces, tensor.dtype, shape)
             yield cast(recipe, group.casts[0] or sources[0].dtype, sources[0])
         else:
-            yield _converted(group, name, shape, model)
+            yield _converted(group, name, tensor, model)
 
 
 def _sources(specs: Sequence[TensorSpec]) -> str:
@@ -226,8 +226,9 @@ def _piece(spec: TensorSpec, run: Run) -> TensorSpec:
     return TensorSpec(spec.name, spec.dtype, shape, spec.path, spec.offset + run.begin, run.nbytes)
 
 
-def _converted(group: _Group, name: str, shape: tuple[int, ...], model: Any) -> Recipe:
-    """A parameter that transformers' operations make from all of the group's tensors."""
+def _converted(group: _Group, name: str, like: torch.Tensor, model: Any) -> Recipe:
+    """A parameter that transformers' operations make from all of the group's tensors; ``like`` is
+    what they make without casts."""
     casts = group.casts
 
     def make(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -235,6 +236,6 @@ def _converted(group: _Group, name: str, shape: tuple[int, ...], model: Any) -> 
         return group.convert(ready, model)[name]
 
     inputs = tuple((spec.dtype, spec.shape) for spec in group.sources)
-    dtype = casts[0] or group.sources[0].dtype
+    dtype, shape = casts[0] or like.dtype, tuple(like.shape)
     convert = Conversion(group.operations, inputs, dtype, shape, make)
     return recipe_of_inputs(name, group.sources, convert)

@@ -15,14 +15,13 @@ from ..errors import ConfigError
 
 _KEPT = ("fp8", "compressed-tensors", "mxfp4")
 """Methods whose stored tensors are all that is needed."""
-_REASONS = {
-    "bitsandbytes": "its weights are packed by its own kernels while they are loaded",
-    "gptq": "its kernels pack weights anew once all are loaded",
-    "awq": "its kernels pack weights anew once all are loaded",
-}
+_INTEGERS = ("gptq", "awq")
+"""Methods whose weights are unpacked here, for no operation of transformers does that."""
+_REASONS = {"bitsandbytes": "its weights are packed by its own kernels while they are loaded"}
+_TOO_OLD = "this transformers unpacks whole models only, a newer one can"
 _WAY_OUT = (
-    "; name a checkpoint in FP8, MXFP4 or compressed-tensors, or one without quantization, which "
-    "`layer-streamer quantize` packs"
+    "; name a checkpoint in FP8, MXFP4, compressed-tensors, GPTQ or AWQ, or one without "
+    "quantization, which `layer-streamer quantize` packs"
 )
 
 
@@ -38,6 +37,9 @@ def prepare_quantized(model: Any, device: torch.device) -> None:
     if stored is None:
         return
     method = _method(stored)
+    if method in _INTEGERS:
+        model.hf_quantizer = _integer_quantizer(method, stored)
+        return
     if method not in _KEPT:
         reason = _REASONS.get(method, "what it makes of stored tensors are no plain tensors")
         raise ConfigError(f"quantization {method!r} cannot be streamed: {reason}{_WAY_OUT}")
@@ -51,7 +53,7 @@ def prepare_quantized(model: Any, device: torch.device) -> None:
             # the first forward: neither leaves parameters that can be lent.
             quantizer.quantization_config.dequantize = True
             if not quantizer.get_weight_conversions():
-                raise RuntimeError("this transformers unpacks whole models only, a newer one can")
+                raise RuntimeError(_TOO_OLD)
         with torch.device("meta"):
             quantizer.preprocess_model(
                 model=model, dtype=model.dtype, device_map={"": device}, checkpoint_files=[],
@@ -60,6 +62,17 @@ def prepare_quantized(model: Any, device: torch.device) -> None:
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"quantization {method!r} cannot be run here: {error}") from error
     model.hf_quantizer = quantizer
+
+
+def _integer_quantizer(method: str, stored: Any) -> Any:
+    from transformers.quantizers.base import HfQuantizer
+
+    if not hasattr(HfQuantizer, "get_load_operations"):
+        raise ConfigError(f"quantization {method!r} cannot be streamed: {_TOO_OLD}")
+    from .packed_integers import IntegerQuantizer
+
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    return IntegerQuantizer({**settings, "quant_method": method})
 
 
 def _method(stored: Any) -> str:

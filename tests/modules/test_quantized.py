@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from recipes import differences, loaded, made_all, manifest_of
-from tiny_models import tiny_config, tiny_model_on_meta
-from tiny_quantized import quantized_checkpoint
+from packings import PACKINGS
+from recipes import differences, loaded, made_all, manifest_of, write
+from tiny_models import tiny_class, tiny_config, tiny_model, tiny_model_on_meta
+from tiny_quantized import packed_checkpoint, quantized_checkpoint
 
 from layer_streamer import ConfigError
 from layer_streamer.modules.names import Names, name_tensors
@@ -18,6 +19,7 @@ from layer_streamer.modules.quantized import prepare_quantized
 
 CPU = torch.device("cpu")
 OLD = int(transformers.__version__.split(".")[1]) < 20
+NEWER = "a newer one can" if OLD else ""
 BITS = {"load_in_4bit": True}
 
 
@@ -49,6 +51,25 @@ def test_numbers_are_those_that_from_pretrained_unpacks(
     assert (names.missing, names.unused) == ((), ())
     assert differences(made_all(names), reference) == []
     assert any(r.convert for r in names.recipes.values())
+
+
+@pytest.mark.skipif(OLD, reason="this transformers unpacks whole models only")
+@pytest.mark.parametrize(
+    ("name", "packing"),
+    [("llama", "awq-g32"), ("llama", "gptq4-g32"), ("llama", "gptq4-v2-act-order"),
+     ("llama", "gptq8-v2-channel"), ("mixtral", "gptq8-act-order"), ("mixtral", "awq-g32")],
+)  # fmt: skip
+def test_gptq_and_awq_weights_are_the_numbers_that_were_packed(
+    name: str, packing: str, tmp_path: Path
+) -> None:
+    numbers = packed_checkpoint(tmp_path, name, PACKINGS[packing])
+    names, _ = names_of(tmp_path)
+    dense = tmp_path / "dense"
+    tiny_model(name).save_pretrained(dense)
+    write(dense, numbers)
+    reference = loaded(tiny_class(name), dense, dtype=torch.bfloat16)
+    assert (names.missing, names.unused) == ((), ())
+    assert differences(made_all(names), reference) == []
 
 
 def test_what_is_read_of_a_quantized_weight_is_its_packed_bytes(tmp_path: Path) -> None:
@@ -85,8 +106,8 @@ def test_without_quantization_nothing_is_done() -> None:
     ("config", "reason"),
     [(BITS, "'bitsandbytes' cannot be streamed.*while they are loaded.*quantize`"),
      (transformers.BitsAndBytesConfig(**BITS), "'bitsandbytes'.*layer-streamer quantize"),
-     ({"quant_method": "gptq", "bits": 4}, "'gptq' cannot be streamed.*pack weights anew"),
-     ({"quant_method": "awq", "bits": 4}, "'awq' cannot be streamed"),
+     ({"quant_method": "gptq", "bits": 3}, NEWER or "'gptq' with 3 bits.*or gptq_v2"),
+     ({"quant_method": "awq", "version": "gemv"}, NEWER or "'gemv' with 4 bits.*expected gemm"),
      ({"quant_method": "torchao"}, "'torchao' cannot be streamed.*no plain tensors"),
      ({"quant_method": "fp8", "activation_scheme": "odd"}, "'fp8' cannot be run here: .*odd")],
 )  # fmt: skip

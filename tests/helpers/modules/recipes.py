@@ -45,7 +45,11 @@ def made(recipe: Recipe) -> torch.Tensor:
     data = bytearray(b"".join(read(piece) for piece in recipe.pieces))
     laid = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     seen = laid.view(recipe.dtype).view(recipe.shape)
-    return seen if recipe.convert is None else recipe.convert(seen)
+    if recipe.convert is None:
+        return seen
+    converted = recipe.convert(seen)
+    assert (converted.dtype, converted.shape) == (recipe.convert.dtype, recipe.convert.shape)
+    return converted
 
 
 def made_all(names: Names) -> dict[str, torch.Tensor]:

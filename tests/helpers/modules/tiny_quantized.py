@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packings import Packing
 from recipes import write
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -84,11 +85,38 @@ def quantized_checkpoint(folder: Path, name: str, method: str) -> Path:
     tensors: Packed = {}
     for key, tensor in load_file(folder / "model.safetensors").items():
         dense = tensor.to(torch.bfloat16)
-        matrix = ".experts." in key and dense.dim() == 3 if method == "mxfp4" else (
-            ".layers." in key and dense.dim() == 2 and ".gate." not in key)  # fmt: skip
-        tensors |= pack(key, dense.float(), random) if matrix else {key: dense}
+        chosen = (
+            ".experts." in key and dense.dim() == 3 if method == "mxfp4" else _matrix(key, dense)
+        )
+        tensors |= pack(key, dense.float(), random) if chosen else {key: dense}
+    _save(folder, tensors, config)
+    return folder
+
+
+def packed_checkpoint(folder: Path, name: str, packing: Packing) -> Packed:
+    """The same with the packing of another library; the numbers that this one reads from it."""
+    tiny_model(name).save_pretrained(folder)
+    random = torch.Generator().manual_seed(3)
+    tensors: Packed = {}
+    numbers: Packed = {}
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        numbers[key] = tensor
+        if _matrix(key, tensor):
+            kinds = packing.pack(tensor, random)
+            numbers[key] = packing.unpack(kinds)
+            tensors |= {f"{key.removesuffix('weight')}{kind}": part for kind, part in kinds.items()}
+        else:
+            tensors[key] = tensor
+    _save(folder, tensors, packing.config)
+    return numbers
+
+
+def _matrix(key: str, tensor: torch.Tensor) -> bool:
+    return ".layers." in key and tensor.dim() == 2 and ".gate." not in key
+
+
+def _save(folder: Path, tensors: Packed, config: Any) -> None:
     write(folder, tensors)
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"quantization_config": config, "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(settings))
-    return folder
