@@ -73,7 +73,7 @@ class _Group:
 
     @property
     def operations(self) -> str:
-        """ "Transpose(1, 2), Chunk(0)", for plans and errors."""
+        """What they are called in plans and errors: Transpose(dim=1), Chunk(dim=0)."""
         return ", ".join(repr(operation) for operation in self.converter.operations)
 
 
@@ -194,7 +194,10 @@ def _recipes(group: _Group, model: Any, places: Mapping[str, Place]) -> Iterator
         ) from error
     for name, tensor in made.items():
         if name not in places:
-            continue
+            raise CheckpointError(
+                f"{sources[0].path}: {_sources(sources)}: {group.operations} makes {name!r} of it, "
+                "too, which the module has no place for"
+            )
         shape = tuple(tensor.shape)
         expect_shape(name, places[name].shape, sources[0], shape, _sources(sources))
         runs = trace.runs(tensor)

@@ -114,8 +114,10 @@ def _ties(model: Any, places: Mapping[str, Place], recipes: Mapping[str, Recipe]
                 groups[name] = groups[one]
     tied = {}
     for name in places:
+        if name in recipes or len(groups[name]) == 1:
+            continue
         sources = [other for other in places if other in groups[name] and other in recipes]
-        if name not in recipes and sources:
+        if sources:
             named = pairs.get(name)
             tied[name] = named if named in sources else sources[0]
     return tied

@@ -193,6 +193,16 @@ def test_experts_of_unequal_shapes_are_named_with_the_operation(tmp_path: Path) 
         named("mixtral", tmp_path, tensors)
 
 
+def test_a_part_of_a_fused_tensor_that_the_module_has_no_place_for_is_refused(
+    tmp_path: Path,
+) -> None:
+    manifest = write(tmp_path, saved("nomic_bert", tmp_path))
+    meta = tiny_model_on_meta("nomic_bert")
+    meta.layers[1].self_attn.v_proj.weight = None
+    with pytest.raises(CheckpointError, match=r"Wqkv.*Chunk.*v_proj\.weight' of it.*no place for"):
+        name_tensors(meta, manifest)
+
+
 def test_of_two_names_of_one_parameter_the_loaders_choice_is_taken(tmp_path: Path) -> None:
     tensors = saved("llama", tmp_path)
     twin = "model.layers.0.mlp.up_proj.weight"
