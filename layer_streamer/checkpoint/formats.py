@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -28,6 +29,13 @@ def read_manifest(path: str | Path, layer_pattern: str | None = None) -> Manifes
     malformed, or beyond the limits in ``checkpoint.header``, and for what is no checkpoint (a Git
     LFS pointer, an adapter, a pipeline), with what to do; ConfigError for a bad layer_pattern.
     """
+    whole = read_tensors(path)
+    layers, static, found = group_layers(whole.static, whole.path, layer_pattern)
+    return replace(whole, layers=layers, static=FrozenMapping(static), layer_pattern=found)
+
+
+def read_tensors(path: str | Path) -> Manifest:
+    """As :func:`read_manifest`, without layers: all tensors are ``static``."""
     root = absolute(Path(path))
     source = locate(root)
     is_gguf = source.kind == "gguf"
@@ -38,15 +46,13 @@ def read_manifest(path: str | Path, layer_pattern: str | None = None) -> Manifes
     else:
         contents = read_safetensors(source.paths)
     refuse_adapter(root, contents)
-    layers, static, found = group_layers(contents.tensors, root, layer_pattern)
     return Manifest(
         path=root,
         format="gguf" if is_gguf else "safetensors",
-        layers=layers,
-        static=FrozenMapping(static),
+        layers=(),
+        static=FrozenMapping(contents.tensors),
         files=contents.files,
         metadata=contents.metadata,
-        layer_pattern=found,
     )
 
 

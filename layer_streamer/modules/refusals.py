@@ -1,0 +1,78 @@
+"""What a model whose weights stream cannot do: one clear error each, before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from ..errors import StreamerError
+from .blocks import Block
+
+
+class _Moves:
+    """Stands before a module's ``to``: it may stay where it is, and nothing else."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._dtype = getattr(model, "dtype", None)
+        self._device = device
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        here = device is None or _same(device, self._device)
+        if here and dtype in (None, self._dtype):
+            return module
+        raise StreamerError(
+            f"the model's weights stream to {self._device} as {self._dtype}: it cannot be moved or "
+            "cast; say device= and dtype= to stream()"
+        )
+
+
+def refuse(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> None:
+    """Have ``to``, casts, ``state_dict`` and replication of the model and its blocks say so."""
+    moves = _Moves(model, device)
+    for module in (model, *(block.module for block in blocks)):
+        module.__dict__["_apply"] = _refuse_apply
+        module.__dict__["_replicate_for_data_parallel"] = _refuse_replicas
+    model.__dict__["to"] = _bound_to(model, moves)
+    for block in blocks:
+        block.module.register_state_dict_pre_hook(_refuse_state)
+
+
+def _bound_to(model: nn.Module, moves: _Moves) -> Any:
+    import weakref
+
+    known = weakref.ref(model)
+
+    def to(*args: Any, **kwargs: Any) -> nn.Module:
+        module = known()
+        assert module is not None
+        return moves(module, args, kwargs)
+
+    return to
+
+
+def _same(one: torch.device, other: torch.device) -> bool:
+    return one.type == other.type and (one.index or 0) == (other.index or 0)
+
+
+def _refuse_apply(*args: Any, **kwargs: Any) -> NoReturn:
+    raise StreamerError(
+        "the model's weights stream: it cannot be moved or cast; say device= and dtype= to stream()"
+    )
+
+
+def _refuse_replicas(*args: Any) -> NoReturn:
+    raise StreamerError(
+        "a model whose weights stream cannot be replicated (DataParallel): name several devices in "
+        "stream(device=[...])"
+    )
+
+
+def _refuse_state(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
+    raise StreamerError(
+        f"{prefix.removesuffix('.') or 'the model'}: its weights stream, so there is no state_dict "
+        "of them, and nothing to save: the checkpoint has them"
+    )

@@ -1,0 +1,192 @@
+"""stream(): a model that keeps its class, its forward and its hooks, and whose weights stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Unpack, overload
+
+import torch
+from torch import nn
+
+from ..checkpoint.formats import read_tensors
+from ..checkpoint.manifest import Manifest
+from ..devices.accelerator import open_devices
+from ..errors import ConfigError
+from ..planning.budget import parse_bytes
+from ..planning.options import Options, check_names
+from .blocks import Block, find_stacks, group_stacks
+from .handle import ModuleStreamer
+from .hub import build, class_of, is_hub_folder, local_folder, make_buffers
+from .names import Names, is_hub_model, name_tensors
+from .outside import check_complete, load_outside, outside_of, share_tied
+from .quantized import prepare_quantized
+from .recipe import Recipe
+from .refusals import refuse
+from .runner import Runner
+from .sequence import manifest_of
+from .share import DEFAULT_RESERVE, open_all
+
+M = TypeVar("M", bound=nn.Module)
+OF_LAYERS = ("layers", "tail", "layer_pattern", "on_copy")
+"""Options of a streamer that a model's own forward has no use for."""
+
+
+@overload
+def stream(
+    model: str | Path,
+    *,
+    cls: type[M],
+    model_options: Mapping[str, Any] | None = ...,
+    trust_remote_code: bool = ...,
+    stacks: Sequence[str] | None = ...,
+    strict: bool = ...,
+    **options: Unpack[Options],
+) -> M: ...
+@overload
+def stream(
+    model: str | Path,
+    *,
+    cls: None = ...,
+    model_options: Mapping[str, Any] | None = ...,
+    trust_remote_code: bool = ...,
+    stacks: Sequence[str] | None = ...,
+    strict: bool = ...,
+    **options: Unpack[Options],
+) -> Any: ...
+@overload
+def stream(
+    model: M,
+    path: str | Path,
+    *,
+    key_mapping: Mapping[str, str] | None = ...,
+    stacks: Sequence[str] | None = ...,
+    strict: bool = ...,
+    **options: Unpack[Options],
+) -> M: ...
+def stream(  # noqa: PLR0913 - three ways to say which model
+    model: str | Path | nn.Module,
+    path: str | Path | None = None,
+    *,
+    cls: Any = None,
+    model_options: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
+    stacks: Sequence[str] | None = None,
+    strict: bool = False,
+    **options: Unpack[Options],
+) -> Any:
+    """A model whose blocks get their weights while its own forward runs.
+
+    ``model``: a folder of transformers', or the name of a repository; the class is the one that its
+    config.json names, or ``cls``, made by ``cls.from_pretrained`` with ``model_options``. Or an
+    nn.Module on the meta device, and ``path``, a safetensors folder or file (GGUF, too), whose
+    names are the module's, or become so by ``key_mapping`` (regular expressions and what replaces
+    them). ``stacks``: the blocks, as patterns ("blocks.{i}."), where they are not found by
+    themselves. ``strict``: weights used outside of their block's forward raise an error by name.
+
+    Returns the model, in eval mode, without gradients; ``.layer_streamer`` is its
+    :class:`ModuleStreamer`. ``options`` are those of :meth:`LayerStreamer.from_checkpoint`.
+    ``device_budget`` counts weights: slots, resident blocks and what is outside of blocks; on a GPU
+    its default is "auto", what is free less ``reserve_bytes`` (2 GiB if that is not said) for
+    activations and caches, which nobody can know. ``dtype``: None is the checkpoint's.
+
+    Errors: CheckpointError for weights that are missing or do not fit; ConfigError for what cannot
+    stream, and for budgets; nothing is left open.
+    """
+    check_names(options, Options)
+    for name in OF_LAYERS:
+        if options.get(name) is not None:
+            raise ConfigError(f"{name}=: not with a module, whose forward has its own order")
+    dtype = options.pop("dtype", None)
+    if isinstance(model, nn.Module):
+        if path is None:
+            raise ConfigError("stream(module, path): say where the checkpoint is")
+        net, manifest = model.eval().requires_grad_(False), read_tensors(path)
+    else:
+        folder = local_folder(model)
+        if not is_hub_folder(folder):
+            raise ConfigError(f"{folder}: no config.json: stream(module, path) takes a module")
+        manifest = read_tensors(folder)
+        asked = {"trust_remote_code": trust_remote_code, **(model_options or {})}
+        net = build(cls or class_of(folder), folder, manifest.static, dtype, asked)
+        prepare_quantized(net, open_devices(options.get("device"))[0].torch_device)
+    names = name_tensors(net, manifest, key_mapping=key_mapping)
+    check_complete(names, manifest.path)
+    return _open(net, manifest, names, _sequences(net, stacks), options, strict)
+
+
+def _sequences(net: nn.Module, stacks: Sequence[str] | None) -> dict[str, tuple[Block, ...]]:
+    """The blocks of each sequence by its name."""
+    sequences = group_stacks(find_stacks(net, stacks))
+    return {blocks[0].name.rpartition(".")[0]: blocks for blocks in sequences}
+
+
+def _open(
+    net: nn.Module,
+    manifest: Manifest,
+    names: Names,
+    sequences: Mapping[str, tuple[Block, ...]],
+    options: Options,
+    strict: bool,
+) -> nn.Module:
+    blocks = [block for some in sequences.values() for block in some]
+    outside = outside_of(net, names, blocks)
+    inside = {n: recipe for n, recipe in names.recipes.items() if n not in set(outside)}
+    order = sorted(sequences, key=lambda name: _nbytes(sequences[name], inside))[::-1]
+    static = {name: names.recipes[name] for name in outside}
+    manifests = [
+        manifest_of(manifest, sequences[name], inside, static if i == 0 else {})
+        for i, name in enumerate(order)
+    ]
+    _place_buffers(net, names, open_devices(options.get("device"))[0].torch_device)
+    reserve = parse_bytes("reserve_bytes", options.pop("reserve_bytes", None) or DEFAULT_RESERVE)
+    kept = sum(names.recipes[name].nbytes for name in outside) + _made(blocks, inside)
+    streamers = dict(zip(order, open_all(manifests, options, kept, reserve), strict=True))
+    runners: dict[str, Runner] = {}
+    try:
+        for name, streamer in streamers.items():
+            runners[name] = Runner(streamer, sequences[name], names.recipes, strict=strict)
+        first = streamers[order[0]]
+        load_outside(net, first, names.recipes, outside)
+        share_tied(net, names.tied)
+        refuse(net, blocks, first.device)
+    except BaseException:
+        for runner in runners.values():
+            runner.close()
+        for streamer in streamers.values():
+            streamer.close()
+        raise
+    net.layer_streamer = ModuleStreamer(streamers, runners, kept, reserve)  # type: ignore[assignment]
+    return net
+
+
+def _place_buffers(net: nn.Module, names: Names, device: torch.device) -> None:
+    """Buffers that no checkpoint has are made, or moved where they are real."""
+    if is_hub_model(net):
+        make_buffers(net, names.made, device)
+        return
+    for module in net.modules():
+        for leaf in module._non_persistent_buffers_set:
+            buffer = module._buffers[leaf]
+            if buffer is not None:
+                module._buffers[leaf] = buffer.to(device)
+
+
+def _nbytes(blocks: Sequence[Block], recipes: Mapping[str, Recipe]) -> int:
+    heads = tuple(f"{block.name}." for block in blocks)
+    return sum(recipe.nbytes for name, recipe in recipes.items() if name.startswith(heads))
+
+
+def _made(blocks: Sequence[Block], recipes: Mapping[str, Recipe]) -> int:
+    """Bytes of parameters that are made by arithmetic: once for all blocks that are alike."""
+    made = {}
+    for block in blocks:
+        head = f"{block.name}."
+        for name, recipe in recipes.items():
+            if name.startswith(head) and recipe.convert is not None:
+                shape, dtype = recipe.convert.shape, recipe.convert.dtype
+                made[name.removeprefix(head), shape, dtype] = (
+                    torch.Size(shape).numel() * dtype.itemsize
+                )
+    return sum(made.values())
