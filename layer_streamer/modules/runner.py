@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import ClosedError, ConfigError, StreamerError
 from ..passes.inputs import move
@@ -24,6 +25,8 @@ from ..transport.weights import Weights
 from .binding import Binder, Source
 from .blocks import Block
 from .calls import called_within, computes, thread_name
+from .course import Course
+from .hooks import Hooks
 
 _graph_task = torch._C._current_graph_task_id
 """The backward that the calling thread is in; -1 outside of any."""
@@ -39,7 +42,8 @@ class _Pass:
         self.sweep = sweep
         self.thread = get_ident()
         self.at = BEFORE_ALL
-        """Layer that is handed out; the number of layers, if that is not known or over."""
+        """Place in the pass of the layer that is handed out; the number of layers, if that is not
+        known or over."""
         self.weights: Weights
         """Of that layer."""
         self.inside = 0
@@ -51,7 +55,8 @@ class _Pass:
 class Runner:
     """Has the blocks of one sequence get their weights from a streamer, whatever calls them.
 
-    Block i is layer i. A forward goes through the blocks in order, one pass each time:
+    Block i is layer i. A forward goes through the blocks in the order of the streamer's passes
+    (``layers=``), one pass each time:
 
     * the next block is handed the next layer, and the one before is given back;
     * the same block again (it is shared, or called twice for guidance) keeps its layer;
@@ -88,25 +93,34 @@ class Runner:
         ConfigError if layers and blocks do not fit together.
         """
         layers = streamer.manifest.layers
-        if len(layers) != len(blocks) or streamer.plan.layers != tuple(range(len(blocks))):
+        self._order = streamer.plan.layers
+        if len(layers) != len(blocks) or sorted(self._order) != [*range(len(blocks))]:
             raise ConfigError(
                 f"{len(blocks)} blocks, {len(layers)} layers, of which a pass hands out "
-                f"{len(streamer.plan.layers)}: each block needs its layer"
+                f"{len(self._order)}: each block needs its layer"
             )
         self._streamer = streamer
-        self._devices = streamer.devices
+        self._place = {i: place for place, i in enumerate(self._order)}
         self._names = tuple(block.name for block in blocks)
         self._last = len(blocks) - 1
         self._current: _Pass | None = None
         self._keeps_last = False
         self._closed = False
         self._strict = strict
-        keys = [tuple(layer.tensors) for layer in layers]
-        self.binder = Binder(blocks, keys, sources, streamer.devices)
+        self._course: Course | None = Course(len(blocks))
+        self.order: tuple[int, ...] | None = None
+        """In which the first forward came to the blocks; None before, or if it left some out. If
+        that is not the streamer's, forwards take more than one pass: open it with ``layers=`` of
+        this order."""
+        some = streamer.devices
+        self._first = some[0] if len(some) > 1 else None
+        devices = [some[self._place[i] % len(some)] for i in range(len(blocks))]
+        self.binder = Binder(blocks, [tuple(x.tensors) for x in layers], sources, devices)
         """Of these blocks: says what its memory takes."""
-        self._handles: list[Any] = []
-        for i, block in enumerate(blocks):
-            self._hook(_Turn(self, i, self._devices), block.module)
+        self._handles: list[RemovableHandle] = []
+        for i, (block, device) in enumerate(zip(blocks, devices, strict=True)):
+            hooks = Hooks(i, self.enter, self.leave, device if self._first is not None else None)
+            self._handles += hooks.register(block.module)
 
     def close(self) -> None:
         """Remove the hooks, and put the blocks' parameters on meta again. Idempotent, any thread.
@@ -123,8 +137,8 @@ class Runner:
         if not running:
             for handle in self._handles:
                 handle.remove()
-        at = current.at if current is not None and running and current.inside else None
-        self.binder.release(but=at)
+        busy = current is not None and running and current.inside and current.at <= self._last
+        self.binder.release(but=self._order[current.at] if current is not None and busy else None)
 
     def enter(self, i: int, module: nn.Module) -> None:
         """Block ``i``, which is ``module``, is about to run: hand out its weights."""
@@ -135,17 +149,20 @@ class Runner:
             )
         if _graph_task() != -1:
             self._refuse_backward(i)
+        place = self._place[i]
         current = self._go_on(i)
-        if current is None or i < current.at:
-            current = self._begin(i)
+        if current is None or place < current.at:
+            current = self._begin(place)
         current.inside = id(module)
         if self._current is not current:
             self._refuse_second(self._current)
-        if i == current.at:
+        if place == current.at:
             current.repeats = True
         else:
-            self._advance(current, i)
+            self._advance(current, place)
         self.binder.bind(i, module, current.weights)
+        if self._course is not None:
+            self._note(i, self._course)
 
     def leave(self, i: int, output: Any) -> Any:
         """Block ``i`` has run, or failed. What it returned, where that is to be another."""
@@ -159,24 +176,22 @@ class Runner:
                 if self._strict:
                     self.binder.unbind(i)
             return None
-        if current is None or not mine or current.at != i:
+        place = self._place[i]
+        if current is None or not mine or current.at != place:
             self._refuse_second(current)
         current.inside = 0
         if self._strict:
             self.binder.unbind(i)
-        if i < self._last:
+        if place < self._last:
             return None
         if not (current.repeats or self._keeps_last):
             self._end(current, finish=True)
-        return move(output, self._devices[0]) if len(self._devices) > 1 else None
+        return move(output, self._first) if self._first is not None else None
 
-    def _hook(self, turn: _Turn, module: nn.Module) -> None:
-        several = len(self._devices) > 1
-        before = turn.move_before if several else turn.before
-        self._handles += [
-            module.register_forward_pre_hook(before, prepend=True, with_kwargs=several),
-            module.register_forward_hook(turn.after, always_call=True),
-        ]
+    def _note(self, i: int, course: Course) -> None:
+        course.note(i)
+        if course.over:
+            self.order, self._course = course.order, None
 
     def _go_on(self, i: int) -> _Pass | None:
         """The pass that a forward on this thread is in, or left behind; None if there is none."""
@@ -188,15 +203,16 @@ class Runner:
                 self._refuse_second(current)
             return None
         if current.inside and called_within(current.inside):
-            at = self._names[current.at] if current.at <= self._last else "a block"
+            known = current.at <= self._last
+            at = self._names[self._order[current.at]] if known else "a block"
             raise StreamerError(
                 f"{self._names[i]} is entered within the forward of {at}, which still needs its "
                 "weights: only one of them can stream, name it by stacks="
             )
         return current
 
-    def _begin(self, i: int) -> _Pass:
-        """A new pass, which block ``i`` is the first to want something of."""
+    def _begin(self, place: int) -> _Pass:
+        """A new pass, of which the layer at this place is wanted first."""
         if self._closed:
             self._refuse_closed()
         old = self._current
@@ -204,18 +220,20 @@ class Runner:
             self._end(old, finish=True)
         current = _Pass(self._streamer.sweep())
         # To come back to the last block after it was given back is a whole pass: once is enough.
-        current.repeats = i == self._last > 0
+        current.repeats = place == self._last > 0
         self._current = current
         return current
 
-    def _advance(self, current: _Pass, i: int) -> None:
-        """Give back what is handed out, and take layer ``i``; those in between go unused."""
+    def _advance(self, current: _Pass, place: int) -> None:
+        """Give back what is handed out, and take the layer at this place of the pass; those in
+        between go unused."""
         current.at = len(self._names)
+        wanted = self._order[place]
         try:
-            for index, weights in current.sweep:
-                if index == i:
+            for i, weights in current.sweep:
+                if i == wanted:
                     current.weights = weights
-                    current.at = i
+                    current.at = place
                     return
         except StreamerError as error:
             self._name_block(error)
@@ -262,30 +280,4 @@ class Runner:
             f"{self._names[i]} is run again by a backward (activation checkpointing), when its "
             "weights have gone: streamed weights are for inference; run the forward under "
             "torch.no_grad(), without checkpointing"
-        )
-
-
-class _Turn:
-    """The hooks of one block."""
-
-    __slots__ = ("_device", "_i", "_runner")
-
-    def __init__(self, runner: Runner, i: int, devices: Sequence[torch.device]) -> None:
-        self._runner = runner
-        self._i = i
-        self._device = devices[i % len(devices)]
-
-    def before(self, module: nn.Module, args: Any) -> None:
-        self._runner.enter(self._i, module)
-
-    def move_before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        self._runner.enter(self._i, module)
-        return move(args, self._device), move(kwargs, self._device)
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self._runner.leave(self._i, output)
-
-    def __reduce__(self) -> NoReturn:
-        raise StreamerError(
-            "a model whose weights stream cannot be copied or pickled: stream it a second time"
         )

@@ -6,6 +6,7 @@ import gc
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from interrupter import LIBRARY
 from routes import default_params, make_devices
 from torch import nn
 
-from layer_streamer import ConfigError, SupersededError
+from layer_streamer import ConfigError, StreamerError, SupersededError
 from layer_streamer.modules.blocks import find_stacks
 from layer_streamer.modules.runner import Runner
 
@@ -172,6 +173,41 @@ def test_a_step_cache_that_only_looks_at_the_first_block_keeps_it(
     for way in ([0], [0], range(NUM_BLOCKS), [0], [0], range(NUM_BLOCKS)):
         opened.agree(way=way)
     assert swept.passes == 2 * [list(range(NUM_BLOCKS))]
+
+
+def test_the_order_of_a_forward_is_found_out_and_makes_one_pass_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = [2, 0, 3, 1, 1, 4, 6, 5]
+    with streamed(tmp_path) as some:
+        assert some.runner.order is None
+        for some_way in (way, range(NUM_BLOCKS)):
+            some.agree(way=some_way)
+            assert some.runner.order == (2, 0, 3, 1, 4, 6, 5)
+        for partial in ([0, 1], [0, 1, 1, 0, 2, 3, 4, 5, 6]):
+            some.stream_again()
+            for some_way in (partial, way, way):
+                some.agree(way=some_way)
+                assert some.runner.order is None
+        some.stream_again()
+        some.agree(way=way)
+    with streamed(tmp_path, layers=some.runner.order) as ordered:
+        swept = Swept(ordered, monkeypatch)
+        for seed in range(3):
+            ordered.agree(seed, way=way)
+        assert swept.passes == 3 * [[2, 0, 3, 1, 4, 6, 5]]
+        ordered.agree(way=range(NUM_BLOCKS))
+        ordered.model.blocks[4].act = lambda: ordered.model.blocks[4].up.bias.add_(1)
+        with pytest.raises(StreamerError, match=r"^blocks\.4: layer 4: "):
+            ordered.agree()
+
+
+@settings(max_examples=20)
+@given(st.permutations(range(3)), st.lists(st.integers(0, 2), max_size=8))
+def test_any_order_of_the_layers_is_exact_for_any_forward(order: list[int], way: list[int]) -> None:
+    with TemporaryDirectory() as path, streamed(Path(path), lambda: Net(3), layers=order) as some:
+        for seed in range(2):
+            some.agree(seed, way=way)
 
 
 def test_one_block_alone_streams(tmp_path: Path) -> None:
