@@ -88,7 +88,7 @@ class Runner:
         """``streamer``: its layers are the blocks, their keys are names of parameters relative to
         the block. It is not closed by this. ``sources``: as of :class:`Binder`. ``strict``: a block
         has its weights until its forward ends, so that whoever uses them later gets an error with
-        their name; else until another is handed out, and what comes later is not found out.
+        their name. Else, where no gradients are kept, what uses them later is not found out.
 
         ConfigError if layers and blocks do not fit together.
         """
@@ -101,6 +101,10 @@ class Runner:
             )
         self._streamer = streamer
         self._place = {i: place for place, i in enumerate(self._order)}
+        self._goes = frozenset(
+            at for at, tier in enumerate(streamer.plan.tiers) if tier != "device"
+        )
+        """Places whose layers are other bytes after the hand-out."""
         self._names = tuple(block.name for block in blocks)
         self._last = len(blocks) - 1
         self._current: _Pass | None = None
@@ -166,6 +170,8 @@ class Runner:
 
     def leave(self, i: int, output: Any) -> Any:
         """Block ``i`` has run, or failed. What it returned, where that is to be another."""
+        if torch.compiler.is_compiling():
+            return None  # ``enter`` has said so
         current = self._current
         failed = output is None and sys.exc_info()[1] is not None
         mine = current is not None and current.thread == get_ident()
@@ -180,7 +186,8 @@ class Runner:
         if current is None or not mine or current.at != place:
             self._refuse_second(current)
         current.inside = 0
-        if self._strict:
+        if self._strict or (place in self._goes and torch.is_grad_enabled()):
+            # A backward may compute with them again, and must not find those of another block.
             self.binder.unbind(i)
         if place < self._last:
             return None
@@ -248,11 +255,11 @@ class Runner:
                 self._keeps_last = current.repeats
                 next(current.sweep, None)
             current.sweep.close()
-        except ValueError:
-            self._refuse_second(current)  # another thread takes a layer of it just now
         except StreamerError as error:
             self._name_block(error)
             raise
+        except ValueError:
+            self._refuse_second(current)  # another thread takes a layer of it just now
         self._current = None
 
     def _name_block(self, error: StreamerError) -> None:

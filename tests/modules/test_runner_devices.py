@@ -22,6 +22,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 class Plan:
     layers = tuple(range(4))
+    tiers = ("disk",) * 4
 
 
 class Layer:

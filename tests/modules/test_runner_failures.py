@@ -170,6 +170,16 @@ def test_a_file_that_was_rewritten_is_an_error_of_the_forward(
             run(pooled)
 
 
+@pytest.mark.parametrize("number", [0, 3, NUM_BLOCKS - 1])
+def test_a_file_that_is_rewritten_during_a_forward_is_an_error_of_it(
+    tmp_path: Path, opened: Streamed, number: int
+) -> None:
+    act = partial(rewrite_in_place, tmp_path / "model.safetensors")
+    opened.model.blocks[number].act = act
+    with pytest.raises(CheckpointChangedError):
+        run(opened)
+
+
 WRITES = {
     "in place": lambda p: p.add_(1),
     "detached": lambda p: p.detach().zero_(),
@@ -238,6 +248,35 @@ def test_a_block_that_a_backward_runs_again_is_one_clear_error_and_moves_no_swee
         with torch.no_grad():
             for i, block in enumerate(some.model.blocks):
                 assert torch.equal(block(x), some.resident.blocks[i](x))  # type: ignore[index]
+
+
+class ComputedAgain(Part):
+    """As transformers checkpoints activations: within the call, so that no hook runs again."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return y
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_a_backward_computes_again_within_a_block_is_exact_or_a_clear_error(
+    tmp_path: Path, options: str
+) -> None:
+    with streamed(tmp_path, lambda: Net(make=ComputedAgain), **OPTIONS[options]) as some:
+        for _ in range(2):
+            inputs = [torch.ones(2, HIDDEN, requires_grad=True) for _ in range(2)]
+            mine, plain = some.model(inputs[0]), some.resident(inputs[1])
+            plain.sum().backward()
+            if options == "resident":
+                mine.sum().backward()
+                assert inputs[0].grad is not None and inputs[1].grad is not None
+                assert torch.equal(inputs[0].grad, inputs[1].grad)
+            else:
+                with pytest.raises(
+                    StreamerError, match=r"blocks\.6\..* is used while its block has"
+                ):
+                    mine.sum().backward()
+        some.agree()
 
 
 def test_a_backward_beside_a_pass_that_is_under_way_moves_no_sweep(tmp_path: Path) -> None:
