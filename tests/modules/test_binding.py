@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from block_models import HIDDEN, Part, randomized
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupter import Interrupt, Interrupter
 from torch import nn
@@ -326,6 +326,7 @@ def test_a_module_that_was_put_in_the_place_of_another_is_named() -> None:
     binder.bind(0, block, Weights(state()))
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.booleans()), max_size=12))
 def test_a_block_has_the_weights_it_was_given_last_whatever_came_before(
     acts: list[tuple[int, int, bool]],

@@ -69,7 +69,7 @@ def test_a_forward_is_exact_whatever_order_it_takes(opened: Streamed, way: str) 
     opened.agree(way=range(NUM_BLOCKS))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, LAST), max_size=8), min_size=1, max_size=3))
 def test_forwards_of_any_order_one_after_the_other_are_exact(ways: list[list[int]]) -> None:
     for n, way in enumerate(ways):
@@ -87,7 +87,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         SHARED.clear()
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.lists(st.booleans(), min_size=NUM_BLOCKS, max_size=NUM_BLOCKS), min_size=1, max_size=3
@@ -202,7 +202,7 @@ def test_the_order_of_a_forward_is_found_out_and_makes_one_pass_of_it(
             ordered.agree()
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.permutations(range(3)), st.lists(st.integers(0, 2), max_size=8))
 def test_any_order_of_the_layers_is_exact_for_any_forward(order: list[int], way: list[int]) -> None:
     with TemporaryDirectory() as path, streamed(Path(path), lambda: Net(3), layers=order) as some:
@@ -335,6 +335,7 @@ def by_steps(some: Streamed, seed: int) -> Iterator[torch.Tensor]:
         yield x
 
 
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 2), max_size=20))
 def test_interleaved_walks_over_one_model_are_exact_wherever_they_are_left(
     order: list[int],

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from block_models import HIDDEN, NUM_BLOCKS, Net, Part, Streamed, streamed, unfinished
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from routes import Boom
 from support import FailingDisk, in_thread, rewrite_in_place
@@ -107,6 +107,7 @@ def test_an_error_of_somebody_elses_hook_leaves_the_next_forward_exact(
         opened.agree()
 
 
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["error", "early", "hook", "whole"]), st.integers(0, 6)),
