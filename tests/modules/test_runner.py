@@ -197,8 +197,8 @@ def test_the_order_of_a_forward_is_found_out_and_makes_one_pass_of_it(
             ordered.agree(seed, way=way)
         assert swept.passes == 3 * [[2, 0, 3, 1, 4, 6, 5]]
         ordered.agree(way=range(NUM_BLOCKS))
-        ordered.model.blocks[4].act = lambda: ordered.model.blocks[4].up.bias.add_(1)
-        with pytest.raises(StreamerError, match=r"^blocks\.4: layer 4: "):
+        ordered.model.blocks[3].act = lambda: ordered.model.blocks[3].up.bias.add_(1)
+        with pytest.raises(StreamerError, match=r"^blocks\.3: layer 3: "):
             ordered.agree()
 
 
