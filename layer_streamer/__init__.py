@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         TuneError,
     )
     from .machine.cache import cache_path
+    from .modules.handle import ModulePlan, ModuleStreamer
+    from .modules.stream import stream
     from .planning.budget import format_bytes, parse_bytes
     from .planning.plan import Plan
     from .preview import plan_checkpoint
@@ -44,6 +46,8 @@ __all__ = [
     "LayerStreamer",
     "LayerStreamerTuner",
     "Manifest",
+    "ModulePlan",
+    "ModuleStreamer",
     "PassReport",
     "Plan",
     "ReadError",
@@ -58,6 +62,7 @@ __all__ = [
     "plan_checkpoint",
     "read_json",
     "read_manifest",
+    "stream",
 ]
 
 _PLACES = {
@@ -69,6 +74,8 @@ _PLACES = {
     "cache_path": "machine.cache",
     "plan_checkpoint": "preview",
     "LayerStreamer": "streamer",
+    **dict.fromkeys(("ModulePlan", "ModuleStreamer"), "modules.handle"),
+    "stream": "modules.stream",
     **dict.fromkeys(("PassReport", "StepReport"), "transport.stats"),
     "LayerStreamerTuner": "tuner",
 }

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
 
+from torch import nn
+
+from ..errors import ClosedError
 from ..planning.budget import format_bytes
 from ..planning.plan import Plan
 from ..streamer import LayerStreamer
 from ..transport.stats import PassReport
+from .blocks import Block
 from .runner import Runner
 
 
@@ -40,11 +47,14 @@ class ModuleStreamer:
         self,
         streamers: Mapping[str, LayerStreamer],
         runners: Mapping[str, Runner],
+        blocks: Iterable[Block],
         outside_nbytes: int,
         reserve_nbytes: int,
     ) -> None:
         self._streamers = dict(streamers)
         self._runners = dict(runners)
+        # The model holds this, and not the other way round.
+        self._blocks = [(block.name, weakref.ref(block.module)) for block in blocks]
         self._outside_nbytes = outside_nbytes
         self._reserve_nbytes = reserve_nbytes
 
@@ -72,6 +82,10 @@ class ModuleStreamer:
 
         What is outside of them stays. Idempotent, any thread.
         """
+        if not self.closed:
+            for name, known in self._blocks:
+                if (module := known()) is not None:
+                    module.register_forward_pre_hook(partial(_refuse, name), prepend=True)
         for runner in self._runners.values():
             runner.close()
         for streamer in self._streamers.values():
@@ -80,3 +94,7 @@ class ModuleStreamer:
     def __repr__(self) -> str:
         state = "closed" if self.closed else ", ".join(self._streamers)
         return f"<ModuleStreamer ({state})>"
+
+
+def _refuse(name: str, module: nn.Module, args: object) -> NoReturn:
+    raise ClosedError(f"{name}: its weights do not stream any more: layer_streamer was closed")

@@ -132,9 +132,9 @@ def _open(
 ) -> nn.Module:
     blocks = [block for some in sequences.values() for block in some]
     outside = outside_of(net, names, blocks)
-    inside = {n: recipe for n, recipe in names.recipes.items() if n not in set(outside)}
-    order = sorted(sequences, key=lambda name: _nbytes(sequences[name], inside))[::-1]
     static = {name: names.recipes[name] for name in outside}
+    inside = {name: recipe for name, recipe in names.recipes.items() if name not in static}
+    order = sorted(sequences, key=lambda name: _nbytes(sequences[name], inside))[::-1]
     manifests = [
         manifest_of(manifest, sequences[name], inside, static if i == 0 else {})
         for i, name in enumerate(order)
@@ -157,7 +157,7 @@ def _open(
         for streamer in streamers.values():
             streamer.close()
         raise
-    net.layer_streamer = ModuleStreamer(streamers, runners, kept, reserve)  # type: ignore[assignment]
+    net.layer_streamer = ModuleStreamer(streamers, runners, blocks, kept, reserve)  # type: ignore[assignment]
     return net
 
 
