@@ -55,11 +55,11 @@ class _Group:
     def add(self, spec: TensorSpec, pattern: str, cast: torch.dtype | None) -> None:
         self.sources.append(spec)
         self.patterns.append(pattern)
-        self.casts.append(cast if cast != spec.dtype else None)
+        self.casts.append(cast)
 
     def convert(self, tensors: Sequence[torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
         """What transformers makes of them, by full parameter name."""
-        # What an exception left of an earlier time.
+        # What an interrupt left of an earlier time.
         self.converter.collected_tensors.clear()
         for spec, pattern, tensor in zip(self.sources, self.patterns, tensors, strict=True):
             self.converter.add_tensor(self.name, spec.name, pattern, tensor)

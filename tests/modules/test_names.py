@@ -146,6 +146,16 @@ def test_of_tied_names_that_the_checkpoint_has_both_each_is_its_own(
     assert differences(made_all(names), loaded(tiny_class(TIED), tmp_path)) == []
 
 
+def test_of_several_tied_names_each_shares_with_the_one_that_its_class_names(
+    tmp_path: Path,
+) -> None:
+    tensors = saved("t5", tmp_path)
+    tensors["lm_head.weight"] = tensors["shared.weight"] + 1
+    names = named("t5", tmp_path, tensors)
+    assert {*names.tied.values()} == {"shared.weight"} and len(names.tied) == 2
+    assert differences(made_all(names), loaded(tiny_class("t5"), tmp_path)) == []
+
+
 def test_without_either_of_two_tied_names_both_are_missing(tmp_path: Path) -> None:
     tensors = saved(TIED, tmp_path)
     del tensors[EMBEDDING]
@@ -225,6 +235,14 @@ def test_a_key_mapping_comes_before_all_else(tmp_path: Path) -> None:
 def test_a_key_mapping_that_is_no_regular_expression_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"key_mapping: '\(' is no regular"):
         named("llama", tmp_path, {"a": torch.ones(1)}, key_mapping={"(": ""})
+
+
+def test_a_name_that_a_mapping_would_spoil_is_taken_as_it_is(tmp_path: Path) -> None:
+    mapping = {"layers": "stages"}
+    names = named("llama", tmp_path, saved("llama", tmp_path), key_mapping=mapping)
+    assert (names.missing, names.unused) == ((), ())
+    want = loaded(tiny_class("llama"), tmp_path, key_mapping=mapping)
+    assert differences(made_all(names), want) == []
 
 
 def test_naming_changes_nothing_of_the_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 import transformers
 from packings import PACKINGS
-from recipes import differences, loaded, made_all, manifest_of, write
+from recipes import differences, loaded, made, made_all, manifest_of, write
 from tiny_models import tiny_class, tiny_config, tiny_model, tiny_model_on_meta
 from tiny_quantized import packed_checkpoint, quantized_checkpoint
+from transformers.core_model_loading import WeightTransform
 
 from layer_streamer import ConfigError
 from layer_streamer.modules.names import Names, name_tensors
@@ -70,6 +72,24 @@ def test_gptq_and_awq_weights_are_the_numbers_that_were_packed(
     reference = loaded(tiny_class(name), dense, dtype=torch.bfloat16)
     assert (names.missing, names.unused) == ((), ())
     assert differences(made_all(names), reference) == []
+
+
+def test_a_conversion_that_was_interrupted_leaves_nothing_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, _ = names_of(quantized_checkpoint(tmp_path, "llama", "fp8"))
+    recipe = next(recipe for recipe in names.recipes.values() if recipe.convert)
+    want = made(recipe)
+    add = WeightTransform.add_tensor
+
+    def interrupted(self: WeightTransform, *args: Any) -> None:
+        add(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WeightTransform, "add_tensor", interrupted)
+        made(replace(recipe, pieces=recipe.pieces[::-1]))
+    assert torch.equal(made(recipe), want)
 
 
 def test_what_is_read_of_a_quantized_weight_is_its_packed_bytes(tmp_path: Path) -> None:

@@ -130,6 +130,18 @@ def test_what_is_more_than_moved_has_no_runs(program: Program) -> None:
     assert runs is None
 
 
+def test_tensors_of_two_dtypes_are_not_joined_by_their_bytes() -> None:
+    tensors = [torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bfloat16)]
+    assert traced(lambda t: torch.cat(list(t)), tensors)[1] is None
+    assert traced(lambda t: torch.stack(list(t)), tensors)[1] is None
+
+
+def test_a_copy_that_keeps_odd_strides_is_not_mistaken_for_one_in_order() -> None:
+    tensors = numbered([(4, 3)], torch.float32)
+    _, runs = traced(lambda t: t[0].T.clone(), tensors)
+    assert runs is None or torch.equal(laid(runs, tensors), bytes_of(tensors[0].T))
+
+
 def test_a_transposed_matrix_is_not_followed_element_by_element() -> None:
     tensors = [torch.empty(MAX_RUNS + 1, 3)]
     assert traced(lambda t: t[0].T.contiguous(), tensors)[1] is None
