@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..checkpoint.manifest import TensorSpec
 from ..errors import CheckpointError
@@ -27,11 +28,14 @@ each would be a read of its own."""
 
 @dataclass(frozen=True, slots=True)
 class _Skeleton:
-    """What transformers' operations ask a model for. Not the model itself: a conversion outlives
-    what becomes of its names (adapters wrap layers), and holds none of its memory."""
+    """What transformers' operations ask a model for. Not the model itself: its names change when
+    adapters wrap its layers, and conversions are asked for after that."""
 
     config: Any
     places: Mapping[str, Place]
+    modules: Mapping[str, nn.Module]
+    """For a quantizer's operations; none without one."""
+    hf_quantizer: Any
 
     def get_parameter(self, name: str) -> torch.Tensor:
         """A meta tensor like the parameter. AttributeError if there is none, as in torch."""
@@ -39,6 +43,10 @@ class _Skeleton:
             raise AttributeError(name)
         place = self.places[name]
         return torch.empty(place.shape, dtype=place.dtype, device="meta")
+
+    def get_submodule(self, name: str) -> nn.Module:
+        """The module that had this name."""
+        return self.modules[name]
 
 
 @dataclass(slots=True)
@@ -57,7 +65,7 @@ class _Group:
         self.patterns.append(pattern)
         self.casts.append(cast)
 
-    def convert(self, tensors: Sequence[torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    def convert(self, tensors: Sequence[torch.Tensor], model: _Skeleton) -> dict[str, torch.Tensor]:
         """What transformers makes of them, by full parameter name."""
         # What an interrupt left of an earlier time.
         self.converter.collected_tensors.clear()
@@ -67,7 +75,7 @@ class _Group:
             self.name,
             model=model,
             config=model.config,
-            hf_quantizer=getattr(model, "hf_quantizer", None),
+            hf_quantizer=model.hf_quantizer,
         )
         return {name: v[0] if isinstance(v, list) else v for name, v in made.items()}
 
@@ -107,10 +115,11 @@ def draft_hub_names(
                 groups[name] = _Group(name, deepcopy(converter))
             group = groups[name]
             group.add(spec, pattern, dtype_of(name, spec, group.converter))
-    # A quantizer's operations look at its modules.
-    whose = model if hasattr(model, "hf_quantizer") else _Skeleton(model.config, places)
+    quantizer = getattr(model, "hf_quantizer", None)
+    modules = {} if quantizer is None else dict(model.named_modules())
+    skeleton = _Skeleton(model.config, places, modules, quantizer)
     for group in groups.values():
-        for recipe in _recipes(group, whose, places):
+        for recipe in _recipes(group, skeleton, places):
             draft.recipes.setdefault(recipe.name, recipe)
     return draft
 
@@ -179,7 +188,7 @@ def _dtype_rule(
     return dtype_of
 
 
-def _recipes(group: _Group, model: Any, places: Mapping[str, Place]) -> Iterator[Recipe]:
+def _recipes(group: _Group, model: _Skeleton, places: Mapping[str, Place]) -> Iterator[Recipe]:
     """What the tensors of one converter become: a recipe for each of its parameters."""
     trace, sources = Trace(), group.sources
     tensors = [trace.source(spec.dtype, spec.shape) for spec in sources]
@@ -229,7 +238,7 @@ def _piece(spec: TensorSpec, run: Run) -> TensorSpec:
     return TensorSpec(spec.name, spec.dtype, shape, spec.path, spec.offset + run.begin, run.nbytes)
 
 
-def _converted(group: _Group, name: str, like: torch.Tensor, model: Any) -> Recipe:
+def _converted(group: _Group, name: str, like: torch.Tensor, model: _Skeleton) -> Recipe:
     """A parameter that transformers' operations make from all of the group's tensors; ``like`` is
     what they make without casts."""
     casts = group.casts

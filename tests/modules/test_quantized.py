@@ -92,6 +92,19 @@ def test_a_conversion_that_was_interrupted_leaves_nothing_for_the_next(
     assert torch.equal(made(recipe), want)
 
 
+@pytest.mark.parametrize(("name", "method"), [("llama", "fp8"), ("gpt_oss", "mxfp4")])
+def test_conversions_do_not_depend_on_the_modules_later_names(
+    name: str, method: str, tmp_path: Path
+) -> None:
+    names, model = names_of(quantized_checkpoint(tmp_path, name, method))
+    want = made_all(names)
+    for layer in model.model.layers:
+        for child, module in [*layer.named_children()]:
+            setattr(layer, child, torch.nn.ModuleDict({"base_layer": module}))
+    got = made_all(names)
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
 def test_what_is_read_of_a_quantized_weight_is_its_packed_bytes(tmp_path: Path) -> None:
     names, _ = names_of(quantized_checkpoint(tmp_path, "gpt_oss", "mxfp4"))
     for recipe in names.recipes.values():
