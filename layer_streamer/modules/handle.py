@@ -75,6 +75,7 @@ class ModuleStreamer:
 
     @property
     def closed(self) -> bool:
+        """True after ``close``. Thread rules: any thread."""
         return all(streamer.closed for streamer in self._streamers.values())
 
     def close(self) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 from ..errors import CheckpointError
 from ..streamer import LayerStreamer
 from .blocks import Block, find_ties
-from .names import Names
-from .recipe import Recipe
+from .naming.names import Names
+from .naming.recipe import Recipe
 from .unbound import as_parameter
 
 LISTED = 3
@@ -47,6 +47,16 @@ def check_complete(names: Names, path: object) -> None:
         more = f" and {len(names.missing) - LISTED} more" if len(names.missing) > LISTED else ""
         other = f"; it has no place for {names.unused[0]!r}" if names.unused else ""
         raise CheckpointError(f"{path}: no tensors for parameters {listed}{more}{other}")
+
+
+def take_dtypes(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
+    """Have the parameters, which are on meta, be of the dtypes that their recipes give: of a model
+    in half precision some may stay in float32."""
+    for name, recipe in recipes.items():
+        dtype = recipe.convert.dtype if recipe.convert is not None else recipe.dtype
+        place = _get(model, name)
+        if place.dtype != dtype:
+            _put(model, name, torch.empty_like(place, dtype=dtype), place)
 
 
 def load_outside(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..checkpoint.manifest import FrozenMapping, LayerSpec, Manifest, TensorSpec
 from ..errors import ConfigError
 from .blocks import Block
-from .recipe import Recipe
+from .naming.recipe import Recipe
 
 
 def manifest_of(

@@ -18,10 +18,10 @@ from ..planning.options import Options, check_names
 from .blocks import Block, find_stacks, group_stacks
 from .handle import ModuleStreamer
 from .hub import build, class_of, is_hub_folder, local_folder, make_buffers
-from .names import Names, is_hub_model, name_tensors
-from .outside import check_complete, load_outside, outside_of, share_tied
-from .quantized import prepare_quantized
-from .recipe import Recipe
+from .naming.names import Names, is_hub_model, name_tensors
+from .naming.quantized import prepare_quantized
+from .naming.recipe import Recipe
+from .outside import check_complete, load_outside, outside_of, share_tied, take_dtypes
 from .refusals import refuse
 from .runner import Runner
 from .sequence import manifest_of
@@ -139,6 +139,7 @@ def _open(
         manifest_of(manifest, sequences[name], inside, static if i == 0 else {})
         for i, name in enumerate(order)
     ]
+    take_dtypes(net, names.recipes)
     _place_buffers(net, names, open_devices(options.get("device"))[0].torch_device)
     reserve = parse_bytes("reserve_bytes", options.pop("reserve_bytes", None) or DEFAULT_RESERVE)
     kept = sum(names.recipes[name].nbytes for name in outside) + _made(blocks, inside)

@@ -127,7 +127,7 @@ def readme_code() -> list[str]:
 
 def test_the_readme_shows_the_shortest_program_for_a_language_model() -> None:
     program = (ROOT / "examples" / "qwen.py").read_text()
-    assert readme_code()[1] in program
+    assert readme_code()[2] in program
 
 
 def test_the_readmes_table_of_options_is_the_one_in_code() -> None:

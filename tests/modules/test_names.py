@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import has, tiny_class, tiny_config, tiny_model, tiny_model_on_meta
 
 from layer_streamer import CheckpointError, ConfigError
-from layer_streamer.modules.names import Names, name_tensors
+from layer_streamer.modules.naming.names import Names, name_tensors
 
 Tensors = dict[str, torch.Tensor]
 

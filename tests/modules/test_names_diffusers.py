@@ -12,7 +12,7 @@ from recipes import differences, loaded, made, made_all, manifest_of, write
 from tiny_diffusers import DIFFUSERS, tiny_diffuser, tiny_diffuser_on_meta
 from torch import nn
 
-from layer_streamer.modules.names import name_tensors
+from layer_streamer.modules.naming.names import name_tensors
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed"

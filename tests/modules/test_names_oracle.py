@@ -18,7 +18,7 @@ from tiny_models import (
     tiny_model_on_meta,
 )
 
-from layer_streamer.modules.names import Names, name_tensors
+from layer_streamer.modules.naming.names import Names, name_tensors
 
 # Some modeling files of older releases do that when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")

@@ -13,7 +13,7 @@ from recipes import differences, made_all, write
 from torch import nn
 
 from layer_streamer import CheckpointError
-from layer_streamer.modules.names import name_tensors
+from layer_streamer.modules.naming.names import name_tensors
 
 
 class Net(nn.Module):
@@ -109,5 +109,5 @@ def test_a_plain_module_needs_no_transformers(
 def test_no_module_imports_what_is_an_extra_except_the_one_that_is_imported_late() -> None:
     extra = re.compile(r"^(from|import) (transformers|diffusers|accelerate|peft)\b", re.MULTILINE)
     folder = ROOT / "layer_streamer" / "modules"
-    found = {path.name for path in folder.glob("*.py") if extra.search(path.read_text())}
+    found = {path.name for path in folder.rglob("*.py") if extra.search(path.read_text())}
     assert found == {"packed_integers.py"}

@@ -16,8 +16,8 @@ from tiny_quantized import packed_checkpoint, quantized_checkpoint
 from transformers.core_model_loading import WeightTransform
 
 from layer_streamer import ConfigError
-from layer_streamer.modules.names import Names, name_tensors
-from layer_streamer.modules.quantized import prepare_quantized
+from layer_streamer.modules.naming.names import Names, name_tensors
+from layer_streamer.modules.naming.quantized import prepare_quantized
 
 CPU = torch.device("cpu")
 OLD = int(transformers.__version__.split(".")[1]) < 20

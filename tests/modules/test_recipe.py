@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layer_streamer.modules.recipe import Conversion
+from layer_streamer.modules.naming.recipe import Conversion
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.int64)
 Inputs = list[tuple[torch.dtype, tuple[int, ...]]]

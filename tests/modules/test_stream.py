@@ -133,6 +133,18 @@ def test_weights_in_half_precision_stay_so_or_become_what_is_asked_for(tmp_path:
         model.layer_streamer.close()
 
 
+def test_what_a_class_keeps_in_float32_stays_so(tmp_path: Path) -> None:
+    with quiet():
+        tiny_model("t5").half().save_pretrained(tmp_path)
+        plain = loaded(tiny_class("t5"), tmp_path, dtype=torch.float16)
+        model = streamed("t5", tmp_path, dtype=torch.float16)
+        kept = {name for name, p in plain.named_parameters() if p.dtype == torch.float32}
+        assert kept
+        assert {name for name, p in model.named_parameters() if p.dtype == torch.float32} == kept
+        assert torch.equal(run("t5", model)["logits"], run("t5", plain)["logits"])
+    model.layer_streamer.close()
+
+
 class Net(nn.Module):
     """Somebody's own module: two lists of blocks, a buffer that no file has, a tied head."""
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layer_streamer.modules.trace import MAX_RUNS, Run, Trace
+from layer_streamer.modules.naming.trace import MAX_RUNS, Run, Trace
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
 Program = Callable[[Sequence[torch.Tensor]], torch.Tensor]

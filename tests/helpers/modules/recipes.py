@@ -14,8 +14,8 @@ from torch import nn
 
 from layer_streamer.checkpoint.manifest import FrozenMapping, Manifest, TensorSpec
 from layer_streamer.checkpoint.safetensors import read_safetensors
-from layer_streamer.modules.names import Names
-from layer_streamer.modules.recipe import Recipe
+from layer_streamer.modules.naming.names import Names
+from layer_streamer.modules.naming.recipe import Recipe
 
 
 def manifest_of(folder: Path) -> Manifest:

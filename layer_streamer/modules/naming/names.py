@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint.manifest import FrozenMapping, Manifest, TensorSpec
-from ..errors import ConfigError
+from ...checkpoint.manifest import FrozenMapping, Manifest, TensorSpec
+from ...errors import ConfigError
 from .hub_names import draft_hub_names, ignored
 from .places import Place, places_of
 from .plain_names import draft_plain_names, ignored_names

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
 _KEPT = ("fp8", "compressed-tensors", "mxfp4")
 """Methods whose stored tensors are all that is needed."""

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.manifest import TensorSpec
-from ..errors import CheckpointError
+from ...checkpoint.manifest import TensorSpec
+from ...errors import CheckpointError
 from .places import Draft, Place, cast, expect_shape, shown_shape, whole
 from .recipe import Conversion, Recipe, recipe_of_inputs
 from .trace import Run, Trace

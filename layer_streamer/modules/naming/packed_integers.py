@@ -14,7 +14,7 @@ import torch
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AWQ's GEMM layout: which of eight columns lies in which four bits of a word."""

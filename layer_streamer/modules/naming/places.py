@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..checkpoint.manifest import TensorSpec
-from ..errors import CheckpointError
+from ...checkpoint.manifest import TensorSpec
+from ...errors import CheckpointError
 from .recipe import Conversion, Recipe
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..checkpoint.manifest import TensorSpec
+from ...checkpoint.manifest import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.manifest import TensorSpec
+from ...checkpoint.manifest import TensorSpec
 from .places import Draft, Place, whole
 
 
