@@ -48,11 +48,17 @@ def local_folder(model: str | Path) -> Path:
 
 
 def class_of(folder: Path) -> Any:
-    """The transformers class that config.json names. ConfigError if there is none such."""
+    """The transformers class that config.json names, or its type's for text if it names none.
+
+    ConfigError if there is none such.
+    """
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = read_json(folder / "config.json")
     named = config.get("architectures") or []
+    if not named and config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForCausalLM
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise ConfigError(f"{folder}/config.json: names no architecture: say which class by cls=")
     found = getattr(transformers, named[0], None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -41,9 +43,21 @@ def refuse(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> N
         block.module.register_state_dict_pre_hook(_refuse_state)
 
 
-def _bound_to(model: nn.Module, moves: _Moves) -> Any:
-    import weakref
+def note_lack_of_memory(model: nn.Module) -> None:
+    """Have an error of a device that is full say which numbers there are to change."""
+    model.register_forward_hook(_note, always_call=True)
 
+
+def _note(module: nn.Module, args: object, output: object) -> None:
+    error = sys.exc_info()[1]
+    if output is None and isinstance(error, torch.OutOfMemoryError):
+        error.add_note(
+            "the model's weights stream in what device_budget= says; what its activations and "
+            "caches take beside it cannot be known: lower device_budget= or raise reserve_bytes="
+        )
+
+
+def _bound_to(model: nn.Module, moves: _Moves) -> Any:
     known = weakref.ref(model)
 
     def to(*args: Any, **kwargs: Any) -> nn.Module:

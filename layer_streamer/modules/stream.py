@@ -22,7 +22,7 @@ from .naming.names import Names, is_hub_model, name_tensors
 from .naming.quantized import prepare_quantized
 from .naming.recipe import Recipe
 from .outside import check_complete, load_outside, outside_of, share_tied, take_dtypes
-from .refusals import refuse
+from .refusals import note_lack_of_memory, refuse
 from .runner import Runner
 from .sequence import manifest_of
 from .share import DEFAULT_RESERVE, open_all
@@ -152,6 +152,7 @@ def _open(
         load_outside(net, first, names.recipes, outside)
         share_tied(net, names.tied)
         refuse(net, blocks, first.device)
+        note_lack_of_memory(net)
     except BaseException:
         for runner in runners.values():
             runner.close()

@@ -260,8 +260,11 @@ def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:
         stream(tmp_path / "missing")
     with pytest.raises(ConfigError, match=r"no config\.json"):
         stream(tmp_path)
-    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
     own_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ConfigError, match="names no architecture"):
+        stream(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
     with pytest.raises(ConfigError, match="has no class 'NoSuchModel'"):
         stream(tmp_path)
 

@@ -1,0 +1,108 @@
+"""What is built for transformers' models, used with streamed ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf_to_safetensors
+import pytest
+import torch
+import transformers
+from assets import AGREED, GOLDEN, one_torch_thread, prompt_ids, smollm2
+from recipes import loaded, quiet
+from tiny_models import tiny_class, tiny_model
+from torch import nn
+
+from layer_streamer import stream
+from layer_streamer.llm.metadata import load_tokenizer
+
+IDS = torch.tensor([[9, 17, 33, 12]])
+
+
+def pair(folder: Path, name: str = "llama", seed: int = 0) -> tuple[Any, Any]:
+    """A resident model, and the same streamed."""
+    with quiet():
+        tiny_model(name, seed).save_pretrained(folder)
+        return loaded(tiny_class(name), folder).eval(), stream(folder, device="cpu", n_gpu=1)
+
+
+def tokens(model: Any, **options: Any) -> torch.Tensor:
+    with quiet():
+        found: torch.Tensor = model.generate(
+            IDS, max_new_tokens=7, min_new_tokens=7, do_sample=False, pad_token_id=0, **options
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"use_cache": False}, {"num_beams": 2, "num_return_sequences": 2}],
+)
+def test_generate_takes_its_options(tmp_path: Path, options: dict[str, Any]) -> None:
+    plain, model = pair(tmp_path)
+    assert torch.equal(tokens(model, **options), tokens(plain, **options))
+    model.layer_streamer.close()
+
+
+def test_one_streamed_model_assists_another(tmp_path: Path) -> None:
+    plain, model = pair(tmp_path / "a")
+    _, assistant = pair(tmp_path / "b", seed=4)
+    assert torch.equal(tokens(model, assistant_model=assistant), tokens(plain))
+    assert assistant.layer_streamer.last_pass
+    for some in (model, assistant):
+        some.layer_streamer.close()
+
+
+def test_hidden_states_and_users_hooks_are_as_ever(tmp_path: Path) -> None:
+    plain, model = pair(tmp_path)
+    seen: dict[str, list[torch.Tensor]] = {"plain": [], "model": []}
+    for name, some in (("plain", plain), ("model", model)):
+
+        def look(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            seen[name].append(output[0] if isinstance(output, tuple) else output)
+
+        some.model.layers[1].register_forward_hook(look)
+    with torch.no_grad():
+        want = plain(IDS, output_hidden_states=True).hidden_states
+        got = model(IDS, output_hidden_states=True).hidden_states
+    assert all(torch.equal(*both) for both in zip(got, want, strict=True))
+    assert torch.equal(seen["model"][0], seen["plain"][0])
+    model.layer_streamer.close()
+
+
+def test_running_out_of_memory_says_which_numbers_to_change(tmp_path: Path) -> None:
+    _, model = pair(tmp_path)
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        model(IDS)
+    assert "lower device_budget= or raise reserve_bytes=" in "".join(raised.value.__notes__)
+    handle.remove()
+    with torch.no_grad():
+        model(IDS)
+    model.layer_streamer.close()
+
+
+@pytest.mark.slow
+def test_a_real_models_greedy_ids_are_the_golden_ones(tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    assert gguf_to_safetensors.main([str(smollm2()), str(twin), "--dtype", "float32"]) == 0
+    model: Any = stream(twin, device="cpu", read_mode="mapped")
+    assert type(model) is transformers.LlamaForCausalLM
+    tokenizer = load_tokenizer(twin)
+    with one_torch_thread(), quiet():
+        for key in AGREED:
+            golden = GOLDEN[key]
+            prompt = torch.tensor([prompt_ids(tokenizer, key)])
+            found = model.generate(
+                prompt, do_sample=False, max_new_tokens=len(golden["new_ids"]), pad_token_id=2
+            )
+            assert found[0, prompt.shape[1] :].tolist() == golden["new_ids"]
+        answer = transformers.pipeline("text-generation", model=model, tokenizer=str(twin))
+        (said,) = answer("The capital of France is", max_new_tokens=1, do_sample=False)
+    assert said["generated_text"].endswith(" Paris")
+    model.layer_streamer.close()
