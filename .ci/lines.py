@@ -25,6 +25,7 @@ FOLDERS = {
     "layer_streamer/doctor": "tools",
     "layer_streamer/measuring": "tools",
     "layer_streamer/tools": "tools",
+    "layer_streamer/modules": "modules",
     "layer_streamer": "core",
     "tuner": "tuner",
     "examples/llm": "engine",
