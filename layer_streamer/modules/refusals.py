@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from ..errors import StreamerError
+from .binding import Binder
 from .blocks import Block
 
 
@@ -38,9 +40,19 @@ def refuse(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> N
     for module in (model, *(block.module for block in blocks)):
         module.__dict__["_apply"] = _refuse_apply
         module.__dict__["_replicate_for_data_parallel"] = _refuse_replicas
+        module.__dict__["state_dict"] = _state_of(module)
     model.__dict__["to"] = _bound_to(model, moves)
-    for block in blocks:
-        block.module.register_state_dict_pre_hook(_refuse_state)
+
+
+def leave_states_without_values(blocks: Sequence[Block], binder: Binder) -> None:
+    """In the state of a module that the model is a part of (of peft's, which looks for its adapters
+    in it), streamed weights are on meta and have no values."""
+    for i, block in enumerate(blocks):
+        block.module.register_state_dict_pre_hook(partial(_unbind, binder, i))
+
+
+def _unbind(binder: Binder, i: int, *args: object) -> None:
+    binder.unbind(i)
 
 
 def note_lack_of_memory(model: nn.Module) -> None:
@@ -68,6 +80,22 @@ def _bound_to(model: nn.Module, moves: _Moves) -> Any:
     return to
 
 
+def _state_of(module: nn.Module) -> Any:
+    known = weakref.ref(module)
+
+    def state_dict(*args: Any, destination: Any = None, **options: Any) -> Any:
+        found = known()
+        assert found is not None
+        if destination is not None or args:  # as a part of another module's
+            return type(found).state_dict(found, *args, destination=destination, **options)
+        raise StreamerError(
+            f"{type(found).__name__}: its weights stream, so there is no state_dict of them, and "
+            "nothing to save: the checkpoint has them"
+        )
+
+    return state_dict
+
+
 def _same(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (one.index or 0) == (other.index or 0)
 
@@ -82,11 +110,4 @@ def _refuse_replicas(*args: Any) -> NoReturn:
     raise StreamerError(
         "a model whose weights stream cannot be replicated (DataParallel): name several devices in "
         "stream(device=[...])"
-    )
-
-
-def _refuse_state(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
-    raise StreamerError(
-        f"{prefix.removesuffix('.') or 'the model'}: its weights stream, so there is no state_dict "
-        "of them, and nothing to save: the checkpoint has them"
     )

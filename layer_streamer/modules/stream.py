@@ -16,13 +16,14 @@ from ..errors import ConfigError
 from ..planning.budget import parse_bytes
 from ..planning.options import Options, check_names
 from .blocks import Block, find_stacks, group_stacks
+from .diffuser import build_diffuser, is_diffuser
 from .handle import ModuleStreamer
 from .hub import build, class_of, is_hub_folder, local_folder, make_buffers
 from .naming.names import Names, is_hub_model, name_tensors
 from .naming.quantized import prepare_quantized
 from .naming.recipe import Recipe
 from .outside import check_complete, load_outside, outside_of, share_tied, take_dtypes
-from .refusals import note_lack_of_memory, refuse
+from .refusals import leave_states_without_values, note_lack_of_memory, refuse
 from .runner import Runner
 from .sequence import manifest_of
 from .share import DEFAULT_RESERVE, open_all
@@ -79,7 +80,8 @@ def stream(  # noqa: PLR0913 - three ways to say which model
     """A model whose blocks get their weights while its own forward runs.
 
     ``model``: a folder of transformers', or the name of a repository; the class is the one that its
-    config.json names, or ``cls``, made by ``cls.from_pretrained`` with ``model_options``. Or an
+    config.json names, or ``cls``, made with ``model_options`` (``attn_implementation`` and the
+    like). Or the folder of one of diffusers' models (a pipeline's "transformer"). Or an
     nn.Module on the meta device, and ``path``, a safetensors folder or file (GGUF, too), whose
     names are the module's, or become so by ``key_mapping`` (regular expressions and what replaces
     them). ``stacks``: the blocks, as patterns ("blocks.{i}."), where they are not found by
@@ -108,9 +110,12 @@ def stream(  # noqa: PLR0913 - three ways to say which model
         if not is_hub_folder(folder):
             raise ConfigError(f"{folder}: no config.json: stream(module, path) takes a module")
         manifest = read_tensors(folder)
-        asked = {"trust_remote_code": trust_remote_code, **(model_options or {})}
-        net = build(cls or class_of(folder), folder, manifest.static, dtype, asked)
-        prepare_quantized(net, open_devices(options.get("device"))[0].torch_device)
+        if is_diffuser(folder):
+            net = build_diffuser(cls, folder, manifest.static, dtype)
+        else:
+            asked = {"trust_remote_code": trust_remote_code, **(model_options or {})}
+            net = build(cls or class_of(folder), folder, manifest.static, dtype, asked)
+            prepare_quantized(net, open_devices(options.get("device"))[0].torch_device)
     names = name_tensors(net, manifest, key_mapping=key_mapping)
     check_complete(names, manifest.path)
     return _open(net, manifest, names, _sequences(net, stacks), options, strict)
@@ -148,6 +153,7 @@ def _open(
     try:
         for name, streamer in streamers.items():
             runners[name] = Runner(streamer, sequences[name], names.recipes, strict=strict)
+            leave_states_without_values(sequences[name], runners[name].binder)
         first = streamers[order[0]]
         load_outside(net, first, names.recipes, outside)
         share_tied(net, names.tied)
@@ -171,6 +177,11 @@ def _place_buffers(net: nn.Module, names: Names, device: torch.device) -> None:
     for module in net.modules():
         for leaf in module._non_persistent_buffers_set:
             buffer = module._buffers[leaf]
+            if buffer is not None and buffer.is_meta:
+                raise ConfigError(
+                    f"{type(module).__name__}: its buffer {leaf!r} is on meta, and no checkpoint "
+                    "has it: make the module with real buffers"
+                )
             if buffer is not None:
                 module._buffers[leaf] = buffer.to(device)
 

@@ -233,6 +233,17 @@ def test_what_streamed_weights_cannot_do_is_one_line_and_changes_nothing(
     model.layer_streamer.close()
 
 
+def test_in_the_state_of_a_larger_module_streamed_weights_have_no_values(tmp_path: Path) -> None:
+    plain = saved("llama", tmp_path)
+    model = stream(tmp_path, device="cpu")
+    run("llama", model)
+    state = nn.ModuleDict({"model": model}).state_dict()
+    assert torch.equal(state["model.model.norm.weight"], plain.model.norm.weight)
+    assert state["model.model.layers.1.mlp.up_proj.weight"].is_meta
+    assert torch.equal(run("llama", model)["logits"], run("llama", plain)["logits"])
+    model.layer_streamer.close()
+
+
 def test_a_model_may_be_moved_to_where_it_is(tmp_path: Path) -> None:
     saved("llama", tmp_path)
     model = stream(tmp_path, device="cpu")

@@ -106,3 +106,26 @@ def test_a_real_models_greedy_ids_are_the_golden_ones(tmp_path: Path) -> None:
         (said,) = answer("The capital of France is", max_new_tokens=1, do_sample=False)
     assert said["generated_text"].endswith(" Paris")
     model.layer_streamer.close()
+
+
+@pytest.mark.slow
+def test_adapters_of_peft_are_added_loaded_and_switched(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    plain, model = pair(tmp_path / "model")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    with quiet():
+        torch.manual_seed(1)
+        resident = peft.get_peft_model(plain, config)
+        resident.save_pretrained(tmp_path / "one")
+        torch.manual_seed(2)
+        resident.add_adapter("other", config)
+        resident.save_pretrained(tmp_path / "two", selected_adapters=["other"])
+        streamed = peft.PeftModel.from_pretrained(model, tmp_path / "one")
+        streamed.load_adapter(tmp_path / "two" / "other", "other")
+        for adapter, name in (("default", "default"), ("other", "other"), ("default", "default")):
+            resident.set_adapter(adapter)
+            streamed.set_adapter(name)
+            assert torch.equal(tokens(streamed), tokens(resident))
+            with torch.no_grad():
+                assert torch.equal(streamed(IDS).logits, resident(IDS).logits)
+    model.layer_streamer.close()

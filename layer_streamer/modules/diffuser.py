@@ -1,0 +1,49 @@
+"""A model of diffusers without its weights: a transformer of a pipeline, from its own folder.
+
+diffusers and accelerate are imported when such a model is asked for, and not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.json_file import read_json
+from ..checkpoint.manifest import TensorSpec
+from ..errors import ConfigError, printable
+from ..planning.layout import CASTABLE
+
+
+def is_diffuser(folder: Path) -> bool:
+    """True if config.json is one of diffusers' models."""
+    return "_class_name" in read_json(folder / "config.json")
+
+
+def build_diffuser(
+    cls: Any, folder: Path, specs: Mapping[str, TensorSpec], dtype: torch.dtype | None
+) -> nn.Module:
+    """The model of ``folder`` with its parameters on meta and its buffers real; nothing is read.
+
+    ``cls``: None is the class that config.json names. ``dtype``: None is that of the checkpoint's
+    first floating-point tensor. ConfigError for a class that diffusers does not have.
+    """
+    import diffusers
+    from accelerate import init_empty_weights
+
+    if cls is None:
+        name = str(read_json(folder / "config.json")["_class_name"])
+        cls = getattr(diffusers, name, None)
+        if cls is None:
+            raise ConfigError(
+                f"{folder}/config.json: diffusers {diffusers.__version__} has no class "
+                f"{printable(name)!r}: say which class by cls=, or update diffusers"
+            )
+    floats = (spec.dtype for spec in specs.values() if spec.dtype in CASTABLE)
+    with init_empty_weights(include_buffers=False):
+        model = cls.from_config(cls.load_config(folder))
+    found: nn.Module = model.to(dtype or next(floats, torch.float32)).eval().requires_grad_(False)
+    return found
