@@ -152,3 +152,8 @@ def test_where_it_cannot_run_the_import_says_so_in_one_line() -> None:
     command = [sys.executable, "-c", program]
     ran = subprocess.run(command, check=False, capture_output=True, text=True)
     assert ran.stderr.splitlines()[-1].startswith("ImportError: layer-streamer runs on Linux")
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
