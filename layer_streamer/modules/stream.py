@@ -106,19 +106,25 @@ def stream(  # noqa: PLR0913 - three ways to say which model
             raise ConfigError("stream(module, path): say where the checkpoint is")
         net, manifest = model.eval().requires_grad_(False), read_tensors(path)
     else:
-        folder = local_folder(model)
-        if not is_hub_folder(folder):
-            raise ConfigError(f"{folder}: no config.json: stream(module, path) takes a module")
-        manifest = read_tensors(folder)
-        if is_diffuser(folder):
-            net = build_diffuser(cls, folder, manifest.static, dtype)
-        else:
-            asked = {"trust_remote_code": trust_remote_code, **(model_options or {})}
-            net = build(cls or class_of(folder), folder, manifest.static, dtype, asked)
-            prepare_quantized(net, open_devices(options.get("device"))[0].torch_device)
+        asked = {"trust_remote_code": trust_remote_code, **(model_options or {})}
+        net, manifest = _from_folder(local_folder(model), cls, dtype, asked)
+        prepare_quantized(net, open_devices(options.get("device"))[0].torch_device)
     names = name_tensors(net, manifest, key_mapping=key_mapping)
     check_complete(names, manifest.path)
     return _open(net, manifest, names, _sequences(net, stacks), options, strict)
+
+
+def _from_folder(
+    folder: Path, cls: Any, dtype: torch.dtype | None, options: Mapping[str, Any]
+) -> tuple[nn.Module, Manifest]:
+    """The model of transformers or diffusers whose folder it is, on meta, and its checkpoint."""
+    if not is_hub_folder(folder):
+        raise ConfigError(f"{folder}: no config.json: stream(module, path) takes a module")
+    manifest = read_tensors(folder)
+    if is_diffuser(folder):
+        return build_diffuser(cls, folder, manifest.static, dtype), manifest
+    cls = class_of(folder) if cls is None else cls
+    return build(cls, folder, manifest.static, dtype, options), manifest
 
 
 def _sequences(net: nn.Module, stacks: Sequence[str] | None) -> dict[str, tuple[Block, ...]]:
