@@ -28,6 +28,7 @@ from .engine_options import (
     save_timeline,
     template_options,
 )
+from .module_answers import answer_with_modules
 
 if TYPE_CHECKING:
     from ..llm.engine import StreamingEngine
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompts", type=Path, metavar="FILE", help="answer each line (JSON)")
     add = parser.add_argument
     add("--output", type=Path, metavar="FILE", help="where the answers to --prompts go; resumed")
+    add("--modules", action="store_true", help="by the model's own class, of transformers")
     add("--raw", action="store_true", help="continue the prompt as it is, without chat template")
     add_answering(parser, MAX_NEW_TOKENS)
     add_engine(parser)
@@ -53,6 +55,11 @@ def run(args: argparse.Namespace) -> None:
     """Read what describes the model, open the engine, do what was asked."""
     if args.output is not None and args.prompts is None:
         raise ValueError("--output: belongs to --prompts")
+    if args.modules:
+        if args.prompt is None:
+            raise ValueError("--modules: answers one --prompt")
+        answer_with_modules(args, read_prompt(args.prompt))
+        return
     model = read_model(args)
     prompt, room = None, dict[str, Any]()
     if args.prompt is not None:
