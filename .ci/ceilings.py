@@ -1,6 +1,7 @@
 """Checks the ceilings on the length of files and functions, and on the number of parameters.
 
-A parameter ceiling is lifted by "noqa: PLR0913" on the line of the def, with its reason.
+A parameter ceiling is lifted by "noqa: PLR0913" on the line of the def, with its reason; overloads
+only repeat what such a def has.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def _faults(
     names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
     if names and names[0] in ("self", "cls"):
         del names[0]
-    if count_parameters and len(names) > PARAMETERS:
+    repeats = any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list)
+    if count_parameters and not repeats and len(names) > PARAMETERS:
         yield f"has {len(names)} parameters, the ceiling is {PARAMETERS}"
 
 

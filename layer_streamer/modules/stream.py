@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, Unpack, get_args, overload
 
 import torch
 from torch import nn
@@ -24,11 +24,13 @@ from .naming.quantized import prepare_quantized
 from .naming.recipe import Recipe
 from .outside import check_complete, load_outside, outside_of, share_tied, take_dtypes
 from .refusals import leave_states_without_values, note_lack_of_memory, refuse
+from .rows import tables_of, take_rows
 from .runner import Runner
 from .sequence import manifest_of
 from .share import DEFAULT_RESERVE, open_all
 
 M = TypeVar("M", bound=nn.Module)
+Embeddings: TypeAlias = Literal["device", "host"]
 OF_LAYERS = ("layers", "tail", "layer_pattern", "on_copy")
 """Options of a streamer that a model's own forward has no use for."""
 
@@ -41,6 +43,7 @@ def stream(
     model_options: Mapping[str, Any] | None = ...,
     trust_remote_code: bool = ...,
     stacks: Sequence[str] | None = ...,
+    embeddings: Embeddings = ...,
     strict: bool = ...,
     **options: Unpack[Options],
 ) -> M: ...
@@ -52,6 +55,7 @@ def stream(
     model_options: Mapping[str, Any] | None = ...,
     trust_remote_code: bool = ...,
     stacks: Sequence[str] | None = ...,
+    embeddings: Embeddings = ...,
     strict: bool = ...,
     **options: Unpack[Options],
 ) -> Any: ...
@@ -62,6 +66,7 @@ def stream(
     *,
     key_mapping: Mapping[str, str] | None = ...,
     stacks: Sequence[str] | None = ...,
+    embeddings: Embeddings = ...,
     strict: bool = ...,
     **options: Unpack[Options],
 ) -> M: ...
@@ -74,6 +79,7 @@ def stream(  # noqa: PLR0913 - three ways to say which model
     trust_remote_code: bool = False,
     key_mapping: Mapping[str, str] | None = None,
     stacks: Sequence[str] | None = None,
+    embeddings: Embeddings = "device",
     strict: bool = False,
     **options: Unpack[Options],
 ) -> Any:
@@ -85,7 +91,9 @@ def stream(  # noqa: PLR0913 - three ways to say which model
     nn.Module on the meta device, and ``path``, a safetensors folder or file (GGUF, too), whose
     names are the module's, or become so by ``key_mapping`` (regular expressions and what replaces
     them). ``stacks``: the blocks, as patterns ("blocks.{i}."), where they are not found by
-    themselves. ``strict``: weights used outside of their block's forward raise an error by name.
+    themselves. ``embeddings``: "host" has those that nothing else shares take their rows from host
+    memory, where the file's pages are. ``strict``: weights used outside of their block's forward
+    raise an error by name.
 
     Returns the model, in eval mode, without gradients; ``.layer_streamer`` is its
     :class:`ModuleStreamer`. ``options`` are those of :meth:`LayerStreamer.from_checkpoint`.
@@ -96,10 +104,7 @@ def stream(  # noqa: PLR0913 - three ways to say which model
     Errors: CheckpointError for weights that are missing or do not fit; ConfigError for what cannot
     stream, and for budgets; nothing is left open.
     """
-    check_names(options, Options)
-    for name in OF_LAYERS:
-        if options.get(name) is not None:
-            raise ConfigError(f"{name}=: not with a module, whose forward has its own order")
+    _check(options, embeddings)
     dtype = options.pop("dtype", None)
     if isinstance(model, nn.Module):
         if path is None:
@@ -111,7 +116,25 @@ def stream(  # noqa: PLR0913 - three ways to say which model
         prepare_quantized(net, open_devices(options.get("device"))[0].torch_device)
     names = name_tensors(net, manifest, key_mapping=key_mapping)
     check_complete(names, manifest.path)
-    return _open(net, manifest, names, _sequences(net, stacks), options, strict)
+    wishes = _Wishes(strict, embeddings == "host")
+    return _open(net, manifest, names, _sequences(net, stacks), options, wishes)
+
+
+class _Wishes(NamedTuple):
+    """What else was asked for."""
+
+    strict: bool
+    rows_from_host: bool
+
+
+def _check(options: Options, embeddings: str) -> None:
+    """ConfigError, TypeError for what cannot be asked for."""
+    check_names(options, Options)
+    for name in OF_LAYERS:
+        if options.get(name) is not None:
+            raise ConfigError(f"{name}=: not with a module, whose forward has its own order")
+    if embeddings not in get_args(Embeddings):
+        raise ConfigError(f"embeddings={embeddings!r}: must be one of {get_args(Embeddings)}")
 
 
 def _from_folder(
@@ -139,7 +162,7 @@ def _open(
     names: Names,
     sequences: Mapping[str, tuple[Block, ...]],
     options: Options,
-    strict: bool,
+    wishes: _Wishes,
 ) -> nn.Module:
     blocks = [block for some in sequences.values() for block in some]
     outside = outside_of(net, names, blocks)
@@ -153,15 +176,18 @@ def _open(
     take_dtypes(net, names.recipes)
     _place_buffers(net, names, open_devices(options.get("device"))[0].torch_device)
     reserve = parse_bytes("reserve_bytes", options.pop("reserve_bytes", None) or DEFAULT_RESERVE)
-    kept = sum(names.recipes[name].nbytes for name in outside) + _made(blocks, inside)
+    tables = tables_of(net, names, outside) if wishes.rows_from_host else {}
+    kept = sum(recipe.nbytes for name, recipe in static.items() if name not in tables)
+    kept += _made(blocks, inside)
     streamers = dict(zip(order, open_all(manifests, options, kept, reserve), strict=True))
     runners: dict[str, Runner] = {}
     try:
         for name, streamer in streamers.items():
-            runners[name] = Runner(streamer, sequences[name], names.recipes, strict=strict)
+            runners[name] = Runner(streamer, sequences[name], names.recipes, strict=wishes.strict)
             leave_states_without_values(sequences[name], runners[name].binder)
         first = streamers[order[0]]
-        load_outside(net, first, names.recipes, outside)
+        load_outside(net, first, names.recipes, [n for n in outside if n not in tables])
+        take_rows(tables, first)
         share_tied(net, names.tied)
         refuse(net, blocks, first.device)
         note_lack_of_memory(net)
