@@ -28,12 +28,14 @@ class ModulePlan:
     outside_nbytes: int
     """Bytes on the first device of what is in no block, and of what is made by arithmetic."""
     reserve_nbytes: int
-    """Bytes of device memory left to activations and caches where the budget is "auto"."""
+    """Bytes of the budget that are left to activations and caches."""
 
     def __str__(self) -> str:
         lines = [f"{name}:\n{plan}" for name, plan in self.sequences.items()]
         lines.append(f"outside the blocks, resident: {format_bytes(self.outside_nbytes)}")
-        lines.append(f"left to activations and caches: {format_bytes(self.reserve_nbytes)}")
+        if self.reserve_nbytes:
+            left = format_bytes(self.reserve_nbytes)
+            lines.append(f"left to activations and caches: {left} (reserve_bytes)")
         return "\n".join(lines)
 
 

@@ -23,8 +23,8 @@ def open_all(
 ) -> list[LayerStreamer]:
     """A streamer for each manifest, all within one ``device_budget``, which the first fill first.
 
-    ``outside_nbytes`` of it are taken by what is in no block. A budget of "auto", or none on a
-    device with memory of its own, is what is free less a margin less ``reserve``. Errors:
+    ``reserve`` of it is the caller's, ``outside_nbytes`` are taken by what is in no block. A budget
+    of "auto", or none on a device with memory of its own, is what is free less a margin. Errors:
     ConfigError if the slots of all do not fit; those of ``from_checkpoint``. None is left open.
     """
     asked = options.get("device_budget")
@@ -56,6 +56,14 @@ def open_all(
     return opened
 
 
+def reserve_of(asked: Bytes | None, budget: Bytes | None) -> int:
+    """Bytes of the budget that are left to activations and caches: as asked, else the default
+    where nobody says how much weights may take."""
+    if asked is not None:
+        return parse_bytes("reserve_bytes", asked)
+    return DEFAULT_RESERVE if budget in (None, "auto") else 0
+
+
 def slots_of(plan: Plan) -> int:
     """Bytes that slots and resident layers take on the device that has the most of them."""
     taken = plan.placement.device_bytes
@@ -65,7 +73,7 @@ def slots_of(plan: Plan) -> int:
 def _budget(asked: Bytes | None, plan: Plan, reserve: int) -> int | None:
     machine = plan.machine
     if asked not in (None, "auto"):
-        return parse_bytes("device_budget", asked)
+        return max(parse_bytes("device_budget", asked) - reserve, 0)
     if asked is None and machine.unified:
         return None
     free = machine.host_available if machine.unified else min(machine.device_free)

@@ -13,7 +13,6 @@ from ..checkpoint.formats import read_tensors
 from ..checkpoint.manifest import Manifest
 from ..devices.accelerator import open_devices
 from ..errors import ConfigError
-from ..planning.budget import parse_bytes
 from ..planning.options import Options, check_names
 from .blocks import Block, find_stacks, group_stacks
 from .diffuser import build_diffuser, is_diffuser
@@ -27,7 +26,7 @@ from .refusals import leave_states_without_values, note_lack_of_memory, refuse
 from .rows import tables_of, take_rows
 from .runner import Runner
 from .sequence import manifest_of
-from .share import DEFAULT_RESERVE, open_all
+from .share import open_all, reserve_of
 
 M = TypeVar("M", bound=nn.Module)
 Embeddings: TypeAlias = Literal["device", "host"]
@@ -175,7 +174,7 @@ def _open(
     ]
     take_dtypes(net, names.recipes)
     _place_buffers(net, names, open_devices(options.get("device"))[0].torch_device)
-    reserve = parse_bytes("reserve_bytes", options.pop("reserve_bytes", None) or DEFAULT_RESERVE)
+    reserve = reserve_of(options.pop("reserve_bytes", None), options.get("device_budget"))
     tables = tables_of(net, names, outside) if wishes.rows_from_host else {}
     kept = sum(recipe.nbytes for name, recipe in static.items() if name not in tables)
     kept += _made(blocks, inside)

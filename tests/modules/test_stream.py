@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,27 @@ def test_one_budget_holds_slots_residents_and_what_is_outside(tmp_path: Path, na
     assert taken + plan.outside_nbytes <= budget
     tiers = {tier for p in plan.sequences.values() for tier in p.tiers}
     assert tiers == {"device", "disk"}
+    model.layer_streamer.close()
+
+
+def test_what_is_reserved_is_no_part_of_what_weights_may_take(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    budget = 1 << 20
+    with stream_of(tmp_path, device_budget=budget) as handle:
+        assert handle.plan.reserve_nbytes == 0
+        assert "reserve_bytes" not in str(handle.plan)
+    with stream_of(tmp_path, device_budget=budget, reserve_bytes=1024) as handle:
+        assert "left to activations and caches: 1.00 KiB (reserve_bytes)" in str(handle.plan)
+    with pytest.raises(ConfigError, match=r"device_budget=.*: needs at least"):
+        stream(tmp_path, device="cpu", device_budget=budget, reserve_bytes=budget)
+    with stream_of(tmp_path) as handle:
+        assert handle.plan.reserve_nbytes == 2 << 30
+
+
+@contextmanager
+def stream_of(folder: Path, **options: Any) -> Iterator[Any]:
+    model: Any = stream(folder, device="cpu", **options)
+    yield model.layer_streamer
     model.layer_streamer.close()
 
 
