@@ -144,4 +144,5 @@ def test_a_row_only_ever_sees_its_own_tokens(checkpoint: Path, seed: int) -> Non
 def test_without_any_one_wait_a_row_sees_something_else(
     checkpoint: Path, missing: tuple[str, str]
 ) -> None:
-    assert any(find_errors(checkpoint, seed, missing) for seed in range(400))
+    # Of some waits one schedule in eighty tells: 400 were too few once, on a busy machine.
+    assert any(find_errors(checkpoint, seed, missing) for seed in range(4000))
