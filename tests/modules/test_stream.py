@@ -27,6 +27,13 @@ OTHERWISE = {
 }
 """Types that do not stream by themselves, and what they are told: no blocks are marked as such in
 their classes, or they change weights outside of their blocks' forwards."""
+NAMED = {
+    "mpnet": "encoder.layer.{i}.",
+    "resnet": "encoder.stages.{i}.",
+    "longcat_flash": "model.layers.{i}.",
+    "albert": "encoder.albert_layer_groups.{i}.",
+}
+"""Types that mark no blocks, and where these are."""
 REST = sorted({*TYPES} - {*REPRESENTATIVE})
 ADDRESSES = 1e-6
 """What kernels of some types differ by with the addresses of their operands, on a CPU."""
@@ -81,6 +88,20 @@ def test_a_streamed_model_answers_as_the_resident_one(tmp_path: Path, name: str)
 @pytest.mark.parametrize("name", REST)
 def test_every_other_type_answers_as_the_resident_one(tmp_path: Path, name: str) -> None:
     check_type(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_type_that_marks_no_blocks_streams_with_them_named(tmp_path: Path, name: str) -> None:
+    if not has(name):
+        pytest.skip("this transformers does not have it")
+    with quiet():
+        want = run(name, saved(name, tmp_path))
+        model = streamed(name, tmp_path, stacks=[NAMED[name]])
+        got = run(name, model)
+    for key, tensor in want.items():
+        assert torch.allclose(got[key], tensor, rtol=0, atol=ADDRESSES), key
+    assert model.layer_streamer.last_pass
+    model.layer_streamer.close()
 
 
 def test_it_is_the_same_class_with_the_folders_generation_config(tmp_path: Path) -> None:
