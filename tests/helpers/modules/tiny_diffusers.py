@@ -110,10 +110,12 @@ def tiny_diffuser_on_meta(name: str, dtype: torch.dtype = torch.float32) -> nn.M
 
 
 def run_diffuser(name: str, model: nn.Module) -> torch.Tensor:
-    """What its forward gives."""
+    """What its forward gives; on the CPU."""
+    device: Any = model.device
+    given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in DIFFUSERS[name][1]().items()}
     with torch.no_grad():
-        out: torch.Tensor = model(**DIFFUSERS[name][1](), return_dict=False)[0]
-    return out
+        out: torch.Tensor = model(**given, return_dict=False)[0]
+    return out.cpu()
 
 
 def _class(name: str) -> Any:

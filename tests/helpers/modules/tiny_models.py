@@ -95,16 +95,18 @@ def _with_image(
 
 
 def run(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a forward gives, and for what generates six tokens, drawn greedily."""
-    inputs = tiny_inputs(name)
+    """What a forward gives, and for what generates six tokens, drawn greedily; on the CPU."""
+    device: Any = model.device
+    inputs = {key: value.to(device) for key, value in tiny_inputs(name).items()}
     with torch.no_grad():
         out = model(**inputs)
-        answers = {key: value for key, value in out.items() if isinstance(value, torch.Tensor)}
+        answers = {key: value.cpu() for key, value in out.items() if torch.is_tensor(value)}
         if TYPES[name].kind in ("text", "text pair", "speech", "multimodal"):
             given = {key: v for key, v in inputs.items() if not key.startswith("decoder_")}
-            answers["tokens"] = model.generate(  # type: ignore[operator]
+            tokens = model.generate(  # type: ignore[operator]
                 **given, do_sample=False, max_new_tokens=6, min_new_tokens=6, pad_token_id=0
             )
+            answers["tokens"] = tokens.cpu()
     return answers
 
 
