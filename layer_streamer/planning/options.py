@@ -78,6 +78,11 @@ def _check_budget(name: str, value: Any) -> None:
         parse_bytes(name, value)
 
 
+def _check_reserve(name: str, value: Any) -> None:
+    for one in value if isinstance(value, list | tuple) else (value,):
+        parse_bytes(name, one)
+
+
 def _check_mode(name: str, value: object) -> None:
     if value not in get_args(ReadMode):
         raise ConfigError(f"{name}={value!r}: must be one of {', '.join(get_args(ReadMode))}")
@@ -144,8 +149,9 @@ class TierOptions(TypedDict, total=False):
 class FixedOptions(TypedDict, total=False):
     """The same for all candidates of a tune."""
 
-    reserve_bytes: Annotated[Bytes | None, Option(
-        "the part of `device_budget` that is yours", "0", Kind(parse_bytes, "BYTES"), 0,
+    reserve_bytes: Annotated[Bytes | Sequence[Bytes] | None, Option(
+        "the part of `device_budget` that is yours; of several devices, a list of one each if they "
+        "differ", "0", Kind(_check_reserve, "BYTES"), 0,
     )]  # fmt: skip
     tail: Annotated[Sequence[str] | None, Option(
         "names of tensors streamed after the last layer, split by rows (an output head)",

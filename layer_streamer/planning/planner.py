@@ -136,7 +136,7 @@ def _budget_of(
         host=host,
         device_slots=settings.num_device + 1,
         host_slots=sum(settings.host_slots.values()),
-        reserve=settings.reserve_nbytes,
+        reserve=settings.reserves(len(machine.devices)),
         scratch_nbytes=scratch_nbytes,
     )
     if not settings.through_ring:

@@ -103,10 +103,16 @@ class Settings:
         """What was asked for; "auto" is what suits the memory there is."""
         return cast(ReadMode, self.asked["read_mode"])
 
-    @property
-    def reserve_nbytes(self) -> int:
-        """The caller's part of ``device_budget``."""
-        return parse_bytes("reserve_bytes", self.asked["reserve_bytes"] or 0)
+    def reserves(self, num_devices: int) -> tuple[int, ...]:
+        """By device, the caller's part of ``device_budget``. ConfigError for a list of another
+        length."""
+        asked: Any = self.asked["reserve_bytes"] or 0
+        some = tuple(asked) if isinstance(asked, list | tuple) else (asked,) * num_devices
+        if len(some) != num_devices:
+            raise ConfigError(
+                f"reserve_bytes={asked!r}: {len(some)} numbers for {num_devices} devices"
+            )
+        return tuple(parse_bytes("reserve_bytes", one) for one in some)
 
     @property
     def num_readers(self) -> int:

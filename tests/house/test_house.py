@@ -138,7 +138,7 @@ def test_defaults_in_the_table_are_those_of_the_settings() -> None:
     table = {name: option.words for name, option in OPTIONS.items()}
     defaults = Settings()
     assert table["n_gpu"] == str(defaults.num_device)
-    assert table["reserve_bytes"] == str(defaults.reserve_nbytes)
+    assert table["reserve_bytes"] == str(defaults.reserves(1)[0])
     assert table["read_mode"] == defaults.read_mode
     for name in ("n_cpu_pinned", "n_cpu", "batch_gpu", "device_budget", "host_budget"):
         assert table[name] == str(OPTIONS[name].default) == "None"
