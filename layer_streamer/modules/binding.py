@@ -123,6 +123,12 @@ class Binder:
         """
         return sum(entry.made_nbytes for entry in {e for form in self._forms for e in form})
 
+    def tensor_ids(self) -> set[int]:
+        """``id`` of every tensor that blocks hold for what is streamed. Any thread."""
+        held = [bound.current + bound.unbound for bound in tuple(self._blocks)]
+        held += [tuple(made.by_entry.values()) for made in tuple(self._made.values())]
+        return {id(tensor) for some in held for tensor in some}
+
     def bind(self, i: int, module: nn.Module, weights: Weights) -> None:
         """Give block ``i``, which is ``module``, the weights of a hand-out.
 

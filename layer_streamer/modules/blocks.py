@@ -64,9 +64,9 @@ def find_stacks(model: nn.Module, patterns: Sequence[str] | None = None) -> tupl
     """The model's stacks, outermost first, in the order in which they were registered.
 
     ``patterns``: prefixes of the blocks' names with ``{i}`` for the index, "blocks.{i}." and the
-    like, in the order in which a forward comes to them; for any module. None: a ModuleList of
-    several members is a stack if all of them are marked as blocks: in transformers a
-    GradientCheckpointingLayer or one of ``_no_split_modules``, in diffusers one of
+    like, or names of single blocks, in the order in which a forward comes to them; for any module.
+    None: a ModuleList of several members is a stack if all of them are marked as blocks: in
+    transformers a GradientCheckpointingLayer or one of ``_no_split_modules``, in diffusers one of
     ``_no_split_modules`` or ``_repeated_blocks``. A list within a block is none.
 
     ConfigError if there are none, or a pattern finds none, or one block is within another; it lists
@@ -161,11 +161,12 @@ def _package(cls: type) -> str:
 
 
 def _named_stack(model: nn.Module, pattern: str) -> Stack:
-    if pattern.count(INDEX) != 1:
-        raise ConfigError(f"stacks={pattern!r}: needs {INDEX} once, for the block's index")
     modules = dict(model.named_modules(remove_duplicate=False))
+    holds = isinstance(modules.get(pattern.removesuffix(".")), nn.ModuleList | nn.ModuleDict)
+    if pattern.count(INDEX) > 1 or holds:
+        raise ConfigError(f"stacks={pattern!r}: needs {INDEX} once, for the block's index")
     blocks = []
-    for i in range(len(modules)):
+    for i in range(len(modules) if INDEX in pattern else 1):
         name = pattern.replace(INDEX, str(i)).removesuffix(".")
         if name not in modules:
             break
@@ -176,6 +177,8 @@ def _named_stack(model: nn.Module, pattern: str) -> Stack:
             f"{pattern.replace(INDEX, '0').removesuffix('.')!r}; {_lists_of(model)}"
         )
     holder = pattern.partition(INDEX)[0].removesuffix(".")
+    if INDEX not in pattern and holder.rpartition(".")[2].isdecimal():
+        holder = holder.rpartition(".")[0]  # one of a list
     return Stack(pattern, holder.rpartition(".")[0], _unique(blocks))
 
 

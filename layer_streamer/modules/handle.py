@@ -16,6 +16,7 @@ from ..planning.plan import Plan
 from ..streamer import LayerStreamer
 from ..transport.stats import PassReport
 from .blocks import Block
+from .ends.choice import Division
 from .runner import Runner
 
 
@@ -29,10 +30,27 @@ class ModulePlan:
     """Bytes on the first device of what is in no block, and of what is made by arithmetic."""
     reserve_nbytes: int
     """Bytes of the budget that are left to activations and caches."""
+    tables: Mapping[str, int]
+    """By name, bytes of the embeddings whose rows are taken from host memory."""
+    adapter_nbytes: int
+    """Bytes of parameters that the model has got since it was opened (adapters): resident, and no
+    part of the budget."""
+    detours: Mapping[str, int]
+    """By sequence, how many passes a forward takes that comes to its blocks in another order; with
+    ``stacks=`` of :attr:`ModuleStreamer.order` it takes one."""
 
     def __str__(self) -> str:
         lines = [f"{name}:\n{plan}" for name, plan in self.sequences.items()]
         lines.append(f"outside the blocks, resident: {format_bytes(self.outside_nbytes)}")
+        for name, nbytes in self.tables.items():
+            lines.append(f"rows from host memory: {name}, {format_bytes(nbytes)}")
+        if self.adapter_nbytes:
+            lines.append(f"adapters, resident: {format_bytes(self.adapter_nbytes)}")
+        for name, passes in self.detours.items():
+            lines.append(
+                f"{name}: a forward comes to its blocks in another order and takes {passes} passes:"
+                " open it with stacks=model.layer_streamer.order, and it takes one"
+            )
         if self.reserve_nbytes:
             left = format_bytes(self.reserve_nbytes)
             lines.append(f"left to activations and caches: {left} (reserve_bytes)")
@@ -47,24 +65,41 @@ class ModuleStreamer:
 
     def __init__(
         self,
+        model: nn.Module,
         streamers: Mapping[str, LayerStreamer],
         runners: Mapping[str, Runner],
         blocks: Iterable[Block],
-        outside_nbytes: int,
+        division: Division,
         reserve_nbytes: int,
     ) -> None:
         self._streamers = dict(streamers)
         self._runners = dict(runners)
         # The model holds this, and not the other way round.
         self._blocks = [(block.name, weakref.ref(block.module)) for block in blocks]
-        self._outside_nbytes = outside_nbytes
+        self._model = weakref.ref(model)
+        self._own = weakref.WeakValueDictionary({id(p): p for p in model.parameters()})
+        self._outside_nbytes = division.kept[0]
+        self._tables = {m.name: m.nbytes for m in division.away if m.tables}
         self._reserve_nbytes = reserve_nbytes
 
     @property
     def plan(self) -> ModulePlan:
         """Where the weights live, how they are read, predicted seconds; also after close."""
         plans = {name: streamer.plan for name, streamer in self._streamers.items()}
-        return ModulePlan(plans, self._outside_nbytes, self._reserve_nbytes)
+        return ModulePlan(
+            sequences=plans,
+            outside_nbytes=self._outside_nbytes,
+            reserve_nbytes=self._reserve_nbytes,
+            tables=self._tables,
+            adapter_nbytes=self._adapter_nbytes(),
+            detours={n: r.detours for n, r in self._runners.items() if r.detours > 1},
+        )
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Names of all blocks, in the order in which the first forward came to those of each
+        sequence, for ``stream(stacks=)``: in that order each forward takes one pass of each."""
+        return tuple(name for runner in self._runners.values() for name in runner.names_in_order())
 
     @property
     def last_pass(self) -> dict[str, PassReport]:
@@ -93,6 +128,17 @@ class ModuleStreamer:
             runner.close()
         for streamer in self._streamers.values():
             streamer.close()
+
+    def _adapter_nbytes(self) -> int:
+        """Of what is real in the model, does not stream and was not there when it was opened."""
+        model = self._model()
+        streamed = {i for runner in self._runners.values() for i in runner.binder.tensor_ids()}
+        found = model.parameters() if model is not None else ()
+        return sum(
+            p.nbytes
+            for p in found
+            if not p.is_meta and id(p) not in streamed and self._own.get(id(p)) is not p
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else ", ".join(self._streamers)

@@ -26,12 +26,12 @@ def outside_of(model: nn.Module, names: Names, blocks: Sequence[Block]) -> list[
     }
     known = {block.name for block in blocks}
     for name, source in names.tied.items():
-        if _block_of(name, known) != _block_of(source, known):
+        if block_of(name, known) != block_of(source, known):
             shared.add(source)
-    return [n for n in names.recipes if n in shared or _block_of(n, known) is None]
+    return [n for n in names.recipes if n in shared or block_of(n, known) is None]
 
 
-def _block_of(name: str, blocks: Container[str]) -> str | None:
+def block_of(name: str, blocks: Container[str]) -> str | None:
     """The block that a parameter is in, by their names."""
     while name:
         name = name.rpartition(".")[0]
@@ -65,9 +65,11 @@ def load_outside(
     """Load them, through the streamer's own loader, and put them into their modules."""
     for name in outside:
         recipe, place = recipes[name], _get(model, name)
-        tensor = streamer.load_static(name)
-        if recipe.convert is not None:
-            tensor = recipe.convert(tensor).contiguous()
+        if recipe.convert is None:
+            tensor = streamer.load_static(name)
+        else:  # what it is made of is not kept
+            stored = streamer.host_tensor(name).to(streamer.device)
+            tensor = recipe.convert(stored).contiguous()
         _put(model, name, tensor, place)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from threading import get_ident
 from typing import Any, NoReturn
 
@@ -113,9 +114,7 @@ class Runner:
         self._strict = strict
         self._course: Course | None = Course(len(blocks))
         self.order: tuple[int, ...] | None = None
-        """In which the first forward came to the blocks; None before, or if it left some out. If
-        that is not the streamer's, forwards take more than one pass: open it with ``layers=`` of
-        this order."""
+        """In which the first forward came to the blocks; None before, or if it left some out."""
         some = streamer.devices
         self._first = some[0] if len(some) > 1 else None
         devices = [some[self._place[i] % len(some)] for i in range(len(blocks))]
@@ -125,6 +124,16 @@ class Runner:
         for i, (block, device) in enumerate(zip(blocks, devices, strict=True)):
             hooks = Hooks(i, self.enter, self.leave, device if self._first is not None else None)
             self._handles += hooks.register(block.module)
+
+    @property
+    def detours(self) -> int:
+        """Passes that a forward like the first takes: one, if its order is the streamer's."""
+        places = [self._place[i] for i in self.order or self._order]
+        return 1 + sum(later < place for place, later in pairwise(places))
+
+    def names_in_order(self) -> tuple[str, ...]:
+        """The blocks' names, in the order of the first forward, or else in the streamer's."""
+        return tuple(self._names[i] for i in self.order or self._order)
 
     def close(self) -> None:
         """Remove the hooks, and put the blocks' parameters on meta again. Idempotent, any thread.

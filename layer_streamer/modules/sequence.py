@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ..checkpoint.manifest import FrozenMapping, LayerSpec, Manifest, TensorSpec
 from ..errors import ConfigError
 from .blocks import Block
 from .naming.recipe import Recipe
+from .outside import block_of
+
+
+def by_block(
+    blocks: Iterable[Block], recipes: Mapping[str, Recipe]
+) -> dict[str, dict[str, Recipe]]:
+    """By name of a block, the recipes of the parameters within it, keyed relative to it."""
+    found: dict[str, dict[str, Recipe]] = {block.name: {} for block in blocks}
+    for name, recipe in recipes.items():
+        block = block_of(name, found)
+        if block is not None:
+            found[block][name.removeprefix(f"{block}.")] = recipe
+    return found
 
 
 def manifest_of(
     manifest: Manifest,
     blocks: Sequence[Block],
-    recipes: Mapping[str, Recipe],
+    inside: Mapping[str, Mapping[str, Recipe]],
     outside: Mapping[str, Recipe],
 ) -> Manifest:
-    """A manifest with a layer for each block, of the ``recipes`` that are in it, and the parameters
-    ``outside`` as static tensors. ConfigError for a block that has nothing to stream.
+    """A manifest with a layer for each block, of what is ``inside`` (:func:`by_block`), and the
+    parameters ``outside`` as static tensors. ConfigError for a block that has nothing to stream.
     """
     layers = []
     for i, block in enumerate(blocks):
-        head = f"{block.name}."
-        tensors = {
-            name.removeprefix(head): spec_of(recipe)
-            for name, recipe in recipes.items()
-            if name.startswith(head)
-        }
+        tensors = {key: spec_of(recipe) for key, recipe in inside[block.name].items()}
         if not tensors:
             raise ConfigError(f"{block.name}: the checkpoint has no weights of it")
         layers.append(LayerSpec(i, FrozenMapping(tensors)))
@@ -45,6 +53,22 @@ def manifest_of(
         files=FrozenMapping(files),
         layer_pattern=None,
     )
+
+
+def nbytes_of(inside: Iterable[Mapping[str, Recipe]]) -> int:
+    """Bytes that blocks read."""
+    return sum(recipe.nbytes for recipes in inside for recipe in recipes.values())
+
+
+def made_nbytes(inside: Iterable[Mapping[str, Recipe]]) -> int:
+    """Bytes of parameters that are made by arithmetic: once for all blocks that are alike."""
+    made = {
+        (key, recipe.convert.shape, recipe.convert.dtype): recipe.made_nbytes
+        for recipes in inside
+        for key, recipe in recipes.items()
+        if recipe.convert is not None
+    }
+    return sum(made.values())
 
 
 def spec_of(recipe: Recipe) -> TensorSpec:

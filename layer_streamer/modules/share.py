@@ -1,8 +1,16 @@
-"""One budget for several sequences: what each may hold on the devices. Reads headers only."""
+"""One budget for several streamers: what each may hold on the devices. Reads headers only.
+
+What is counted is counted by memory: that of each device, or the one that several CPUs share.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import add, sub
+from typing import Any, TypeAlias
+
+import torch
 
 from ..checkpoint.manifest import Manifest
 from ..errors import ConfigError
@@ -17,38 +25,127 @@ DEFAULT_RESERVE = 2 << 30
 """Bytes of device memory that activations and caches get beside an "auto" budget, where nobody
 says more: what somebody else's model takes cannot be known."""
 
+Amount: TypeAlias = tuple[int, ...]
+"""Bytes, by memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What gets a streamer of its own, and what it needs."""
+
+    manifest: Manifest
+    dtype: torch.dtype | None
+    """What its tensors are cast to."""
+    plan: Plan
+    """Without any budget."""
+    whole: Amount
+    """With all of it resident."""
+    slots: Amount
+    """With as many slots as asked for."""
+    least: Amount
+    """With as few as it can have."""
+    host_nbytes: int
+    """Host memory that its slots there take; it counts where that has a budget."""
+
+
+def part_of(manifest: Manifest, options: Options, dtype: torch.dtype | None = None) -> Part:
+    """The part that streams ``manifest``. Errors: those of ``from_checkpoint``."""
+    bare = Options(**{**options, "device_budget": None, "host_budget": None, "dtype": dtype})
+    plan = plan_checkpoint(manifest, **bare)
+    least = plan
+    if options.get("n_gpu") is None:  # else it has what was asked for, or is refused
+        fewest = Options(**{**bare, "n_gpu": 1, "n_cpu_pinned": 0, "n_cpu": 0})
+        least = plan_checkpoint(manifest, **fewest)
+    count = len(amount_of(plan))
+    whole = tuple(sum(s.device_nbytes for s in plan.sizes[d::count]) for d in range(count))
+    read = plan
+    if options.get("host_budget") is not None and not plan.machine.unified:
+        read = plan_checkpoint(manifest, **Options(**{**bare, "read_mode": "buffered"}))
+    return Part(
+        manifest=manifest,
+        dtype=dtype,
+        plan=plan,
+        whole=whole,
+        slots=tuple(map(min, amount_of(plan), whole)),
+        least=tuple(map(min, amount_of(least), whole)),
+        host_nbytes=sum(slots.total_nbytes for slots in read.placement.host_slots),
+    )
+
+
+def amount_of(plan: Plan) -> Amount:
+    """What slots and resident layers take of each memory."""
+    taken = plan.placement.device_bytes
+    return (sum(taken),) if plan.machine.unified else taken
+
+
+def total(amounts: Iterable[Amount], zero: Amount) -> Amount:
+    """All of them together."""
+    for amount in amounts:
+        zero = tuple(map(add, zero, amount))
+    return zero
+
+
+def budget_of(options: Options, plan: Plan, reserve: int) -> Amount | None:
+    """What weights may take: the ``device_budget``, less the ``reserve`` that is the caller's.
+
+    One of "auto", or none on a device with memory of its own, is what is free less a margin. Where
+    CPUs compute, ``host_budget`` is one of the same memory. None: there is no limit, and nothing is
+    resident.
+    """
+    machine = plan.machine
+    free = (machine.host_available,) if machine.unified else machine.device_free
+    limits = []
+    for name in ("device_budget", "host_budget") if machine.unified else ("device_budget",):
+        asked: Any = options.get(name)
+        if asked == "auto" or (asked is None and not machine.unified):
+            limits.append(tuple(map(usable, free)))
+        elif asked is not None:
+            limits.append((parse_bytes(name, asked),) * len(free))
+    if not limits:
+        return None
+    return tuple(max(some - reserve, 0) for some in min(limits))
+
+
+def fits(
+    parts: Sequence[Part], budget: Amount | None, kept: Amount, *, fewest: bool = False
+) -> bool:
+    """True if the parts' slots, or the ``fewest`` that they can have, are within the budget beside
+    what is ``kept``."""
+    if budget is None:
+        return True
+    needs = total([part.least if fewest else part.slots for part in parts], kept)
+    return all(map(int.__le__, needs, budget))
+
 
 def open_all(
-    manifests: Sequence[Manifest], options: Options, outside_nbytes: int, reserve: int
+    parts: Sequence[Part], options: Options, budget: Amount | None, kept: Amount
 ) -> list[LayerStreamer]:
-    """A streamer for each manifest, all within one ``device_budget``, which the first fill first.
+    """A streamer for each part, all within the budgets, which the first fill first.
 
-    ``reserve`` of it is the caller's, ``outside_nbytes`` are taken by what is in no block. A budget
-    of "auto", or none on a device with memory of its own, is what is free less a margin. Errors:
-    ConfigError if the slots of all do not fit; those of ``from_checkpoint``. None is left open.
+    ``kept`` is taken by what is in none of them. Errors: ConfigError if the slots of all do not
+    fit; those of ``from_checkpoint``. None is left open.
     """
-    asked = options.get("device_budget")
-    bare = Options(**{**options, "device_budget": None})
-    plans = [plan_checkpoint(manifest, **bare) for manifest in manifests]
-    budget = _budget(asked, plans[0], reserve)
-    slots = [slots_of(plan) for plan in plans]
-    left = None if budget is None else budget - outside_nbytes
-    if left is not None and left < sum(slots):
-        raise ConfigError(
-            f"device_budget={format_bytes(budget or 0)}: needs at least "
-            f"{format_bytes(outside_nbytes + sum(slots))}: {format_bytes(sum(slots))} of slots, "
-            f"{format_bytes(outside_nbytes)} outside the blocks"
-        )
+    needs = [part.slots for part in parts]
+    if not fits(parts, budget, kept):
+        needs = [part.least for part in parts]
+        if not fits(parts, budget, kept, fewest=True):
+            raise _refusal(parts, budget or (), kept)
+    host = _host_budget(options, parts[0].plan)
     opened: list[LayerStreamer] = []
     try:
-        for i, manifest in enumerate(manifests):
-            share = None if left is None else left - sum(slots[i + 1 :])
+        for i, part in enumerate(parts):
+            share = _share(budget, total(needs[i + 1 :], kept))
+            share["dtype"] = part.dtype
+            if host is not None:
+                later = sum(other.host_nbytes for other in parts[i + 1 :])
+                share["host_budget"] = max(host - later, 0)
             streamer = LayerStreamer.from_checkpoint(
-                manifest, **Options(**{**options, "device_budget": share})
+                part.manifest, **Options(**{**options, **share})
             )
             opened.append(streamer)
-            if left is not None:
-                left -= slots_of(streamer.plan)
+            kept = total([amount_of(streamer.plan)], kept)
+            if host is not None:
+                host -= streamer.plan.placement.host_bytes
     except BaseException:
         for streamer in opened:
             streamer.close()
@@ -56,25 +153,43 @@ def open_all(
     return opened
 
 
-def reserve_of(asked: Bytes | None, budget: Bytes | None) -> int:
-    """Bytes of the budget that are left to activations and caches: as asked, else the default
-    where nobody says how much weights may take."""
+def reserve_of(asked: Any, budget: Bytes | None) -> int:
+    """Bytes of the budget that are left to activations and caches: as asked (one number, for each
+    device), else the default where nobody says how much weights may take."""
     if asked is not None:
         return parse_bytes("reserve_bytes", asked)
     return DEFAULT_RESERVE if budget in (None, "auto") else 0
 
 
-def slots_of(plan: Plan) -> int:
-    """Bytes that slots and resident layers take on the device that has the most of them."""
-    taken = plan.placement.device_bytes
-    return sum(taken) if plan.machine.unified else max(taken)
+def _share(budget: Amount | None, taken: Amount) -> Options:
+    """The options of a streamer that may have what is not taken, of each memory."""
+    if budget is None:
+        return Options(device_budget=None)
+    left = tuple(map(sub, budget, taken))
+    most = max(left)
+    if min(left) == most:
+        return Options(device_budget=most)
+    return Options(device_budget=most, reserve_bytes=[most - some for some in left])
 
 
-def _budget(asked: Bytes | None, plan: Plan, reserve: int) -> int | None:
-    machine = plan.machine
-    if asked not in (None, "auto"):
-        return max(parse_bytes("device_budget", asked) - reserve, 0)
-    if asked is None and machine.unified:
+def _host_budget(options: Options, plan: Plan) -> int | None:
+    """Bytes of host memory that all have together; None: as much as they need."""
+    asked = options.get("host_budget")
+    if asked is None or plan.machine.unified:
         return None
-    free = machine.host_available if machine.unified else min(machine.device_free)
-    return max(usable(free) - reserve, 0)
+    if asked == "auto":
+        return usable(plan.machine.host_available)
+    return parse_bytes("host_budget", asked)
+
+
+def _refusal(parts: Sequence[Part], budget: Amount, kept: Amount) -> ConfigError:
+    """Says what does not fit, of the memory that lacks the most."""
+    slots = total([part.least for part in parts], (0,) * len(budget))
+    needed = total([slots], kept)
+    short = max(range(len(budget)), key=lambda at: needed[at] - budget[at])
+    where = f" of {parts[0].plan.machine.devices[short]}" if len(budget) > 1 else ""
+    return ConfigError(
+        f"device_budget={format_bytes(budget[short])}{where}: needs at least "
+        f"{format_bytes(needed[short])}: {format_bytes(slots[short])} of slots, "
+        f"{format_bytes(kept[short])} outside the blocks"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, Unpack, get_args, overload
+from typing import Any, NamedTuple, TypeVar, Unpack, overload
 
 import torch
 from torch import nn
@@ -14,22 +14,22 @@ from ..checkpoint.manifest import Manifest
 from ..devices.accelerator import open_devices
 from ..errors import ConfigError
 from ..planning.options import Options, check_names
+from ..streamer import LayerStreamer
 from .blocks import Block, find_stacks, group_stacks
 from .diffuser import build_diffuser, is_diffuser
+from .ends.choice import Embeddings, Heads, Outside, Wishes, choose, take_away
+from .ends.matrix import Matrix, find_ends
 from .handle import ModuleStreamer
 from .hub import build, class_of, is_hub_folder, local_folder, make_buffers
 from .naming.names import Names, is_hub_model, name_tensors
 from .naming.quantized import prepare_quantized
-from .naming.recipe import Recipe
 from .outside import check_complete, load_outside, outside_of, share_tied, take_dtypes
 from .refusals import leave_states_without_values, note_lack_of_memory, refuse
-from .rows import tables_of, take_rows
 from .runner import Runner
-from .sequence import manifest_of
-from .share import open_all, reserve_of
+from .sequence import by_block, made_nbytes, manifest_of, nbytes_of
+from .share import open_all, part_of, reserve_of
 
 M = TypeVar("M", bound=nn.Module)
-Embeddings: TypeAlias = Literal["device", "host"]
 OF_LAYERS = ("layers", "tail", "layer_pattern", "on_copy")
 """Options of a streamer that a model's own forward has no use for."""
 
@@ -43,6 +43,7 @@ def stream(
     trust_remote_code: bool = ...,
     stacks: Sequence[str] | None = ...,
     embeddings: Embeddings = ...,
+    head: Heads = ...,
     strict: bool = ...,
     **options: Unpack[Options],
 ) -> M: ...
@@ -55,6 +56,7 @@ def stream(
     trust_remote_code: bool = ...,
     stacks: Sequence[str] | None = ...,
     embeddings: Embeddings = ...,
+    head: Heads = ...,
     strict: bool = ...,
     **options: Unpack[Options],
 ) -> Any: ...
@@ -66,6 +68,7 @@ def stream(
     key_mapping: Mapping[str, str] | None = ...,
     stacks: Sequence[str] | None = ...,
     embeddings: Embeddings = ...,
+    head: Heads = ...,
     strict: bool = ...,
     **options: Unpack[Options],
 ) -> M: ...
@@ -78,7 +81,8 @@ def stream(  # noqa: PLR0913 - three ways to say which model
     trust_remote_code: bool = False,
     key_mapping: Mapping[str, str] | None = None,
     stacks: Sequence[str] | None = None,
-    embeddings: Embeddings = "device",
+    embeddings: Embeddings = "auto",
+    head: Heads = "auto",
     strict: bool = False,
     **options: Unpack[Options],
 ) -> Any:
@@ -89,10 +93,11 @@ def stream(  # noqa: PLR0913 - three ways to say which model
     like). Or the folder of one of diffusers' models (a pipeline's "transformer"). Or an
     nn.Module on the meta device, and ``path``, a safetensors folder or file (GGUF, too), whose
     names are the module's, or become so by ``key_mapping`` (regular expressions and what replaces
-    them). ``stacks``: the blocks, as patterns ("blocks.{i}."), where they are not found by
-    themselves. ``embeddings``: "host" has those that nothing else shares take their rows from host
-    memory, where the file's pages are. ``strict``: weights used outside of their block's forward
-    raise an error by name.
+    them). ``stacks``: the blocks, as patterns ("blocks.{i}.") or names, where they are not found by
+    themselves. ``embeddings``: "host" takes their rows from host memory; "auto" those of the large
+    ones (64 MiB and more) if the budget does not hold the whole model. ``head``: "stream" has the
+    output head's rows streamed, some at a time; "auto" if the budget has no room for it.
+    ``strict``: weights used outside of their block's forward raise an error by name.
 
     Returns the model, in eval mode, without gradients; ``.layer_streamer`` is its
     :class:`ModuleStreamer`. ``options`` are those of :meth:`LayerStreamer.from_checkpoint`.
@@ -103,7 +108,8 @@ def stream(  # noqa: PLR0913 - three ways to say which model
     Errors: CheckpointError for weights that are missing or do not fit; ConfigError for what cannot
     stream, and for budgets; nothing is left open.
     """
-    _check(options, embeddings)
+    wishes = _Wishes(strict, Wishes(embeddings, head))
+    _check(options, wishes)
     dtype = options.pop("dtype", None)
     if isinstance(model, nn.Module):
         if path is None:
@@ -115,7 +121,6 @@ def stream(  # noqa: PLR0913 - three ways to say which model
         prepare_quantized(net, open_devices(options.get("device"))[0].torch_device)
     names = name_tensors(net, manifest, key_mapping=key_mapping)
     check_complete(names, manifest.path)
-    wishes = _Wishes(strict, embeddings == "host")
     return _open(net, manifest, names, _sequences(net, stacks), options, wishes)
 
 
@@ -123,17 +128,16 @@ class _Wishes(NamedTuple):
     """What else was asked for."""
 
     strict: bool
-    rows_from_host: bool
+    ends: Wishes
 
 
-def _check(options: Options, embeddings: str) -> None:
+def _check(options: Options, wishes: _Wishes) -> None:
     """ConfigError, TypeError for what cannot be asked for."""
     check_names(options, Options)
     for name in OF_LAYERS:
         if options.get(name) is not None:
             raise ConfigError(f"{name}=: not with a module, whose forward has its own order")
-    if embeddings not in get_args(Embeddings):
-        raise ConfigError(f"embeddings={embeddings!r}: must be one of {get_args(Embeddings)}")
+    wishes.ends.check()
 
 
 def _from_folder(
@@ -166,38 +170,55 @@ def _open(
     blocks = [block for some in sequences.values() for block in some]
     outside = outside_of(net, names, blocks)
     static = {name: names.recipes[name] for name in outside}
-    inside = {name: recipe for name, recipe in names.recipes.items() if name not in static}
-    order = sorted(sequences, key=lambda name: _nbytes(sequences[name], inside))[::-1]
-    manifests = [
-        manifest_of(manifest, sequences[name], inside, static if i == 0 else {})
-        for i, name in enumerate(order)
-    ]
+    inside = by_block(blocks, {n: r for n, r in names.recipes.items() if n not in static})
+    sizes = {key: nbytes_of(inside[b.name] for b in some) for key, some in sequences.items()}
+    order = sorted(sequences, key=sizes.__getitem__)[::-1]
     take_dtypes(net, names.recipes)
     _place_buffers(net, names, open_devices(options.get("device"))[0].torch_device)
     reserve = reserve_of(options.pop("reserve_bytes", None), options.get("device_budget"))
-    tables = tables_of(net, names, outside) if wishes.rows_from_host else {}
-    kept = sum(recipe.nbytes for name, recipe in static.items() if name not in tables)
-    kept += _made(blocks, inside)
-    streamers = dict(zip(order, open_all(manifests, options, kept, reserve), strict=True))
+    parts = {
+        name: part_of(manifest_of(manifest, sequences[name], inside, {} if i else static), options)
+        for i, name in enumerate(order)
+    }
+    beside = Outside(manifest, static, made_nbytes(inside.values()))
+    ends = find_ends(net, names, outside, blocks)
+    division = choose(parts, beside, ends, wishes.ends, options, reserve)
+    some = open_all([*division.parts.values()], options, division.budget, division.kept)
+    streamers = dict(zip(division.parts, some, strict=True))
     runners: dict[str, Runner] = {}
     try:
-        for name, streamer in streamers.items():
+        for name in order:
+            streamer = streamers[name]
             runners[name] = Runner(streamer, sequences[name], names.recipes, strict=wishes.strict)
             leave_states_without_values(sequences[name], runners[name].binder)
-        first = streamers[order[0]]
-        load_outside(net, first, names.recipes, [n for n in outside if n not in tables])
-        take_rows(tables, first)
-        share_tied(net, names.tied)
-        refuse(net, blocks, first.device)
+        _fill(net, names, streamers, outside, division.away)
+        blocks += [matrix.head for matrix in division.away if matrix.head is not None]
+        refuse(net, blocks, streamers[order[0]].device)
         note_lack_of_memory(net)
+        handle = ModuleStreamer(net, streamers, runners, blocks, division, reserve)
     except BaseException:
         for runner in runners.values():
             runner.close()
-        for streamer in streamers.values():
+        for streamer in some:
             streamer.close()
         raise
-    net.layer_streamer = ModuleStreamer(streamers, runners, blocks, kept, reserve)  # type: ignore[assignment]
+    net.layer_streamer = handle  # type: ignore[assignment]
     return net
+
+
+def _fill(
+    net: nn.Module,
+    names: Names,
+    streamers: Mapping[str, LayerStreamer],
+    outside: Sequence[str],
+    away: Sequence[Matrix],
+) -> None:
+    """Give what is outside the blocks its values, but for what is not on the device."""
+    first, *_, last = [*streamers.values(), *streamers.values()]
+    gone = {matrix.name for matrix in away}
+    load_outside(net, first, names.recipes, [name for name in outside if name not in gone])
+    take_away(away, first, last)
+    share_tied(net, names.tied)
 
 
 def _place_buffers(net: nn.Module, names: Names, device: torch.device) -> None:
@@ -215,22 +236,3 @@ def _place_buffers(net: nn.Module, names: Names, device: torch.device) -> None:
                 )
             if buffer is not None:
                 module._buffers[leaf] = buffer.to(device)
-
-
-def _nbytes(blocks: Sequence[Block], recipes: Mapping[str, Recipe]) -> int:
-    heads = tuple(f"{block.name}." for block in blocks)
-    return sum(recipe.nbytes for name, recipe in recipes.items() if name.startswith(heads))
-
-
-def _made(blocks: Sequence[Block], recipes: Mapping[str, Recipe]) -> int:
-    """Bytes of parameters that are made by arithmetic: once for all blocks that are alike."""
-    made = {}
-    for block in blocks:
-        head = f"{block.name}."
-        for name, recipe in recipes.items():
-            if name.startswith(head) and recipe.convert is not None:
-                shape, dtype = recipe.convert.shape, recipe.convert.dtype
-                made[name.removeprefix(head), shape, dtype] = (
-                    torch.Size(shape).numel() * dtype.itemsize
-                )
-    return sum(made.values())

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...checkpoint.manifest import TensorSpec
 from ...errors import CheckpointError
-from .recipe import Conversion, Recipe
+from .recipe import CAST, Conversion, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def cast(recipe: Recipe, dtype: torch.dtype | None, spec: TensorSpec) -> Recipe:
         return tensors[0].to(dtype)
 
     laid = ((recipe.dtype, recipe.shape),)
-    convert = Conversion("cast", laid, dtype, recipe.shape, make)
+    convert = Conversion(CAST, laid, dtype, recipe.shape, make)
     return Recipe(recipe.name, recipe.pieces, recipe.dtype, recipe.shape, convert)
 
 

@@ -14,6 +14,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ...checkpoint.manifest import TensorSpec
+from ...planning.layout import CASTABLE
+
+CAST = "cast"
+"""Name of the conversion that changes the dtype alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,22 @@ class Recipe:
     def nbytes(self) -> int:
         """Bytes that are read."""
         return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def made_nbytes(self) -> int:
+        """Bytes of the parameter."""
+        if self.convert is None:
+            return self.nbytes
+        return math.prod(self.convert.shape) * self.convert.dtype.itemsize
+
+    @property
+    def has_rows(self) -> bool:
+        """Each row of it is a row of one tensor of the checkpoint, cast at most."""
+        if len(self.shape) != 2 or len(self.pieces) != 1:
+            return False
+        return self.convert is None or (
+            self.convert.name == CAST and {self.dtype, self.convert.dtype} <= {*CASTABLE}
+        )
 
 
 def recipe_of_inputs(name: str, inputs: Sequence[TensorSpec], convert: Conversion) -> Recipe:

@@ -1,0 +1,103 @@
+"""The large matrices outside the blocks: tables that rows are looked up in, and the output head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..blocks import Block
+from ..naming.names import Names, is_hub_model
+from ..outside import block_of
+
+
+class Matrix(NamedTuple):
+    """A matrix outside the blocks of which all that compute with it need some rows at a time."""
+
+    name: str
+    """Of the parameter."""
+    nbytes: int
+    """What it takes on a device."""
+    tables: tuple[nn.Embedding, ...]
+    """Those that look rows up in it: they can take them from host memory."""
+    head: Block | None
+    """The linear module that computes with all of its rows: they can be streamed."""
+
+
+class Ends(NamedTuple):
+    """The matrices of a model that need not be on the device."""
+
+    tables: tuple[Matrix, ...]
+    """Without a head, in the model's order."""
+    head: Matrix | None
+    """With the output head: what transformers says is that, else the largest there is."""
+
+
+def find_ends(
+    model: nn.Module, names: Names, outside: Iterable[str], blocks: Sequence[Block]
+) -> Ends:
+    """The matrices of a model, of its parameters ``outside`` the blocks; its tree is read only.
+
+    One whose rows are not those of a tensor of the checkpoint is none, nor one that anything else
+    shares: a module of another kind, or one within a block.
+    """
+    parts = [part for part in model.modules() if is_hub_model(part)]
+    inputs = [_ask(part, "get_input_embeddings") for part in parts]
+    within = {block.name for block in blocks}
+    found = []
+    for name in outside:
+        recipe = names.recipes[name]
+        alike = [name, *(other for other, source in names.tied.items() if source == name)]
+        if not recipe.has_rows or any(block_of(one, within) for one in alike):
+            continue
+        owners = _owners(model, alike)
+        tables = tuple(m for m in owners.values() if isinstance(m, nn.Embedding))
+        heads = [Block(n, m) for n, m in owners.items() if type(m).forward is nn.Linear.forward]
+        takes_ids = all(_looks_up(table, inputs) for table in tables)
+        if takes_ids and len(tables) + len(heads) == len(owners) and len(heads) <= 1:
+            found.append(Matrix(name, recipe.made_nbytes, tables, heads[0] if heads else None))
+    outputs = [_ask(part, "get_output_embeddings") for part in parts]
+    with_head = sorted(
+        (matrix for matrix in found if matrix.head is not None),
+        key=lambda matrix: (any(matrix.head.module is o for o in outputs), matrix.nbytes),  # type: ignore[union-attr]
+    )
+    return Ends(
+        tuple(matrix for matrix in found if matrix.head is None),
+        with_head[-1] if with_head else None,
+    )
+
+
+def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules whose ``weight`` has these names, each once, by its first; a module that has it
+    under another name than that is no table and no head."""
+    owners: dict[str, nn.Module] = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner) if leaf == "weight" else nn.Identity()
+        if all(module is not other for other in owners.values()):
+            owners[owner] = module
+    return owners
+
+
+def _looks_up(table: nn.Embedding, inputs: Sequence[nn.Module | None]) -> bool:
+    """Its forward takes first the ids that it looks up, and its weight is not changed by that."""
+    plain = type(table).forward is nn.Embedding.forward
+    return table.max_norm is None and (plain or any(table is some for some in inputs))
+
+
+def _ask(part: Any, name: str) -> nn.Module | None:
+    """What a transformers model says its tokens are looked up in, or its logits are made by."""
+    try:
+        found: nn.Module | None = getattr(part, name)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found
+
+
+def modules_of(matrices: Iterable[Matrix]) -> Iterator[nn.Module]:
+    """All that compute with them."""
+    for matrix in matrices:
+        yield from matrix.tables
+        if matrix.head is not None:
+            yield matrix.head.module
