@@ -24,6 +24,7 @@ from .engine_options import (
     template_options,
 )
 from .generate_command import write
+from .module_answers import ModuleChat, modules_answer, open_answers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer what is typed, until the end of the input."""
-    model = read_model(args)
+    if args.modules:
+        talk_with_modules(args)
+        return
+    from ..llm.errors import UnsupportedModelError
+
+    try:
+        model = read_model(args)
+    except UnsupportedModelError as error:
+        if not modules_answer(args):
+            raise
+        say(f"{error}: going on by the model's own class, of transformers (--modules)")
+        talk_with_modules(args)
+        return
     _ = model.tokenizer  # the error of a model without one, before it is opened
     from ..llm.text.terminal import open_reader
 
@@ -43,3 +56,13 @@ def run(args: argparse.Namespace) -> None:
         options = given(args, GENERATION) | {"chat_template_kwargs": template_options(args)}
         run_chat(Chat(engine, write, options), read_lines(open_reader()), say)
         save_timeline(args, engine)
+
+
+def talk_with_modules(args: argparse.Namespace) -> None:
+    """The same with transformers' class of the model, whose weights stream."""
+    from ..llm.text.terminal import open_reader
+
+    with open_answers(args) as answers:
+        if not answers.has_template:
+            say("the model has no chat template: continuing the conversation as it is")
+        run_chat(ModuleChat(answers, write), read_lines(open_reader()), say)

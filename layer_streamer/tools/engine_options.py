@@ -37,6 +37,7 @@ def add_answering(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """How answers are made: groups of the help."""
     group = parser.add_argument_group("answers")
     add = group.add_argument
+    add("--modules", action="store_true", help="by the model's own class, of transformers")
     add("--no-think", action="store_true", help="for a chat template that knows enable_thinking")
     tokens_help = f"of an answer at most (default: {max_new_tokens})"
     add("--max-new-tokens", type=at_least(1), default=max_new_tokens, metavar="N", help=tokens_help)
@@ -84,11 +85,16 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"enable_thinking": False} if args.no_think else {}
 
 
+def stay_offline(args: argparse.Namespace) -> None:
+    """Where the model is here, ask nothing of the hub: all is in the model's own files."""
+    if Path(args.model).expanduser().exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
 def read_model(args: argparse.Namespace) -> Model:
     """What describes the model; ValueError, ImportError, in one line."""
     require_engine()
-    if Path(args.model).expanduser().exists():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model's own files
+    stay_offline(args)
     from ..llm.opening import Model
 
     logging.getLogger("transformers").setLevel(logging.ERROR)

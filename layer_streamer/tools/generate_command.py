@@ -28,7 +28,7 @@ from .engine_options import (
     save_timeline,
     template_options,
 )
-from .module_answers import answer_with_modules
+from .module_answers import answer_with_modules, modules_answer
 
 if TYPE_CHECKING:
     from ..llm.engine import StreamingEngine
@@ -45,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompts", type=Path, metavar="FILE", help="answer each line (JSON)")
     add = parser.add_argument
     add("--output", type=Path, metavar="FILE", help="where the answers to --prompts go; resumed")
-    add("--modules", action="store_true", help="by the model's own class, of transformers")
     add("--raw", action="store_true", help="continue the prompt as it is, without chat template")
     add_answering(parser, MAX_NEW_TOKENS)
     add_engine(parser)
@@ -58,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
     if args.modules:
         if args.prompt is None:
             raise ValueError("--modules: answers one --prompt")
-        answer_with_modules(args, read_prompt(args.prompt))
+        answer_with_modules(args, as_prompt(read_prompt(args.prompt), args), write)
         return
-    model = read_model(args)
+    model = read_model_or_tell(args)
     prompt, room = None, dict[str, Any]()
     if args.prompt is not None:
         prompt = read_prompt(args.prompt)
@@ -71,6 +70,20 @@ def run(args: argparse.Namespace) -> None:
         else:
             answer_file(engine, args)
         save_timeline(args, engine)
+
+
+def read_model_or_tell(args: argparse.Namespace) -> Model:
+    """What describes the model; the error of one that --modules would answer for says so."""
+    from ..llm.errors import UnsupportedModelError
+
+    try:
+        return read_model(args)
+    except UnsupportedModelError as error:
+        if not modules_answer(args):
+            raise
+        raise UnsupportedModelError(
+            f"{error}: not by the engine, but --modules answers by the model's own class"
+        ) from error
 
 
 def read_prompt(prompt: str) -> str:

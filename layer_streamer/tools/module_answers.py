@@ -6,65 +6,166 @@ Only the generated text goes to stdout, as it comes.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from ..llm.errors import PromptTooLongError, one_line_errors
+from ..llm.text.conversation import Conversation, Put, Turn, ended_at
 from .command import require_engine, say, streamer_options
-from .engine_options import ENGINE, GENERATION, given, template_options
+from .engine_options import ENGINE, GENERATION, given, stay_offline, template_options
 
 DRAWS = ("top_k", "top_p", "min_p")
 """Options that mean that tokens are drawn."""
 
 
-def answer_with_modules(args: argparse.Namespace, text: str) -> None:
-    """Generate with the model's own class. ValueError for options that are the engine's."""
+class ModuleAnswers:
+    """A streamed model of transformers and its tokenizer. Thread rules: one thread."""
+
+    def __init__(self, model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
+        self.model, self._tokenizer, self._args = model, tokenizer, args
+        self._generation = _generation(args, tokenizer)
+        text = model.config.get_text_config(decoder=True)
+        found = getattr(text, "max_position_embeddings", None)
+        self.length: int | None = None if model.config.is_encoder_decoder else found
+        """Most tokens of a prompt and its answer; None: there is no such number."""
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, prompt: str | list[Turn]) -> Any:
+        """Tokens of a text, or of messages by the chat template, shape (1, tokens). ValueError, in
+        one line, for what tokenizer or template refuse."""
+        with one_line_errors("the tokenizer cannot take the prompt", ValueError):
+            if isinstance(prompt, str):
+                return self._tokenizer(prompt, return_tensors="pt").input_ids
+            return self._tokenizer.apply_chat_template(
+                prompt,
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+                **template_options(self._args),
+            )["input_ids"]
+
+    def answer(self, ids: Any, put: Put) -> str:
+        """Generate, word by word; returns why the text ended early, "" if all was said.
+
+        PromptTooLongError if the model has no room for a single token.
+        """
+        import torch
+        import transformers
+
+        most, count = self._args.max_new_tokens, ids.shape[1]
+        room = most if self.length is None else min(most, self.length - count)
+        if room < 1:
+            raise PromptTooLongError(f"{count} tokens, the model's context is {self.length}")
+        if self._args.seed is not None:
+            torch.manual_seed(self._args.seed)
+        show = self._args.skip_special_tokens is not None
+        printer: Any = transformers.TextStreamer(
+            self._tokenizer, skip_prompt=True, skip_special_tokens=not show
+        )
+        printer.on_finalized_text = lambda text, stream_end=False: put(text)
+        with torch.no_grad():
+            found = self.model.generate(
+                ids.to(self.model.device),
+                streamer=printer,
+                tokenizer=self._tokenizer,
+                **{**self._generation, "max_new_tokens": room},
+            )
+        before = 1 if self.model.config.is_encoder_decoder else count
+        ends = self.model.generation_config.eos_token_id
+        said = found.shape[1] - before
+        if said < room or int(found[0, -1]) in (ends if isinstance(ends, list) else [ends]):
+            return ""
+        return ended_at(room, most, self.length or 0)
+
+
+class ModuleChat(Conversation):
+    """A conversation with a model's own class."""
+
+    def __init__(self, answers: ModuleAnswers, write: Put) -> None:
+        super().__init__(write)
+        self._answers = answers
+
+    def speak(self, messages: list[Turn], put: Put) -> str:
+        """The model's answer to a conversation; without a chat template, it goes on with it."""
+        answers = self._answers
+        if answers.has_template:
+            return answers.answer(answers.encode(messages), put)
+        return answers.answer(answers.encode("\n".join(m["content"] for m in messages)), put)
+
+
+def answer_with_modules(
+    args: argparse.Namespace, prompt: str | list[Turn], write: Callable[[str], None]
+) -> None:
+    """Answer one prompt with the model's own class. ValueError for options of the engine."""
+    with open_answers(args) as answers:
+        if not isinstance(prompt, str) and not answers.has_template:
+            prompt = prompt[0]["content"]
+        answers.answer(answers.encode(prompt), write)
+        say("")
+        for name, report in answers.model.layer_streamer.last_pass.items():
+            say(f"{name}: the last pass\n{report}")
+
+
+@contextmanager
+def open_answers(args: argparse.Namespace) -> Iterator[ModuleAnswers]:
+    """Context with the model that the arguments name, streamed, and its tokenizer.
+
+    ValueError for options that are the engine's, and a model that generates no text.
+    """
     require_engine()
     for name in (*ENGINE, "timeline"):
         if getattr(args, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option}: the engine's, which --modules does without")
+    stay_offline(args)
     import torch
     import transformers
 
+    from ..llm.hub import PREFIX
+    from ..modules.hub import local_folder
     from ..modules.stream import stream
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    folder = local_folder(args.model.removeprefix(PREFIX))
+    with one_line_errors(f"{folder}: no tokenizer that can be read", ValueError):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    model: Any = stream(args.model, dtype=dtype, **streamer_options(args))
-    if not model.can_generate():
-        raise ValueError(f"{args.model}: a {type(model).__name__}, which generates no text")
-    if args.plan:
-        say(str(model.layer_streamer.plan))
-    ids = _encode(tokenizer, text, args).to(model.device)
-    show = args.skip_special_tokens is not None
-    printer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=not show)
-    with torch.no_grad():
-        model.generate(ids, streamer=printer, tokenizer=tokenizer, **_generation(args, tokenizer))
-    for name, report in model.layer_streamer.last_pass.items():
-        say(f"{name}: the last pass\n{report}")
-    model.layer_streamer.close()
+    model: Any = stream(folder, dtype=dtype, **streamer_options(args))
+    try:
+        if not (hasattr(model, "can_generate") and model.can_generate()):
+            raise ValueError(f"{args.model}: a {type(model).__name__}, which generates no text")
+        if args.plan:
+            say(str(model.layer_streamer.plan))
+        yield ModuleAnswers(model, tokenizer, args)
+    finally:
+        model.layer_streamer.close()
 
 
-def _encode(tokenizer: Any, text: str, args: argparse.Namespace) -> Any:
-    """Tokens of the prompt, shape (1, tokens)."""
-    if args.raw or not tokenizer.chat_template:
-        return tokenizer(text, return_tensors="pt").input_ids
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-        **template_options(args),
-    )["input_ids"]
+def modules_answer(args: argparse.Namespace) -> bool:
+    """True if transformers has a class that generates text with a model that the engine refuses."""
+    from ..errors import StreamerError
+    from ..llm.hub import find_model
+    from ..modules.hub import class_of, is_hub_folder
+
+    folder = find_model(args.model)
+    if not is_hub_folder(folder):
+        return False
+    try:
+        cls = class_of(folder)
+    except StreamerError:
+        return False
+    # An auto class is one for text.
+    return not hasattr(cls, "can_generate") or bool(cls.can_generate())
 
 
 def _generation(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """What was asked for, in transformers' words."""
-    import torch
-
     asked = given(args, GENERATION)
-    asked.pop("skip_special_tokens", None)
-    if (seed := asked.pop("seed", None)) is not None:
-        torch.manual_seed(seed)
+    for name in ("skip_special_tokens", "seed"):
+        asked.pop(name, None)
     if stop := asked.pop("stop", None):
         asked["stop_strings"] = stop
     if asked.get("temperature") == 0:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError, PromptTooLongError
+from .conversation import Conversation, Put, Turn, ended_at
 
 if TYPE_CHECKING:
     from ..engine import StreamingEngine
@@ -28,8 +29,8 @@ HELP = "\n".join(
 )
 
 
-class Chat:
-    """The turns of one conversation.
+class Chat(Conversation):
+    """A conversation with the engine.
 
     What two turns have in common, which is all of the conversation but the new question and the
     marks around it, keeps its keys and values: only the rest is prefilled.
@@ -39,56 +40,29 @@ class Chat:
         self, engine: StreamingEngine, write: Callable[[str], None], options: Mapping[str, Any]
     ) -> None:
         """``write`` gets the text of the answers; ``options`` are ``engine.generate``'s."""
-        self._engine, self._write, self._options = engine, write, dict(options)
+        super().__init__(write)
+        self._engine, self._options = engine, dict(options)
         self._template_options = self._options.pop("chat_template_kwargs", None)
         self._most = self._options.pop("max_new_tokens", None) or DEFAULT_TOKENS
-        self.messages: list[dict[str, str]] = []
-        self.note = ""
-        """Why the last answer ended, if it is not that all was said."""
 
-    def start_over(self) -> None:
-        """Forget the conversation."""
-        self.messages = []
-
-    def answer(self, text: str) -> bool:
-        """Answer one question, with a newline at the end; False if Ctrl-C ended the answer. What
-        came of it is kept.
-
-        ValueError if the conversation does not fit any more: the question is then forgotten.
-        """
-        question = {"role": "user", "content": text}
-        said: list[str] = []
-        whole, self.note = True, ""
-        try:
-            for piece in self._pieces([*self.messages, question]):
-                said.append(piece)
-                self._write(piece)
-        except KeyboardInterrupt:
-            whole, self.note = False, "(ended)"
-        self.messages += [question, {"role": "assistant", "content": "".join(said)}]
-        self._write("\n")
-        return whole
-
-    def _pieces(self, messages: list[dict[str, str]]) -> Iterator[str]:
-        engine = self._engine
+    def speak(self, messages: list[Turn], put: Put) -> str:
+        """The engine's answer to a conversation."""
+        engine, note = self._engine, ""
         ids = engine.encode(messages, self._template_options)
         count = min(self._most, engine.max_length - len(ids))
         for request, piece in engine.events(
             [ids], max_new_tokens=count, reuse_prefix=True, **self._options
         ):
             if piece:
-                yield piece
+                put(piece)
             if request.finish_reason == "length":
-                self.note = (
-                    f"(ended at {count:,} tokens: ask it to go on, or start the chat with a larger "
-                    "--max-new-tokens)"
-                    if count == self._most
-                    else f"(ended: the conversation fills its {engine.max_length:,} tokens, "
-                    "/new starts over)"
-                )
+                note = ended_at(count, self._most, engine.max_length)
+        return note
 
 
-def run_chat(chat: Chat, messages: Iterator[str | None], say: Callable[[str], None]) -> None:
+def run_chat(
+    chat: Conversation, messages: Iterator[str | None], say: Callable[[str], None]
+) -> None:
     """Answer message after message; None is a Ctrl-C where nothing was being answered, of which
     two in a row end the chat."""
     say("/help lists the commands")
@@ -107,7 +81,7 @@ def run_chat(chat: Chat, messages: Iterator[str | None], say: Callable[[str], No
         interrupted = text is None
 
 
-def _command(chat: Chat, name: str) -> str:
+def _command(chat: Conversation, name: str) -> str:
     """Do what a command says; what to tell of it."""
     if name == "/new":
         chat.start_over()
@@ -117,7 +91,7 @@ def _command(chat: Chat, name: str) -> str:
     return f"{name} is no command (there are {', '.join(COMMANDS)}); a space before it sends it"
 
 
-def _answer(chat: Chat, text: str, say: Callable[[str], None]) -> None:
+def _answer(chat: Conversation, text: str, say: Callable[[str], None]) -> None:
     try:
         chat.answer(text)
     except KeyboardInterrupt:  # a second one, while the first was being dealt with
