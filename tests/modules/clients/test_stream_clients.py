@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf_to_safetensors
+import numpy as np
 import pytest
 import torch
 import transformers
 from assets import AGREED, GOLDEN, one_torch_thread, prompt_ids, smollm2
 from recipes import loaded, quiet
-from tiny_models import tiny_class, tiny_model
+from tiny_models import tiny_class, tiny_config, tiny_model
 from torch import nn
 
 from layer_streamer import stream
@@ -84,6 +85,43 @@ def test_running_out_of_memory_says_which_numbers_to_change(tmp_path: Path) -> N
     handle.remove()
     with torch.no_grad():
         model(IDS)
+    model.layer_streamer.close()
+
+
+def classified(model: Any, task: str) -> Any:
+    """What a pipeline says of a second of noise, or a picture of it."""
+    random, pipeline = np.random.default_rng(0), cast(Any, transformers.pipeline)
+    if task == "audio-classification":
+        reader: Any = transformers.Wav2Vec2FeatureExtractor()
+        classify = pipeline(task, model=model, feature_extractor=reader)
+        return classify(random.standard_normal(8000, dtype=np.float32), top_k=5)
+    images = pytest.importorskip("PIL.Image")
+    pil = pytest.importorskip("transformers.models.vit.image_processing_pil_vit")
+    reader = pil.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    classify = pipeline(task, model=model, image_processor=reader)
+    return classify(images.fromarray(random.integers(0, 256, (40, 50, 3), np.uint8)), top_k=5)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "cls"),
+    [
+        ("audio-classification", "wav2vec2", "AutoModelForAudioClassification"),
+        ("image-classification", "vit", "AutoModelForImageClassification"),
+    ],
+)
+def test_pipelines_classify_sounds_and_pictures(
+    tmp_path: Path, task: str, name: str, cls: str
+) -> None:
+    config = tiny_config(name)
+    config.num_labels = 5
+    with quiet():
+        torch.manual_seed(3)
+        plain = getattr(transformers, cls).from_config(config).eval()
+        plain.save_pretrained(tmp_path)
+        model: Any = stream(tmp_path, device="cpu", n_gpu=1)
+        assert type(model) is type(plain)
+        found = classified(model, task)
+        assert found == classified(plain, task) and len(found) == 5
     model.layer_streamer.close()
 
 
