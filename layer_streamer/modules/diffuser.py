@@ -16,6 +16,7 @@ from ..checkpoint.json_file import read_json
 from ..checkpoint.manifest import TensorSpec
 from ..errors import ConfigError, printable
 from ..planning.layout import CASTABLE
+from .holders import tensors_of
 
 
 def is_diffuser(folder: Path) -> bool:
@@ -45,5 +46,11 @@ def build_diffuser(
     floats = (spec.dtype for spec in specs.values() if spec.dtype in CASTABLE)
     with init_empty_weights(include_buffers=False):
         model = cls.from_config(cls.load_config(folder))
-    found: nn.Module = model.to(dtype or next(floats, torch.float32)).eval().requires_grad_(False)
+    dtype = dtype or next(floats, torch.float32)
+    for module in model.modules():
+        # What no checkpoint has (rotations) stays as it was made, as in diffusers' own loader.
+        for _, tensor in tensors_of(module):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+    found: nn.Module = model.eval().requires_grad_(False)
     return found

@@ -47,6 +47,24 @@ def test_a_streamed_transformer_gives_what_the_resident_one_does(tmp_path: Path,
 
 @installed
 @pytest.mark.slow
+def test_in_half_precision_rotations_and_what_is_kept_stay_as_diffusers_has_them(
+    tmp_path: Path,
+) -> None:
+    name = "WanTransformer3DModel"
+    with quiet():
+        plain: Any = tiny_diffuser(name)
+        plain.save_pretrained(tmp_path)
+        plain = type(plain).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+        model: Any = stream(tmp_path, device="cpu", dtype=torch.bfloat16)
+    for some in ("named_parameters", "named_buffers"):
+        dtypes = [{n: t.dtype for n, t in getattr(m, some)()} for m in (plain, model)]
+        assert dtypes[0] == dtypes[1]
+        assert torch.float32 in dtypes[0].values()
+    model.layer_streamer.close()
+
+
+@installed
+@pytest.mark.slow
 def test_a_class_that_diffusers_lacks_is_named(tmp_path: Path) -> None:
     own_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "NoSuchModel"}))
