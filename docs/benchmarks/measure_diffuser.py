@@ -76,8 +76,9 @@ def inputs_of(model: Any, side: int = IMAGE_SIDE, text: int = TEXT) -> dict[str,
     }
 
 
-def denoise(model: Any, turns: int, limit: Callable[[], float]) -> dict[str, Any]:
+def denoise(model: Any, turns: int, limit: Callable[[], float], host: HostMemory) -> dict[str, Any]:
     """Seconds a forward of each turn, and of the limit beside it."""
+    host.rest()
     times: dict[str, Any] = {"seconds": [], "limit": []}
     inputs = inputs_of(model)
     with torch.no_grad():
@@ -92,7 +93,13 @@ def denoise(model: Any, turns: int, limit: Callable[[], float]) -> dict[str, Any
                 model(**inputs)
             torch.cuda.synchronize()
             times["seconds"].append((time.perf_counter() - begin) / FORWARDS)
+            host.look()
     return times | {"finite": bool(out.isfinite().all())}
+
+
+def nothing() -> float:
+    """The limit of what has none."""
+    return 0.0
 
 
 def measure_stream(folder: Path, turns: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +114,7 @@ def measure_stream(folder: Path, turns: int, options: dict[str, Any]) -> dict[st
             plans = handle.plan.sequences.values()
             moved = [sum(sum(plan.placement.copy_bytes) for plan in plans)]
             with closing(RawCopies(open_devices(None), moved, 64 << 20)) as copies:
-                times = denoise(model, turns, copies.seconds if sum(moved) else lambda: 0.0)
+                times = denoise(model, turns, copies.seconds if sum(moved) else nothing, host)
             times |= {"moved": sum(moved), "plan": str(handle.plan)}
     return times | {"anonymous": host.anonymous, "taken": host.taken}
 
@@ -128,7 +135,7 @@ def measure_diffusers(folder: Path, turns: int, level: str | None) -> dict[str, 
                 num_blocks_per_group=1 if level == "block_level" else None,
                 use_stream=True,
             )
-        times = denoise(model.eval(), turns, lambda: 0.0)
+        times = denoise(model.eval(), turns, nothing, host)
     return times | {"anonymous": host.anonymous, "taken": host.taken}
 
 
@@ -152,10 +159,20 @@ def describe(record: dict[str, Any], compute: float) -> str:
     return f"{row}; {peaks}{'' if record['finite'] else '; NOT FINITE'}"
 
 
+def start() -> None:
+    """Import what a model needs, and start CUDA and its libraries, which take host memory."""
+    import diffusers
+
+    with torch.device("meta"):
+        diffusers.FluxTransformer2DModel(**SHAPE | {"num_layers": 1, "num_single_layers": 1})
+    x = torch.ones(1, 1, 64, 64, device="cuda", dtype=torch.bfloat16)
+    torch.nn.functional.scaled_dot_product_attention(x, x @ x, x).float().sum().item()
+
+
 def measure(folder: Path, regime: str, turns: int) -> dict[str, Any]:
     """One regime, in this process."""
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))
-    torch.zeros(1, device="cuda")
+    start()
     if regime in STREAMED:
         record = measure_stream(folder, turns, STREAMED[regime])
     else:

@@ -36,10 +36,11 @@ OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend
 PIECE = 64 << 20
 """Bytes of pinned memory that the limit is copied from, which count as the process's own."""
 ALL = {"device_budget": "3.6GiB", "embeddings": "device"}
-"""Room for three slots, and for what is outside the blocks."""
+"""Room for three slots and what is outside the blocks, and for no block."""
 STREAMED: dict[str, dict[str, Any]] = {
     "all blocks streamed": ALL,
     "all blocks streamed, cuDNN": ALL,
+    "device_budget 2 GiB": {"device_budget": 2 * GIB},
     "device_budget 4 GiB": {"device_budget": 4 * GIB},
     "device_budget 8 GiB": {"device_budget": 8 * GIB},
     "device_budget 16 GiB": {"device_budget": 16 * GIB},
@@ -47,8 +48,11 @@ STREAMED: dict[str, dict[str, Any]] = {
 Measure = Callable[[Path, int], dict[str, Any]]
 
 
-def decode(model: Any, turns: int, limit: Callable[[], float]) -> dict[str, list[float]]:
+def decode(
+    model: Any, turns: int, limit: Callable[[], float], host: HostMemory
+) -> dict[str, list[float]]:
     """Seconds a token of each turn, and of the limit beside it."""
+    host.rest()
     ids = torch.randint(10, 1000, (1, PROMPT), device="cuda")
     times: dict[str, list[float]] = {"seconds": [], "limit": []}
     cache = None
@@ -70,7 +74,13 @@ def decode(model: Any, turns: int, limit: Callable[[], float]) -> dict[str, list
             for _ in range(TOKENS):
                 step()
             times["seconds"].append((time.perf_counter() - begin) / TOKENS)
+            host.look()
     return times
+
+
+def nothing() -> float:
+    """The limit of what has none."""
+    return 0.0
 
 
 def measure_stream(path: Path, turns: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -84,10 +94,10 @@ def measure_stream(path: Path, turns: int, options: dict[str, Any]) -> dict[str,
         model: Any = ls.stream(path, **options)
         opened = time.perf_counter() - begin
         with closing(model.layer_streamer) as handle:
-            (plan,) = handle.plan.sequences.values()
-            moved = plan.placement.copy_bytes
+            plans = handle.plan.sequences.values()
+            moved = [sum(sum(plan.placement.copy_bytes) for plan in plans)]
             with closing(RawCopies(open_devices(None), moved, PIECE)) as copies:
-                times = decode(model, turns, copies.seconds if sum(moved) else lambda: 0.0)
+                times = decode(model, turns, copies.seconds if sum(moved) else nothing, host)
             report = {"opened": opened, "moved": sum(moved), "plan": str(handle.plan), **times}
     return report | {"anonymous": host.anonymous, "taken": host.taken}
 
@@ -96,8 +106,13 @@ def measure_resident(path: Path, turns: int) -> dict[str, Any]:
     """transformers' own, all weights on the device."""
     import transformers
 
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    return decode(model.to("cuda").eval(), turns, lambda: 0.0)
+    with HostMemory() as host:
+        begin = time.perf_counter()
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        model.to("cuda").eval()
+        opened = time.perf_counter() - begin
+        times = decode(model, turns, nothing, host)
+    return times | {"opened": opened, "anonymous": host.anonymous, "taken": host.taken}
 
 
 def measure_accelerate(path: Path, turns: int) -> dict[str, Any]:
@@ -110,7 +125,7 @@ def measure_accelerate(path: Path, turns: int) -> dict[str, Any]:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         cpu_offload(model, execution_device=torch.device("cuda:0"))
         opened = time.perf_counter() - begin
-        times = decode(model, turns, lambda: 0.0)
+        times = decode(model, turns, nothing, host)
     return times | {"opened": opened, "anonymous": host.anonymous, "taken": host.taken}
 
 
@@ -126,7 +141,7 @@ def measure_airllm(path: Path, turns: int) -> dict[str, Any]:
         begin = time.perf_counter()
         model = WithoutTokenizer(str(path), layer_shards_saving_path=folder)
         opened = time.perf_counter() - begin
-        times = decode(model, turns, lambda: 0.0)
+        times = decode(model, turns, nothing, host)
     return times | {"opened": opened, "anonymous": host.anonymous, "taken": host.taken}
 
 
@@ -151,10 +166,21 @@ def describe(record: dict[str, Any]) -> str:
     return row
 
 
+def start(path: Path) -> None:
+    """Import what a model needs, and start CUDA and its libraries, which take host memory."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        transformers.AutoModelForCausalLM.from_config(config)
+    x = torch.ones(1, 1, 64, 64, device="cuda", dtype=torch.bfloat16)
+    torch.nn.functional.scaled_dot_product_attention(x, x @ x, x).float().sum().item()
+
+
 def measure(path: Path, regime: str, turns: int) -> dict[str, Any]:
     """One regime, in this process."""
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))
-    torch.zeros(1, device="cuda")
+    start(path)
     picked: AbstractContextManager[object] = sdpa_kernel(OTHERS)
     with nullcontext() if regime.endswith("cuDNN") else picked:
         if regime in PEERS:

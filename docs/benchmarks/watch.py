@@ -36,15 +36,20 @@ class HostMemory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.rest()
+        self.look()
+
+    def rest(self) -> None:
+        """From now on, only :meth:`look` looks."""
         self._ended.set()
         self._thread.join()
-        self._look()
 
     def _watch(self) -> None:
         while not self._ended.wait(PERIOD):
-            self._look()
+            self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Look once."""
         anonymous, available = self._begin
         self.anonymous = max(self.anonymous, _anonymous() - anonymous)
         self.taken = max(self.taken, available - psutil.virtual_memory().available)

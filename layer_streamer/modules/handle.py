@@ -17,7 +17,7 @@ from ..streamer import LayerStreamer
 from ..transport.stats import PassReport
 from .blocks import Block
 from .ends.choice import Division
-from .runner import Runner
+from .resident import AnyRunner, ResidentRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class ModuleStreamer:
         self,
         model: nn.Module,
         streamers: Mapping[str, LayerStreamer],
-        runners: Mapping[str, Runner],
+        runners: Mapping[str, AnyRunner],
         blocks: Iterable[Block],
         division: Division,
         reserve_nbytes: int,
@@ -103,11 +103,16 @@ class ModuleStreamer:
 
     @property
     def last_pass(self) -> dict[str, PassReport]:
-        """By sequence, where the time of its last finished pass went; without those that had none.
+        """By sequence, where the time of its last finished pass went; without those that had none:
+        of blocks that all stay on a GPU none is made.
 
         Waits until the device has done these passes.
         """
-        reports = {name: streamer.last_pass for name, streamer in self._streamers.items()}
+        reports = {
+            name: streamer.last_pass
+            for name, streamer in self._streamers.items()
+            if not isinstance(self._runners.get(name), ResidentRunner)
+        }
         return {name: report for name, report in reports.items() if report is not None}
 
     @property

@@ -25,7 +25,7 @@ from .naming.names import Names, is_hub_model, name_tensors
 from .naming.quantized import prepare_quantized
 from .outside import check_complete, load_outside, outside_of, share_tied, take_dtypes
 from .refusals import leave_states_without_values, note_lack_of_memory, refuse
-from .runner import Runner
+from .resident import AnyRunner, give_weights
 from .sequence import by_block, made_nbytes, manifest_of, nbytes_of
 from .share import open_all, part_of, reserve_of
 
@@ -185,11 +185,13 @@ def _open(
     division = choose(parts, beside, ends, wishes.ends, options, reserve)
     some = open_all([*division.parts.values()], options, division.budget, division.kept)
     streamers = dict(zip(division.parts, some, strict=True))
-    runners: dict[str, Runner] = {}
+    runners: dict[str, AnyRunner] = {}
     try:
         for name in order:
             streamer = streamers[name]
-            runners[name] = Runner(streamer, sequences[name], names.recipes, strict=wishes.strict)
+            runners[name] = give_weights(
+                streamer, sequences[name], names.recipes, strict=wishes.strict
+            )
             leave_states_without_values(sequences[name], runners[name].binder)
         _fill(net, names, streamers, outside, division.away)
         blocks += [matrix.head for matrix in division.away if matrix.head is not None]
