@@ -60,18 +60,24 @@ class Part:
         """What its ``j``-th job reads; small extents share one."""
         if self.num_jobs == 1:
             return self.extents
-        ends = self.ends
-        begin, end = j * self.chunk, min((j + 1) * self.chunk, ends[-1])
+        ends, chunk = self.ends, self.chunk
+        begin = j * chunk
+        end = begin + chunk if j < self.num_jobs - 1 else ends[-1]
         extents = []
-        for i in range(bisect_right(ends, begin), len(ends)):
+        i = bisect_right(ends, begin)
+        while begin < end:
             path, offset, start, length, wanted = self.extents[i]
-            first = ends[i] - length
-            skipped = max(begin - first, 0)
-            taken = min(end - first, length) - skipped
-            if taken <= 0:
-                break
-            filled = min(taken, wanted - skipped)
-            extents.append(Extent(path, offset + skipped, start + skipped, taken, filled))
+            skipped = begin - ends[i] + length
+            taken = (end if end < ends[i] else ends[i]) - begin
+            filled = wanted - skipped
+            extents.append(
+                Extent(
+                    path, offset + skipped, start + skipped, taken,
+                    taken if taken < filled else filled,
+                )
+            )  # fmt: skip
+            begin += taken
+            i += 1
         return extents
 
 
