@@ -54,8 +54,8 @@ def part_of(manifest: Manifest, options: Options, dtype: torch.dtype | None = No
     plan = plan_checkpoint(manifest, **bare)
     least = plan
     if options.get("n_gpu") is None:  # else it has what was asked for, or is refused
-        fewest = Options(**{**bare, "n_gpu": 1, "n_cpu_pinned": 0, "n_cpu": 0})
-        least = plan_checkpoint(manifest, **fewest)
+        pools = {name: options.get(name) or 0 for name in ("n_cpu_pinned", "n_cpu")}
+        least = plan_checkpoint(manifest, **Options(**{**bare, "n_gpu": 1, **pools}))  # type: ignore[typeddict-item]
     count = len(amount_of(plan))
     whole = tuple(sum(s.device_nbytes for s in plan.sizes[d::count]) for d in range(count))
     read = plan
@@ -97,13 +97,13 @@ def budget_of(options: Options, plan: Plan, reserve: int) -> Amount | None:
     limits = []
     for name in ("device_budget", "host_budget") if machine.unified else ("device_budget",):
         asked: Any = options.get(name)
-        if asked == "auto" or (asked is None and not machine.unified):
-            limits.append(tuple(map(usable, free)))
-        elif asked is not None:
-            limits.append((parse_bytes(name, asked),) * len(free))
-    if not limits:
-        return None
-    return tuple(max(some - reserve, 0) for some in min(limits))
+        if asked is None and machine.unified:
+            continue
+        own = reserve if name == "device_budget" else 0
+        for_all = None if asked in (None, "auto") else parse_bytes(name, asked)
+        limit = map(usable, free) if for_all is None else [for_all] * len(free)
+        limits.append(tuple(max(some - own, 0) for some in limit))
+    return min(limits, default=None)
 
 
 def fits(
@@ -129,7 +129,7 @@ def open_all(
     if not fits(parts, budget, kept):
         needs = [part.least for part in parts]
         if not fits(parts, budget, kept, fewest=True):
-            raise _refusal(parts, budget or (), kept)
+            raise _refusal(parts, options, budget or (), kept)
     host = _host_budget(options, parts[0].plan)
     opened: list[LayerStreamer] = []
     try:
@@ -182,14 +182,16 @@ def _host_budget(options: Options, plan: Plan) -> int | None:
     return parse_bytes("host_budget", asked)
 
 
-def _refusal(parts: Sequence[Part], budget: Amount, kept: Amount) -> ConfigError:
+def _refusal(parts: Sequence[Part], options: Options, budget: Amount, kept: Amount) -> ConfigError:
     """Says what does not fit, of the memory that lacks the most."""
     slots = total([part.least for part in parts], (0,) * len(budget))
     needed = total([slots], kept)
     short = max(range(len(budget)), key=lambda at: needed[at] - budget[at])
+    unified = parts[0].plan.machine.unified
+    name = "host_budget" if unified and options.get("device_budget") is None else "device_budget"
     where = f" of {parts[0].plan.machine.devices[short]}" if len(budget) > 1 else ""
     return ConfigError(
-        f"device_budget={format_bytes(budget[short])}{where}: needs at least "
+        f"{name}={format_bytes(budget[short])}{where}: needs at least "
         f"{format_bytes(needed[short])}: {format_bytes(slots[short])} of slots, "
         f"{format_bytes(kept[short])} outside the blocks"
     )

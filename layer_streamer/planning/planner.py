@@ -187,10 +187,15 @@ def _shrink_slots(
 ) -> tuple[Placement, Budget]:
     """The placement if host memory held all that is streamed, and the budget with fewer device
     slots if there is no room for more and nobody asked for them."""
-    least = min(2, budget.device_slots) if settings.asked["n_gpu"] is None else budget.device_slots
+    least = budget.device_slots
+    if settings.asked["n_gpu"] is None:
+        pools = sum(settings.asked[name] or 0 for name in ("n_cpu_pinned", "n_cpu"))
+        least = min(2 + pools * budget.shared, least)
     while True:
         try:
-            return place(sizes, replace(budget, host=MAX_BYTES)), budget
+            return place(
+                sizes, budget if budget.shared else replace(budget, host=MAX_BYTES)
+            ), budget
         except ConfigError:
             if budget.device_slots == least:
                 raise

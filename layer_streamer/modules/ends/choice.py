@@ -132,7 +132,8 @@ def ways(ends: Ends, wishes: Wishes, *, streams: bool) -> Iterator[tuple[Matrix,
     heads: Sequence[tuple[Matrix, ...]] = [()] if head != "stream" else []
     if head != "device" and found is not None:
         heads = [*heads, (found,)]
-    return ((*some, *one) for some in tables for one in heads)
+    # A table costs a row or so a forward, a head all of it.
+    return ((*some, *one) for one in heads for some in tables)
 
 
 def take_away(
