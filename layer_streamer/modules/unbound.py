@@ -26,6 +26,10 @@ _LOOKS = frozenset(
 """Names of functions that ask for a tensor's form, not for its values."""
 _VALUES = frozenset({"T", "mT", "H", "mH"})
 """Attributes that lead to the values."""
+OF_BLOCK = (
+    "while its block has no weights: they are there from the begin of the block's forward to its "
+    "end"
+)
 
 
 class Unbound(torch.Tensor):
@@ -37,6 +41,8 @@ class Unbound(torch.Tensor):
     """
 
     full_name: str
+    why: str
+    """What is wrong with its use."""
     stands_for: torch.Tensor
     """The plain tensor on meta."""
     comes_to: torch.device
@@ -56,22 +62,24 @@ class Unbound(torch.Tensor):
         if getattr(func, "__name__", "") in _LOOKS and attribute not in _VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        name = vars(found[0]).get("full_name") if found else None
+        own = vars(found[0]) if found else {}
         raise StreamerError(
-            f"{name or 'a weight'} is used while its block has no weights: they are there from the "
-            "begin of the block's forward to its end"
+            f"{own.get('full_name', 'a weight')} is used {own.get('why', OF_BLOCK)}"
         )
 
 
-def as_unbound(tensor: torch.Tensor, name: str, device: torch.device | None) -> torch.Tensor:
+def as_unbound(
+    tensor: torch.Tensor, name: str, device: torch.device | None, why: str = OF_BLOCK
+) -> torch.Tensor:
     """What stands for ``tensor``, the parameter or buffer ``name``: without gradients.
 
-    ``device``: where its weights will be; None: it says that it is on meta.
+    ``device``: where its weights will be; None: it says that it is on meta. ``why``: the end of the
+    error of its use.
     """
     meta = _on_meta(without_name(tensor))
     with torch.inference_mode(False), torch.no_grad():
         unbound = torch.Tensor._make_subclass(Unbound, meta.detach(), False)
-    own: dict[str, Any] = {"full_name": name, "stands_for": meta}
+    own: dict[str, Any] = {"full_name": name, "stands_for": meta, "why": why}
     if device is not None:
         own["comes_to"] = device
     if isinstance(meta, nn.Parameter):

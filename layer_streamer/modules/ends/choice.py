@@ -27,6 +27,12 @@ LARGE = 64 << 20
 costs some microseconds a forward, and a smaller one hardly any memory."""
 
 
+AWAY = (
+    "by itself, and only some rows of it are on the device at a time: embeddings='device' and "
+    "head='device' have it there"
+)
+
+
 class Wishes(NamedTuple):
     """What was asked for."""
 
@@ -147,7 +153,9 @@ def take_away(
         modules: list[nn.Module] = [*matrix.tables]
         if matrix.head is not None:
             modules.append(matrix.head.module)
-        away = as_unbound(modules[0]._parameters["weight"], matrix.name, static.device)  # type: ignore[arg-type]
+        place = modules[0]._parameters["weight"]
+        assert place is not None
+        away = as_unbound(place, matrix.name, static.device, AWAY)
         for table in matrix.tables:
             Rows(static.host_tensor(matrix.name), away, static.device).register(table)
         if matrix.head is not None:
