@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..unbound import as_parameter
+
 FEW = 64
 """So many ids are looked up as they come. Of more, each row is taken once: a long text has the same
 words again and again."""
@@ -25,6 +27,7 @@ class Rows:
         there between forwards; it has the dtype. ``device``: where the forward computes."""
         self._rows = rows
         self._away = away
+        self._dtype = away.dtype
         self._device = device
         with torch.inference_mode(False):
             self._places = torch.arange(FEW, device=device)
@@ -44,7 +47,8 @@ class Rows:
         else:
             unique, places = ids.cpu().unique(return_inverse=True)
             rows, places = self._take(unique), places.to(self._device)
-        module._parameters["weight"] = nn.Parameter(rows.to(self._away.dtype), requires_grad=False)
+        weight = as_parameter(rows.to(self._dtype), nn.Parameter, {})
+        module._parameters["weight"] = weight  # type: ignore[assignment]
         if "input" in kwargs:
             return args, {**kwargs, "input": places}
         return (places, *args[1:]), kwargs

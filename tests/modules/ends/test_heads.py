@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -198,4 +200,61 @@ def test_a_head_that_torch_compiles_says_what_to_do(tmp_path: Path) -> None:
     with torch.no_grad(), pytest.raises(RuntimeError, match="head='device'"):
         compiled(torch.ones(1, model.lm_head.in_features))
     torch._dynamo.reset()
+    model.layer_streamer.close()
+
+
+def test_layers_and_rows_may_take_turns_on_several_devices(tmp_path: Path) -> None:
+    plain, model = pair(tmp_path, device=["cpu", "cpu", "cpu"])
+    want, got = run("llama", plain), run("llama", model)
+    assert agree(got["logits"], want["logits"])
+    assert torch.equal(got["tokens"], want["tokens"])
+    model.layer_streamer.close()
+
+
+def test_a_model_that_nobody_holds_closes_its_heads_streamer_too(tmp_path: Path) -> None:
+    _, model = pair(tmp_path)
+    run("llama", model)
+    streamers = [*model.layer_streamer._streamers.values()]
+    assert len(streamers) == 2
+    pipelines = [streamer._parts.pipeline for streamer in streamers]
+    del model, streamers
+    gc.collect()
+    assert all(pipeline.control.closing for pipeline in pipelines)
+
+
+def test_nothing_is_left_open_where_a_head_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {thread.ident for thread in threading.enumerate()}
+
+    def fail(*args: Any) -> None:
+        raise MemoryError("no slots")
+
+    monkeypatch.setattr(heads.Head, "register", fail)
+    with pytest.raises(MemoryError, match="no slots"):
+        pair(tmp_path)
+    gc.collect()
+    assert {thread.ident for thread in threading.enumerate()} <= before
+
+
+def test_two_calls_at_once_are_refused_and_the_next_is_right(tmp_path: Path) -> None:
+    plain, model = pair(tmp_path)
+    x = torch.ones(1, plain.lm_head.in_features)
+    sweep = model.layer_streamer._streamers["lm_head"].sweep()
+    next(sweep)
+    raised = []
+
+    def call() -> None:
+        try:
+            model.lm_head(x)
+        except StreamerError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert len(raised) == 1 and raised[0].startswith("lm_head: a pass is running on thread")
+    sweep.close()
+    with torch.no_grad():
+        assert agree(model.lm_head(x), plain.lm_head(x))
     model.layer_streamer.close()
