@@ -129,7 +129,7 @@ def open_all(
     if not fits(parts, budget, kept):
         needs = [part.least for part in parts]
         if not fits(parts, budget, kept, fewest=True):
-            raise _refusal(parts, options, budget or (), kept)
+            raise refusal(parts, options, budget or (), kept)
     host = _host_budget(options, parts[0].plan)
     opened: list[LayerStreamer] = []
     try:
@@ -182,16 +182,20 @@ def _host_budget(options: Options, plan: Plan) -> int | None:
     return parse_bytes("host_budget", asked)
 
 
-def _refusal(parts: Sequence[Part], options: Options, budget: Amount, kept: Amount) -> ConfigError:
-    """Says what does not fit, of the memory that lacks the most."""
+def refusal(
+    parts: Sequence[Part], options: Options, budget: Amount, kept: Amount, largest: str = ""
+) -> ConfigError:
+    """Says what does not fit, of the memory that lacks the most. ``largest``: what is the largest
+    of what is ``kept``."""
     slots = total([part.least for part in parts], (0,) * len(budget))
     needed = total([slots], kept)
     short = max(range(len(budget)), key=lambda at: needed[at] - budget[at])
     unified = parts[0].plan.machine.unified
     name = "host_budget" if unified and options.get("device_budget") is None else "device_budget"
+    named = f" ({largest} is the largest)" if largest else ""
     where = f" of {parts[0].plan.machine.devices[short]}" if len(budget) > 1 else ""
     return ConfigError(
         f"{name}={format_bytes(budget[short])}{where}: needs at least "
         f"{format_bytes(needed[short])}: {format_bytes(slots[short])} of slots, "
-        f"{format_bytes(kept[short])} outside the blocks"
+        f"{format_bytes(kept[short])} outside the blocks{named}"
     )

@@ -216,10 +216,10 @@ def _fill(
     away: Sequence[Matrix],
 ) -> None:
     """Give what is outside the blocks its values, but for what is not on the device."""
-    first, *_, last = [*streamers.values(), *streamers.values()]
+    first = next(iter(streamers.values()))
     gone = {matrix.name for matrix in away}
     load_outside(net, first, names.recipes, [name for name in outside if name not in gone])
-    take_away(away, first, last)
+    take_away(away, first, streamers)
     share_tied(net, names.tied)
 
 

@@ -10,10 +10,11 @@ from torch import nn
 
 from ...checkpoint.manifest import Manifest
 from ...errors import ConfigError
+from ...planning.budget import format_bytes
 from ...planning.options import Options
 from ...streamer import LayerStreamer
 from ..naming.recipe import Recipe
-from ..share import Amount, Part, amount_of, budget_of, fits, part_of, total
+from ..share import Amount, Part, amount_of, budget_of, fits, part_of, refusal, total
 from ..unbound import as_unbound
 from .head import Head, manifest_of_rows
 from .matrix import Ends, Matrix
@@ -25,8 +26,6 @@ Heads: TypeAlias = Literal["auto", "device", "stream"]
 LARGE = 64 << 20
 """Bytes from which on a table takes its rows from host memory, if anything streams at all: that
 costs some microseconds a forward, and a smaller one hardly any memory."""
-
-
 AWAY = (
     "by itself, and only some rows of it are on the device at a time: embeddings='device' and "
     "head='device' have it there"
@@ -63,6 +62,13 @@ class Outside(NamedTuple):
         here = sum(r.made_nbytes for name, r in self.recipes.items() if name not in gone)
         return (here + self.made_nbytes, *[self.made_nbytes] * (memories - 1))
 
+    def largest(self, away: Sequence[Matrix]) -> str:
+        """Of what is resident: "'lm_head.weight' of 1.02 GiB"."""
+        gone = {matrix.name for matrix in away}
+        some = ((r.made_nbytes, name) for name, r in self.recipes.items() if name not in gone)
+        nbytes, name = max(some, default=(0, ""))
+        return f"{name!r} of {format_bytes(nbytes)}" if name else ""
+
     def head_of(self, matrix: Matrix, options: Options) -> Part:
         """The part that streams a head's rows."""
         recipe = self.recipes[matrix.name]
@@ -92,10 +98,10 @@ def choose(
     reserve: int,
 ) -> Division:
     """The best of the ways that fit, with as many slots as parts should have, or else with the
-    fewest; the one that needs the least if none does.
+    fewest.
 
     ``parts``: the sequences of blocks. ``reserve``: bytes of the budget that are the caller's.
-    ConfigError for wishes that cannot be.
+    ConfigError for wishes that cannot be, and if no way fits.
     """
     plan = next(iter(parts.values())).plan
     budget, memories = budget_of(options, plan, reserve), len(amount_of(plan))
@@ -112,7 +118,7 @@ def choose(
             found = Division(given, away, budget, outside.kept(away, memories))
             if fits([*given.values()], budget, found.kept, fewest=fewest):
                 return found
-    return found
+    raise refusal([*given.values()], options, budget or (), found.kept, outside.largest(away))
 
 
 def ways(ends: Ends, wishes: Wishes, *, streams: bool) -> Iterator[tuple[Matrix, ...]]:
@@ -143,11 +149,12 @@ def ways(ends: Ends, wishes: Wishes, *, streams: bool) -> Iterator[tuple[Matrix,
 
 
 def take_away(
-    matrices: Sequence[Matrix], static: LayerStreamer, streamer: LayerStreamer | None
+    matrices: Sequence[Matrix], static: LayerStreamer, streamers: Mapping[str, LayerStreamer]
 ) -> None:
     """Have these be away: tables look rows up in host memory, a head streams.
 
-    ``static`` has them as static tensors, and the first device; ``streamer`` is of the head's rows.
+    ``static`` has them as static tensors, and the first device; a head's streamer is among
+    ``streamers`` by its name.
     """
     for matrix in matrices:
         modules: list[nn.Module] = [*matrix.tables]
@@ -159,5 +166,5 @@ def take_away(
         for table in matrix.tables:
             Rows(static.host_tensor(matrix.name), away, static.device).register(table)
         if matrix.head is not None:
-            assert streamer is not None
-            Head(streamer, matrix.head.name).register(matrix.head.module, away)  # type: ignore[arg-type]
+            name, module = matrix.head
+            Head(streamers[name], name).register(module, away)  # type: ignore[arg-type]

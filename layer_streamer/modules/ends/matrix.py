@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 
@@ -44,28 +44,28 @@ def find_ends(
     """
     parts = [part for part in model.modules() if is_hub_model(part)]
     inputs = [_ask(part, "get_input_embeddings") for part in parts]
+    outputs = [_ask(part, "get_output_embeddings") for part in parts]
     within = {block.name for block in blocks}
-    found = []
+    tables, heads = list[Matrix](), list[tuple[bool, int, Matrix]]()
     for name in outside:
         recipe = names.recipes[name]
         alike = [name, *(other for other, source in names.tied.items() if source == name)]
         if not recipe.has_rows or any(block_of(one, within) for one in alike):
             continue
         owners = _owners(model, alike)
-        tables = tuple(m for m in owners.values() if isinstance(m, nn.Embedding))
-        heads = [Block(n, m) for n, m in owners.items() if type(m).forward is nn.Linear.forward]
-        takes_ids = all(_looks_up(table, inputs) for table in tables)
-        if takes_ids and len(tables) + len(heads) == len(owners) and len(heads) <= 1:
-            found.append(Matrix(name, recipe.made_nbytes, tables, heads[0] if heads else None))
-    outputs = [_ask(part, "get_output_embeddings") for part in parts]
-    with_head = sorted(
-        (matrix for matrix in found if matrix.head is not None),
-        key=lambda matrix: (any(matrix.head.module is o for o in outputs), matrix.nbytes),  # type: ignore[union-attr]
-    )
-    return Ends(
-        tuple(matrix for matrix in found if matrix.head is None),
-        with_head[-1] if with_head else None,
-    )
+        lookups = tuple(m for m in owners.values() if _looks_up(m, inputs))
+        linear = [Block(n, m) for n, m in owners.items() if _is_linear(m, outputs)]
+        if len(lookups) + len(linear) < len(owners) or len(linear) > 1:
+            continue
+        nbytes = recipe.made_nbytes
+        if not linear:
+            tables.append(Matrix(name, nbytes, lookups, None))
+            continue
+        (head,) = linear
+        is_output = any(head.module is some for some in outputs)
+        heads.append((is_output, nbytes, Matrix(name, nbytes, lookups, head)))
+    best = max(heads, key=lambda head: head[:2], default=None)
+    return Ends(tuple(tables), best[-1] if best is not None else None)
 
 
 def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -80,10 +80,19 @@ def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     return owners
 
 
-def _looks_up(table: nn.Embedding, inputs: Sequence[nn.Module | None]) -> bool:
+def _looks_up(module: nn.Module, inputs: Sequence[nn.Module | None]) -> TypeGuard[nn.Embedding]:
     """Its forward takes first the ids that it looks up, and its weight is not changed by that."""
-    plain = type(table).forward is nn.Embedding.forward
-    return table.max_norm is None and (plain or any(table is some for some in inputs))
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    plain = type(module).forward is nn.Embedding.forward
+    return plain or any(module is some for some in inputs)
+
+
+def _is_linear(module: nn.Module, outputs: Sequence[nn.Module | None]) -> bool:
+    """It computes with its weight when it is called, and nothing else does: of a class that is
+    derived from linear ones (attention has one) that is known of outputs alone."""
+    plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    return plain and (type(module) is nn.Linear or any(module is some for some in outputs))
 
 
 def _ask(part: Any, name: str) -> nn.Module | None:
@@ -93,11 +102,3 @@ def _ask(part: Any, name: str) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return found
-
-
-def modules_of(matrices: Iterable[Matrix]) -> Iterator[nn.Module]:
-    """All that compute with them."""
-    for matrix in matrices:
-        yield from matrix.tables
-        if matrix.head is not None:
-            yield matrix.head.module

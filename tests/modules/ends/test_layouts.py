@@ -149,3 +149,20 @@ def test_a_matrix_that_anything_else_shares_stays_where_it_is(tmp_path: Path) ->
     assert not plan.tables
     assert list(plan.sequences) == ["blocks", "scale"]
     net.layer_streamer.close()  # type: ignore[operator, union-attr]
+
+
+def test_a_linear_module_whose_weight_its_parent_uses_is_no_head(tmp_path: Path) -> None:
+    class Attending(Net):
+        def __init__(self) -> None:
+            super().__init__(11, 8, tied=False, bias=True)
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.attention.out_proj.weight = nn.Parameter(torch.ones(300, 8))
+
+    saved(Attending(), tmp_path)
+    with torch.device("meta"):
+        net = Attending()
+    stream(net, tmp_path, stacks=["blocks.{i}."], device="cpu", head="stream")
+    plan: Any = net.layer_streamer.plan  # type: ignore[union-attr]
+    assert list(plan.sequences) == ["blocks", "head"]
+    assert not net.attention.out_proj.weight.is_meta
+    net.layer_streamer.close()  # type: ignore[operator, union-attr]
