@@ -25,11 +25,14 @@ class ModulePlan:
     """Where a model's weights live. ``str()`` of it is a table for each sequence of blocks."""
 
     sequences: Mapping[str, Plan]
-    """By name of the first list of its blocks: "model.layers"."""
+    """By name of the first list of its blocks: "model.layers"; of a head that streams, by its own
+    name, last: its layers are chunks of rows."""
     outside_nbytes: int
     """Bytes on the first device of what is in no block, and of what is made by arithmetic."""
     reserve_nbytes: int
     """Bytes of the budget that are left to activations and caches."""
+    head: str | None
+    """Name of the output head, if it streams."""
     tables: Mapping[str, int]
     """By name, bytes of the embeddings whose rows are taken from host memory."""
     adapter_nbytes: int
@@ -40,7 +43,8 @@ class ModulePlan:
     ``stacks=`` of :attr:`ModuleStreamer.order` it takes one."""
 
     def __str__(self) -> str:
-        lines = [f"{name}:\n{plan}" for name, plan in self.sequences.items()]
+        by_rows = {self.head: " (its rows stream, in chunks)"}
+        lines = [f"{name}{by_rows.get(name, '')}:\n{plan}" for name, plan in self.sequences.items()]
         lines.append(f"outside the blocks, resident: {format_bytes(self.outside_nbytes)}")
         for name, nbytes in self.tables.items():
             lines.append(f"rows from host memory: {name}, {format_bytes(nbytes)}")
@@ -79,6 +83,7 @@ class ModuleStreamer:
         self._model = weakref.ref(model)
         self._own = weakref.WeakValueDictionary({id(p): p for p in model.parameters()})
         self._outside_nbytes = division.kept[0]
+        self._head = next((m.head.name for m in division.away if m.head is not None), None)
         self._tables = {m.name: m.nbytes for m in division.away if m.tables}
         self._reserve_nbytes = reserve_nbytes
 
@@ -90,6 +95,7 @@ class ModuleStreamer:
             sequences=plans,
             outside_nbytes=self._outside_nbytes,
             reserve_nbytes=self._reserve_nbytes,
+            head=self._head,
             tables=self._tables,
             adapter_nbytes=self._adapter_nbytes(),
             detours={n: r.detours for n, r in self._runners.items() if r.detours > 1},

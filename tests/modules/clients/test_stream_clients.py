@@ -126,10 +126,21 @@ def test_pipelines_classify_sounds_and_pictures(
 
 
 @pytest.mark.slow
-def test_a_real_models_greedy_ids_are_the_golden_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "sequences"),
+    [
+        ({"read_mode": "mapped"}, ["model.layers"]),
+        ({"device_budget": "70MiB"}, ["model.layers", "lm_head"]),
+    ],
+)
+def test_a_real_models_greedy_ids_are_the_golden_ones(
+    tmp_path: Path, options: dict[str, Any], sequences: list[str]
+) -> None:
+    """70 MiB: of which the matrix that embedding and head share is 108 alone."""
     twin = tmp_path / "twin"
     assert gguf_to_safetensors.main([str(smollm2()), str(twin), "--dtype", "float32"]) == 0
-    model: Any = stream(twin, device="cpu", read_mode="mapped")
+    model: Any = stream(twin, device="cpu", **options)
+    assert list(model.layer_streamer.plan.sequences) == sequences
     assert type(model) is transformers.LlamaForCausalLM
     tokenizer = load_tokenizer(twin)
     with one_torch_thread(), quiet():
