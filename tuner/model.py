@@ -21,6 +21,8 @@ TABLES = tuple(inspect.signature(manifest_from_tensor_info).parameters)
 """Arguments of the published constructors that say what is in a checkpoint."""
 SetupFn = Callable[[Any], Callable[[], object]]
 """``setup_fn(streamer) -> run``: what ``run()`` does is measured."""
+AnySetupFn = Callable[..., Any]
+"""Or that of a streamed model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,12 @@ class Model:
     arguments: Mapping[str, Any]
     """Of the streamer, without what is searched. With "path", those of from_checkpoint: settings
     without values have values to try all the same."""
-    setup_fn: SetupFn | None = None
+    setup_fn: AnySetupFn | None = None
     engine: str | None = None
     """Dotted name of the module that opens an engine in place of a streamer; "path" and all other
     arguments are the engine's then."""
+    streamed: bool = False
+    """True: the engine is a model by ``stream()``, whose own code says what a pass goes through."""
 
     def __post_init__(self) -> None:
         Settings(**self.fixed)

@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import Manifest
 from ..errors import TuneError
 from ..measuring.rawspeed import packed_share
+from ..modules.tuning import Streamed
+from ..planning.budget import parse_bytes
 from ..planning.plan import Machine
 from .fingerprint import describe_tune, digest
 from .model import Model
@@ -26,7 +29,7 @@ from .search.race import Race, enter
 from .search.screen import Engines, Screened, Screener
 from .search.search import RunTrial, Search, endings
 from .search.space import Bounds, Values
-from .survey import Survey, ask_engine, take_survey
+from .survey import Survey, ask_engine, ask_streamed, take_survey
 from .trials.record import Choice, TrialRecord, TrialSpec
 from .trials.trial import run_trial
 
@@ -49,6 +52,7 @@ class Session:
         self._search: Search | None = None
         self._look: Callable[[Any, Path], Survey] = take_survey
         self._ask_engine: AskEngine = ask_engine
+        self._ask_streamed: Callable[[TrialSpec], Streamed] = ask_streamed
         self._run_trial: RunTrial = run_trial
         self._now = time.monotonic
 
@@ -56,7 +60,9 @@ class Session:
     def title(self) -> str:
         """What the report is called."""
         arguments = self._model.arguments
-        return f"Tune of {Path(arguments.get('path', arguments.get('model_dir', ''))).name}"
+        name = Path(arguments.get("path", arguments.get("model_dir", ""))).name
+        setup_fn = self._model.setup_fn
+        return f"Tune of {name or getattr(setup_fn, '__name__', '')}"
 
     @property
     def best(self) -> TrialRecord | None:
@@ -79,8 +85,11 @@ class Session:
         """Search, and return the best candidate's settings. TuneError, ConfigError."""
         self._search, self._screened = None, Screened()
         spec = self._model.spec(self._options)
-        manifest = self._model.read_manifest()
+        manifest = None if self._model.streamed else self._model.read_manifest()
         with _only_tune():
+            if manifest is None:
+                found = self._ask_streamed(spec)
+                manifest, self._ask_engine = found.manifest, partial(plan_streamed, found)
             if self._model.engine is None and self._model.setup_fn is None and spec.tokens:
                 _warn_of_packed(manifest)
             survey = self._look(spec.model.get("device"), next(iter(manifest.files)))
@@ -100,7 +109,7 @@ class Session:
         if host is not None:
             host = max(host - survey.baseline_bytes - HOST_MARGIN, 0) or None
         defaults: dict[str, Values] = {}
-        if "path" in self._model.arguments:
+        if "path" in self._model.arguments or self._model.engine is not None:
             grants = replace(bounds, max_host_bytes=host)
             defaults = space.default_axes(grants, survey.identity.num_cores, unified=unified)
         self.axes = space.check_axes({**defaults, **self._given})
@@ -189,6 +198,25 @@ class Session:
                 len(search.candidates),
             )  # fmt: skip
         return best
+
+
+def plan_streamed(found: Streamed, spec: TrialSpec, candidates: Sequence[Choice]) -> Engines:
+    """By candidate, what a model's largest sequence of blocks is opened with: of a budget it has
+    what is not taken beside it. A device with memory of its own has one where none is named."""
+    device = {name: spec.model[name] for name in ("device",) if name in spec.model}
+    plans = list[dict[str, Any]]()
+    for candidate in candidates:
+        plan: dict[str, Any] = {**device, **candidate}
+        reserve: Any = spec.model.get("reserve_bytes")
+        if plan.get("device_budget") is None and not found.unified:
+            plan["device_budget"] = "auto"
+        if plan.get("device_budget") == "auto" and reserve is None:
+            reserve = found.reserve_nbytes
+        if plan.get("device_budget") is not None:
+            taken = parse_bytes("reserve_bytes", reserve or 0)
+            plan["reserve_bytes"] = found.taken_nbytes + taken
+        plans.append(plan)
+    return plans
 
 
 def _warn_of_packed(manifest: Manifest) -> None:

@@ -7,11 +7,13 @@ would share out memory.
 
 from __future__ import annotations
 
+import base64
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from ..errors import ConfigError
 from ..machine.identity import MachineIdentity
 from ..machine.limits import MachineLimits
 from ..machine.records import Form
+from ..modules.tuning import Streamed
 from ..planning.plan import Machine
 from .trials.model_args import decode_model
 from .trials.process import CHILD, child_request
@@ -58,6 +61,17 @@ def ask_engine(spec: TrialSpec, candidates: Sequence[Choice]) -> list[Mapping[st
     question = {"engine": spec.engine, "model": spec.model, "candidates": candidates}
     answers = _ask(question, "")
     return [answer if isinstance(answer, str) else decode_model(answer) for answer in answers]
+
+
+def ask_streamed(spec: TrialSpec) -> Streamed:
+    """What a pass of a streamed model goes through, of which the model's own code knows.
+
+    ConfigError if it cannot be opened, with its line.
+    """
+    setup = None if spec.setup_fn is None else asdict(spec.setup_fn)
+    answer = _ask({"streamed": spec.model, "setup_fn": setup}, "")
+    found: Streamed = pickle.loads(base64.b64decode(answer))
+    return found
 
 
 def _ask(question: Mapping[str, Any], about: str) -> Any:

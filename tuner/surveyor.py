@@ -1,12 +1,16 @@
 """The child of a survey, which :mod:`.survey` starts.
 
-JSON in: {"device", "path"}, to look at the machine, or {"engine", "model", "candidates"}, to ask an
-engine for its plans; the last line of stdout is the answer, as JSON.
+JSON in: {"device", "path"}, to look at the machine; {"engine", "model", "candidates"}, to ask an
+engine for its plans; {"streamed", "setup_fn"}, to look at a streamed model. The last line of stdout
+is the answer, as JSON.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import pickle
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -24,6 +28,8 @@ from ..machine.limits import load_limits
 from ..planning.placement import Rates
 from .survey import Survey
 from .trials.model_args import decode_model, encode_model
+from .trials.record import FunctionName
+from .trials.setup_fn import TRIAL_VARIABLE, load_function
 
 
 def look(device: Any, path: Path) -> Survey:
@@ -48,12 +54,26 @@ def plan(asked: Mapping[str, Any]) -> list[Any]:
     return [answer if isinstance(answer, str) else encode_model(answer) for answer in answers]
 
 
+def look_at_streamed(asked: Mapping[str, Any]) -> str:
+    """A :class:`Streamed`, pickled, in base64. A script that is imported for its setup_fn does not
+    tune here."""
+    os.environ[TRIAL_VARIABLE] = "survey"
+    from ..modules.tuning import describe
+
+    options = decode_model(asked["streamed"])
+    if asked["setup_fn"] is not None:
+        options["setup_fn"] = load_function(FunctionName(**asked["setup_fn"]))
+    return base64.b64encode(pickle.dumps(describe(**options))).decode()
+
+
 def main(asked: Mapping[str, Any]) -> None:
     """Exit code 2 with one line on stderr if a device cannot be opened, or an engine not be had."""
     found: Any
     try:
         if "engine" in asked:
             found = plan(asked)
+        elif "streamed" in asked:
+            found = look_at_streamed(asked)
         else:
             found = asdict(look(asked["device"], Path(asked["path"])))
     except (StreamerError, ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:

@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.formats import as_manifest
 from ..checkpoint.manifest import Manifest
 from ..errors import ConfigError, TuneError
+from ..modules.tuning import SetupFn as ModuleSetupFn
 from ..planning.options import Bytes, DeviceName
 from ..streamer import LayerStreamer
 from .model import Model, SetupFn, split_options
@@ -24,7 +25,8 @@ from .trials.setup_fn import end_import_in_child
 logger = logging.getLogger(__name__)
 
 ENGINE = "layer_streamer.llm.tuning"
-"""A name, no import: it is resolved in the processes of trials (see TrialSpec.engine)."""
+MODULES = "layer_streamer.modules.tuning"
+"""Names, no imports: they are resolved in the processes of trials (see TrialSpec.engine)."""
 
 
 class LayerStreamerTuner:
@@ -135,15 +137,47 @@ class LayerStreamerTuner:
 
         Raises ConfigError; ``tune()`` also what the engine says of its model and its options.
         """
-        check_int("prompt_tokens", prompt_tokens, 1, MAX_TOKENS)
-        check_int("new_tokens", new_tokens, 2, MAX_TOKENS)
         values, own, tune = split_options(options, None)
-        if "tokens" in tune:
-            raise ConfigError("tokens: an engine is measured on prompt_tokens and new_tokens")
-        tokens = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-        model = Model({"path": path, **tokens, **own}, engine=ENGINE)
+        text = _text_options(prompt_tokens, new_tokens, tune)
+        model = Model({"path": path, **text, **own}, engine=ENGINE)
         self = cls.__new__(cls)
         self._session = Session(model, values, TuneOptions(**tune))
+        return self
+
+    @classmethod
+    def for_module(
+        cls,
+        path: str | Path | None = None,
+        *,
+        setup_fn: ModuleSetupFn | None = None,
+        prompt_tokens: int = 512,
+        new_tokens: int = 8,
+        **options: Any,
+    ) -> LayerStreamerTuner:
+        """Tune ``layer_streamer.stream(path, ...)``, or what ``setup_fn`` opens by ``stream``.
+
+        ``setup_fn(**settings)`` returns ``(model, run)``: the model by ``stream(..., **settings)``,
+        and what is to be fast, one forward or more; a function that a fresh process can import.
+        Without one, ``path`` is a transformers model that writes text, and a run is a prompt and
+        new tokens as in :meth:`for_engine`, by the model's own ``generate``.
+
+        The default settings are tried first, then these with the budgets granted. ``tune()``
+        returns keyword arguments for ``stream``: ``stream(path, **best)``, {} if nothing beats its
+        defaults. Budgets are the model's: all its sequences of blocks, and what is outside of them.
+
+        ``options``: ``*_values`` and those of a tune as in :meth:`from_checkpoint`; all others are
+        handed to ``stream``, or to ``setup_fn``, the same for all candidates.
+
+        Raises ConfigError; ``tune()`` also what opening the model says.
+        """
+        values, own, tune = split_options(options, None)
+        if (path is None) == (setup_fn is None):
+            raise ConfigError("for_module: takes a path, or a setup_fn that opens the model")
+        text = _text_options(prompt_tokens, new_tokens, tune)
+        model = {**own} if path is None else {"path": path, **text, **own}
+        self = cls.__new__(cls)
+        subject = Model(model, setup_fn, engine=MODULES, streamed=True)
+        self._session = Session(subject, values, TuneOptions(**tune))
         return self
 
     def tune(self) -> dict[str, int | str | None]:
@@ -189,6 +223,15 @@ class LayerStreamerTuner:
         return write_report(
             Path(path), Findings(session.title, records, session.best, session.num_untried)
         )
+
+
+def _text_options(prompt_tokens: int, new_tokens: int, tune: Mapping[str, Any]) -> dict[str, int]:
+    """What a prompt and its answer are measured on. ConfigError."""
+    check_int("prompt_tokens", prompt_tokens, 1, MAX_TOKENS)
+    check_int("new_tokens", new_tokens, 2, MAX_TOKENS)
+    if "tokens" in tune:
+        raise ConfigError("tokens: an engine is measured on prompt_tokens and new_tokens")
+    return {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
 
 
 def _checkpoint_session(

@@ -1,13 +1,13 @@
 """Find the fastest settings for a checkpoint on this machine, and print them as a call to paste.
 
-    layer-streamer tune MODEL [--engine] [--max-device-bytes 6GiB] [--max-host-bytes 16GiB]
+    layer-streamer tune MODEL [--engine | --modules] [--max-device-bytes 6GiB]
 
 MODEL is a safetensors directory or file, or a GGUF file. With --engine, what is measured is the
 language model engine, on a prompt and some tokens after it, and MODEL may be a repository on the
-Hugging Face hub as well. Without, the compute is a stand-in: each matrix of a layer times --tokens
-vectors; to tune your own, call LayerStreamerTuner with a setup_fn. Only the call goes to stdout;
-progress goes to stderr. Exit code 2 is an error; 130 is Ctrl-C, after which the same command goes
-on where it was.
+Hugging Face hub as well; with --modules, the model's own class of transformers. Else the compute is
+a stand-in: each matrix of a layer times --tokens vectors; to tune your own, call LayerStreamerTuner
+with a setup_fn. Only the call goes to stdout; progress goes to stderr. Exit code 2 is an error; 130
+is Ctrl-C, after which the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ FIXED = tuple(name for name in COMMAND_LINE if name not in SEARCHED)
 OPENING = ("device", *FIXED, "tail")
 """What is opened with as it was named: part of the call that is printed."""
 ENGINE = ("prompt_tokens", "new_tokens", "max_length")
+STREAMERS = "streamer = LayerStreamer.from_checkpoint("
+ENGINES = "engine = StreamingEngine("
+MODULES = "model = layer_streamer.stream("
+"""How the call begins that is printed."""
 MARGIN = "a run is ended once it is slower than the best by this share; or none (0.1)"
 TOLERANCE = "a race ends once no candidate can be better by more than this share (0.02)"
 
@@ -54,9 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", type=Path, metavar="DIR", help="write a table and a picture there")
     add("--tail", action="append", metavar="NAME", help="of a tensor to stream after the layers")
     add_streamer_options(parser, FIXED)
-    engine = parser.add_argument_group("the engine (docs/tuning.md)")
+    engine = parser.add_argument_group("a language model (docs/tuning.md)")
     add, one = engine.add_argument, at_least(1)
-    add("--engine", action="store_true", help="tune the engine: StreamingEngine")
+    what = engine.add_mutually_exclusive_group()
+    what.add_argument("--engine", action="store_true", help="tune the engine: StreamingEngine")
+    what.add_argument("--modules", action="store_true", help="tune the model's class: stream()")
     add("--prompt-tokens", type=one, metavar="N", help="of the prompt that is measured (512)")
     add("--new-tokens", type=one, metavar="N", help="after it (8); more: decoding weighs more")
     add("--max-length", type=one, metavar="N", help="most tokens of a prompt and its answer")
@@ -78,6 +84,10 @@ def run(args: argparse.Namespace) -> None:
         from ..llm.hub import find_model
 
         tuner = LayerStreamerTuner.for_engine(find_model(args.model), **options)
+    elif args.modules:
+        from ..modules.hub import local_folder
+
+        tuner = LayerStreamerTuner.for_module(local_folder(args.model), **options)
     else:
         tuner = LayerStreamerTuner.from_checkpoint(args.model, **options)
     try:
@@ -92,8 +102,9 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     values = tuple(f"{name}_values" for name in SEARCHED)
     named = given(args, (*OPENING, *OPTIONS, *ENGINE, *values))
     for name in ENGINE:
-        if name in named and not args.engine:
-            raise ValueError(f"--{name.replace('_', '-')}: only with --engine")
+        if name in named and not (args.engine or (args.modules and name != "max_length")):
+            other = "" if name == "max_length" else " or --modules"
+            raise ValueError(f"--{name.replace('_', '-')}: only with --engine{other}")
     return named | {"margin": args.margin, "cache": "cold" if args.cold else "warm"}
 
 
@@ -109,12 +120,12 @@ def tune(tuner: LayerStreamerTuner, args: argparse.Namespace) -> None:
         except ImportError as error:
             say(f"warning: {error}")
     opening = given(args, (*OPENING, "max_length"))
-    print(format_call(args.model, {**opening, **best.settings}, engine=args.engine), flush=True)
+    call = ENGINES if args.engine else MODULES if args.modules else STREAMERS
+    print(format_call(args.model, {**opening, **best.settings}, call), flush=True)
 
 
-def format_call(model: str, options: Mapping[str, Any], *, engine: bool = False) -> str:
-    """The call that opens a streamer, or an engine, with these options, as Python."""
-    call = "engine = StreamingEngine(" if engine else "streamer = LayerStreamer.from_checkpoint("
+def format_call(model: str, options: Mapping[str, Any], call: str = STREAMERS) -> str:
+    """The call that opens a streamer, an engine or a model with these options, as Python."""
     lines = [f"    {name}={_quote(value)}," for name, value in options.items()]
     return "\n".join([call, f"    {_quote(model)},", *lines, ")"])
 

@@ -89,6 +89,7 @@ def test_a_model_that_the_engine_lacks_answers_turn_after_turn_as_transformers_d
     assert err.count("\n") == 2 + 2  # where the commands are, and of each answer that it was ended
 
 
+@pytest.mark.slow
 def test_from_a_shell_the_text_alone_is_on_stdout(folder: Path) -> None:
     want = "".join(f"{text}\n" for text in answers(folder, "Hello"))
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -15,7 +15,7 @@ from tuner_support import Marked, marked
 
 from layer_streamer.llm import StreamingEngine
 from layer_streamer.tools.cli import main
-from layer_streamer.tools.tune_command import add_arguments, format_call, options_of
+from layer_streamer.tools.tune_command import ENGINES, add_arguments, format_call, options_of
 
 __all__ = ["marked"]
 
@@ -34,7 +34,7 @@ def test_the_printed_call_says_0_for_a_pool_that_is_not_there() -> None:
 
 
 def test_defaults_that_are_the_best_make_a_call_without_options() -> None:
-    assert format_call("m", {}, engine=True) == 'engine = StreamingEngine(\n    "m",\n)'
+    assert format_call("m", {}, ENGINES) == 'engine = StreamingEngine(\n    "m",\n)'
 
 
 def test_the_streamers_options_reach_the_tuner_as_they_were_named() -> None:
@@ -50,8 +50,11 @@ def test_the_engines_options_reach_the_tuner_and_are_refused_without_it() -> Non
     named = ("--prompt-tokens", "9", "--new-tokens", "3", "--max-length", "64")
     options = options_of(parse("--engine", *named))
     assert [options[name] for name in ("prompt_tokens", "new_tokens", "max_length")] == [9, 3, 64]
-    with pytest.raises(ValueError, match=r"^--prompt-tokens: only with --engine$"):
+    with pytest.raises(ValueError, match=r"^--prompt-tokens: only with --engine or --modules$"):
         options_of(parse(*named))
+    assert options_of(parse("--modules", *named[:4]))["prompt_tokens"] == 9
+    with pytest.raises(ValueError, match=r"^--max-length: only with --engine$"):
+        options_of(parse("--modules", *named))
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: Any) -> None:

@@ -98,6 +98,8 @@ class Trial:
         if spec.engine is not None:
             make, setup = import_module(spec.engine).open_workload, None
             arguments["alive"] = self._alive
+            if spec.setup_fn is not None:
+                arguments["setup_fn"] = load_function(spec.setup_fn)
         else:
             make = LayerStreamer.from_checkpoint if "path" in arguments else LayerStreamer
             setup = load_function(spec.setup_fn) if spec.setup_fn else synthetic_setup(spec.tokens)

@@ -64,6 +64,7 @@ class TrialSpec:
     * ``open_workload(path, alive=, **options)``: an engine, opened. It has its ``streamer``, and
       ``run()``, which does a piece of work and returns the seconds of its parts by their names.
       ``alive()`` is to be called now and then, so that a long run is not taken for one that hangs.
+      A ``setup_fn``, if there is one, is handed to it.
     """
     tokens: int = 1
     n_runs: int = 4
