@@ -6,7 +6,6 @@ come to is found by :mod:`.trace`. transformers is imported when the first such 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from ...checkpoint.manifest import TensorSpec
 from ...errors import CheckpointError
 from .places import Draft, Place, cast, expect_shape, shown_shape, whole
 from .recipe import Conversion, Recipe, recipe_of_inputs
-from .trace import Run, Trace
+from .trace import Run, Trace, piece_of
 
 SMALL_PIECE = 2**16
 """A tensor in many pieces is made, not read in order, where they are smaller than this on average:
@@ -211,7 +210,7 @@ def _recipes(group: _Group, model: _Skeleton, places: Mapping[str, Place]) -> It
         expect_shape(name, places[name].shape, sources[0], shape, _sources(sources))
         runs = trace.runs(tensor)
         if runs is not None and _worth_it(runs, len(sources)):
-            pieces = tuple(_piece(sources[run.source], run) for run in runs)
+            pieces = tuple(piece_of(sources[run.source], run) for run in runs)
             recipe = Recipe(name, pieces, tensor.dtype, shape)
             yield cast(recipe, group.casts[0] or sources[0].dtype, sources[0])
         else:
@@ -226,16 +225,6 @@ def _sources(specs: Sequence[TensorSpec]) -> str:
 def _worth_it(runs: Sequence[Run], sources: int) -> bool:
     size = sum(run.nbytes for run in runs)
     return len(runs) <= 2 * sources or size >= len(runs) * SMALL_PIECE
-
-
-def _piece(spec: TensorSpec, run: Run) -> TensorSpec:
-    """A part of a tensor, as a tensor: rows where it is whole ones, else a flat one."""
-    if run.nbytes == spec.nbytes:
-        return spec
-    row = math.prod(spec.shape[1:]) * spec.dtype.itemsize
-    fits = row and run.begin % row == 0 and run.nbytes % row == 0
-    shape = (run.nbytes // row, *spec.shape[1:]) if fits else (run.nbytes // spec.dtype.itemsize,)
-    return TensorSpec(spec.name, spec.dtype, shape, spec.path, spec.offset + run.begin, run.nbytes)
 
 
 def _converted(group: _Group, name: str, like: torch.Tensor, model: _Skeleton) -> Recipe:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ...checkpoint.manifest import TensorSpec
 
 MAX_RUNS = 4096
 """A tensor of more stretches than this is not followed: it is quicker made than read."""
@@ -139,6 +141,16 @@ class Trace(TorchDispatchMode):
         if runs is not None:
             self._contents[_key(tensor)] = _contents(runs)
             self._kept.append(tensor)
+
+
+def piece_of(spec: TensorSpec, run: Run) -> TensorSpec:
+    """A part of a tensor, as a tensor: rows where it is whole ones, else a flat one."""
+    if run.nbytes == spec.nbytes:
+        return spec
+    row = math.prod(spec.shape[1:]) * spec.dtype.itemsize
+    fits = row and run.begin % row == 0 and run.nbytes % row == 0
+    shape = (run.nbytes // row, *spec.shape[1:]) if fits else (run.nbytes // spec.dtype.itemsize,)
+    return replace(spec, shape=shape, offset=spec.offset + run.begin, nbytes=run.nbytes)
 
 
 def _contents(runs: Sequence[Run]) -> _Contents:
