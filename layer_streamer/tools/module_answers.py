@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from ..llm.errors import PromptTooLongError, one_line_errors
@@ -126,6 +126,7 @@ def open_answers(args: argparse.Namespace) -> Iterator[ModuleAnswers]:
     import transformers
 
     from ..llm.hub import PREFIX
+    from ..measuring.threads import leave_a_core
     from ..modules.hub import local_folder
     from ..modules.stream import stream
 
@@ -133,15 +134,14 @@ def open_answers(args: argparse.Namespace) -> Iterator[ModuleAnswers]:
     with one_line_errors(f"{folder}: no tokenizer that can be read", ValueError):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    model: Any = stream(folder, dtype=dtype, **streamer_options(args))
-    try:
-        if not (hasattr(model, "can_generate") and model.can_generate()):
-            raise ValueError(f"{args.model}: a {type(model).__name__}, which generates no text")
-        if args.plan:
-            say(str(model.layer_streamer.plan))
-        yield ModuleAnswers(model, tokenizer, args)
-    finally:
-        model.layer_streamer.close()
+    with leave_a_core():
+        model: Any = stream(folder, dtype=dtype, **streamer_options(args))
+        with closing(model.layer_streamer):
+            if not (hasattr(model, "can_generate") and model.can_generate()):
+                raise ValueError(f"{args.model}: a {type(model).__name__}, which generates no text")
+            if args.plan:
+                say(str(model.layer_streamer.plan))
+            yield ModuleAnswers(model, tokenizer, args)
 
 
 def modules_answer(args: argparse.Namespace) -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import interrupter
 import pytest
 import torch
 import transformers
@@ -20,6 +23,7 @@ from recipes import quiet
 
 from layer_streamer.tools import chat_command
 from layer_streamer.tools.cli import main
+from layer_streamer.tools.module_answers import ModuleChat, open_answers
 
 OPTIONS = ("--device", "cpu", "--max-new-tokens", "12", "--temperature", "0")
 GOING_ON = "going on by the model's own class"
@@ -121,6 +125,29 @@ def test_ctrl_c_ends_an_answer_and_the_next_one_is_right(
     first = text.removesuffix(f"\n{whole}")
     assert want[0].startswith(first) and len(first) < len(want[0])
     assert "(ended)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [211])
+def test_after_an_interrupt_at_any_line_of_the_library_the_next_answer_is_right(
+    folder: Path, stride: int
+) -> None:
+    parser = argparse.ArgumentParser()
+    chat_command.add_arguments(parser)
+    args = parser.parse_args([str(folder), *OPTIONS])
+    (want,) = answers(folder, "Hello")
+    number, fired, rounds = stride // 2, True, 0
+    with open_answers(args) as opened:
+        while fired:
+            some = ModuleChat(opened, lambda _: None)
+            with suppress(KeyboardInterrupt), interrupter.Interrupter(number, "line") as at:
+                some.answer("Hello")
+            sys.settrace(None)
+            fired = at.fired
+            again = ModuleChat(opened, lambda _: None)
+            assert again.answer("Hello") and again.messages[1]["content"] == want
+            number, rounds = number + stride, rounds + 1
+    assert rounds > 10
 
 
 def test_a_conversation_that_fills_the_context_says_so_and_the_chat_goes_on(
