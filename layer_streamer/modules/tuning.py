@@ -28,8 +28,8 @@ class Streamed(NamedTuple):
     manifest: Manifest
     """Of its largest sequence of blocks: what is planned and predicted."""
     taken_nbytes: int
-    """Bytes of a device budget that are taken beside that sequence: what is outside of blocks, the
-    slots of other sequences."""
+    """Bytes of a device budget that are taken beside that sequence: what is resident outside of
+    blocks, the slots of other sequences."""
     reserve_nbytes: int
     """What is left to activations and caches where no budget is named."""
     unified: bool
@@ -40,14 +40,15 @@ def describe(**options: Any) -> Streamed:
     """What :func:`open_workload` would open. The model is opened for that, and closed again."""
     work = open_workload(alive=lambda: None, **options)
     try:
-        plan = work.handle.plan
-        first, *others = plan.sequences.values()
-        slots = sum(some.placement.device_slots[0].total_nbytes for some in others)
+        plan, largest = work.handle.plan, work.streamer
+        resident = sum(getattr(plan, "resident_nbytes", {}).values())  # of a pipeline
         return Streamed(
-            work.streamer.manifest,
-            plan.outside_nbytes + slots,
+            largest.manifest,
+            resident
+            + sum(handle.plan.outside_nbytes for handle in work.handles)
+            + sum(_slots(some) for some in work.streamers if some is not largest),
             plan.reserve_nbytes,
-            first.machine.unified,
+            largest.plan.machine.unified,
         )
     finally:
         work.close()
@@ -73,7 +74,7 @@ def open_workload(
     else:
         found: Any = setup_fn(**options)
         model, run = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
-        if not isinstance(getattr(model, "layer_streamer", None), ModuleStreamer):
+        if not _streamed_in(model):
             raise ConfigError(
                 f"setup_fn returned {type(found).__name__}: must be (model, run), the model by "
                 "stream(..., **settings)"
@@ -91,14 +92,22 @@ class Workload:
 
     def __init__(self, model: Any, run: Callable[[], object], alive: Callable[[], object]) -> None:
         self._run = run
-        self.handle: ModuleStreamer = model.layer_streamer
+        self.handle: Any = model.layer_streamer
         self._model = model  # it holds what streams
-        model.register_forward_hook(lambda *_: alive())
+        parts = _streamed_in(model)
+        self.handles: list[ModuleStreamer] = [part.layer_streamer for part in parts]
+        for part in parts:
+            part.register_forward_hook(lambda *_: alive())
+
+    @property
+    def streamers(self) -> list[LayerStreamer]:
+        """Of all sequences."""
+        return [some for handle in self.handles for some in handle._streamers.values()]
 
     @property
     def streamer(self) -> LayerStreamer:
-        """Of the largest sequence of blocks, which is opened first."""
-        return next(iter(self.handle._streamers.values()))
+        """Of the largest sequence of blocks."""
+        return max(self.streamers, key=lambda some: sum(x.nbytes for x in some.manifest.layers))
 
     def run(self) -> Mapping[str, float]:
         """Do it; seconds of its parts, if it has any."""
@@ -108,6 +117,20 @@ class Workload:
     def close(self) -> None:
         """Return all memory. Idempotent."""
         self.handle.close()
+
+
+def _streamed_in(model: Any) -> list[Any]:
+    """The modules of a model that stream: itself, or a pipeline's components."""
+    handle = getattr(model, "layer_streamer", None)
+    if isinstance(handle, ModuleStreamer):
+        return [model]
+    return [getattr(model, name) for name in getattr(handle, "components", ())]
+
+
+def _slots(streamer: LayerStreamer) -> int:
+    """Bytes of a device's slots; without any, nothing of it streams."""
+    slots = streamer.plan.placement.device_slots
+    return slots[0].total_nbytes if slots else 0
 
 
 class _Text:
