@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from .machine.cache import cache_path
     from .modules.handle import ModulePlan, ModuleStreamer
+    from .modules.pipelines.handle import PipelinePlan, PipelineStreamer
     from .modules.stream import stream
     from .planning.budget import format_bytes, parse_bytes
     from .planning.plan import Plan
@@ -49,6 +50,8 @@ __all__ = [
     "ModulePlan",
     "ModuleStreamer",
     "PassReport",
+    "PipelinePlan",
+    "PipelineStreamer",
     "Plan",
     "ReadError",
     "StepReport",
@@ -75,6 +78,7 @@ _PLACES = {
     "plan_checkpoint": "preview",
     "LayerStreamer": "streamer",
     **dict.fromkeys(("ModulePlan", "ModuleStreamer"), "modules.handle"),
+    **dict.fromkeys(("PipelinePlan", "PipelineStreamer"), "modules.pipelines.handle"),
     "stream": "modules.stream",
     **dict.fromkeys(("PassReport", "StepReport"), "transport.stats"),
     "LayerStreamerTuner": "tuner",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,20 +60,23 @@ class Tie:
         return len(self.blocks) == 1 and all(name.startswith(inside) for name in self.names)
 
 
-def find_stacks(model: nn.Module, patterns: Sequence[str] | None = None) -> tuple[Stack, ...]:
+def find_stacks(
+    model: nn.Module, patterns: Sequence[str] | None = None, without: Container[str] = ()
+) -> tuple[Stack, ...]:
     """The model's stacks, outermost first, in the order in which they were registered.
 
     ``patterns``: prefixes of the blocks' names with ``{i}`` for the index, "blocks.{i}." and the
     like, or names of single blocks, in the order in which a forward comes to them; for any module.
     None: a ModuleList of several members is a stack if all of them are marked as blocks: in
     transformers a GradientCheckpointingLayer or one of ``_no_split_modules``, in diffusers one of
-    ``_no_split_modules`` or ``_repeated_blocks``. A list within a block is none.
+    ``_no_split_modules`` or ``_repeated_blocks``. A list within a block is none. ``without``: names
+    of lists that are not taken for stacks; those within their members may be.
 
     ConfigError if there are none, or a pattern finds none, or one block is within another; it lists
     the ModuleLists there are. Reads the module tree only, which may be on meta.
     """
     if patterns is None:
-        stacks = tuple(_marked_stacks(model))
+        stacks = tuple(_marked_stacks(model, without))
         if not stacks:
             raise ConfigError(
                 f"{type(model).__name__}: no ModuleList of blocks was found; name the blocks by "
@@ -127,13 +130,13 @@ def find_ties(model: nn.Module, blocks: Iterable[Block]) -> tuple[Tie, ...]:
     )
 
 
-def _marked_stacks(model: nn.Module) -> Iterator[Stack]:
+def _marked_stacks(model: nn.Module, without: Container[str]) -> Iterator[Stack]:
     marked = set(_marked_classes(model))
     outer: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(inside) for inside in outer):
             continue
-        if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        if not isinstance(module, nn.ModuleList) or len(module) < 2 or name in without:
             continue
         if all(_is_block(member, marked) for member in module):
             outer.append(f"{name}.")

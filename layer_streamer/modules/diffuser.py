@@ -18,10 +18,19 @@ from ..errors import ConfigError, printable
 from ..planning.layout import CASTABLE
 from .holders import tensors_of
 
+WEIGHTS = "diffusion_pytorch_model"
+"""What the files of a model are named, suffix aside."""
+
 
 def is_diffuser(folder: Path) -> bool:
     """True if config.json is one of diffusers' models."""
     return "_class_name" in read_json(folder / "config.json")
+
+
+def weights_of(folder: Path) -> Path:
+    """What diffusers would load of a folder, which may hold variants beside it; else the folder."""
+    whole, index = folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.safetensors.index.json"
+    return next((path for path in (whole, index) if path.is_file()), folder)
 
 
 def build_diffuser(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.json_file import read_json
+from ..checkpoint.locate import PIPELINE
 from ..checkpoint.manifest import TensorSpec
 from ..errors import CheckpointError, ConfigError, printable
 from ..planning.layout import CASTABLE
@@ -23,6 +24,8 @@ REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 """owner/name."""
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 """Files of a repository that are downloaded."""
+VARIANTS = ["*.*.safetensors", "*.*.safetensors.index.json", "*.safetensors.index.*.json"]
+"""Those of a pipeline that are not: the same weights in another precision."""
 
 
 def local_folder(model: str | Path) -> Path:
@@ -41,7 +44,14 @@ def local_folder(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=WANTED))
+        index = Path(snapshot_download(model, allow_patterns=[PIPELINE])) / PIPELINE
+        if not index.is_file():
+            return Path(snapshot_download(model, allow_patterns=WANTED))
+        # Beside its components a pipeline may have the same in one file, and variants of each.
+        parts = [name for name, entry in read_json(index).items() if isinstance(entry, list)]
+        wanted = [f"{part}/{pattern}" for part in parts for pattern in WANTED]
+        wanted += [pattern for pattern in WANTED if pattern != "*.safetensors"]
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=VARIANTS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{model}: cannot be had from the hub: {reason}") from error
@@ -137,3 +147,12 @@ def make_buffers(model: Any, made: Iterable[str], device: torch.device) -> None:
 
 def is_hub_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file()
+
+
+def runs_once(model: Any, part: nn.Module) -> bool:
+    """True if a generation comes to ``part`` of the model once, and to others for each token: an
+    encoder-decoder's encoder."""
+    find = getattr(model, "get_decoder", None)
+    if find is None or not getattr(model.config, "is_encoder_decoder", False):
+        return False
+    return all(module is not part for module in find().modules())

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from operator import add, sub
 from typing import Any, TypeAlias
 
-import torch
-
 from ..checkpoint.manifest import Manifest
 from ..errors import ConfigError
 from ..planning.budget import format_bytes, parse_bytes
@@ -34,8 +32,8 @@ class Part:
     """What gets a streamer of its own, and what it needs."""
 
     manifest: Manifest
-    dtype: torch.dtype | None
-    """What its tensors are cast to."""
+    options: Options
+    """How it is opened; budgets are those of all parts."""
     plan: Plan
     """Without any budget."""
     whole: Amount
@@ -48,9 +46,9 @@ class Part:
     """Host memory that its slots there take; it counts where that has a budget."""
 
 
-def part_of(manifest: Manifest, options: Options, dtype: torch.dtype | None = None) -> Part:
+def part_of(manifest: Manifest, options: Options) -> Part:
     """The part that streams ``manifest``. Errors: those of ``from_checkpoint``."""
-    bare = Options(**{**options, "device_budget": None, "host_budget": None, "dtype": dtype})
+    bare = Options(**{**options, "device_budget": None, "host_budget": None})
     plan = plan_checkpoint(manifest, **bare)
     least = plan
     if options.get("n_gpu") is None:  # else it has what was asked for, or is refused
@@ -63,7 +61,7 @@ def part_of(manifest: Manifest, options: Options, dtype: torch.dtype | None = No
         read = plan_checkpoint(manifest, **Options(**{**bare, "read_mode": "buffered"}))
     return Part(
         manifest=manifest,
-        dtype=dtype,
+        options=options,
         plan=plan,
         whole=whole,
         slots=tuple(map(min, amount_of(plan), whole)),
@@ -85,14 +83,14 @@ def total(amounts: Iterable[Amount], zero: Amount) -> Amount:
     return zero
 
 
-def budget_of(options: Options, plan: Plan, reserve: int) -> Amount | None:
+def budget_of(part: Part, reserve: int) -> Amount | None:
     """What weights may take: the ``device_budget``, less the ``reserve`` that is the caller's.
 
     One of "auto", or none on a device with memory of its own, is what is free less a margin. Where
     CPUs compute, ``host_budget`` is one of the same memory. None: there is no limit, and nothing is
     resident.
     """
-    machine = plan.machine
+    machine, options = part.plan.machine, part.options
     free = (machine.host_available,) if machine.unified else machine.device_free
     limits = []
     for name in ("device_budget", "host_budget") if machine.unified else ("device_budget",):
@@ -117,9 +115,7 @@ def fits(
     return all(map(int.__le__, needs, budget))
 
 
-def open_all(
-    parts: Sequence[Part], options: Options, budget: Amount | None, kept: Amount
-) -> list[LayerStreamer]:
+def open_all(parts: Sequence[Part], budget: Amount | None, kept: Amount) -> list[LayerStreamer]:
     """A streamer for each part, all within the budgets, which the first fill first.
 
     ``kept`` is taken by what is in none of them. Errors: ConfigError if the slots of all do not
@@ -129,18 +125,17 @@ def open_all(
     if not fits(parts, budget, kept):
         needs = [part.least for part in parts]
         if not fits(parts, budget, kept, fewest=True):
-            raise refusal(parts, options, budget or (), kept)
-    host = _host_budget(options, parts[0].plan)
+            raise refusal(parts, budget or (), kept)
+    host = _host_budget(parts)
     opened: list[LayerStreamer] = []
     try:
         for i, part in enumerate(parts):
             share = _share(budget, total(needs[i + 1 :], kept))
-            share["dtype"] = part.dtype
             if host is not None:
                 later = sum(other.host_nbytes for other in parts[i + 1 :])
                 share["host_budget"] = max(host - later, 0)
             streamer = LayerStreamer.from_checkpoint(
-                part.manifest, **Options(**{**options, **share})
+                part.manifest, **Options(**{**part.options, **share})
             )
             opened.append(streamer)
             kept = total([amount_of(streamer.plan)], kept)
@@ -172,28 +167,36 @@ def _share(budget: Amount | None, taken: Amount) -> Options:
     return Options(device_budget=most, reserve_bytes=[most - some for some in left])
 
 
-def _host_budget(options: Options, plan: Plan) -> int | None:
-    """Bytes of host memory that all have together; None: as much as they need."""
-    asked = options.get("host_budget")
-    if asked is None or plan.machine.unified:
+def _host_budget(parts: Sequence[Part]) -> int | None:
+    """Bytes of host memory that all have together; None: as much as they need. ConfigError if it
+    does not hold their slots."""
+    asked, machine = parts[0].options.get("host_budget"), parts[0].plan.machine
+    if asked is None or machine.unified:
         return None
-    if asked == "auto":
-        return usable(plan.machine.host_available)
-    return parse_bytes("host_budget", asked)
+    auto = asked == "auto"
+    limit = usable(machine.host_available) if auto else parse_bytes("host_budget", asked)
+    needed = sum(part.host_nbytes for part in parts)
+    if limit < needed:
+        raise ConfigError(
+            f"host_budget={format_bytes(limit)}: needs at least {format_bytes(needed)} of slots"
+        )
+    return limit
 
 
 def refusal(
-    parts: Sequence[Part], options: Options, budget: Amount, kept: Amount, largest: str = ""
+    parts: Sequence[Part], budget: Amount, kept: Amount, largest: tuple[int, str] = (0, "")
 ) -> ConfigError:
-    """Says what does not fit, of the memory that lacks the most. ``largest``: what is the largest
-    of what is ``kept``."""
+    """Says what does not fit, of the memory that lacks the most. ``largest``: bytes and name of
+    the largest tensor of what is ``kept``."""
     slots = total([part.least for part in parts], (0,) * len(budget))
     needed = total([slots], kept)
     short = max(range(len(budget)), key=lambda at: needed[at] - budget[at])
-    unified = parts[0].plan.machine.unified
-    name = "host_budget" if unified and options.get("device_budget") is None else "device_budget"
-    named = f" ({largest} is the largest)" if largest else ""
-    where = f" of {parts[0].plan.machine.devices[short]}" if len(budget) > 1 else ""
+    first = parts[0]
+    for_host = first.plan.machine.unified and first.options.get("device_budget") is None
+    name = "host_budget" if for_host else "device_budget"
+    nbytes, tensor = largest
+    named = f" ({tensor!r} of {format_bytes(nbytes)} is the largest)" if tensor else ""
+    where = f" of {first.plan.machine.devices[short]}" if len(budget) > 1 else ""
     return ConfigError(
         f"{name}={format_bytes(budget[short])}{where}: needs at least "
         f"{format_bytes(needed[short])}: {format_bytes(slots[short])} of slots, "

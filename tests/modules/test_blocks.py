@@ -86,6 +86,13 @@ def test_a_list_within_a_block_is_no_stack_but_one_beside_it_is() -> None:
     assert names(find_stacks(model)) == ["layers", "layers_too"]
 
 
+def test_of_a_list_that_is_left_out_those_within_its_members_are_looked_at() -> None:
+    outer = nn.ModuleList(holding(Own, parts=listed(Own, Own)) for _ in range(2))
+    model = holding(layers=outer, layers_too=listed(Own, Own))
+    found = find_stacks(model, without={"layers", "layers.1.parts"})
+    assert names(found) == ["layers.0.parts", "layers_too"]
+
+
 def test_stacks_of_one_parent_are_one_sequence_and_others_are_of_their_own() -> None:
     model = holding(
         encoder=holding(layers=listed(Own, Own)),

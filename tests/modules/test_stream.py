@@ -135,6 +135,17 @@ def test_one_budget_holds_slots_residents_and_what_is_outside(tmp_path: Path, na
     model.layer_streamer.close()
 
 
+@pytest.mark.parametrize(("n_gpu", "slots"), [(None, 1), (2, 3)])
+def test_an_encoder_that_runs_once_has_one_slot_if_nobody_says_more(
+    tmp_path: Path, n_gpu: int | None, slots: int
+) -> None:
+    model = compare("t5", tmp_path, n_gpu=n_gpu, n_cpu_pinned=0)
+    plans = model.layer_streamer.plan.sequences
+    counts = {name: plan.placement.device_slots[0].count for name, plan in plans.items()}
+    assert counts == {"encoder.block": slots, "decoder.block": 3}
+    model.layer_streamer.close()
+
+
 def test_what_is_reserved_is_no_part_of_what_weights_may_take(tmp_path: Path) -> None:
     saved("llama", tmp_path)
     budget = 1 << 20

@@ -10,11 +10,10 @@ from torch import nn
 
 from ...checkpoint.manifest import Manifest
 from ...errors import ConfigError
-from ...planning.budget import format_bytes
 from ...planning.options import Options
 from ...streamer import LayerStreamer
 from ..naming.recipe import Recipe
-from ..share import Amount, Part, amount_of, budget_of, fits, part_of, refusal, total
+from ..share import Amount, Part, fits, part_of, refusal, total
 from ..unbound import as_unbound
 from .head import Head, manifest_of_rows
 from .matrix import Ends, Matrix
@@ -35,8 +34,8 @@ AWAY = (
 class Wishes(NamedTuple):
     """What was asked for."""
 
-    embeddings: Embeddings
-    head: Heads
+    embeddings: Embeddings = "auto"
+    head: Heads = "auto"
 
     def check(self) -> None:
         """ConfigError for what is none of the words."""
@@ -62,63 +61,91 @@ class Outside(NamedTuple):
         here = sum(r.made_nbytes for name, r in self.recipes.items() if name not in gone)
         return (here + self.made_nbytes, *[self.made_nbytes] * (memories - 1))
 
-    def largest(self, away: Sequence[Matrix]) -> str:
-        """Of what is resident: "'lm_head.weight' of 1.02 GiB"."""
+    def largest(self, away: Sequence[Matrix]) -> tuple[int, str]:
+        """Of what is resident, the bytes of what takes the most, and its name."""
         gone = {matrix.name for matrix in away}
         some = ((r.made_nbytes, name) for name, r in self.recipes.items() if name not in gone)
-        nbytes, name = max(some, default=(0, ""))
-        return f"{name!r} of {format_bytes(nbytes)}" if name else ""
+        return max(some, default=(0, ""))
 
     def head_of(self, matrix: Matrix, options: Options) -> Part:
         """The part that streams a head's rows."""
         recipe = self.recipes[matrix.name]
         dtype = recipe.convert.dtype if recipe.convert is not None else None
-        return part_of(manifest_of_rows(self.manifest, recipe), options, dtype)
+        rows = manifest_of_rows(self.manifest, recipe)
+        return part_of(rows, Options(**{**options, "dtype": dtype}))
 
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """What is where."""
+    """What of a model is where."""
 
     parts: Mapping[str, Part]
     """By name what streams, the head last if it does."""
     away: tuple[Matrix, ...]
     """Not on the device."""
-    budget: Amount | None
     kept: Amount
     """What is in none of the parts, and resident."""
 
 
-def choose(
-    parts: Mapping[str, Part],
-    outside: Outside,
-    ends: Ends,
-    wishes: Wishes,
-    options: Options,
-    reserve: int,
-) -> Division:
-    """The best of the ways that fit, with as many slots as parts should have, or else with the
-    fewest.
+@dataclass(frozen=True, slots=True)
+class Undivided:
+    """A model of which is to be chosen what is where."""
 
-    ``parts``: the sequences of blocks. ``reserve``: bytes of the budget that are the caller's.
-    ConfigError for wishes that cannot be, and if no way fits.
+    parts: Mapping[str, Part]
+    """Its sequences of blocks, by name."""
+    outside: Outside
+    ends: Ends
+    wishes: Wishes
+    options: Options
+    """Of a head that streams."""
+
+    def divided(self, away: tuple[Matrix, ...]) -> Division:
+        """With these matrices away."""
+        parts = dict(self.parts)
+        memories = len(next(iter(parts.values())).whole)
+        for matrix in away:
+            if matrix.head is not None:
+                parts[matrix.head.name] = self.outside.head_of(matrix, self.options)
+        return Division(parts, away, self.outside.kept(away, memories))
+
+
+def choose(models: Sequence[Undivided], budget: Amount | None, kept: Amount) -> list[Division]:
+    """For each model, the best of the ways that fit together, with as many slots as parts should
+    have, or else with the fewest.
+
+    ``kept``: what is taken by what is none of theirs. ConfigError for wishes that cannot be, and if
+    no way fits.
     """
-    plan = next(iter(parts.values())).plan
-    budget, memories = budget_of(options, plan, reserve), len(amount_of(plan))
-    whole = total([part.whole for part in parts.values()], outside.kept((), memories))
-    streams = budget is None or not all(map(int.__le__, whole, budget))
-    heads: dict[str, Part] = {}
-    some = [*ways(ends, wishes, streams=streams)]
-    for fewest in (False, True):
-        for away in some:
-            for matrix in away:
-                if matrix.head is not None and not heads:
-                    heads[matrix.head.name] = outside.head_of(matrix, options)
-            given = {**parts, **(heads if any(matrix.head for matrix in away) else {})}
-            found = Division(given, away, budget, outside.kept(away, memories))
-            if fits([*given.values()], budget, found.kept, fewest=fewest):
-                return found
-    raise refusal([*given.values()], options, budget or (), found.kept, outside.largest(away))
+    there = [model.divided(()) for model in models]
+    streams = budget is None or not all(map(int.__le__, _needs(there, kept), budget))
+    some = [[*ways(model.ends, model.wishes, streams=streams)] for model in models]
+    tried: list[list[Division]] = []
+    for level in range(max(map(len, some))):
+        at = zip(models, (own[min(level, len(own) - 1)] for own in some), strict=True)
+        tried.append([model.divided(away) for model, away in at])
+        if _fit(tried[-1], budget, kept, fewest=False):
+            return tried[-1]
+    for found in tried:
+        if _fit(found, budget, kept, fewest=True):
+            return found
+    last = [*zip(models, tried[-1], strict=True)]
+    largest = max(model.outside.largest(division.away) for model, division in last)
+    parts = [part for _, division in last for part in division.parts.values()]
+    raise refusal(parts, budget or (), total([d.kept for d in tried[-1]], kept), largest)
+
+
+def _needs(divisions: Sequence[Division], kept: Amount) -> Amount:
+    """What is taken with all of it resident."""
+    whole = (part.whole for division in divisions for part in division.parts.values())
+    return total([*whole, *(division.kept for division in divisions)], kept)
+
+
+def _fit(
+    divisions: Sequence[Division], budget: Amount | None, kept: Amount, *, fewest: bool
+) -> bool:
+    parts = [part for division in divisions for part in division.parts.values()]
+    kept = total([division.kept for division in divisions], kept)
+    return fits(parts, budget, kept, fewest=fewest)
 
 
 def ways(ends: Ends, wishes: Wishes, *, streams: bool) -> Iterator[tuple[Matrix, ...]]:

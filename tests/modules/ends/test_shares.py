@@ -51,9 +51,8 @@ def checkpoint(folder: Path, layers: int = 6, floats: int = 16 * KIB) -> Manifes
     return read_manifest(write_safetensors(folder / "model.safetensors", tensors))
 
 
-def opened(parts: list[share.Part], options: Options, kept: share.Amount) -> list[LayerStreamer]:
-    budget = share.budget_of(options, parts[0].plan, 0)
-    return share.open_all(parts, options, budget, kept)
+def opened(parts: list[share.Part], kept: share.Amount) -> list[LayerStreamer]:
+    return share.open_all(parts, share.budget_of(parts[0], 0), kept)
 
 
 def test_what_is_on_the_first_device_is_not_paid_on_the_second(
@@ -66,7 +65,7 @@ def test_what_is_on_the_first_device_is_not_paid_on_the_second(
         ((100 * KIB, 0), ["disk", "device"] * 3),
         ((0, 100 * KIB), ["device", "disk"] * 3),
     ):
-        (streamer,) = opened([part], options, kept)
+        (streamer,) = opened([part], kept)
         first, second = streamer.plan.placement.device_bytes
         assert first + kept[0] <= 250 * KIB and second + kept[1] <= 250 * KIB
         found = ["device" if tier == "device" else "disk" for tier in streamer.plan.tiers]
@@ -82,7 +81,7 @@ def test_what_lies_on_the_first_device_may_be_all_that_is_refused(
     options = Options(n_gpu=0, device_budget=250 * KIB)
     part = share.part_of(checkpoint(tmp_path), options)
     with pytest.raises(ConfigError, match=r"device_budget=250 KiB of cpu: needs at least 284 KiB"):
-        opened([part], options, (220 * KIB, 0))
+        opened([part], (220 * KIB, 0))
     assert not two[0].errors
 
 
@@ -129,7 +128,7 @@ def test_no_device_holds_more_than_its_budget_whatever_the_parts_are(
         patched.setattr(share, "LayerStreamer", Noted)
         parts = [share.part_of(made_up(some), options) for some in sizes]
         try:
-            streamers = opened(parts, options, there)
+            streamers = opened(parts, there)
         except ConfigError as error:
             least = share.total([part.least for part in parts], there)
             hosts = sum(part.host_nbytes for part in parts)
