@@ -6,7 +6,8 @@ transformers is imported when a model is asked for, and not before.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,25 @@ from ..planning.layout import CASTABLE
 
 REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 """owner/name."""
+PACKAGES = ("transformers", "diffusers", "accelerate", "huggingface_hub")
+"""Those of the extra [hf]."""
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 """Files of a repository that are downloaded."""
 VARIANTS = ["*.*.safetensors", "*.*.safetensors.index.json", "*.safetensors.index.*.json"]
 """Those of a pipeline that are not: the same weights in another precision."""
+
+
+@contextmanager
+def naming_extra() -> Iterator[None]:
+    """Has an ImportError of a package that only streamed models need say how it is installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        raise ImportError(
+            f"{error.name} is not installed (pip install 'layer-streamer[hf]')", name=error.name
+        ) from error
 
 
 def local_folder(model: str | Path) -> Path:

@@ -14,7 +14,7 @@ from ..planning.options import Options, check_names
 from .blocks import find_stacks
 from .ends import choice
 from .ends.choice import Embeddings, Heads
-from .hub import local_folder
+from .hub import local_folder, naming_extra
 from .opening import Wishes, build_model, open_models, prepare, sequences_of
 from .pipelines.index import is_pipeline
 from .pipelines.pipeline import open_pipeline
@@ -77,6 +77,7 @@ def stream(
     strict: bool = ...,
     **options: Unpack[Options],
 ) -> M: ...
+@naming_extra()
 def stream(  # noqa: PLR0913 - three ways to say which model
     model: str | Path | nn.Module | type,
     path: str | Path | None = None,

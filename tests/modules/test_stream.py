@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from recipes import loaded, quiet
+from safetensors.torch import save_file
 from tiny_models import REPRESENTATIVE, TYPES, has, run, tiny_class, tiny_model
 from torch import nn
 
@@ -358,3 +360,14 @@ def test_plans_and_reports_are_by_sequence_and_outlive_the_end(tmp_path: Path) -
     text = str(handle.plan)
     assert "encoder.block:" in text
     assert "outside the blocks, resident" in text
+
+
+def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    words = r"^diffusers is not installed \(pip install 'layer-streamer\[hf\]'\)$"
+    with pytest.raises(ImportError, match=words):
+        stream(tmp_path, device="cpu")
