@@ -167,7 +167,7 @@ def ways(ends: Ends, wishes: Wishes, *, streams: bool) -> Iterator[tuple[Matrix,
     if embeddings == "host":
         tables = [ends.tables]
     elif embeddings == "auto" and streams:
-        tables = [large, ends.tables]
+        tables = [*dict.fromkeys([large, ends.tables])]
     heads: Sequence[tuple[Matrix, ...]] = [()] if head != "stream" else []
     if head != "device" and found is not None:
         heads = [*heads, (found,)]

@@ -17,7 +17,9 @@ from tiny_models import run, tiny_class, tiny_model
 from torch import nn
 
 from layer_streamer import ConfigError, stream
+from layer_streamer.modules.blocks import Block
 from layer_streamer.modules.ends import choice
+from layer_streamer.modules.ends.matrix import Ends, Matrix
 
 GIB, MIB = 1 << 30, 1 << 20
 FEW = {"n_cpu_pinned": 0, "n_cpu": 0}
@@ -182,3 +184,19 @@ def test_a_host_budget_is_shared_by_the_blocks_and_the_head(tmp_path: Path) -> N
             assert all(torch.allclose(got[key], want[key], rtol=0, atol=1e-6) for key in want)
             assert sizes[budget] <= budget
     assert sizes[GIB] > sizes[700 << 10]
+
+
+def test_no_way_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = tuple(Matrix(name, size * MIB, (), None) for name, size in (("a", 70), ("b", 30)))
+    head = Matrix("c", 90 * MIB, (), Block("head", nn.Identity()))
+    wishes = choice.Wishes()
+    found = [*choice.ways(Ends(tables, head), wishes, streams=True)]
+    assert [[m.name for m in way] for way in found] == [
+        ["a"],
+        ["a", "b"],
+        ["a", "c"],
+        ["a", "b", "c"],
+    ]
+    assert [*choice.ways(Ends(tables, head), wishes, streams=False)] == [(), (head,)]
+    monkeypatch.setattr(choice, "LARGE", 1)
+    assert [*choice.ways(Ends(tables, head), wishes, streams=True)] == [tables, (*tables, head)]
