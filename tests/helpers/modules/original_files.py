@@ -100,3 +100,28 @@ def write_packed(path: Path, tensors: Tensors, kind: str) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def flux_rows(blocks: int, singles: int, width: int = 3072) -> dict[str, tuple[int, ...]]:
+    """Shapes of Flux's tensors in its makers' layout, whose width diffusers takes for granted."""
+    streams = ("img", "txt")
+    found = {"img_in": (width, 64), "txt_in": (width, 4096), "final_layer.linear": (64, width),
+             "final_layer.adaLN_modulation.1": (2 * width, width)}  # fmt: skip
+    for name, size in (("time_in", 256), ("guidance_in", 256), ("vector_in", 768)):
+        found |= {f"{name}.in_layer": (width, size), f"{name}.out_layer": (width, width)}
+    norms = []
+    for i in range(blocks):
+        for name in (f"double_blocks.{i}.{stream}" for stream in streams):
+            found |= {f"{name}_mod.lin": (6 * width, width), f"{name}_mlp.0": (4 * width, width),
+                      f"{name}_attn.qkv": (3 * width, width), f"{name}_mlp.2": (width, 4 * width),
+                      f"{name}_attn.proj": (width, width)}  # fmt: skip
+            norms.append(f"{name}_attn.norm")
+    for i in range(singles):
+        name = f"single_blocks.{i}"
+        found |= {f"{name}.modulation.lin": (3 * width, width),
+                  f"{name}.linear1": (7 * width, width),
+                  f"{name}.linear2": (width, 5 * width)}  # fmt: skip
+        norms.append(f"{name}.norm")
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in found.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in found.items()}
+    return shapes | {f"{n}.{which}_norm.scale": (128,) for n in norms for which in ("query", "key")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from recipes import quiet
 from safetensors.torch import save_file
 from torch import nn
 
-from layer_streamer import CheckpointError, ConfigError, stream
+from layer_streamer import CheckpointError, ConfigError, Manifest, TensorSpec, stream
+from layer_streamer.checkpoint.ggml_types import GGML_TYPES
+from layer_streamer.checkpoint.manifest import FrozenMapping
+from layer_streamer.modules.naming.names import name_tensors
 
 diffusers = pytest.importorskip("diffusers")
 single_file_model = pytest.importorskip("diffusers.loaders.single_file_model")
 
-from original_files import ORIGINALS, write_packed, write_safetensors  # noqa: E402
+from original_files import ORIGINALS, flux_rows, write_packed, write_safetensors  # noqa: E402
 from tiny_diffusers import run_diffuser, tiny_diffuser, tiny_diffuser_on_meta  # noqa: E402
 
 SD3 = "SD3Transformer2DModel"
@@ -62,6 +66,46 @@ def test_answers_are_those_of_from_single_file(tmp_path: Path, name: str, kind: 
         if kind is not None:
             assert not torch.allclose(run_diffuser(name, model), want, rtol=0, atol=1e-4)
     net.layer_streamer.close()
+
+
+def flux_manifest(kind: str | None) -> tuple[Manifest, dict[str, torch.Tensor]]:
+    """The headers of a Flux of two and two blocks, matrices of blocks packed as ``kind``; and by
+    name, in place of its rows, the bytes at which they begin."""
+    path, offset = Path("/nowhere/flux"), 0
+    specs, rows = dict[str, TensorSpec](), dict[str, torch.Tensor]()
+    sizes = {some.name: some for some in GGML_TYPES.values()}
+    for name, shape in flux_rows(2, 2).items():
+        dtype, stored, ggml_type = torch.bfloat16, shape, None
+        if kind is not None:
+            ggml_type = "BF16"
+            if len(shape) == 2 and "blocks." in name:
+                packed = sizes[kind]
+                row = shape[1] // packed.block_elements * packed.block_bytes
+                dtype, stored, ggml_type = torch.uint8, (shape[0], row), kind
+        row = math.prod(stored[1:]) * dtype.itemsize
+        rows[name] = offset + row * torch.arange(shape[0])
+        specs[name] = TensorSpec(name, dtype, stored, path, offset, row * shape[0], ggml_type)
+        offset += row * shape[0]
+    return Manifest(path, "gguf", (), FrozenMapping(specs), FrozenMapping({})), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "Q4_K"])
+def test_each_row_of_a_flux_is_read_from_where_diffusers_would_take_it(kind: str | None) -> None:
+    with quiet(), torch.device("meta"):
+        options = {"num_layers": 2, "num_single_layers": 2, "guidance_embeds": True}
+        net: Any = diffusers.FluxTransformer2DModel(**options).to(torch.bfloat16)
+    manifest, rows = flux_manifest(kind)
+    names = name_tensors(net, manifest)
+    assert (names.missing, names.unused) == ((), ())
+    entry = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
+    want = entry["checkpoint_mapping_fn"](checkpoint=rows)
+    assert want.keys() == names.recipes.keys()
+    for name, recipe in names.recipes.items():
+        row = recipe.nbytes // len(want[name])
+        begins = [torch.arange(p.offset, p.offset + p.nbytes, row) for p in recipe.pieces]
+        assert torch.equal(torch.cat(begins), want[name]), name
+        assert (recipe.convert is not None) == (recipe.dtype is torch.uint8)
 
 
 @pytest.mark.slow
