@@ -63,8 +63,6 @@ class ResidentRunner:
             block.module.register_forward_pre_hook(partial(self._enter, i), prepend=True)
             for i, block in enumerate(blocks)
         ]
-        for i, block in enumerate(blocks):
-            self.binder.bind(i, block.module, self._weights[i])
 
     def names_in_order(self) -> tuple[str, ...]:
         """The blocks' names, in the streamer's order."""

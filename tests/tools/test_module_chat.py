@@ -35,7 +35,7 @@ def gpt2(folder: Path, **changes: Any) -> Path:
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY, eos_token_id=None, bos_token_id=None, **(sizes | changes)
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

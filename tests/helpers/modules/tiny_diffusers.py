@@ -95,7 +95,7 @@ DIFFUSERS: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
 
 def tiny_diffuser(name: str, seed: int = 0) -> nn.Module:
     """One of them on the CPU, for inference; every parameter holds numbers of its own."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _class(name)(**DIFFUSERS[name][0]).eval()
         for tensor in model.parameters():

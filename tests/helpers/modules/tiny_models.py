@@ -41,7 +41,7 @@ def tiny_class(name: str) -> Any:
 def tiny_model(name: str, seed: int = 0) -> nn.Module:
     """A model of the type for inference, on the CPU, float32; every parameter and every persistent
     buffer holds numbers of its own, so that none can stand for another."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = tiny_class(name).from_config(tiny_config(name)).eval()
         stirred = {id(t): t for t in model.state_dict(keep_vars=True).values()}

@@ -215,7 +215,7 @@ def _t5(name: str, dim: int = DIM) -> Any:
 
 def _drawn(make: Callable[[], Any], seed: int) -> Any:
     """A model whose every parameter holds numbers of its own."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make().eval()
         for tensor in model.parameters():
