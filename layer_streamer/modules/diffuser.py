@@ -33,6 +33,18 @@ def weights_of(folder: Path) -> Path:
     return next((path for path in (whole, index) if path.is_file()), folder)
 
 
+def config_of_file(file: Path, options: Mapping[str, Any]) -> Path:
+    """The folder with the configuration of a model in a single file: ``config`` of the model's
+    options, as in diffusers' ``from_single_file``. ConfigError if it is not named, or none."""
+    folder = Path(options.get("config") or "").expanduser()
+    if not options.get("config") or not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{file}: a single file says nothing of its model: name a folder with its config.json "
+            'by model_options={"config": folder}'
+        )
+    return folder
+
+
 def build_diffuser(
     cls: Any, folder: Path, specs: Mapping[str, TensorSpec], dtype: torch.dtype | None
 ) -> nn.Module:

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..planning.options import Options
 from ..streamer import LayerStreamer
 from .blocks import Block, Stack, group_stacks
-from .diffuser import build_diffuser, is_diffuser, weights_of
+from .diffuser import build_diffuser, config_of_file, is_diffuser, weights_of
 from .ends import choice
 from .ends.choice import Division, Outside, Undivided, choose, take_away
 from .ends.matrix import find_ends
@@ -65,7 +65,14 @@ class Prepared:
 def build_model(
     folder: Path, cls: Any, options: Options, wishes: Wishes
 ) -> tuple[nn.Module, Manifest]:
-    """The model of transformers or diffusers whose folder it is, on meta, and its checkpoint."""
+    """The model of transformers or diffusers whose folder it is, on meta, and its checkpoint.
+
+    A single file is one of diffusers' ``cls``, which says what else it needs.
+    """
+    if folder.is_file() and hasattr(cls, "load_config"):
+        manifest = read_tensors(folder)
+        config = config_of_file(folder, wishes.model_options)
+        return build_diffuser(cls, config, manifest.static, wishes.dtype), manifest
     if not is_hub_folder(folder):
         raise ConfigError(f"{folder}: no config.json: stream(module, path) takes a module")
     if is_diffuser(folder):

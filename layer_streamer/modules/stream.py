@@ -97,13 +97,13 @@ def stream(  # noqa: PLR0913 - three ways to say which model
     ``model``: a folder of transformers', or the name of a repository; the class is the one that its
     config.json names, or ``cls``, made with ``model_options`` (``attn_implementation`` and the
     like). Or the folder of one of diffusers' models, or of a pipeline, whose ``model_options`` are
-    components in place of its own. Or a class, and ``path``, such a folder or name. Or an nn.Module
-    on the meta device, and ``path``, a safetensors folder or file (GGUF, too), whose names are the
-    module's, or become so by ``key_mapping`` (regular expressions and what replaces them).
-    ``stacks``: the blocks, as patterns ("blocks.{i}.") or names, if they are not found. ``strict``:
-    weights used outside of their block's forward raise an error by name. ``embeddings``: "host"
-    takes their rows from host memory; "auto" those of 64 MiB and more if the budget does not hold
-    the whole model. ``head``: "stream" has the output head's rows streamed; "auto" if it must be.
+    components in place of its own. Or a class, and ``path``, such a folder or name, or a file that
+    diffusers converts (``model_options``: its ``config``). Or an nn.Module on meta, and ``path``, a
+    safetensors folder or file (GGUF, too), of the module's names, or by ``key_mapping`` (regular
+    expressions, replacements). ``stacks``: the blocks, as patterns ("blocks.{i}.") or names, if
+    they are not found. ``strict``: weights used outside of their block's forward raise an error by
+    name. ``embeddings``: "host" takes rows from host memory; "auto" those of 64 MiB and more if not
+    all fits the budget. ``head``: "stream" streams the output head's rows; "auto" if it must.
 
     Returns the model, in eval mode, without gradients; ``.layer_streamer`` is its
     :class:`ModuleStreamer`, a pipeline's its :class:`PipelineStreamer`. ``options`` are those of

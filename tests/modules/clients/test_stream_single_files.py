@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from assets import one_torch_thread
 from recipes import quiet
 from safetensors.torch import save_file
 from torch import nn
@@ -24,6 +25,7 @@ single_file_model = pytest.importorskip("diffusers.loaders.single_file_model")
 
 from original_files import ORIGINALS, flux_rows, write_packed, write_safetensors  # noqa: E402
 from tiny_diffusers import run_diffuser, tiny_diffuser, tiny_diffuser_on_meta  # noqa: E402
+from tiny_pipelines import picture, save_pipeline  # noqa: E402
 
 SD3 = "SD3Transformer2DModel"
 ADDRESSES = 1e-6
@@ -59,13 +61,46 @@ def test_answers_are_those_of_from_single_file(tmp_path: Path, name: str, kind: 
         plain = type(model).from_single_file(
             str(path), config=str(tmp_path / "folder"), torch_dtype=torch.float32, **options
         )
-        net: Any = stream(empty(name), path, device="cpu", n_gpu=1)
+        config = {"config": tmp_path / "folder"}
+        net: Any = stream(type(model), path, model_options=config, device="cpu", n_gpu=1)
+        assert type(net) is type(model)
         want = run_diffuser(name, plain.eval())
         for _ in range(2):
             assert torch.allclose(run_diffuser(name, net), want, rtol=0, atol=ADDRESSES)
         if kind is not None:
             assert not torch.allclose(run_diffuser(name, model), want, rtol=0, atol=1e-4)
     net.layer_streamer.close()
+
+
+@pytest.mark.slow
+def test_a_pipeline_draws_the_same_with_a_transformer_from_a_packed_file(tmp_path: Path) -> None:
+    name = "StableDiffusion3Pipeline"
+    with quiet(), one_torch_thread():
+        save_pipeline(name, tmp_path / "pipe")
+        plain = getattr(diffusers, name).from_pretrained(tmp_path / "pipe")
+        folder = tmp_path / "pipe" / "transformer"
+        tensors = ORIGINALS[SD3](plain.transformer)
+        path = write_packed(tmp_path / "model.gguf", tensors, "Q8_0")
+        packed = diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32)
+        plain.transformer = type(plain.transformer).from_single_file(
+            str(path), config=str(folder), quantization_config=packed, torch_dtype=torch.float32
+        )
+        transformer = stream(
+            type(plain.transformer), path, model_options={"config": folder}, device="cpu", n_gpu=1
+        )
+        pipe: Any = stream(
+            tmp_path / "pipe", model_options={"transformer": transformer}, device="cpu", n_gpu=1
+        )
+        assert torch.allclose(picture(pipe), picture(plain), rtol=0, atol=1e-5)
+    pipe.layer_streamer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"config": "nowhere"}])
+def test_a_single_file_needs_a_configuration(tmp_path: Path, options: dict[str, Any]) -> None:
+    model, path = original(tmp_path)
+    with pytest.raises(ConfigError, match=r"a single file says nothing of its model: name a fold"):
+        stream(type(model), path, model_options=options, device="cpu")
 
 
 def flux_manifest(kind: str | None) -> tuple[Manifest, dict[str, torch.Tensor]]:
