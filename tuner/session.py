@@ -18,6 +18,7 @@ from ..measuring.rawspeed import packed_share
 from ..modules.tuning import Streamed
 from ..planning.budget import parse_bytes
 from ..planning.plan import Machine
+from ..planning.settings import Settings
 from .fingerprint import describe_tune, digest
 from .model import Model
 from .options import TuneOptions
@@ -202,7 +203,8 @@ class Session:
 
 def plan_streamed(found: Streamed, spec: TrialSpec, candidates: Sequence[Choice]) -> Engines:
     """By candidate, what a model's largest sequence of blocks is opened with: of a budget it has
-    what is not taken beside it. A device with memory of its own has one where none is named."""
+    what is not taken beside it, but its slots at least, for a head or a table gives way where there
+    is no room. A device with memory of its own has a budget where none is named."""
     device = {name: spec.model[name] for name in ("device",) if name in spec.model}
     plans = list[dict[str, Any]]()
     for candidate in candidates:
@@ -210,11 +212,15 @@ def plan_streamed(found: Streamed, spec: TrialSpec, candidates: Sequence[Choice]
         reserve: Any = spec.model.get("reserve_bytes")
         if plan.get("device_budget") is None and not found.unified:
             plan["device_budget"] = "auto"
-        if plan.get("device_budget") == "auto" and reserve is None:
+        budget = plan.get("device_budget")
+        if budget == "auto" and reserve is None:
             reserve = found.reserve_nbytes
-        if plan.get("device_budget") is not None:
-            taken = parse_bytes("reserve_bytes", reserve or 0)
-            plan["reserve_bytes"] = found.taken_nbytes + taken
+        if budget is not None:
+            taken = found.taken_nbytes + parse_bytes("reserve_bytes", reserve or 0)
+            if budget != "auto":
+                slots = (Settings(**plan).num_device + 1) * found.slot_nbytes
+                taken = min(taken, max(parse_bytes("device_budget", budget) - slots, 0))
+            plan["reserve_bytes"] = taken
         plans.append(plan)
     return plans
 

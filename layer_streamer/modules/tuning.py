@@ -27,6 +27,8 @@ class Streamed(NamedTuple):
 
     manifest: Manifest
     """Of its largest sequence of blocks: what is planned and predicted."""
+    slot_nbytes: int
+    """Bytes of one of its slots."""
     taken_nbytes: int
     """Bytes of a device budget that are taken beside that sequence: what is resident outside of
     blocks, the slots of other sequences."""
@@ -44,6 +46,7 @@ def describe(**options: Any) -> Streamed:
         resident = sum(getattr(plan, "resident_nbytes", {}).values())  # of a pipeline
         return Streamed(
             largest.manifest,
+            _slots(largest) // max(largest.plan.placement.device_slots[0].count, 1),
             resident
             + sum(handle.plan.outside_nbytes for handle in work.handles)
             + sum(_slots(some) for some in work.streamers if some is not largest),
@@ -128,9 +131,8 @@ def _streamed_in(model: Any) -> list[Any]:
 
 
 def _slots(streamer: LayerStreamer) -> int:
-    """Bytes of a device's slots; without any, nothing of it streams."""
-    slots = streamer.plan.placement.device_slots
-    return slots[0].total_nbytes if slots else 0
+    """Bytes of a device's slots."""
+    return streamer.plan.placement.device_slots[0].total_nbytes
 
 
 class _Text:

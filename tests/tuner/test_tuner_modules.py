@@ -78,7 +78,30 @@ def test_a_pass_is_that_of_the_largest_sequence_and_the_rest_is_taken(
     assert set(found.manifest.layers[0].tensors) == {name for name, _ in decoder.named_parameters()}
     slots = plan.sequences[other].placement.device_slots[0].total_nbytes
     assert found.taken_nbytes == plan.outside_nbytes + slots
+    assert found.slot_nbytes * 3 == plan.sequences[largest].placement.device_slots[0].total_nbytes
     model.layer_streamer.close()
+
+
+@pytest.mark.slow
+def test_of_a_pipeline_the_largest_components_blocks_count_and_all_else_is_taken(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("diffusers")
+    from tiny_pipelines import save_pipeline, taken
+
+    def setup_fn(**settings: Any) -> Any:
+        pipe: Any = stream(tmp_path, device="cpu", **settings)
+        plans.append(pipe.layer_streamer.plan)
+        return pipe, lambda: None
+
+    plans: list[Any] = []
+    with quiet():
+        save_pipeline("FluxPipeline", tmp_path)
+        found = describe(setup_fn=setup_fn)
+    (plan,) = plans
+    (blocks,) = plan.components["transformer"].sequences.values()
+    assert found.manifest.num_layers == len(blocks.layers)
+    assert found.taken_nbytes == taken(plan) - sum(blocks.placement.device_bytes)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +109,8 @@ def test_a_pass_is_that_of_the_largest_sequence_and_the_rest_is_taken(
     [
         (True, {}, {"n_gpu": 1}, None, None),
         (True, {}, {"device_budget": 9 * MIB}, 9 * MIB, 3 * MIB),
+        (True, {}, {"device_budget": 4 * MIB, "n_gpu": 1}, 4 * MIB, 2 * MIB),
+        (True, {}, {"device_budget": MIB, "n_gpu": 1}, MIB, 0),
         (False, {}, {"n_gpu": 1}, "auto", 3 * MIB + 2 * GIB),
         (False, {"reserve_bytes": "5MiB"}, {}, "auto", 8 * MIB),
         (False, {"reserve_bytes": 0}, {}, "auto", 3 * MIB),
@@ -97,7 +122,7 @@ def test_of_a_budget_the_largest_sequence_has_what_is_not_taken(
     unified: bool, model: Any, candidate: Any, budget: Any, taken: int | None
 ) -> None:
     some: Any = None
-    found = Streamed(some, 3 * MIB, 2 * GIB, unified)
+    found = Streamed(some, MIB, 3 * MIB, 2 * GIB, unified)
     spec = TrialSpec(model={"device": "cpu", **model}, settings={}, setup_fn=None)
     (plan,) = plan_streamed(found, spec, [candidate])
     assert not isinstance(plan, str)
