@@ -45,11 +45,26 @@ def test_answers_are_those_of_the_resident_model_and_no_pass_is_made(opened: Str
 
 
 def test_weights_are_the_same_tensors_in_every_forward_and_between_them(opened: Streamed) -> None:
+    opened.agree()
     kept = [[*block.parameters()] for block in opened.model.blocks]
     opened.agree()
     for block, some in zip(opened.model.blocks, kept, strict=True):
         assert all(a is b for a, b in zip(block.parameters(), some, strict=True))
         assert not any(parameter.is_meta for parameter in some)
+
+
+def test_what_a_block_shares_with_others_may_get_its_values_after_the_runner_is_made(
+    tmp_path: Path,
+) -> None:
+    with streamed(tmp_path, route=ROUTE, device=make_devices(ROUTE)) as some:
+        some.runner.close()
+        empty = nn.Parameter(torch.empty(2, device="meta"), requires_grad=False)
+        for block in some.model.blocks[:2]:
+            block.register_parameter("shared", empty)
+        give(some)
+        for block in some.model.blocks[:2]:
+            block.shared = nn.Parameter(torch.ones(2), requires_grad=False)
+        some.agree()
 
 
 def test_a_block_whose_modules_were_changed_gets_its_weights_into_them(opened: Streamed) -> None:
