@@ -160,13 +160,17 @@ def describe(record: dict[str, Any], compute: float) -> str:
 
 
 def start() -> None:
-    """Import what a model needs, and start CUDA and its libraries, which take host memory."""
+    """Import what a model needs, and run one of two blocks: CUDA's libraries, and what they load
+    with each kernel, take host memory."""
     import diffusers
 
-    with torch.device("meta"):
-        diffusers.FluxTransformer2DModel(**SHAPE | {"num_layers": 1, "num_single_layers": 1})
-    x = torch.ones(1, 1, 64, 64, device="cuda", dtype=torch.bfloat16)
-    torch.nn.functional.scaled_dot_product_attention(x, x @ x, x).float().sum().item()
+    with torch.device("cuda"), torch.no_grad():
+        few = SHAPE | {"num_layers": 1, "num_single_layers": 1}
+        model: Any = diffusers.FluxTransformer2DModel(**few).to(torch.bfloat16)
+        model(**inputs_of(model))
+    del model
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def measure(folder: Path, regime: str, turns: int) -> dict[str, Any]:

@@ -167,22 +167,30 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def start(path: Path) -> None:
-    """Import what a model needs, and start CUDA and its libraries, which take host memory."""
+    """Import what a model needs, and run one of a single layer: CUDA's libraries, and what they
+    load with each kernel, take host memory."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(path)
-    with torch.device("meta"):
-        transformers.AutoModelForCausalLM.from_config(config)
-    x = torch.ones(1, 1, 64, 64, device="cuda", dtype=torch.bfloat16)
-    torch.nn.functional.scaled_dot_product_attention(x, x @ x, x).float().sum().item()
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    with torch.device("cuda"), torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+        out = model(torch.ones(1, PROMPT, dtype=torch.int64), use_cache=True)
+        ids = out.logits[:, -1:].argmax(-1)
+        model(ids, past_key_values=out.past_key_values, use_cache=True)
+    del model, out
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def measure(path: Path, regime: str, turns: int) -> dict[str, Any]:
     """One regime, in this process."""
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))
-    start(path)
     picked: AbstractContextManager[object] = sdpa_kernel(OTHERS)
     with nullcontext() if regime.endswith("cuDNN") else picked:
+        start(path)
         if regime in PEERS:
             record = PEERS[regime](path, turns)
         else:
