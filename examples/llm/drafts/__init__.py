@@ -1,0 +1,1 @@
+"""Drafts: tokens that may follow, for the model to agree with or not."""
