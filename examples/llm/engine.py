@@ -11,7 +11,9 @@ import torch
 
 from layer_streamer import LayerStreamer
 
-from .errors import TELLING, one_line_errors, without_frames
+from .drafts.drafting import MOST_DRAFTED, Drafting
+from .drafts.lookup import Lookup
+from .errors import TELLING, one_line_errors
 from .kv.kept import KeptRow
 from .memory.plan import MemoryPlan, Wishes
 from .models.config import id_set
@@ -21,7 +23,7 @@ from .request import Event, Request
 from .scheduler import Scheduler
 from .text.completion import Asked, Completion, in_order, raising, results
 from .text.prompts import Prompt, PromptEncoder, is_batch
-from .text.requests import Encoded, RequestMaker, Room
+from .text.requests import Encoded, Prompts, RequestMaker, Room
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +38,15 @@ class StreamingEngine:
     ``model_path`` is a safetensors directory, a GGUF file, or a repository on the Hugging Face hub,
     which is downloaded (:mod:`.hub`). Options:
 
-    * ``max_length``: the most tokens of one row, prompt and text (4096, or the model's context
-      if that is shorter).
+    * ``max_length``: most tokens of a row, prompt and text (4096, or the model's context if less).
     * ``kv``: "device" and "host" say where keys and values live; "auto": on the device while
       its budget lasts. ``kv_int8``: those in host memory in eight bits.
     * ``kv_tokens``: tokens of all rows together (``max_length``); ``max_batch``: rows at a time.
     * ``prefill_chunk``: tokens that go through a layer at a time (2048; less if memory is
       short).
     * ``device_budget``, ``host_budget``: of streamer and engine together.
+    * ``lookup``: a pass also looks at what followed the same words before, in the prompt or in a
+      text of this engine, and may give several tokens. The text is the same.
     * ``notify`` hears of what takes seconds or is not as expected.
     * ``streamer_options``: those of ``LayerStreamer.from_checkpoint``, such as the tuner prints;
       ``reserve_bytes`` is the caller's part of ``device_budget``.
@@ -66,18 +69,17 @@ class StreamingEngine:
         kv_tokens: int | None = None,
         max_batch: int = 8,
         prefill_chunk: int | None = None,
+        lookup: bool = False,
         notify: Callable[[str], None] = logger.info,
         **streamer_options: Any,
     ) -> None:
         """Plan, and open; the options are above."""
         limits = Limits(
-            max_length=max_length, kv_tokens=kv_tokens, max_batch=max_batch, kv_int8=kv_int8
-        )
+            max_length=max_length, kv_tokens=kv_tokens, max_batch=max_batch, kv_int8=kv_int8,
+            drafted=MOST_DRAFTED if lookup else 0,
+        )  # fmt: skip
         reserve = streamer_options.pop("reserve_bytes", 0)
-        if not isinstance(model_path, Model):
-            pattern = streamer_options.pop("layer_pattern", None)
-            model_path = Model.read(model_path, notify, pattern)
-        self.model: Model = model_path
+        self.model = _model_of(model_path, notify, streamer_options)
         self.config = self.model.config
         self.max_length = limits.length(self.config)
         options, dtype = place(self.model, device, dtype, streamer_options)
@@ -93,14 +95,16 @@ class StreamingEngine:
         self.plan: MemoryPlan = plan
         """Where everything is, and the bytes that it takes."""
         self._notify = notify
-        self._encoder = PromptEncoder(lambda: self.tokenizer, self.config.vocab_size, notify)
-        self._room = Room(self.max_length, self.config.max_positions, self.config.vocab_size)
+        vocab = self.config.vocab_size
+        self._room = Room(self.max_length, self.config.max_positions, vocab)
+        self._prompts = Prompts(PromptEncoder(lambda: self.tokenizer, vocab, notify), self._room)
         self._defaults = self.model.default_sampling(notify)
         self._current: Generator[Event] | None = None
         with one_line_errors("the engine cannot be opened"):
             self._runner = open_runner(self.model, plan, needs)
         alike = rotated_alike(self.config.ropes)
         self._kept = KeptRow(self._runner.kv.rows, self.max_length, alike)
+        self._drafting = Drafting(Lookup()) if lookup else None
 
     @property
     def streamer(self) -> LayerStreamer:
@@ -151,7 +155,7 @@ class StreamingEngine:
             raise ValueError("reuse_prefix=True: takes one prompt, not a list")
         if not return_details:
             _ = self.tokenizer  # the error of a model without one, before anything is computed
-        prompts = self._encoded(prompt, several, chat_template_kwargs)
+        prompts = self._prompts.take(prompt, chat_template_kwargs or {}, several=several)
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed,
             "reuse_prefix": reuse_prefix, **sampling,
@@ -193,8 +197,7 @@ class StreamingEngine:
     ) -> list[int]:
         """Token ids of a prompt; ValueError if it is malformed, empty or too long, or if the
         tokenizer cannot take it."""
-        with one_line_errors("the tokenizer cannot take the prompt", ValueError):
-            return self._room.check(self._encoder.encode(prompt, chat_template_kwargs or {}))
+        return self._prompts.encode(prompt, chat_template_kwargs or {})
 
     def close(self) -> None:
         """End what is being generated and return all memory. Idempotent."""
@@ -208,20 +211,6 @@ class StreamingEngine:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _encoded(
-        self, prompt: Any, several: bool, chat_template_kwargs: Mapping[str, Any] | None
-    ) -> list[Encoded]:
-        """The one prompt, or for each of several its ids or what is wrong with it."""
-        if not several:
-            return [self.encode(prompt, chat_template_kwargs)]
-        found: list[Encoded] = []
-        for item in prompt:
-            try:
-                found.append(self.encode(item, chat_template_kwargs))
-            except (ValueError, OSError) as error:
-                found.append(without_frames(error))
-        return found
 
     def _start(
         self,
@@ -247,7 +236,14 @@ class StreamingEngine:
                 row = self._kept.take(first.prompt_ids)
         else:
             self._kept.forget()
-        scheduler = Scheduler(self._runner, requests, self._stop_ids(), row=row, on_layer=on_layer)
+        scheduler = Scheduler(
+            self._runner,
+            requests,
+            self._stop_ids(),
+            row=row,
+            drafting=self._drafting,
+            on_layer=on_layer,
+        )
         events = self._current = scheduler.run()
         return self._guard(scheduler, events)
 
@@ -293,3 +289,12 @@ class StreamingEngine:
         for row in self._runner.kv.rows:
             if row is not self._kept.row:
                 self._runner.kv.rows.drop(row)
+
+
+def _model_of(
+    path: str | Path | Model, notify: Callable[[str], None], options: dict[str, Any]
+) -> Model:
+    """The model, read unless it has been; the one of the streamer's options that says how goes."""
+    if isinstance(path, Model):
+        return path
+    return Model.read(path, notify, options.pop("layer_pattern", None))

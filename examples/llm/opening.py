@@ -54,10 +54,16 @@ class Limits:
     kv_tokens: int | None = None
     max_batch: int = 8
     kv_int8: bool = False
+    drafted: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_length", "kv_tokens", "max_batch"):
             at_least_one(name, getattr(self, name))
+        if self.drafted and self.kv_int8:
+            raise ValueError(
+                "lookup=True: not with kv_int8=True, where what a pass has stored is other numbers "
+                "to the next one, so that the text would be another"
+            )
 
     def length(self, config: ModelConfig) -> int:
         """The most tokens of one row."""
@@ -171,6 +177,7 @@ def plan_memory(
     needs = Needs(
         kv_tokens=limits.tokens(model.config),
         max_batch=limits.max_batch,
+        drafted=limits.drafted,
         dtype=dtype,
         device_type=device.type,
         int8=limits.kv_int8,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from typing import overload
 
 from .errors import told_in_one_line, without_frames
 from .kv.rows import Row
@@ -12,6 +14,39 @@ from .text.sampling import Sampler
 from .text.stopping import TextStream
 
 logger = logging.getLogger(__name__)
+
+_uids = count()
+
+
+class Known(Sequence[int]):
+    """A row's ids, prompt and text, one after the other; it grows with the text. Nothing is
+    copied."""
+
+    def __init__(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> None:
+        self._parts = prompt_ids, new_ids
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        (first, second), count = self._parts, len(self._parts[0])
+        if isinstance(index, slice):
+            begin, end, step = index.indices(len(self))
+            if step != 1:
+                return [self[i] for i in range(begin, end, step)]
+            return [*first[begin:end], *second[max(begin - count, 0) : max(end - count, 0)]]
+        at = index + len(self) if index < 0 else index
+        if not 0 <= at < len(self):
+            raise IndexError(index)
+        return first[at] if at < count else second[at - count]
+
+    def __iter__(self) -> Iterator[int]:
+        for part in self._parts:
+            yield from part
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +63,10 @@ class Request:
     places: int
     """Tokens for which its row is to have room."""
     new_ids: list[int] = field(default_factory=list)
+    draft: Sequence[int] = ()
+    """Tokens that may follow, for the next pass to look at."""
+    uid: int = field(default_factory=lambda: next(_uids))
+    """Of this request alone, in this process."""
     finish_reason: str | None = None
     """"stop", "length" or "error", once it has ended."""
     error: Exception | None = None
@@ -38,11 +77,29 @@ class Request:
     decode_seconds: float = 0.0
     """From there to its last."""
     began: float = 0.0
+    passes: int = 0
+    """That its row has taken part in."""
+    drafted: int = 0
+    """Tokens of all its drafts."""
+    agreed: int = 0
+    """Those of them that are its text's."""
+
+    @property
+    def known(self) -> Known:
+        """Its ids so far."""
+        return Known(self.prompt_ids, self.new_ids)
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a draft there is room for, in its row and in what it may become."""
+        assert self.row is not None
+        left = self.max_new_tokens - len(self.new_ids)
+        return min(self.row.capacity - len(self.known), left - 1)
 
     @property
     def behind(self) -> int:
-        """How many tokens the next pass appends to its row."""
-        known = len(self.prompt_ids) + len(self.new_ids)
+        """How many tokens the next pass appends to its row, its draft among them."""
+        known = len(self.prompt_ids) + len(self.new_ids) + len(self.draft)
         return known - (0 if self.row is None else self.row.length)
 
     @property
@@ -51,8 +108,8 @@ class Request:
         assert self.row is not None
         known = len(self.prompt_ids)
         if self.row.length < known:
-            return [*self.prompt_ids[self.row.length :], *self.new_ids]
-        return self.new_ids[self.row.length - known :]
+            return [*self.prompt_ids[self.row.length :], *self.new_ids, *self.draft]
+        return [*self.new_ids[self.row.length - known :], *self.draft]
 
     def fail(self, error: BaseException) -> None:
         """End with what was raised for this row; an interrupt is raised again."""

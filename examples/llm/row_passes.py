@@ -11,7 +11,7 @@ from .kv.rows import Row
 from .passes.runner import Runner
 from .passes.second_look import why_not_finite
 from .request import Request
-from .text.sampling import Choice, choose_tokens
+from .text.following import Followed, follow
 
 OnLayer = Callable[[int], object]
 
@@ -26,8 +26,11 @@ class RowPasses:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
 
-    def choose(self, requests: Sequence[Request], on_layer: OnLayer | None = None) -> list[Choice]:
-        """Append each request's tokens to its row; what follows in each, a token or an error.
+    def choose(
+        self, requests: Sequence[Request], on_layer: OnLayer | None = None
+    ) -> list[Followed]:
+        """Append each request's tokens to its row, those of its draft as well; what follows in
+        each: tokens, or an error in the place of the last.
 
         A pass that fails is done again over either half, down to the row that it fails for: torch
         does not say for whose tokens there was no memory.
@@ -37,18 +40,26 @@ class RowPasses:
         if half == 0 or self._fit(requests):
             heard = None if on_layer is None else Heard(on_layer)
             try:
-                logits = self._runner.forward(entries(requests), on_layer=heard)
+                wanted = [1 + len(request.draft) for request in requests]
+                logits = self._runner.forward(entries(requests), wanted=wanted, on_layer=heard)
             except Exception as error:
                 if isinstance(error, StreamerError) or (heard and error is heard.error):
                     raise
                 failed = without_frames(error)
             else:
                 with one_line_errors("the pass cannot be ended"):  # of the device, of all rows
-                    choices = choose_tokens(logits, [request.sampler for request in requests])
-                return self._explained(requests, choices, before)
+                    found = follow(
+                        logits,
+                        [request.sampler for request in requests],
+                        [request.draft for request in requests],
+                    )
+                return self._explained(requests, found, before)
             self._take_back(before)
+            if half == 0 and requests[0].draft:
+                requests[0].draft = ()  # it may have been that for which there was no room
+                return self.choose(requests, on_layer)
             if half == 0:
-                return [failed]
+                return [[failed]]
         return self.choose(requests[:half]) + self.choose(requests[half:])
 
     def _fit(self, requests: Sequence[Request]) -> bool:
@@ -56,18 +67,22 @@ class RowPasses:
         return sum(request.behind for request in requests) <= self._runner.most_tokens
 
     def _explained(
-        self, requests: Sequence[Request], choices: list[Choice], before: dict[Request, int]
-    ) -> list[Choice]:
-        """The choices, with an error in place of each None."""
-        bad = {i: requests[i] for i, choice in enumerate(choices) if choice is None}
+        self, requests: Sequence[Request], found: list[Followed], before: dict[Request, int]
+    ) -> list[Followed]:
+        """What follows, with an error where nothing does."""
+        bad = {i: requests[i] for i, tokens in enumerate(found) if not tokens}
         self._take_back({request: before[request] for request in bad.values()})
+        for request in bad.values():
+            request.draft = ()
         for (i, request), why in zip(bad.items(), self._why(list(bad.values())), strict=True):
             count = len(request.new_ids)
             what = f"after {count} new tokens" if count else "over the prompt"
-            choices[i] = NotFiniteError(
-                f"pass {count + 1} of the row, {what}: the logits are not finite numbers; {why}"
+            error = NotFiniteError(
+                f"pass {request.passes + 1} of the row, {what}: the logits are not finite "
+                f"numbers; {why}"
             )
-        return choices
+            found[i] = [error]
+        return found
 
     def _why(self, requests: Sequence[Request]) -> list[str]:
         """Where each row's numbers ceased to be finite, found by a second look."""

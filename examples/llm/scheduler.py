@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 
+from .drafts.drafting import Drafting
 from .kv.rows import Row
 from .passes.runner import Runner
 from .request import Event, Request
 from .row_passes import RowPasses
-from .text.sampling import Choice
+from .text.following import Followed
 
 
 class Scheduler:
@@ -34,16 +35,20 @@ class Scheduler:
         stop_ids: frozenset[int],
         *,
         row: Row | None = None,
+        drafting: Drafting | None = None,
         on_layer: Callable[[int], object] | None = None,
     ) -> None:
         """``requests`` are taken one by one, as they come to fit. ``row`` is for the first of them
-        and is left to the caller at the end. ``on_layer`` hears of the first pass's layers."""
+        and is left to the caller at the end. ``on_layer`` hears of the first pass's layers. Rows
+        are drafted for by ``drafting``, but where passes are captured: there a pass costs what its
+        tokens do."""
         self._runner, self._stop_ids = runner, stop_ids
         self._passes = RowPasses(runner)
         self._waiting = iter(requests)
         self._next: Request | None = None
         self._running: list[Request] = []
         self._given = row
+        self._drafting = drafting if runner.decoder is None else None
         self._on_layer = on_layer
         self._asking_failed: Exception | None = None
         self._undelivered = 0
@@ -104,13 +109,16 @@ class Scheduler:
         return self._next
 
     def _pass(self) -> Iterator[Event]:
+        if self._drafting is not None:
+            taken = sum(request.behind for request in self._running)
+            self._drafting.propose(self._running, self._runner.most_tokens - taken)
         # Rows that take one token lie together, in the first chunk.
         self._running.sort(key=lambda request: request.behind)
-        choices = self._passes.choose(self._running, self._on_layer)
+        found = self._passes.choose(self._running, self._on_layer)
         self._on_layer = None
         now = time.perf_counter()
-        pairs = sorted(zip(self._running, choices, strict=True), key=lambda pair: pair[0].index)
-        events = [(request, self._advance(request, choice, now)) for request, choice in pairs]
+        pairs = sorted(zip(self._running, found, strict=True), key=lambda pair: pair[0].index)
+        events = [(request, self._follow(request, tokens, now)) for request, tokens in pairs]
         for request, _ in events:
             if request.finish_reason is not None:
                 self._leave(request)
@@ -119,10 +127,25 @@ class Scheduler:
             self._undelivered -= request.finish_reason is not None
             yield request, piece
 
-    def _advance(self, request: Request, choice: Choice, now: float) -> str:
+    def _follow(self, request: Request, tokens: Followed, now: float) -> str:
+        """What a pass has brought a row: its text. The row then holds all of its ids but the last
+        one, as without a draft."""
+        request.passes += 1
+        before, pieces = len(request.new_ids), []
+        for token in tokens:
+            pieces.append(self._advance(request, token, now))
+            if request.finish_reason is not None:
+                break
+        if self._drafting is not None and request.draft:
+            assert request.row is not None
+            length = min(request.row.length, len(request.known) - 1)
+            self._runner.kv.rows.truncate(request.row, length)
+            self._drafting.judge(request, max(len(request.new_ids) - before - 1, 0))
+        return "".join(pieces)
+
+    def _advance(self, request: Request, choice: int | Exception, now: float) -> str:
         """One more token: its text, and whether it was the last."""
-        if not isinstance(choice, int):
-            assert choice is not None
+        if isinstance(choice, Exception):
             request.fail(choice)
             return ""
         if not request.new_ids:
@@ -152,5 +175,7 @@ class Scheduler:
         return piece
 
     def _leave(self, request: Request) -> None:
+        if self._drafting is not None:
+            self._drafting.leave(request)
         if request.row is not None and request.row is not self._given:
             self._runner.kv.rows.drop(request.row)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_HELP = "default: float32 on a CPU, bfloat16 on a GPU (float16 or float32 on an older one)"
-ENGINE = ("max_length", "kv", "kv_int8", "kv_tokens", "max_batch", "prefill_chunk")
+ENGINE = ("max_length", "kv", "kv_int8", "kv_tokens", "max_batch", "prefill_chunk", "lookup")
 GENERATION = (
     "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
     "stop", "skip_special_tokens",
@@ -70,6 +70,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("--kv-tokens", type=one, metavar="N", help="tokens of all rows together (--max-length)")
     add("--max-batch", type=one, metavar="N", help="rows at a time (8)")
     add("--prefill-chunk", type=one, metavar="N", help="tokens through a layer at a time (2048)")
+    lookup_help = "several tokens a pass where the text repeats what was there before"
+    add("--lookup", action="store_true", default=None, help=lookup_help)
     add("--plan", action="store_true", help="say first where everything will be")
     add("--timeline", type=Path, metavar="FILE", help="save the last pass for ui.perfetto.dev")
     add_streamer_options(parser)

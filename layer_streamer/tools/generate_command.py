@@ -121,9 +121,9 @@ def answer(engine: StreamingEngine, text: str, args: argparse.Namespace) -> None
         options = given(args, GENERATION)
         events = engine.events([ids], on_layer=lambda _: bar.update(), **options)
         began = time.perf_counter()
-        for _, piece in events:
+        for request, piece in events:
             bar.close()
-            totals.add_pass(engine.streamer, time.perf_counter() - began)
+            totals.add_pass(engine.streamer, time.perf_counter() - began, request)
             write(piece)
             began = time.perf_counter()
     say("\n" + totals.summary(engine.streamer))

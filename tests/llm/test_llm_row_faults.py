@@ -189,11 +189,11 @@ def test_whatever_a_tokenizer_raises_over_a_prompt_is_a_value_error_in_one_line(
             def broken(*_: Any, error: Any = error) -> Any:
                 raise error
 
-            monkeypatch.setattr(engine._encoder, "encode", broken)
+            monkeypatch.setattr(engine._prompts._encoder, "encode", broken)
             with pytest.raises(ValueError) as caught:
                 engine.encode("Hello")
             assert type(error).__name__ in message(caught.value)
-        monkeypatch.setattr(engine._encoder, "encode", lambda *_: sys.exit())
+        monkeypatch.setattr(engine._prompts._encoder, "encode", lambda *_: sys.exit())
         with pytest.raises(SystemExit):
             engine.generate(["Hello", "Hi"])
 

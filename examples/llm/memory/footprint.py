@@ -31,6 +31,8 @@ class Needs:
     """Tokens of all rows together."""
     max_batch: int
     """Rows."""
+    drafted: int = 0
+    """Tokens of drafts, of all rows together, that a pass looks at."""
     dtype: torch.dtype
     device_type: str
     int8: bool
@@ -111,9 +113,9 @@ class Footprint:
         return needs.captured_rows * row + CAPTURED_FRAGMENTS
 
     def logits(self) -> int:
-        """Of one token a row, and what it takes to draw from one."""
+        """Of one token a row and of drafts, and what it takes to draw from one."""
         vocab = self.config.vocab_size * FLOAT
-        return 2 * self.needs.max_batch * vocab + 8 * vocab
+        return 2 * (self.needs.max_batch + self.needs.drafted) * vocab + 8 * vocab
 
     def _token_temporaries(self) -> int:
         """The largest that a token has in a layer at one time."""

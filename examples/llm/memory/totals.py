@@ -12,44 +12,59 @@ import torch
 
 from layer_streamer import LayerStreamer
 
+from ..request import Request
+
 GIB = 2**30
 
 
 @dataclass
 class Totals:
-    """Counters of one generated text; each pass gives one token, the first takes the prompt."""
+    """Counters of one generated text; the first pass takes the prompt."""
 
     prompt_tokens: int
     new_tokens: int = 0
+    passes: int = 0
+    drafted: int = 0
+    """Tokens that passes looked at beside the one that they take anyway."""
+    agreed: int = 0
+    """Those of them that are the text's."""
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
     streamed_bytes: int = 0
     bound_by: Counter[str] = field(default_factory=Counter)
     """How many passes each step was the slowest of."""
 
-    def add_pass(self, streamer: LayerStreamer, seconds: float) -> None:
-        """Count the streamer's last pass, which took ``seconds`` with all that belongs to it."""
+    def add_pass(self, streamer: LayerStreamer, seconds: float, request: Request) -> None:
+        """Count the streamer's last pass, which took ``seconds`` with all that belongs to it, and
+        after which the text is the request's."""
         report = streamer.last_pass
         assert report is not None
         moved = [step.bytes for name, step in report.steps.items() if name != "compute"]
         self.streamed_bytes += max(moved, default=0)
         self.bound_by[report.bound_by] += 1
-        if self.new_tokens == 0:
+        if self.passes == 0:
             self.prompt_seconds = seconds
         else:
             self.decode_seconds += seconds
-        self.new_tokens += 1
+        self.passes += 1
+        self.new_tokens = len(request.new_ids)
+        self.drafted, self.agreed = request.drafted, request.agreed
 
     def summary(self, streamer: LayerStreamer) -> str:
-        """Three lines for people."""
+        """Three lines for people, four where there were drafts."""
         speed = f"{self.new_tokens} tokens"
         if self.decode_seconds:
             speed += f" at {(self.new_tokens - 1) / self.decode_seconds:.1f} tokens/s"
         seconds = self.prompt_seconds + self.decode_seconds
+        drafts = list[str]()
+        if self.drafted:
+            right = f"{self.agreed} of {self.drafted} drafted were right"
+            drafts.append(f"{self.new_tokens / self.passes:.1f} tokens a pass: {right}")
         return "\n".join(
             (
                 f"{speed}, after a prompt of {self.prompt_tokens} in {self.prompt_seconds:.2f} s",
-                f"{self.streamed_bytes / 1e9:.2f} GB streamed in {self.new_tokens} passes: "
+                *drafts,
+                f"{self.streamed_bytes / 1e9:.2f} GB streamed in {self.passes} passes: "
                 f"{self.streamed_bytes / seconds / 1e9:.2f} GB/s, "
                 f"bound by {self.bound_by.most_common(1)[0][0]}",
                 _memory(streamer),

@@ -56,11 +56,20 @@ class Batch:
     """Rows in their order in ``ids``, and how many of its tokens are theirs."""
     chunks: tuple[Chunk, ...]
     last: torch.Tensor
-    """(R,): where each row's last token is, on the device."""
+    """(W,): where the last tokens of each row are of which logits are wanted, packed as the rows
+    are, on the device."""
 
 
-def pack(entries: Sequence[Entry], chunk_tokens: int, device: torch.device) -> Batch:
-    """Lay the tokens of a pass out; what the device needs to know goes there in one transfer."""
+def pack(
+    entries: Sequence[Entry],
+    chunk_tokens: int,
+    device: torch.device,
+    wanted: Sequence[int] | None = None,
+) -> Batch:
+    """Lay the tokens of a pass out; what the device needs to know goes there in one transfer.
+
+    ``wanted``: of how many of its last tokens each row's logits are; None: of one.
+    """
     ids = [token for _, tokens in entries for token in tokens]
     rows = tuple((row, len(tokens)) for row, tokens in entries)
     ends = accumulate(number for _, number in rows)
@@ -75,7 +84,12 @@ def pack(entries: Sequence[Entry], chunk_tokens: int, device: torch.device) -> B
         count_R
     )
     lengths = (known_R + count_R).repeat_interleave(count_R)
-    last = first_R + count_R - 1
+    wanted_R = torch.ones_like(count_R) if wanted is None else torch.tensor(wanted, device="cpu")
+    ends_R = wanted_R.cumsum(0)
+    # Of the i-th that is wanted, its place among those of its row, and from there in the pass.
+    last = torch.arange(int(ends_R[-1]), device="cpu") + (
+        first_R + count_R - ends_R
+    ).repeat_interleave(wanted_R)
     numbers = torch.cat((positions, lengths, last)).to(device)
     positions_N, lengths_N, last_R = numbers.split([len(ids), len(ids), len(last)])
     chunks = []

@@ -107,13 +107,15 @@ class Runner:
         entries: Sequence[Entry],
         *,
         every_position: bool = False,
+        wanted: Sequence[int] | None = None,
         on_layer: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
         """Append tokens to rows, in one pass over the model.
 
-        Returns the float32 logits of what follows each row's last token (rows, vocab_size), or of
-        what follows each token (tokens, vocab_size), packed as the rows are. ``on_layer`` hears of
-        each layer as it starts. A pass that fails leaves the rows as they were.
+        Returns the float32 logits of what follows each row's last token (rows, vocab_size), of what
+        follows each of its last ``wanted`` ones, or of what follows each token, (tokens,
+        vocab_size), packed as the rows are. ``on_layer`` hears of each layer as it starts. A pass
+        that fails leaves the rows as they were.
         """
         count = sum(len(ids) for _, ids in entries)
         if count > self.most_tokens:
@@ -122,7 +124,9 @@ class Runner:
         with torch.inference_mode():
             logits = self._decode(entries) if on_layer is None else None
             if logits is None:
-                step = self._stream(entries, every_position=every_position, on_layer=on_layer)
+                if every_position:
+                    wanted = [len(ids) for _, ids in entries]
+                step = self._stream(entries, wanted=wanted, on_layer=on_layer)
                 logits = step.logits
         self.kv.end()
         return logits
@@ -137,7 +141,7 @@ class Runner:
         is ``around(step, batch, x_ND)``, where x_ND are the residuals before it."""
         self.kv.begin([(row, len(ids)) for row, ids in entries])
         with torch.inference_mode():
-            self._stream(entries, every_position=False, on_layer=None, around=around)
+            self._stream(entries, wanted=None, on_layer=None, around=around)
 
     def close(self) -> None:
         """Let go of the layers, after the streamer has been closed. Idempotent."""
@@ -148,19 +152,18 @@ class Runner:
         self,
         entries: Sequence[Entry],
         *,
-        every_position: bool,
+        wanted: Sequence[int] | None,
         on_layer: Callable[[int], object] | None,
         around: Callable[[Step, Batch, Any], Step] = lambda step, batch, x_ND: step,
     ) -> _Pass:
         """A pass of the streamer."""
         with fast_kernels(self.kv.device):
-            batch = pack(entries, self._chunking.tokens, self.kv.device)
+            batch = pack(entries, self._chunking.tokens, self.kv.device, wanted)
             attentions = [self.attention(chunk) for chunk in batch.chunks]
-            count = len(batch.ids) if every_position else len(batch.rows)
             logits = torch.empty(
-                count, self.config.vocab_size, dtype=torch.float32, device=self.kv.device
+                len(batch.last), self.config.vocab_size, dtype=torch.float32, device=self.kv.device
             )
-            last = None if every_position else batch.last
+            last = None if len(batch.last) == len(batch.ids) else batch.last
             step = _Pass(self, batch, attentions, logits, last=last, on_layer=on_layer)
             x_ND = self._begin(batch)
             self.streamer.run_pass(x_ND, around(step, batch, x_ND))

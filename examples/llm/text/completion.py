@@ -29,6 +29,12 @@ class Completion:
     """From the first pass over the prompt to its first token."""
     decode_seconds: float
     """From the first token to the last."""
+    passes: int = 0
+    """That its row has taken part in: over the model, one after the other."""
+    drafted: int = 0
+    """Tokens of all its drafts."""
+    agreed: int = 0
+    """Those of them that are among ``ids``."""
     error: Exception | None = None
     """What ended the row before its time; text and ids are what there was by then."""
 
@@ -80,6 +86,9 @@ def complete(request: Request, pieces: Sequence[str]) -> Completion:
         finish_reason=request.finish_reason,
         prompt_seconds=request.prompt_seconds,
         decode_seconds=request.decode_seconds,
+        passes=request.passes,
+        drafted=request.drafted,
+        agreed=request.agreed,
         error=request.error,
     )
 

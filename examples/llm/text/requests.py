@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import PromptTooLongError
+from ..errors import PromptTooLongError, one_line_errors, without_frames
 from ..request import Request
 from .completion import Asked
+from .prompts import Prompt, PromptEncoder
 from .sampling import Sampler
 from .stopping import TextStream
 
@@ -46,6 +47,34 @@ class Room:
                 limit = f"max_length={self.max_length} ({limit}): grant more"
             raise PromptTooLongError(f"the prompt has {len(known)} tokens, {limit}")
         return known
+
+
+class Prompts:
+    """Prompts of any kind to the ids that rows begin with."""
+
+    def __init__(self, encoder: PromptEncoder, room: Room) -> None:
+        self._encoder, self._room = encoder, room
+
+    def encode(self, prompt: Prompt, template_options: Mapping[str, Any]) -> list[int]:
+        """Its ids; ValueError if it is malformed, empty or too long, or if the tokenizer cannot
+        take it."""
+        with one_line_errors("the tokenizer cannot take the prompt", ValueError):
+            return self._room.check(self._encoder.encode(prompt, template_options))
+
+    def take(
+        self, prompt: Any, template_options: Mapping[str, Any], *, several: bool
+    ) -> list[Encoded]:
+        """The one prompt's, whose errors are raised; of each of ``several`` its ids, or what is
+        wrong with it."""
+        if not several:
+            return [self.encode(prompt, template_options)]
+        found: list[Encoded] = []
+        for item in prompt:
+            try:
+                found.append(self.encode(item, template_options))
+            except (ValueError, OSError) as error:
+                found.append(without_frames(error))
+        return found
 
 
 @dataclass(kw_only=True, slots=True)

@@ -95,12 +95,10 @@ def test_texts_that_have_ended_are_searched_as_well(pool, ids, most, least):
 @given(st.lists(TEXTS, max_size=4), TEXTS, st.integers(1, 20))
 def test_what_is_proposed_followed_an_equal_ending_somewhere(pool, ids, most):
     proposed = list(ended(pool).propose(99, ids, most))
-    places = [
-        (text, at)
-        for text in [*pool, ids + proposed]
-        for at in range(3, len(text))
-        if text[at - 3 : at] == ids[-3:] and (at < len(ids) or text != ids + proposed)
-    ]
+    own = ids + proposed
+    before = [(own, at) for at in range(3, len(ids))]
+    before += [(text, at) for text in pool for at in range(3, len(text))]
+    places = [(text, at) for text, at in before if text[at - 3 : at] == ids[-3:]]
     assert not proposed or any(text[at : at + len(proposed)] == proposed for text, at in places)
     assert len(proposed) <= most
 

@@ -1,0 +1,66 @@
+"""The tokens of each row after a pass that has looked at a draft of it, or at none.
+
+The target decides, whatever was drafted: at each token of the draft the row's own sampler chooses
+from the target's logits, as it would without a draft, and goes on while it chooses what was drafted
+(SpecExec, arXiv 2406.02532). So the text is the one without drafts, for every draft; and a row
+draws one random number for each token that it gets, so the same seed gives the same text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .sampling import Sampler, choose_tokens
+
+Followed = list[int | Exception]
+"""A row's tokens, the last of them perhaps what its sampler raised in its place. Empty: its logits
+are not numbers from the first on."""
+
+
+def follow(
+    logits_NV: torch.Tensor, samplers: Sequence[Sampler], drafts: Sequence[Sequence[int]]
+) -> list[Followed]:
+    """What follows in every row. Waits for the device, and with a draft of a row that draws, once
+    for each token of it.
+
+    ``logits_NV``: of each row, packed, what follows its last token that is no draft, and what
+    follows each token of its draft. A row ends before logits that are not numbers, which the next
+    pass finds.
+    """
+    if not any(drafts):
+        choices = choose_tokens(logits_NV, samplers)
+        return [[] if choice is None else [choice] for choice in choices]
+    largest_N, likeliest_N = logits_NV.float().max(-1)
+    largest, likeliest = largest_N.tolist(), likeliest_N.tolist()
+    found, first = [], 0
+    for sampler, draft in zip(samplers, drafts, strict=True):
+        part = slice(first, first + 1 + len(draft))
+        found.append(_follow(logits_NV[part], sampler, draft, (largest[part], likeliest[part])))
+        first = part.stop
+    return found
+
+
+def _follow(
+    logits_CV: torch.Tensor,
+    sampler: Sampler,
+    draft: Sequence[int],
+    ahead: tuple[list[float], list[int]],
+) -> Followed:
+    """One row's. ``ahead``: of each of its logits the largest, and which token that is."""
+    tokens: Followed = []
+    for i, (largest, likeliest) in enumerate(zip(*ahead, strict=True)):
+        if not math.isfinite(largest):
+            break
+        try:
+            takes = sampler.takes_likeliest
+            token = likeliest if takes else int(sampler.choose(logits_CV[i]))
+        except Exception as error:  # of this row: the others go on
+            tokens.append(error)
+            break
+        tokens.append(token)
+        if i == len(draft) or token != draft[i]:
+            break
+    return tokens
