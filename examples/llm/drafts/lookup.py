@@ -6,15 +6,15 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 
-from .occurrences import APART, MOST_LENGTH, Occurrences
+from .occurrences import APART, Occurrences
 
-LEAST = 3
+LEAST = 2
 """Tokens that have to be equal before what is proposed followed them."""
 POOL_TOKENS = 1 << 16
 """Of texts that have ended."""
-FRUITLESS = 4
+FRUITLESS = 8
 """Proposals in a row with no token that the model agrees with, before the first pause."""
-FIRST_PAUSE, LONGEST_PAUSE = 8, 64
+FIRST_PAUSE, LONGEST_PAUSE = 4, 32
 """Tokens."""
 
 
@@ -22,14 +22,14 @@ class Lookup:
     """Proposes what followed the last tokens where they occurred before: in the row, or in texts
     that have ended.
 
-    The longest match decides, in the row before the pool; of at most 16 places where it is as long,
-    the newest, the tokens that most of them agree on, of as many the newest's. A match in the row
-    goes on through its own end: a text that repeats itself is proposed for ever.
+    The longest match wins, of as long ones that of the row, then the newest (what most of 16 such
+    places agree on was tried, and is no better). A match in the row goes on through its own end: a
+    text that repeats itself is proposed for ever.
 
     **Pauses.** After FRUITLESS proposals in a row of which nothing was accepted, the row's next
     proposal is FIRST_PAUSE tokens later; after each fruitless one from then on, twice as many
-    later, LONGEST_PAUSE at most: 8, 16, 32, 64, 64. One token accepted, or a text cut back, and all
-    of this is forgotten. Where it never pays, n tokens see at most 7 + n / 64 proposals.
+    later, LONGEST_PAUSE at most: 4, 8, 16, 32, 32. One token accepted, or a text cut back, and all
+    of this is forgotten. Where it never pays, n tokens see at most 10 + n / 32 proposals.
 
     **Memory.** 12 bytes a token and at most 140 for each run of ``least`` tokens that differs: 5 MB
     for a row of 32,768 tokens that has not ended, 10 MB for the 65,536 that the pool keeps.
@@ -55,20 +55,17 @@ class Lookup:
         ids that differ from the row's last ones in what both have are seen where they are shorter,
         or differ in the last token that was known; then they are read once from the beginning.
         """
-        row = self._rows.get(key)
-        if row is None:
-            row = self._rows[key] = _Row(self._least)
-        row.take(ids)
+        row = self._rows.pop(key, None) or _Row(self._least)
+        row.take(ids)  # out of the table meanwhile: what an interrupt leaves half done is not kept
+        self._rows[key] = row
         if most < 1 or row.pause.lasts(len(ids)):
-            return ()
+            return []
         ending = row.seen.ending()
-        length, places = row.seen.longest(ending)
-        where = row.seen
-        if length < MOST_LENGTH:
-            other, others = self._pool.seen.longest(ending)
-            if other > length:
-                where, places = self._pool.seen, others
-        return _agreed([where.follow(place, most) for place in places])
+        length, place = row.seen.longest(ending)
+        in_pool, pool_place = self._pool.seen.longest(ending)
+        if in_pool > length:
+            return self._pool.seen.follow(pool_place, most)
+        return row.seen.follow(place, most) if length else []
 
     def accepted(self, key: int, proposed: int, agreed: int) -> None:
         """As :class:`Drafter` says."""
@@ -80,7 +77,9 @@ class Lookup:
         """As :class:`Drafter` says; the text goes to the pool."""
         row = self._rows.pop(key, None)
         if row is not None:
-            self._pool.add(row.seen.ending(self._pool.most - 1))
+            pool, self._pool = self._pool, _Pool(self._least, self._pool.most)
+            pool.add(row.seen.ending(pool.most - 1))
+            self._pool = pool
 
 
 class _Row:
@@ -132,15 +131,3 @@ class _Pool:
             text.append(APART)
             self.seen.extend(text)
             self._sizes.append(len(text))
-
-
-def _agreed(runs: list[array[int]]) -> list[int]:
-    """At each place the token that most of the runs have there which agree so far: of as many, that
-    of the first run."""
-    place = 0
-    while any(run != runs[0] for run in runs):
-        here = [run[place] for run in runs if place < len(run)]
-        token = max(here, key=here.count)
-        runs = [run for run in runs if place < len(run) and run[place] == token]
-        place += 1
-    return runs[0].tolist() if runs else []

@@ -13,8 +13,6 @@ MOST_LENGTH = 256
 """Of a match; of two that are at least as long, neither is the longer one."""
 MOST_LOOKED_AT = 1024
 """Of the places where the last tokens have occurred, the newest."""
-MOST_FOUND = 16
-"""Of the longest matches, the newest."""
 
 
 class Occurrences:
@@ -89,36 +87,32 @@ class Occurrences:
             size += 1
         return size
 
-    def longest(self, ending: array[int]) -> tuple[int, list[int]]:
-        """The places, the newest first, where as many of the last tokens of ``ending`` as possible
-        stand before others of the same text; and how many. (0, []) where fewer than ``least``
-        do."""
-        best, found, size, tokens = self._least, list[int](), len(ending), self._tokens
-        if size < best:
-            return 0, []
-        wanted = ending[size - best :]
+    def longest(self, ending: array[int]) -> tuple[int, int]:
+        """How many of the last tokens of ``ending`` stand somewhere before others of the same text,
+        as many as possible, and where that was last. (0, 0) where fewer than ``least`` do."""
+        length, found, size, tokens = self._least - 1, 0, len(ending), self._tokens
+        wanted = ending[max(0, size - length - 1) :]
         for at in self._places(self._key(wanted)):
-            if at == len(tokens) or tokens[at] == APART or tokens[max(0, at - best) : at] != wanted:
+            longer = tokens[max(0, at - length - 1) : at] == wanted
+            if not longer or at == len(tokens) or tokens[at] == APART:
                 continue
-            length = best
+            length, found = length + 1, at
             while length < size and tokens[at - length - 1] == ending[size - length - 1]:
                 length += 1
-            if length > best:
-                best, found, wanted = length, [], ending[size - length :]
-            found.append(at)
-            if best == size and len(found) == MOST_FOUND:
+            if length == size:
                 break
-        return (best, found[:MOST_FOUND]) if found else (0, [])
+            wanted = ending[size - length - 1 :]
+        return (length, found) if found else (0, 0)
 
-    def follow(self, at: int, most: int) -> array[int]:
+    def follow(self, at: int, most: int) -> list[int]:
         """``most`` tokens from there on: fewer where a text ends. Behind the last token of all
         stands what was followed so far, again and again."""
         run = self._tokens[at : at + most]
         if APART in run:
-            return run[: run.index(APART)]
+            return run[: run.index(APART)].tolist()
         while len(run) < most:
             run += run[: most - len(run)]
-        return run
+        return run.tolist()
 
     def _places(self, key: int) -> Iterator[int]:
         """Where a run was, the newest first, as places in ``_tokens``."""

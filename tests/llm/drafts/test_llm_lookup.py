@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from layer_streamer.llm.drafts.drafter import Drafter
-from layer_streamer.llm.drafts.lookup import FIRST_PAUSE, FRUITLESS, LONGEST_PAUSE, Lookup
-from layer_streamer.llm.drafts.occurrences import MOST_FOUND
+from layer_streamer.llm.drafts.lookup import FIRST_PAUSE, FRUITLESS, LEAST, LONGEST_PAUSE, Lookup
 
 TEXTS = st.integers(1, 5).flatmap(lambda high: st.lists(st.integers(0, high), max_size=60))
 """Of few different tokens: full of matches."""
@@ -23,7 +22,7 @@ PERIODIC = st.tuples(
 ).map(lambda parts: parts[2] + parts[0] * parts[1])  # fmt: skip
 
 
-def ended(texts: Sequence[Sequence[int]], least: int = 3) -> Lookup:
+def ended(texts: Sequence[Sequence[int]], least: int = LEAST) -> Lookup:
     """A lookup that has seen these texts to their ends."""
     lookup = Lookup(least)
     for key, text in enumerate(texts):
@@ -55,28 +54,15 @@ def runs_after(text: Sequence[int], ids: Sequence[int], length: int, most: int) 
 
 
 def expected(
-    ids: Sequence[int], most: int, pool: Sequence[Sequence[int]] = (), least: int = 3
+    ids: Sequence[int], most: int, pool: Sequence[Sequence[int]] = (), least: int = LEAST
 ) -> list[int]:
     """The proposal, by the rules of :class:`Lookup` alone."""
-    newest_first = [ids, *reversed(pool)]
-    length, _ = max(
-        (common_end(text[:at], ids), text is ids)
-        for text in newest_first
-        for at in range(max(1, len(text)))
-    )
+    places = [text[:at] for text in [ids, *pool] for at in range(len(text))]
+    length = max((common_end(before, ids) for before in places), default=0)
     if length < least:
         return []
-    runs = runs_after(ids, ids, length, most)
-    if not runs:
-        runs = [run for text in reversed(pool) for run in runs_after(text, ids, length, most)]
-    runs, chosen = runs[:MOST_FOUND], list[int]()
-    while len(chosen) < most:
-        here = [run[len(chosen)] for run in runs if len(run) > len(chosen)]
-        if not here:
-            break
-        chosen.append(max(here, key=here.count))
-        runs = [run for run in runs if run[: len(chosen)] == chosen]
-    return chosen
+    texts = [ids, *reversed(pool)]
+    return next(run for text in texts for run in runs_after(text, ids, length, most))
 
 
 @settings(max_examples=400)
@@ -95,11 +81,13 @@ def test_texts_that_have_ended_are_searched_as_well(pool, ids, most, least):
 @given(st.lists(TEXTS, max_size=4), TEXTS, st.integers(1, 20))
 def test_what_is_proposed_followed_an_equal_ending_somewhere(pool, ids, most):
     proposed = list(ended(pool).propose(99, ids, most))
-    own = ids + proposed
-    before = [(own, at) for at in range(3, len(ids))]
-    before += [(text, at) for text in pool for at in range(3, len(text))]
-    places = [(text, at) for text, at in before if text[at - 3 : at] == ids[-3:]]
-    assert not proposed or any(text[at : at + len(proposed)] == proposed for text, at in places)
+    followed = [
+        text[at : at + len(proposed)]
+        for text, last in [*((text, len(text)) for text in pool), (ids + proposed, len(ids))]
+        for at in range(LEAST, last)
+        if text[at - LEAST : at] == ids[-LEAST:]
+    ]
+    assert not proposed or proposed in followed
     assert len(proposed) <= most
 
 
@@ -119,14 +107,14 @@ def test_a_text_that_repeats_itself_is_proposed_in_full(period, more, most):
     assert list(Lookup().propose(0, endless[:known], most)) == endless[known : known + most]
 
 
-def test_a_longer_match_wins_over_newer_and_more_frequent_ones():
+def test_a_longer_match_wins_over_newer_ones():
     ids = [9, 1, 2, 3, 50, *[8, 1, 2, 3, 60] * 3, 9, 1, 2, 3]
     assert list(Lookup().propose(0, ids, 1)) == [50]
 
 
-def test_of_matches_as_long_the_most_frequent_continuation_is_taken():
+def test_of_matches_as_long_the_newest_is_taken():
     ids = [1, 2, 3, 50, 4, 1, 2, 3, 50, 5, 1, 2, 3, 60, 6, 1, 2, 3]
-    assert list(Lookup().propose(0, ids, 2)) == [50, 5]  # of two that are as frequent, the newer
+    assert list(Lookup().propose(0, ids, 2)) == [60, 6]
 
 
 def test_a_longer_match_in_the_pool_wins_and_one_as_long_does_not():
@@ -200,13 +188,14 @@ def test_where_it_never_pays_it_is_left_alone_for_a_growing_number_of_tokens():
     for size in range(8, 400):
         if hear(lookup, [7] * size, 0):
             at.append(size)
-    first, pauses = at[:FRUITLESS], [b - a for a, b in pairwise(at)]
-    assert first == [8, 9, 10, 11]
-    assert pauses[FRUITLESS - 1 :] == [FIRST_PAUSE, 16, 32, *[LONGEST_PAUSE] * (len(at) - 7)]
-    assert len(at) <= 7 + 392 / LONGEST_PAUSE
+    pauses = [b - a for a, b in pairwise(at)]
+    often = [1] * (FRUITLESS - 1)
+    assert pauses == [*often, FIRST_PAUSE, 8, 16, *[LONGEST_PAUSE] * (len(at) - FRUITLESS - 3)]
+    for size in range(8, 400):
+        assert sum(place < size for place in at) <= 10 + (size - 8) / LONGEST_PAUSE
 
 
-@given(st.integers(0, 12))
+@given(st.integers(0, 2 * FRUITLESS))
 def test_one_token_accepted_ends_all_pauses(fruitless):
     lookup, size = Lookup(), 8
     for _ in range(fruitless):
@@ -216,6 +205,14 @@ def test_one_token_accepted_ends_all_pauses(fruitless):
         size += 1
     assert all(hear(lookup, [7] * (size + step), 0) for step in range(FRUITLESS))
     assert not hear(lookup, [7] * (size + FRUITLESS), 0)
+
+
+def test_a_text_cut_back_ends_the_pause():
+    lookup = Lookup()
+    for size in range(8, 8 + FRUITLESS):
+        assert hear(lookup, [7] * size, 0)
+    assert not hear(lookup, [7] * (8 + FRUITLESS), 0)
+    assert hear(lookup, [7] * (7 + FRUITLESS), 0)
 
 
 def test_what_is_said_in_a_pause_is_known_after_it():

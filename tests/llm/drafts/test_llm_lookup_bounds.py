@@ -38,6 +38,8 @@ def kept(texts: list[list[int]], bound: int) -> list[list[int]]:
 
 @settings(max_examples=300)
 @given(st.lists(TEXTS, max_size=8), st.integers(0, 90), TEXTS, st.integers(1, 20))
+@example([[1, 2, 3, 4], [5, 6, 7, 8]], 10, [1, 2, 3], 4)
+@example([[1, 2, 3, 4], [5, 6, 7, 8]], 9, [1, 2, 3], 4)
 @example([[1, 1, 1, 1]], 5, [1, 1, 1], 4)
 @example([[1, 1, 1, 1]], 4, [1, 1, 1], 4)
 @example([[1, 1, 1, 1]], 1, [1, 1, 1], 4)
@@ -117,9 +119,9 @@ def test_of_matches_beyond_the_greatest_length_the_newest_wins(common, wanted):
 
 def test_tokens_that_are_alike_in_their_low_bits_are_told_apart():
     largest = 2**31 - 1
-    ids = [largest, 0, 1, 50, 2**30, 0, 1, 60, 2**16, 0, 1, 70, 0, 0, 1]
-    for first, wanted in [(largest, [50]), (2**30, [60]), (2**16, [70]), (2**29, [])]:
-        assert list(Lookup().propose(0, [*ids, first, 0, 1], 1)) == wanted
+    ids = [largest, 0, 50, 2**30, 0, 60, 2**16, 0, 70, 0, 0, 80]
+    for first, wanted in [(largest, [50]), (2**30, [60]), (2**16, [70]), (0, [80]), (2**29, [])]:
+        assert list(Lookup().propose(0, [*ids, first, 0], 1)) == wanted
 
 
 @pytest.mark.parametrize("wrong", [2**31, "a", 1.5, None])
@@ -129,6 +131,37 @@ def test_ids_that_are_none_change_nothing(wrong):
     with pytest.raises((OverflowError, TypeError)):
         lookup.propose(0, [1, 2, 3, 4, 1, wrong], 8)
     assert list(lookup.propose(0, [1, 2, 3, 4, 1, 2, 3], 2)) == [4, 1]
+
+
+class Interrupted(list):
+    """Token ids, of which one is a Ctrl-C."""
+
+    def __getitem__(self, place):
+        raise KeyboardInterrupt
+
+
+def test_a_row_that_an_interrupt_left_half_read_is_read_again():
+    lookup = Lookup()
+    lookup.propose(0, [1, 2, 3, 4], 8)
+    with pytest.raises(KeyboardInterrupt):
+        lookup.propose(0, Interrupted([1, 2, 3, 4, 1]), 8)
+    assert list(lookup.propose(0, [1, 2, 3, 4, 1, 2, 3], 2)) == [4, 1]
+
+
+def test_an_interrupt_while_a_text_enters_the_pool_leaves_a_pool_that_works(monkeypatch):
+    lookup = Lookup()
+    for key in range(2):
+        lookup.propose(key, [1, 2, 3, 4], 8)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Occurrences, "extend", interrupt)
+        lookup.forget(0)
+    assert list(lookup.propose(2, [1, 2, 3], 2)) == []
+    lookup.forget(1)
+    assert list(lookup.propose(2, [1, 2, 3], 2)) == [4]
 
 
 def test_what_is_returned_may_be_changed():
