@@ -200,3 +200,22 @@ def test_no_way_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [*choice.ways(Ends(tables, head), wishes, streams=False)] == [(), (head,)]
     monkeypatch.setattr(choice, "LARGE", 1)
     assert [*choice.ways(Ends(tables, head), wishes, streams=True)] == [tables, (*tables, head)]
+
+
+def test_slots_become_fewer_before_the_head_streams(tmp_path: Path) -> None:
+    """Two slots are nearly as fast as three, and a head that streams is bytes of every pass."""
+    wide(tmp_path, tied=False, vocab=600)
+    with opened(tmp_path, embeddings="device", head="device") as model:
+        most = taken(model.layer_streamer.plan)
+    seen = []
+    for budget in range(most, 0, -12_288):
+        try:
+            with opened(tmp_path, device_budget=budget, embeddings="device") as model:
+                (plan, *_) = model.layer_streamer.plan.sequences.values()
+                seen.append((where(model)[1], sum(plan.placement.device_bytes)))
+        except ConfigError:
+            break
+    at_first, streamed = seen[0][1], [i for i, (head, _) in enumerate(seen) if head == "stream"]
+    assert streamed, "the head has to stream in the end"
+    assert min(nbytes for head, nbytes in seen[: streamed[0]] if head == "device") < at_first
+    assert max(nbytes for head, nbytes in seen[: streamed[0]]) <= at_first
