@@ -96,9 +96,10 @@ def test_any_layout_gives_what_the_resident_module_gives(case: Case) -> None:
             for _ in range(2):
                 got = net(ids)
                 assert got.dtype == want.dtype
-                # Half precision is rounded at the end: what kernels differ by shows in a last bit.
-                close = {"rtol": 2e-2, "atol": 2e-2} if want.itemsize == 2 else {"atol": 1e-5}
-                torch.testing.assert_close(got, want, **({"rtol": 0} | close))
+                # Kernels differ by last bits of sums, whose terms are larger than they; a wrong row
+                # would be another number altogether.
+                near = 2e-2 if want.itemsize == 2 else 1e-4
+                torch.testing.assert_close(got, want, rtol=near, atol=near)
         plan: Any = net.layer_streamer.plan  # type: ignore[union-attr]
         assert "head" in plan.sequences
         assert set(plan.tables) == {"embed.weight"}
