@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from engine_runs import machine, open_engine, prompt_of
 
-from layer_streamer.llm import row_passes
 from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.text import following
 from layer_streamer.llm.text.sampling import Choice, Sampler, choose_tokens
 
 MOST = 1.01
@@ -81,11 +81,11 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(args.rounds + 1):
         for name in list(ways) if number % 2 else reversed(ways):
-            row_passes.choose_tokens = ways[name]  # type: ignore[attr-defined]
+            following.choose_tokens = ways[name]  # type: ignore[attr-defined]
             try:
                 times = decode(engine, rows, args.passes, options)
             finally:
-                row_passes.choose_tokens = choose_tokens  # type: ignore[attr-defined]
+                following.choose_tokens = choose_tokens  # type: ignore[attr-defined]
             if number:
                 seconds[name].append(median(times))
     looked, unlooked = (median(seconds[name]) for name in ways)
