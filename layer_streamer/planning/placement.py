@@ -45,8 +45,8 @@ class Budget:
     """Slots of each device."""
     host_slots: int
     """Host slots of each device, all host pools together."""
-    reserve: int | tuple[int, ...] = 0
-    """What of each device's budget is the caller's; a tuple has it by device."""
+    reserve: tuple[int, ...] = ()
+    """What of each device's budget is the caller's; nothing of any where it is empty."""
     scratch_nbytes: int = 0
     """The cast slot of each device to which something is streamed."""
     host_slot_nbytes: int | None = None
@@ -133,7 +133,7 @@ def _hold_on_devices(sizes: Sequence[StepSize], tiers: list[Tier], budget: Budge
             budget=limit,
             slots=budget.device_slots,
             scratch_nbytes=budget.scratch_nbytes,
-            reserve=budget.reserve if isinstance(budget.reserve, int) else budget.reserve[first],
+            reserve=budget.reserve[first] if budget.reserve else 0,
         )
         for i in choose_residents(candidates, len(budget.device), memory):
             tiers[i] = "device"

@@ -322,7 +322,7 @@ LAYERS = [sized(2 * GIB)] * 28
         ),
         (
             8 * GIB,
-            lambda n: replace(NO_LIMIT, device=(None, n), reserve=GIB, scratch_nbytes=GIB),
+            lambda n: replace(NO_LIMIT, device=(None, n), reserve=(GIB, GIB), scratch_nbytes=GIB),
             "device 1 {}: 3 slots of 2.00 GiB, 1.00 GiB for casts, 1.00 GiB reserved",
         ),
     ],
@@ -350,7 +350,7 @@ def test_a_large_step_is_resident_where_slots_of_its_size_would_not_fit() -> Non
 
 
 def test_a_reserve_beyond_the_budget_is_refused_even_with_nothing_to_place() -> None:
-    budget = replace(NO_LIMIT, device=(None, 10), reserve=11)
+    budget = replace(NO_LIMIT, device=(None, 10), reserve=(11, 11))
     assert "device 1 needs at least 11 bytes" in refused(budget, [LAYER])
 
 
