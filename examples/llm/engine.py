@@ -11,14 +11,14 @@ import torch
 
 from layer_streamer import LayerStreamer
 
-from .drafts.drafting import MOST_DRAFTED, Drafting
-from .drafts.lookup import Lookup
+from .drafts.opening import Wanted
 from .errors import TELLING, one_line_errors
 from .kv.kept import KeptRow
 from .memory.plan import MemoryPlan, Wishes
 from .models.config import id_set
 from .models.rope_config import rotated_alike
-from .opening import Limits, Model, open_runner, place, plan_memory
+from .opening import Limits, Model, place
+from .parts import open_parts
 from .request import Event, Request
 from .scheduler import Scheduler
 from .text.completion import Asked, Completion, in_order, raising, results
@@ -45,8 +45,9 @@ class StreamingEngine:
     * ``prefill_chunk``: tokens that go through a layer at a time (2048; less if memory is
       short).
     * ``device_budget``, ``host_budget``: of streamer and engine together.
-    * ``lookup``: a pass also looks at what followed the same words before, in the prompt or in a
-      text of this engine, and may give several tokens. The text is the same.
+    * ``lookup``, ``draft``: a pass also looks at tokens that may follow, and may give several; the
+      text is the same. They followed the same words before in this engine (``lookup``), or are
+      those of a small model with the same tokenizer, or ("self") of the model in four bits.
     * ``notify`` hears of what takes seconds or is not as expected.
     * ``streamer_options``: those of ``LayerStreamer.from_checkpoint``, such as the tuner prints;
       ``reserve_bytes`` is the caller's part of ``device_budget``.
@@ -70,19 +71,19 @@ class StreamingEngine:
         max_batch: int = 8,
         prefill_chunk: int | None = None,
         lookup: bool = False,
+        draft: str | Path | Model | None = None,
         notify: Callable[[str], None] = logger.info,
         **streamer_options: Any,
     ) -> None:
         """Plan, and open; the options are above."""
-        limits = Limits(
-            max_length=max_length, kv_tokens=kv_tokens, max_batch=max_batch, kv_int8=kv_int8,
-            drafted=MOST_DRAFTED if lookup else 0,
-        )  # fmt: skip
+        limits = Limits(max_length, kv_tokens, max_batch, kv_int8=kv_int8)
+        wanted = Wanted.of(draft, notify, lookup=lookup)
         reserve = streamer_options.pop("reserve_bytes", 0)
         self.model = _model_of(model_path, notify, streamer_options)
         self.config = self.model.config
         self.max_length = limits.length(self.config)
-        options, dtype = place(self.model, device, dtype, streamer_options)
+        own = wanted.own_weights
+        options, dtype = place(self.model, device, dtype, streamer_options, loads_head=own)
         wishes = Wishes(
             kv=kv,
             prefill_chunk=prefill_chunk,
@@ -91,26 +92,24 @@ class StreamingEngine:
             reserve_bytes=reserve,
             options=options,
         )
-        plan, needs = plan_memory(self.model, limits, wishes, dtype)
-        self.plan: MemoryPlan = plan
+        self._parts = open_parts(self.model, limits, wishes, dtype, wanted)
+        self.plan: MemoryPlan = self._parts.plan
         """Where everything is, and the bytes that it takes."""
+        self._runner, self._drafting = self._parts.runner, self._parts.drafting
         self._notify = notify
-        vocab = self.config.vocab_size
-        self._room = Room(self.max_length, self.config.max_positions, vocab)
+        vocab, context = self.config.vocab_size, self.config.max_positions
+        self._room = Room(self.max_length, context, vocab)
         self._prompts = Prompts(PromptEncoder(lambda: self.tokenizer, vocab, notify), self._room)
         self._defaults = self.model.default_sampling(notify)
         self._current: Generator[Event] | None = None
-        with one_line_errors("the engine cannot be opened"):
-            self._runner = open_runner(self.model, plan, needs)
         alike = rotated_alike(self.config.ropes)
         self._kept = KeptRow(self._runner.kv.rows, self.max_length, alike)
-        self._drafting = Drafting(Lookup()) if lookup else None
 
     @property
     def streamer(self) -> LayerStreamer:
         """The streamer of the model's layers; ``last_pass`` says where the time went, of the last
         pass that was not captured (``plan.captures``)."""
-        return self._runner.streamer
+        return self._parts.streamer
 
     @property
     def tokenizer(self) -> Any:
@@ -202,9 +201,7 @@ class StreamingEngine:
     def close(self) -> None:
         """End what is being generated and return all memory. Idempotent."""
         self._end_current()
-        self._runner.streamer.close()
-        self._runner.close()
-        self._runner.kv.close()
+        self._parts.closing.close()
 
     def __enter__(self) -> StreamingEngine:
         return self

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layer_streamer import CheckpointError, LayerStreamer, Manifest, read_manifest
+from layer_streamer import CheckpointError, LayerStreamer, Manifest, TensorSpec, read_manifest
 
 from .generation_config import read_generation_config
 from .hub import find_model
@@ -46,13 +47,14 @@ DEFAULT_LENGTH = 4096
 """Tokens of a row, if nobody says how many."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Limits:
     """How much an engine is to hold. ValueError for a number that makes no sense."""
 
     max_length: int | None = None
     kv_tokens: int | None = None
     max_batch: int = 8
+    _: KW_ONLY
     kv_int8: bool = False
     drafted: int = 0
 
@@ -61,8 +63,8 @@ class Limits:
             at_least_one(name, getattr(self, name))
         if self.drafted and self.kv_int8:
             raise ValueError(
-                "lookup=True: not with kv_int8=True, where what a pass has stored is other numbers "
-                "to the next one, so that the text would be another"
+                "lookup=True, draft=: not with kv_int8=True, where what a pass has stored is other "
+                "numbers to the next one, so that the text would be another"
             )
 
     def length(self, config: ModelConfig) -> int:
@@ -162,10 +164,10 @@ def _read_manifest(path: Path, layer_pattern: str | None) -> Manifest:
 
 
 def plan_memory(
-    model: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype
+    model: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype, draft_nbytes: int = 0
 ) -> tuple[MemoryPlan, Needs]:
-    """Where everything will be, of an engine that computes in ``dtype``; ValueError with the least
-    budget that would do."""
+    """Where everything will be, of an engine that computes in ``dtype``, beside what drafts for it;
+    ValueError with the least budget that would do."""
     at_least_one("prefill_chunk", wishes.prefill_chunk)
     device: torch.device = wishes.options["device"]
     # On "meta", the buffers of a GPU have their sizes but take no memory.
@@ -174,6 +176,9 @@ def plan_memory(
     scratch = Unpacker(memory, dtype, model.names.widest(dtype), kernels=kernels)
     names = model.names
     statics = [*names.head_parts, names.norm, *([names.rope_factors] if names.rope_factors else [])]
+    static_nbytes = sum(model.manifest.static[name].nbytes for name in statics)
+    if not wishes.options["tail"]:
+        static_nbytes += _loaded_nbytes(model.manifest.static[names.head], wishes.options["dtype"])
     needs = Needs(
         kv_tokens=limits.tokens(model.config),
         max_batch=limits.max_batch,
@@ -182,10 +187,18 @@ def plan_memory(
         device_type=device.type,
         int8=limits.kv_int8,
         packed_nbytes=scratch.nbytes,
-        static_nbytes=sum(model.manifest.static[name].nbytes for name in statics),
+        static_nbytes=static_nbytes,
         captured_rows=min(captured_rows(device, model.config), limits.max_batch),
+        draft_nbytes=draft_nbytes,
     )
     return Planner(model.manifest, Footprint(model.config, needs), wishes).make(), needs
+
+
+def _loaded_nbytes(spec: TensorSpec, dtype: torch.dtype | None) -> int:
+    """Of a tensor that is loaded, cast to ``dtype``."""
+    if dtype is None or not spec.dtype.is_floating_point:
+        return spec.nbytes
+    return math.prod(spec.shape) * dtype.itemsize
 
 
 def place(
@@ -193,12 +206,15 @@ def place(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
     options: Mapping[str, Any],
+    *,
+    loads_head: bool = False,
 ) -> tuple[dict[str, Any], torch.dtype]:
-    """The streamer's options with what the engine needs, and the dtype that it computes in."""
+    """The streamer's options with what the engine needs, and the dtype that it computes in.
+    ``loads_head``: the output head stays on the device."""
     chosen = choose_device(device)
     dtype = choose_dtype(chosen, dtype)
     streamed = None if model.names.as_stored else dtype
-    own = {"device": chosen, "dtype": streamed, "tail": [model.names.head]}
+    own = {"device": chosen, "dtype": streamed, "tail": [] if loads_head else [model.names.head]}
     for name in options:
         if name == "layer_pattern":
             raise ValueError("layer_pattern: belongs to Model.read, which finds the layers")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import overload
 
+from .drafts.drafted import Drafted
 from .errors import told_in_one_line, without_frames
 from .kv.rows import Row
 from .text.sampling import Sampler
@@ -65,6 +66,8 @@ class Request:
     new_ids: list[int] = field(default_factory=list)
     draft: Sequence[int] = ()
     """Tokens that may follow, for the next pass to look at."""
+    source: str = ""
+    """Who drafted them."""
     uid: int = field(default_factory=lambda: next(_uids))
     """Of this request alone, in this process."""
     finish_reason: str | None = None
@@ -79,10 +82,8 @@ class Request:
     began: float = 0.0
     passes: int = 0
     """That its row has taken part in."""
-    drafted: int = 0
-    """Tokens of all its drafts."""
-    agreed: int = 0
-    """Those of them that are its text's."""
+    drafts: dict[str, Drafted] = field(default_factory=dict)
+    """What came of them, by source."""
 
     @property
     def known(self) -> Known:

@@ -114,9 +114,14 @@ class Scheduler:
             self._drafting.propose(self._running, self._runner.most_tokens - taken)
         # Rows that take one token lie together, in the first chunk.
         self._running.sort(key=lambda request: request.behind)
+        tokens = sum(request.behind for request in self._running)
+        decodes = all(request.new_ids for request in self._running)
+        began = time.perf_counter()
         found = self._passes.choose(self._running, self._on_layer)
         self._on_layer = None
         now = time.perf_counter()
+        if self._drafting is not None and decodes:
+            self._drafting.hear(tokens, now - began)
         pairs = sorted(zip(self._running, found, strict=True), key=lambda pair: pair[0].index)
         events = [(request, self._follow(request, tokens, now)) for request, tokens in pairs]
         for request, _ in events:

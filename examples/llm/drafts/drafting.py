@@ -1,62 +1,126 @@
-"""When a row is drafted for, and how far; what came of it. The drafter itself only proposes."""
+"""When a row is drafted for, by whom and how far; what came of it. Drafters themselves only
+propose."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping, Sequence
 
+from ..kv.rows import Row
 from ..request import Request
+from .drafted import Drafted
 from .drafter import Drafter
+from .pace import Pace
+from .worth import Worth
 
 logger = logging.getLogger(__name__)
 
 MOST_DRAFTED = 64
 """Tokens of all rows' drafts together in a pass. A pass over streamed weights costs the same for so
 many as for one, wherever it was measured (docs/benchmarks)."""
+AGAIN = 16
+"""Drafts after which another source than the best one is asked first, for once."""
 
 
 class Drafting:
-    """Asks a drafter for the rows that decode.
+    """Asks drafters for the rows that decode.
 
-    What a drafter raises costs its draft, and nothing else. Thread rules: that of the passes.
+    The source that has saved most time lately is asked first, and the next one if it has nothing.
+    With ``pace`` a draft is as long as promises most tokens a second by what was measured, and a
+    source that costs more than it saves is left alone for a while, so that a text takes at most a
+    few percent longer than without; before the first draft there is a pass without one, to compare
+    with. What a drafter raises costs its draft, and nothing else. Thread rules: that of the passes.
     """
 
-    def __init__(self, drafter: Drafter) -> None:
-        self._drafter = drafter
+    def __init__(
+        self,
+        sources: Mapping[str, Drafter],
+        pace: Pace | None = None,
+        rows: dict[int, Row] | None = None,
+    ) -> None:
+        """``sources``: drafters by what they are called, the most trusted first; without ``pace``
+        they are asked in that order, for all that there is room for. ``rows``: has, while they are
+        drafted for, the rows of the model's cache by their keys."""
+        self._sources, self._pace = sources, pace
+        self._in_cache = {} if rows is None else rows
+        self._worths = {name: Worth(pace or Pace()) for name in sources}
+        self._spent: dict[int, float] = {}
+        """Seconds that a row's draft took to make, by the row's key."""
+        self._rows = 1
+        self._count = 0
 
-    def propose(self, running: Iterable[Request], spare: int) -> None:
+    def propose(self, running: Sequence[Request], spare: int) -> None:
         """Give each row that takes one token a draft, if there is one. ``spare``: tokens that the
         pass has room for beside what it takes anyway."""
         rows = [request for request in running if request.new_ids and request.behind == 1]
-        if not rows:
+        if not rows or (self._pace is not None and not self._pace.knows(len(rows))):
             return
-        each = min(MOST_DRAFTED, spare) // len(rows)
+        each, self._rows = min(MOST_DRAFTED, spare) // len(rows), len(rows)
         for request in rows:
             most = min(each, request.room)
-            if most > 0:
-                request.draft = self._ask(request, most)
-                request.drafted += len(request.draft)
+            if most > 0 and request.row is not None:
+                self._in_cache[request.uid] = request.row
+                self._draft(request, most)
+
+    def hear(self, tokens: int, seconds: float) -> None:
+        """A pass of so many tokens, in which rows did nothing but decode, took so long."""
+        if self._pace is not None:
+            self._pace.hear(tokens, seconds)
+        for worth in self._worths.values():
+            worth.wait(seconds)
 
     def judge(self, request: Request, agreed: int) -> None:
         """Of the row's draft, so many tokens are its text's."""
-        proposed, request.draft = len(request.draft), ()
-        if proposed:
-            request.agreed += agreed
-            try:
-                self._drafter.accepted(request.uid, proposed, agreed)
-            except Exception:
-                logger.warning("a drafter failed", exc_info=True)
-
-    def leave(self, request: Request) -> None:
-        """The row has ended."""
+        proposed, name, request.draft = len(request.draft), request.source, ()
+        seconds = self._spent.pop(request.uid, 0.0)
+        if not proposed:
+            return
+        request.drafts.setdefault(name, Drafted()).add(proposed, agreed)
+        self._worths[name].hear(proposed, agreed, seconds, self._rows)
         try:
-            self._drafter.forget(request.uid)
+            self._sources[name].accepted(request.uid, proposed, agreed)
         except Exception:
             logger.warning("a drafter failed", exc_info=True)
 
-    def _ask(self, request: Request, most: int) -> tuple[int, ...]:
+    def leave(self, request: Request) -> None:
+        """The row has ended."""
+        self._spent.pop(request.uid, None)
+        self._in_cache.pop(request.uid, None)
+        for source in self._sources.values():
+            try:
+                source.forget(request.uid)
+            except Exception:
+                logger.warning("a drafter failed", exc_info=True)
+
+    def _draft(self, request: Request, most: int) -> None:
+        """The draft of the first source that has one."""
+        for name in self._order():
+            worth, length = self._worths[name], most
+            if self._pace is not None:
+                length = worth.length(most, self._rows)
+            if not length:
+                continue
+            began = time.perf_counter()
+            request.draft, request.source = self._ask(name, request, length), name
+            seconds = time.perf_counter() - began
+            if request.draft:
+                self._spent[request.uid] = seconds
+                return
+            worth.lose(seconds)
+
+    def _order(self) -> Iterable[str]:
+        """Sources to ask, one after the other."""
+        if self._pace is None:
+            return self._sources
+        self._count += 1
+        paying = [name for name, worth in self._worths.items() if worth.pays]
+        order = sorted(paying, key=lambda name: -self._worths[name].promise)
+        return order[::-1] if self._count % AGAIN == 0 else order
+
+    def _ask(self, name: str, request: Request, most: int) -> tuple[int, ...]:
         try:
-            return tuple(self._drafter.propose(request.uid, request.known, most))[:most]
+            return tuple(self._sources[name].propose(request.uid, request.known, most))[:most]
         except Exception:
             logger.warning("a drafter failed: the row goes on without a draft", exc_info=True)
             return ()

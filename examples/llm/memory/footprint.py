@@ -43,6 +43,8 @@ class Needs:
     """Tensors that stay on the device beside the layers: norms, scales of the head."""
     captured_rows: int = 0
     """Rows up to which passes that decode may be captured; 0: none are."""
+    draft_nbytes: int = 0
+    """All that what drafts takes on the device."""
 
 
 class Footprint:

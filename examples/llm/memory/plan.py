@@ -178,6 +178,7 @@ class Planner:
                 "scratch": footprint.needs.packed_nbytes,
                 "temporaries": footprint.temporaries(chunk),
                 "logits": footprint.logits(),
+                "draft": footprint.needs.draft_nbytes,
                 "reserved": parse_bytes("reserve_bytes", self._wishes.reserve_bytes),
             },
             host={

@@ -108,6 +108,17 @@ def _explained(plan: MemoryPlan, place: str) -> dict[str, str]:
         "temporaries": f"of {min(plan.chunk, plan.kv_tokens):,} tokens, a chunk of a prompt",
         "static tensors": "norms, scales of the output head",
         "scratch": "packed weights are unpacked into it",
+        "draft": _draft(plan),
         "reserved": "the caller's: reserve_bytes",
         "embedding": "rows on their way to the device",
     }
+
+
+def _draft(plan: MemoryPlan) -> str:
+    """What drafts, and what a pass takes longer for it: its bytes could be layers instead."""
+    copied, seconds = sum(plan.streamer.placement.copy_bytes), plan.streamer.predicted_seconds
+    if not copied:
+        return "what drafts"
+    more = min(plan.device["draft"], copied)
+    words = f"what drafts; else a pass would copy up to {format_bytes(more)} less"
+    return words + (f", {seconds * more / copied:.3f} s" if seconds else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from layer_streamer import LayerStreamer
 
+from ..drafts.drafted import Drafted
 from ..request import Request
 
 GIB = 2**30
@@ -24,10 +26,8 @@ class Totals:
     prompt_tokens: int
     new_tokens: int = 0
     passes: int = 0
-    drafted: int = 0
-    """Tokens that passes looked at beside the one that they take anyway."""
-    agreed: int = 0
-    """Those of them that are the text's."""
+    drafts: Mapping[str, Drafted] = field(default_factory=dict)
+    """What came of drafts, by source."""
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
     streamed_bytes: int = 0
@@ -48,7 +48,7 @@ class Totals:
             self.decode_seconds += seconds
         self.passes += 1
         self.new_tokens = len(request.new_ids)
-        self.drafted, self.agreed = request.drafted, request.agreed
+        self.drafts = request.drafts
 
     def summary(self, streamer: LayerStreamer) -> str:
         """Three lines for people, four where there were drafts."""
@@ -57,9 +57,9 @@ class Totals:
             speed += f" at {(self.new_tokens - 1) / self.decode_seconds:.1f} tokens/s"
         seconds = self.prompt_seconds + self.decode_seconds
         drafts = list[str]()
-        if self.drafted:
-            right = f"{self.agreed} of {self.drafted} drafted were right"
-            drafts.append(f"{self.new_tokens / self.passes:.1f} tokens a pass: {right}")
+        if self.drafts:
+            right = ", ".join(f"{name} {some}" for name, some in self.drafts.items())
+            drafts.append(f"{self.new_tokens / self.passes:.1f} tokens a pass; right: {right}")
         return "\n".join(
             (
                 f"{speed}, after a prompt of {self.prompt_tokens} in {self.prompt_seconds:.2f} s",

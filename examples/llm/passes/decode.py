@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from layer_streamer import LayerStreamer
-
 from ..kernels.triton_support import triton_serves
 from ..kv.cache import KVCache
 from ..kv.rows import Span
@@ -23,6 +21,7 @@ from ..models.rope import Rotary
 from ..models.rope_config import Rope
 from .batch import Batch, Chunk, Entry
 from .graphs import Graphs
+from .layers import Layers
 from .splits import STATS, block_of, fits_kernels, splits_of
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def captured_rows(device: torch.device, config: ModelConfig) -> int:
     return MOST_ROWS if served else 0
 
 
-def obstacle(streamer: LayerStreamer, kv: KVCache, config: ModelConfig) -> str | None:
+def obstacle(streamer: Layers, kv: KVCache, config: ModelConfig) -> str | None:
     """Why no pass over this model can be captured; None: those that decode can."""
     if len(streamer.devices) > 1:
         return "layers are on several devices"
@@ -191,7 +190,7 @@ class DecodeAttention:
 
 
 def open_decoder(
-    streamer: LayerStreamer,
+    streamer: Layers,
     config: ModelConfig,
     kv: KVCache,
     rotary: Rotary,

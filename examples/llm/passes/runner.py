@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from layer_streamer import LayerStreamer
-
 from ..kernels.fused import rms_norm
 from ..kernels.triton_support import triton_serves
 from ..kv.cache import KVCache
@@ -17,15 +15,16 @@ from ..models.config import ModelConfig
 from ..models.model import decoder_layer
 from ..models.names import WeightNames
 from ..models.rope import Rotary
-from ..models.rope_config import Rope
 from ..weights.dequant import Unpacker
 from ..weights.scale_check import ScaleCheck
 from ..weights.weights import StepWeights, norm_weight, project
 from .attention import fast_kernels
 from .batch import Batch, Chunk, Entry, pack
-from .decode import DecodeAttention, open_decoder
+from .decode import open_decoder
 from .embedding import Embedding
+from .layers import Layers
 from .row_attention import GATHER_NBYTES, RowAttention
+from .runner_step import RunnerStep
 
 Step = Callable[[torch.Tensor, Mapping[str, torch.Tensor], int], torch.Tensor]
 """What the streamer calls for each layer of a pass."""
@@ -50,10 +49,10 @@ class Chunking:
 class Runner:
     """A model whose layers are streamed in every pass.
 
-    The streamer must have been opened with ``dtype=dtype``, or None if ``names.as_stored``, and
-    with ``tail=[names.head]``: the output
-    head, often the largest matrix of all, is streamed in pieces after the last layer. If ``kv`` has
-    layers in host memory, with ``on_copy=kv.host.prefetch``, too.
+    The streamer must have been opened with ``dtype=dtype``, or None if ``names.as_stored``. With
+    ``tail=[names.head]`` the output head, often the largest matrix of all, is streamed in pieces
+    after the last layer; without, it is loaded. If ``kv`` has layers in host memory, the streamer
+    needs ``on_copy=kv.host.prefetch``, too.
 
     Memory on the device: one residual stream for as many tokens as ``kv`` holds, which each layer
     updates in place, and the temporaries of one chunk. With ``decoder``, that of captured passes,
@@ -62,7 +61,7 @@ class Runner:
 
     def __init__(
         self,
-        streamer: LayerStreamer,
+        streamer: Layers,
         config: ModelConfig,
         names: WeightNames,
         kv: KVCache,
@@ -71,11 +70,13 @@ class Runner:
         chunking: Chunking | None = None,
     ) -> None:
         self.streamer, self.config, self.kv = streamer, config, kv
-        self.dtype, self._names = dtype, names
+        self.dtype, self.names = dtype, names
         self._chunking = chunking if chunking is not None else Chunking()
         manifest, device = streamer.manifest, streamer.device
         self._specs = manifest.static
-        self._head_parts = {name: streamer.load_static(name) for name in names.head_parts}
+        self.head_is_loaded = streamer.num_steps == manifest.num_layers
+        loaded = [*names.head_parts, *([names.head] if self.head_is_loaded else [])]
+        self._head_parts = {name: streamer.load_static(name) for name in loaded}
         self._check = ScaleCheck()
         self._norm = norm_weight(streamer.load_static(names.norm).to(dtype), names)
         factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
@@ -155,7 +156,7 @@ class Runner:
         wanted: Sequence[int] | None,
         on_layer: Callable[[int], object] | None,
         around: Callable[[Step, Batch, Any], Step] = lambda step, batch, x_ND: step,
-    ) -> _Pass:
+    ) -> RunnerStep:
         """A pass of the streamer."""
         with fast_kernels(self.kv.device):
             batch = pack(entries, self._chunking.tokens, self.kv.device, wanted)
@@ -164,7 +165,7 @@ class Runner:
                 len(batch.last), self.config.vocab_size, dtype=torch.float32, device=self.kv.device
             )
             last = None if len(batch.last) == len(batch.ids) else batch.last
-            step = _Pass(self, batch, attentions, logits, last=last, on_layer=on_layer)
+            step = RunnerStep(self, batch, attentions, logits, last=last, on_layer=on_layer)
             x_ND = self._begin(batch)
             self.streamer.run_pass(x_ND, around(step, batch, x_ND))
             self._check.end()
@@ -181,7 +182,7 @@ class Runner:
         embedded_ND = self._begin(batch)
 
         def launch() -> None:
-            step = _Pass(self, batch, [decoder.attention(batch)], decoder.logits(batch))
+            step = RunnerStep(self, batch, [decoder.attention(batch)], decoder.logits(batch))
             x_ND = embedded_ND
             for layer_idx, tensors in decoder.steps:
                 x_ND = step(x_ND, tensors, layer_idx)
@@ -202,11 +203,15 @@ class Runner:
         self._embedding.put(batch.ids[part], x_ND[part])
 
     def layer(
-        self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int, run: _Pass
+        self,
+        x_ND: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+        layer_idx: int,
+        run: RunnerStep,
     ) -> None:
         """All tokens through one layer, chunk by chunk, in place."""
         layer = self.streamer.manifest.layers[layer_idx]
-        weights = StepWeights(tensors, layer, self._names, self._unpacker, self._check)
+        weights = StepWeights(tensors, layer, self.names, self._unpacker, self._check)
         span, memory = self.kv.span(layer_idx), self.kv.open(layer_idx)
         for chunk, attention in zip(run.batch.chunks, run.attentions, strict=True):
             if layer_idx == 0 and chunk.first:
@@ -239,55 +244,7 @@ class Runner:
         self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], first_row: int
     ) -> torch.Tensor:
         """Logits of the piece of the vocabulary whose rows, from this one on, a step carries."""
-        matrix = self._names.head_matrix
+        matrix = self.names.head_matrix
         packed = matrix.packed({**self._head_parts, **tensors}, first_row=first_row)
         self._check.see(packed, self._specs[matrix.scale_key])
         return project(x_ND, packed, self._unpacker)
-
-
-class _Pass:
-    """The ``layer_fn`` of one pass."""
-
-    def __init__(
-        self,
-        runner: Runner,
-        batch: Batch,
-        attentions: Sequence[RowAttention | DecodeAttention],
-        logits: torch.Tensor,
-        *,
-        last: torch.Tensor | None = None,
-        on_layer: Callable[[int], object] | None = None,
-    ) -> None:
-        """``attentions``, one for each chunk. ``logits`` are to be filled: those of the tokens in
-        ``last``; None: of all."""
-        self.batch, self.attentions, self.logits = batch, attentions, logits
-        self.steps: list[tuple[int, Mapping[str, torch.Tensor]]] = []
-        """What has been handed out, for a decoder; nobody else may look at it any more."""
-        self._runner, self._last, self._on_layer = runner, last, on_layer
-        self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
-        self._filled = 0
-
-    def __call__(
-        self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int
-    ) -> torch.Tensor:
-        runner = self._runner
-        if runner.decoder is not None:
-            self.steps.append((layer_idx, tensors))
-        if layer_idx < runner.config.num_layers:
-            if self._on_layer is not None:
-                self._on_layer(layer_idx)
-            runner.layer(x_ND, tensors, layer_idx, self)
-            return x_ND
-        if layer_idx == runner.config.num_layers:
-            x_ND = runner.final_norm(x_ND if self._last is None else x_ND[self._last])
-        piece = runner.head(x_ND, tensors, self._filled)
-        self.logits[:, self._filled : self._filled + piece.shape[1]] = piece
-        self._filled += piece.shape[1]
-        return x_ND
-
-    def table(self, chunk: Chunk, layer_idx: int) -> torch.Tensor:
-        """The rotation of a chunk, computed once for all layers that share it."""
-        key = (self._runner.config.rope(layer_idx), chunk.first)
-        if key not in self._tables:
-            self._tables[key] = self._runner.rotation(chunk, layer_idx)
-        return self._tables[key]

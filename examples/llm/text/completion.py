@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from ..drafts.drafted import Drafted
 from ..errors import RowsError
 from ..request import Event, Request
 from .sampling import Sampling, merge_options, whole
@@ -31,12 +32,20 @@ class Completion:
     """From the first token to the last."""
     passes: int = 0
     """That its row has taken part in: over the model, one after the other."""
-    drafted: int = 0
-    """Tokens of all its drafts."""
-    agreed: int = 0
-    """Those of them that are among ``ids``."""
+    drafts: Mapping[str, Drafted] = field(default_factory=dict)
+    """What came of them, by source: "lookup", "draft" (a model), "self"."""
     error: Exception | None = None
     """What ended the row before its time; text and ids are what there was by then."""
+
+    @property
+    def drafted(self) -> int:
+        """Tokens of all its drafts."""
+        return sum(some.tokens for some in self.drafts.values())
+
+    @property
+    def agreed(self) -> int:
+        """Those of them that are among ``ids``."""
+        return sum(some.agreed for some in self.drafts.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +96,7 @@ def complete(request: Request, pieces: Sequence[str]) -> Completion:
         prompt_seconds=request.prompt_seconds,
         decode_seconds=request.decode_seconds,
         passes=request.passes,
-        drafted=request.drafted,
-        agreed=request.agreed,
+        drafts=request.drafts,
         error=request.error,
     )
 

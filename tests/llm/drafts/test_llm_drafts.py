@@ -100,7 +100,7 @@ def drafted(engine: StreamingEngine, plain: Sequence[Any], how: Any, **options: 
     """The same with drafts; fails unless every row gets the same."""
     texts = [[*prompt, *done.ids] for prompt, done in zip(PROMPTS, plain, strict=True)]
     script = Script(texts, how)
-    engine._drafting = Drafting(script)
+    engine._drafting = Drafting({"script": script})
     try:
         found = engine.generate(PROMPTS, return_details=True, **({"max_new_tokens": NEW} | options))
     finally:
@@ -158,7 +158,7 @@ def test_right_drafts_take_as_few_passes_as_there_is_room_for(shared: Any) -> No
     shared._drafting = None
     for prompt in PROMPTS:
         plain = shared.generate(prompt, **options)
-        shared._drafting = Drafting(Script([[*prompt, *plain.ids]], right))
+        shared._drafting = Drafting({"script": Script([[*prompt, *plain.ids]], right)})
         found = shared.generate(prompt, **options)
         shared._drafting = None
         assert found.ids == plain.ids
@@ -203,7 +203,7 @@ def test_a_drafter_that_raises_costs_its_draft_and_not_the_row(
 
     setattr(Broken, where, fail)
     script = Broken([[*p, *d.ids] for p, d in zip(PROMPTS, plain, strict=True)], right)
-    shared._drafting = Drafting(script)
+    shared._drafting = Drafting({"script": script})
     try:
         found = shared.generate(PROMPTS, max_new_tokens=NEW, temperature=0.0, return_details=True)
     finally:
@@ -238,7 +238,7 @@ def test_a_kept_row_goes_on_from_what_its_text_is(shared: Any) -> None:
     after = shared.generate(longer, max_new_tokens=8, **options)
     shared.generate([1], max_new_tokens=1)
     texts = [[*prompt, *plain.ids, *([9] * 30)], [*longer, *after.ids]]
-    shared._drafting = Drafting(Script(texts, right))
+    shared._drafting = Drafting({"script": Script(texts, right)})
     try:
         assert shared.generate(prompt, max_new_tokens=8, **options).ids == plain.ids
         assert shared.generate(longer, max_new_tokens=8, **options).ids == after.ids
@@ -247,7 +247,7 @@ def test_a_kept_row_goes_on_from_what_its_text_is(shared: Any) -> None:
 
 
 def test_keys_and_values_in_eight_bits_are_refused_beside_it(path: Path) -> None:
-    with pytest.raises(ValueError, match="lookup=True: not with kv_int8=True"):
+    with pytest.raises(ValueError, match="draft=: not with kv_int8=True"):
         make_engine(path, lookup=True, kv="host", kv_int8=True)
 
 

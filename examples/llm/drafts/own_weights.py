@@ -1,0 +1,120 @@
+"""A model's own layers in four bits, rounded as a pass hands them out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from layer_streamer import LayerSpec, LayerStreamer, Manifest, TensorSpec
+
+from ..kernels.triton_support import triton_serves
+from ..models.names import WeightNames
+from ..quantize.codes import pack_codes
+from ..quantize.scales import Rounding, search_scales
+from ..weights.dequant import Unpacker, Widest
+from ..weights.stored import Stored
+from .held_layers import HeldLayers
+
+BITS, GROUPS = 4, (64, 32)
+"""Weights that share a scale: the first that divides a matrix's width."""
+AT_A_TIME = 1 << 20
+"""Weights that are rounded together, which bounds what that takes."""
+MOST = 0.75
+"""Of the bytes of the model's own layers, that a rounded copy may take to be worth its while."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnWeights:
+    """What the rounded layers are: the model's names and manifest, with other matrices."""
+
+    names: WeightNames
+    manifest: Manifest
+    nbytes: int
+    """Of all layers, on the device."""
+
+
+def own_weights(manifest: Manifest, names: WeightNames, dtype: torch.dtype) -> OwnWeights:
+    """``dtype``: the engine's, which scales have, too. ValueError for a model that would hardly be
+    smaller, or has a width that no group divides."""
+    matrices, layers, nbytes = [], [], 0
+    for spec, stored in zip(manifest.layers, names.layers, strict=True):
+        own = {module: _rounded(names.modules[module], one) for module, one in stored.items()}
+        vectors = _vectors(spec, stored)
+        named = {
+            key: spec.tensors[stored[module].key]
+            for module, one in own.items()
+            for key in one.keys.values()
+        }
+        matrices.append(own)
+        layers.append(replace(spec, tensors=vectors | named))
+        nbytes += sum(_nbytes(one, dtype) for one in own.values())
+        nbytes += sum(math.prod(one.shape) * one.dtype.itemsize for one in vectors.values())
+    if nbytes > MOST * sum(layer.nbytes for layer in manifest.layers):
+        kinds = {one.format for layer in names.layers for one in layer.values()}
+        raise ValueError(
+            f'draft="self": a copy in {BITS} bits would hardly be smaller than the model itself '
+            f"({', '.join(sorted(kinds))}): name a smaller model with the same tokenizer"
+        )
+    rounded = replace(manifest, layers=tuple(layers))
+    return OwnWeights(replace(names, layers=tuple(matrices)), rounded, nbytes)
+
+
+def round_layers(
+    streamer: LayerStreamer, names: WeightNames, own: OwnWeights, dtype: torch.dtype
+) -> HeldLayers:
+    """The rounded layers, by one pass over the model's. ``names``: those of the model."""
+    every = (one for layer in names.layers for one in layer.values())
+    widest = Widest.of((one.format, one.width, one.ordered) for one in every)
+    unpacker = Unpacker(streamer.device, dtype, widest, kernels=triton_serves(streamer.device))
+    found: list[Mapping[str, torch.Tensor]] = []
+    with torch.inference_mode(False), torch.no_grad():
+        for layer_idx, tensors in streamer.sweep():
+            spec = streamer.manifest.layers[layer_idx]
+            stored = names.layers[layer_idx]
+            made = {key: tensors[key].clone() for key in _vectors(spec, stored)}
+            for module, matrix in stored.items():
+                made |= _round(tensors, matrix, own.names.layers[layer_idx][module], unpacker)
+            found.append(made)
+    return HeldLayers(streamer, own.manifest, found)
+
+
+def _vectors(spec: LayerSpec, stored: Mapping[str, Stored]) -> dict[str, TensorSpec]:
+    """What of a layer is no matrix: norms and biases."""
+    matrices = {key for one in stored.values() for key in one.keys.values()}
+    return {key: one for key, one in spec.tensors.items() if key not in matrices}
+
+
+def _rounded(own: str, matrix: Stored) -> Stored:
+    """A matrix as it will be."""
+    group = next((g for g in GROUPS if matrix.width % g == 0), None)
+    if group is None:
+        raise ValueError(
+            f'draft="self": {own} has width {matrix.width}, which neither of {GROUPS} divides: '
+            "name a smaller model with the same tokenizer"
+        )
+    keys = {"packed": f"{own}.weight_packed", "scale": f"{own}.weight_scale"}
+    return Stored(f"ct{BITS}", matrix.rows, matrix.width, keys, "packed", group)
+
+
+def _nbytes(matrix: Stored, dtype: torch.dtype) -> int:
+    codes = matrix.width * BITS // 8
+    return matrix.rows * (codes + matrix.width // matrix.group * dtype.itemsize)
+
+
+def _round(
+    tensors: Mapping[str, torch.Tensor], matrix: Stored, own: Stored, unpacker: Unpacker
+) -> dict[str, torch.Tensor]:
+    """The parts of a rounded matrix, on the device."""
+    rounding = Rounding(BITS, unpacker.dtype)
+    words, scales = [], []
+    for _, _, rows_NK in unpacker.blocks(matrix.packed(tensors)):
+        for part in rows_NK.split(max(1, AT_A_TIME // matrix.width)):
+            groups = part.float().unflatten(1, (-1, own.group))
+            each = search_scales(groups, None, rounding)
+            codes = rounding.codes(groups, each).flatten(1).to(torch.int8)
+            words.append(pack_codes(codes, BITS))
+            scales.append(each.to(unpacker.dtype))
+    return {own.keys["packed"]: torch.cat(words), own.keys["scale"]: torch.cat(scales)}

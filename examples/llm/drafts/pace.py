@@ -1,0 +1,33 @@
+"""How long passes take, by the number of their tokens."""
+
+from __future__ import annotations
+
+FASTER, SLOWER = 0.5, 0.1
+"""How much of a pass that was faster or slower than known counts: what makes one slow is most often
+something else, such as a kernel that is compiled for it."""
+
+
+class Pace:
+    """Seconds of passes in which rows decode. Counts of tokens from one power of two up to the
+    next are taken to cost the same. Thread rules: one thread."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def hear(self, tokens: int, seconds: float) -> None:
+        """A pass of so many tokens, at least one, took so long."""
+        size = tokens.bit_length()
+        known = self._seconds.get(size, seconds)
+        self._seconds[size] = known + (seconds - known) * (FASTER if seconds < known else SLOWER)
+
+    def knows(self, tokens: int) -> bool:
+        """True: there was a pass of about so many tokens."""
+        return tokens.bit_length() in self._seconds
+
+    def seconds(self, tokens: int) -> float:
+        """Of a pass of so many tokens; where there was none, of the next smaller known, so that it
+        is tried; 0 where there was no pass at all."""
+        known = self._seconds
+        smaller = [size for size in known if size <= tokens.bit_length()]
+        size = max(smaller, default=min(known, default=0))
+        return known.get(size, 0.0)

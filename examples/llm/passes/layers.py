@@ -1,0 +1,40 @@
+"""What hands the layers of a model to a runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+
+from layer_streamer import Manifest
+
+X = TypeVar("X")
+
+
+class Placed(Protocol):
+    """Where they are."""
+
+    @property
+    def tiers(self) -> Sequence[str]:
+        """By step: "device", "host" or "disk"."""
+
+
+class Layers(Protocol):
+    """The part of a ``LayerStreamer`` that a runner needs."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def plan(self) -> Placed: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def devices(self) -> Sequence[torch.device]: ...
+    @property
+    def num_steps(self) -> int:
+        """Layers, and pieces of the output head behind them; none of these where it is loaded."""
+
+    def run_pass(self, x: X, layer_fn: Callable[..., X]) -> X: ...
+    def load_static(self, name: str) -> torch.Tensor: ...
+    def host_tensor(self, name: str) -> torch.Tensor: ...
