@@ -112,29 +112,17 @@ def open_engine(path: Path, device: str, **options: Any) -> StreamingEngine:
 
 
 def open_with_head(path: Path, device: str, **options: Any) -> StreamingEngine:
-    """The same with the output head on the device, beside what the plan counts.
-
-    The head is handed to every pass as its last step, whole, which otherwise is streamed in pieces.
-    """
+    """The same with the output head on the device, which otherwise is streamed in pieces."""
     planned = engine_module.place  # type: ignore[attr-defined]
 
-    def place(*given: Any) -> Any:
-        streamer_options, dtype = planned(*given)
-        return streamer_options | {"tail": []}, dtype
+    def place(*given: Any, **named: Any) -> Any:
+        return planned(*given, **(named | {"loads_head": True}))
 
     engine_module.place = place  # type: ignore[attr-defined, assignment]
     try:
-        engine = open_engine(path, device, **options)
+        return open_engine(path, device, **options)
     finally:
         engine_module.place = planned  # type: ignore[attr-defined]
-    name, streamer = engine.model.names.head, engine.streamer
-    head, run_pass = {name: streamer.load_static(name)}, streamer.run_pass
-
-    def run_all(x: torch.Tensor, step: Callable[..., torch.Tensor]) -> torch.Tensor:
-        return step(run_pass(x, step), head, engine.config.num_layers)
-
-    streamer.run_pass = run_all  # type: ignore[method-assign, assignment]
-    return engine
 
 
 def prompt_of(count: int) -> list[int]:

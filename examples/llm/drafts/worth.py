@@ -16,6 +16,8 @@ ADVANCE = 0.75
 """Of a pass: what it may lose beyond that."""
 MEMORY = 32
 """Drafts after which an earlier one counts a third."""
+PRIOR = 4
+"""Tokens that a source is taken to get right for one that it does not, before it is known."""
 LENGTHS = (1, 2, 4, 8, 16, 32, 64)
 """Of drafts that are weighed."""
 
@@ -40,7 +42,8 @@ class Worth:
     @property
     def likelihood(self) -> float:
         """That the model agrees with the next token of a draft, if it has with those before."""
-        return (self._right + 1) / (self._right + self._wrong + 1)
+        right = self._right + PRIOR
+        return right / (right + self._wrong + 1)
 
     def length(self, most: int, rows: int) -> int:
         """Of the next draft, at most ``most``: what promises most tokens a second, beside ``rows``
