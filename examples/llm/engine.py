@@ -18,7 +18,7 @@ from .memory.plan import MemoryPlan, Wishes
 from .models.config import id_set
 from .models.rope_config import rotated_alike
 from .opening import Limits, Model, place
-from .parts import open_parts
+from .parts import open_parts, plan_parts
 from .request import Event, Request
 from .scheduler import Scheduler
 from .text.completion import Asked, Completion, in_order, raising, results
@@ -92,7 +92,8 @@ class StreamingEngine:
             reserve_bytes=reserve,
             options=options,
         )
-        self._parts = open_parts(self.model, limits, wishes, dtype, wanted)
+        planned = plan_parts(self.model, limits, wishes, dtype, wanted)
+        self._parts = open_parts(self.model, planned, wanted)
         self.plan: MemoryPlan = self._parts.plan
         """Where everything is, and the bytes that it takes."""
         self._runner, self._drafting = self._parts.runner, self._parts.drafting

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from layer_streamer import LayerStreamer
 
 from .drafts.drafting import MOST_DRAFTED, Drafting
-from .drafts.opening import Wanted, open_drafting, plan_draft
+from .drafts.opening import DraftPlan, Wanted, open_drafting, plan_draft
 from .errors import one_line_errors
+from .memory.footprint import Needs
 from .memory.plan import MemoryPlan, Wishes
-from .opening import Limits, Model, open_runner, plan_memory
+from .opening import Limits, Model, open_runner, place, plan_memory
 from .passes.runner import Runner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +35,50 @@ class Parts:
     """Returns all memory."""
 
 
-def open_parts(
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Parts that are not open yet."""
+
+    plan: MemoryPlan
+    needs: Needs
+    draft: DraftPlan | None
+
+
+def plan_parts(
     model: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype, wanted: Wanted
-) -> Parts:
-    """Plan, and open; after an error nothing is left. ValueError with the least budget that would
-    do, or for a draft that cannot serve; StreamerError."""
+) -> Planned:
+    """Where everything will be; nothing is allocated. ``wishes.options`` are those of ``place``.
+    ValueError with the least budget that would do, or for a draft that cannot serve."""
     limits = replace(limits, drafted=MOST_DRAFTED if wanted else 0)
     if wanted.own_weights and wishes.kv == "auto":
         wishes = replace(wishes, kv="device")
     draft = plan_draft(wanted, model, limits, wishes, dtype)
     nbytes = draft.nbytes if draft is not None else 0
     plan, needs = plan_memory(model, limits, wishes, dtype, nbytes)
+    return Planned(plan, needs, draft)
+
+
+def open_parts(model: Model, planned: Planned, wanted: Wanted) -> Parts:
+    """Open what was planned; after an error nothing is left. StreamerError."""
     with one_line_errors("the engine cannot be opened"), ExitStack() as closing:
-        runner = open_runner(model, plan, needs)
+        runner = open_runner(model, planned.plan, planned.needs)
         streamer = runner.streamer
         assert isinstance(streamer, LayerStreamer)
         for close in (runner.kv.close, runner.close, streamer.close):
             closing.callback(close)
-        drafting = open_drafting(wanted, draft, runner, closing)
-        return Parts(plan, streamer, runner, drafting, closing.pop_all())
+        drafting = open_drafting(wanted, planned.draft, runner, closing)
+        return Parts(planned.plan, streamer, runner, drafting, closing.pop_all())
+
+
+def preview(model: Model, draft: str | Path | Model, **options: Any) -> MemoryPlan:
+    """The plan of an engine with that draft, which is not opened; options as of the engine. Errors
+    are those of the engine's, too."""
+    budgets = {name: options.pop(name, None) for name in ("device_budget", "host_budget")}
+    reserve = options.pop("reserve_bytes", 0)
+    wanted = Wanted.of(draft, logger.info, lookup=False)
+    limits = Limits(options.pop("max_length", None))
+    own = wanted.own_weights
+    device, dtype = (options.pop(name, None) for name in ("device", "dtype"))
+    placed, dtype = place(model, device, dtype, options, loads_head=own)
+    wishes = Wishes(reserve_bytes=reserve, options=placed, **budgets)
+    return plan_parts(model, limits, wishes, dtype, wanted).plan

@@ -1,7 +1,9 @@
 """Where each layer of a checkpoint would live, and the seconds a pass that follow from it.
 
     layer-streamer plan MODEL --device-budget 6GiB --host-budget 16GiB
+    layer-streamer plan MODEL --device-budget 8GiB --draft self
 
+With a draft it is the language model engine's plan, and what several tokens a pass would come to.
 Nothing is opened but headers, nothing is allocated. The rates are those that ``layer-streamer
 probe`` has put on record for this machine, or those that are named.
 """
@@ -21,6 +23,10 @@ from .command import (
     publish,
     streamer_options,
 )
+from .engine_options import read_model
+
+TOKENS = (1, 2, 5, 10)
+"""A pass, for which tokens a second are predicted."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,12 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_devices(parser)
     parser.add_argument("--read-rate", type=float, metavar="GB/S", help="of the disk")
     parser.add_argument("--copy-rate", type=float, metavar="GB/S", help="of each device's link")
+    draft_help = "plan the engine with a draft: a small model with the same tokenizer, or self"
+    parser.add_argument("--draft", metavar="MODEL", help=draft_help)
     add_json(parser)
     add_streamer_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan of a streamer that is not opened, and its JSON."""
+    if args.draft is not None:
+        _plan_engine(args)
+        return
     from ..assembly import draw_plan
     from ..checkpoint.formats import read_manifest
     from ..devices.accelerator import open_devices
@@ -46,6 +57,38 @@ def run(args: argparse.Namespace) -> None:
     plan = draw_plan(manifest, devices, settings, _rates(args))
     text = f"{args.model}: {len(plan.tiers)} layers\n{plan}"
     publish(args, text, json.dumps(plan.document()))
+
+
+def _plan_engine(args: argparse.Namespace) -> None:
+    """Print the engine's plan with a draft, and tokens a second for several tokens a pass."""
+    from ..assembly import draw_plan
+    from ..devices.accelerator import open_devices
+    from ..planning.settings import Settings
+
+    if args.device and len(args.device) > 1:
+        raise ConfigError("--draft: the engine computes on one device")
+    model = read_model(args)
+    from ..llm.parts import preview
+
+    options = streamer_options(args) | {"device": args.device[0] if args.device else None}
+    options.pop("layer_pattern", None)  # the model's, which has been read
+    plan = preview(model, args.draft, **options)
+    settings = Settings(**plan.options)
+    devices = open_devices(settings.asked["device"])
+    drawn = draw_plan(model.manifest, devices, settings, _rates(args))
+    seconds, lines = drawn.predicted_seconds, [str(plan)]
+    if seconds == 0:
+        lines.append("nothing is streamed: nothing is drafted")
+    elif seconds is not None:
+        rates = ", ".join(f"{count / seconds:.1f} at {count}" for count in TOKENS)
+        lines.append(
+            f"predicted: {seconds:.4f} s a pass; tokens a second by tokens a pass: {rates} "
+            "(the draft's own time apart)"
+        )
+    else:
+        lines.append("no prediction: rates are unknown (layer-streamer probe measures them)")
+    text = f"{args.model}, draft {args.draft}\n" + "\n".join(lines)
+    publish(args, text, json.dumps(drawn.document() | {"device_parts": dict(plan.device)}))
 
 
 def _rates(args: argparse.Namespace) -> dict[str, float]:

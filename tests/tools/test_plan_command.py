@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_model import byte_model
 from checkpoints import tiny_checkpoint
 from paths import ROOT
 
@@ -156,3 +157,20 @@ def test_it_runs_as_a_module(model: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout.splitlines()[-1])["devices"] == ["cpu"]
+
+
+def test_with_a_draft_it_is_the_engines_plan_and_what_tokens_a_pass_come_to(
+    tmp_path: Path, capsys: Any
+) -> None:
+    path = byte_model(tmp_path / "model")
+    for draft in ("self", path):
+        options = ["--read-rate", "0.001", "--draft", draft]
+        table, document = planned(capsys, path, *CPU, *options)
+        seconds = document["predicted"]["seconds"]
+        assert f"{5 / seconds:.1f} at 5, {10 / seconds:.1f} at 10" in table
+        assert document["device_parts"]["draft"] > 0 and "what drafts" in table
+    table, _ = planned(capsys, path, *CPU, *options, "--device-budget", "64MiB")
+    assert table.endswith("nothing is streamed: nothing is drafted")
+    assert main(["plan", str(path), *CPU, "--draft", "self", "--device-budget", "100KiB"]) == 2
+    error = capsys.readouterr().err
+    assert "draft " in error and error.count("\n") == 1
