@@ -99,30 +99,44 @@ def unpack_q5_k(
         tl.store(place + 32 * half, weight.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["start", "blocks"])
-def unpack_q6_k(
-    raw: tl.tensor, out: tl.tensor, start: int, blocks: int, TILE: tl.constexpr
-) -> None:
-    """128 bytes of nibbles, 64 of upper bit pairs, 16 signed scales, their float16 scale.
+@triton.jit
+def q6_k_weights(
+    raw: tl.tensor, block: tl.tensor, chunk: tl.tensor, byte: tl.tensor, inside: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Of bytes 0 to 15 of chunks 0 to 7 of blocks: weights 128 * (chunk // 4) + 16 * (chunk % 4) +
+    byte, and those 64 after them, as float32.
 
-    Two halves of 128 weights, of which each has two chunks of 32 bytes: the low nibbles of both,
-    then the high ones. A byte of the upper bits serves four weights; 32 stands for zero.
+    128 bytes of nibbles, 64 of upper bit pairs, 16 signed scales, their float16 scale. Two halves
+    of 128 weights, of which each has two chunks of 32 bytes: the low nibbles of both, then the high
+    ones. A byte of the upper bits serves four weights; 32 stands for zero.
     """
-    first = tl.program_id(0).to(tl.int64) * TILE
-    raw += (start + first) * 210
-    block = tl.arange(0, TILE)[:, None, None]
-    inside = block < blocks - first
-    chunk = tl.arange(0, 8)[None, :, None]  # 16 bytes each
-    byte = tl.arange(0, 16)[None, None, :]
     half, part = chunk // 4, chunk % 4
     pairs = tl.load(raw + block * 210 + chunk * 16 + byte, mask=inside, other=0)
     upper = raw + block * 210 + 128 + half * 32 + (part % 2) * 16 + byte
     upper = tl.load(upper, mask=inside, other=0) >> (part // 2 * 2).to(tl.uint8)
     scales = raw.to(tl.pointer_type(tl.int8)) + block * 210 + 192 + half * 8 + part
     super_scale = block_scale(raw, block * 210 + 208, inside)
-    place = out + first * 256 + block * 256 + half * 128 + part * 16 + byte
-    for high in tl.static_range(2):
-        scale = tl.load(scales + 4 * high, mask=inside, other=0).to(tl.float32) * super_scale
-        codes = ((pairs >> (4 * high)) & 15) | (((upper >> (4 * high)) & 3) << 4)
-        weight = (codes.to(tl.int32) - 32).to(tl.float32) * scale
-        tl.store(place + 64 * high, weight.to(out.dtype.element_ty), mask=inside)
+    scale = tl.load(scales, mask=inside, other=0).to(tl.float32) * super_scale
+    codes = (pairs & 15) | ((upper & 3) << 4)
+    low = (codes.to(tl.int32) - 32).to(tl.float32) * scale
+    scale = tl.load(scales + 4, mask=inside, other=0).to(tl.float32) * super_scale
+    codes = (pairs >> 4) | (((upper >> 4) & 3) << 4)
+    high = (codes.to(tl.int32) - 32).to(tl.float32) * scale
+    return low, high
+
+
+@triton.jit(do_not_specialize=["start", "blocks"])
+def unpack_q6_k(
+    raw: tl.tensor, out: tl.tensor, start: int, blocks: int, TILE: tl.constexpr
+) -> None:
+    """See ``q6_k_weights``."""
+    first = tl.program_id(0).to(tl.int64) * TILE
+    raw += (start + first) * 210
+    block = tl.arange(0, TILE)[:, None, None]
+    inside = block < blocks - first
+    chunk = tl.arange(0, 8)[None, :, None]  # 16 bytes each
+    byte = tl.arange(0, 16)[None, None, :]
+    low, high = q6_k_weights(raw, block, chunk, byte, inside)
+    place = out + first * 256 + block * 256 + chunk // 4 * 128 + chunk % 4 * 16 + byte
+    tl.store(place, low.to(out.dtype.element_ty), mask=inside)
+    tl.store(place + 64, high.to(out.dtype.element_ty), mask=inside)

@@ -17,12 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from layer_streamer.llm.kernels import decode_launching, launching, unpacking
+from layer_streamer.llm.kernels import decode_launching, launching, tiles, unpacking
 from layer_streamer.llm.passes.splits import block_of, splits_of
 from layer_streamer.llm.weights.quants import BLOCK_TYPES
 
 compiled: dict[str, Any] = {}
 PRODUCTS = {"multiply_words", "multiply_blocks", "multiply_q4_k"}
+SHARED_NBYTES = 99 << 10
+"""Of a program, on the GPU that has the least."""
 
 
 class AbsentGpu:
@@ -50,14 +52,15 @@ def compile_only(run: Any) -> Any:
         # Or rows and tokens that a program has would decide the order of sums, and cost much.
         moves = kernel.metadata.name in PRODUCTS and "convert_layout" in kernel.asm["ttgir"]
         assert not moves, f"{kernel.metadata.name} moves numbers between threads: {options}"
+        assert kernel.metadata.shared <= SHARED_NBYTES, options
         return kernel
 
     return stop_after_compiling
 
 
-def compile_all(dtype: torch.dtype) -> None:
+def compile_all(dtype: torch.dtype, *, has_cores: bool) -> None:
     """What the engine launches, with the shapes of real matrices in few rows, and as many of these
-    in a program as of real ones."""
+    in a program as of real ones. ``has_cores``: that products can be on."""
     launching.WARPS = 1
     matrices = [cases.blocks(kind, 16, 3584) for kind in unpacking.LAUNCHES if kind in BLOCK_TYPES]
     matrices += [cases.integers(kind, 16, 3584, 128) for kind in ("ct4", "ct8")]
@@ -78,6 +81,11 @@ def compile_all(dtype: torch.dtype) -> None:
                 kernel = launching.PRODUCTS[packed.format].kernel
                 launch = unpacking.Launch(kernel, *launching.PRODUCT_ALTERNATIVES[-1])
                 launching.multiply(packed, x, launch)
+        for tokens in (1, 17, 64) if has_cores else ():
+            x = torch.zeros(tokens, packed.width, dtype=dtype)
+            if tiles.multiplies(packed, x):
+                tiles.multiply(packed, x)
+                tiles.multiply(packed, x, bias_N=x[0])
     x, weight = torch.zeros(2, 3584, dtype=dtype), torch.zeros(3584, dtype=dtype)
     launching.launch_norm(x, x, weight, 1e-6)
     launching.launch_norm(x, None, weight.float(), 1e-6)
@@ -109,9 +117,10 @@ def compile_decoding(
 
 def main() -> None:
     major, minor = map(int, sys.argv[1].split("."))
+    has_cores = (major, minor) >= tiles.LEAST_CAPABILITY
     driver.set_active(AbsentGpu(10 * major + minor))
     JITFunction.run = compile_only(JITFunction.run)
-    compile_all(getattr(torch, sys.argv[2]))
+    compile_all(getattr(torch, sys.argv[2]), has_cores=has_cores)
     print(len(compiled))
 
 
