@@ -3,9 +3,9 @@
     layer-streamer kernels [--save]
 
 Three tables: unpacking, each format over memory that no cache holds; products of a packed matrix
-with few tokens, against unpacking it first; norms and SwiGLU, against plain torch. GB/s are bytes
-read and written. From the last two follow token counts from which one way is faster, which --save
-keeps for this GPU: the engine goes by them.
+with few tokens, and on tensor cores, against unpacking it first; norms and SwiGLU, against plain
+torch. GB/s are bytes read and written. From the last two follow token counts from which one way is
+faster, which --save keeps for this GPU: the engine goes by them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..llm.weights.packed import Packed
 
 TABLES = ("unpack", "product", "pointwise", "tiles", "product_tiles")
-TOKENS = (1, 2, 4, 6, 8, 12, 16)
+TOKENS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 96, 128)
 MORE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 GATE = (18944, 3584)
 """The largest matrix of a 7B model: 68M weights."""
@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         if kind not in KERNEL_FORMATS:
             raise ValueError(f"--formats {kind}: only {', '.join(sorted(KERNEL_FORMATS))}")
     steps = dict.fromkeys(("unpack", "tiles"), len(formats))
-    steps |= {"product": 5, "pointwise": 2, "product_tiles": 5}
+    steps |= {"product": 6, "pointwise": 2, "product_tiles": 5}
     total = 1 + sum(steps[table] for table in args.only)
     torch.manual_seed(0)
     with tqdm(total=total, unit="kernel", leave=False, disable=None) as bar:
@@ -236,19 +236,21 @@ def measure_products(
     import torch
 
     from ..llm.kernels import kernel_timing as timing
-    from ..llm.kernels.thresholds import PRODUCT_TOKENS
+    from ..llm.kernels.thresholds import TILE_TOKENS
 
-    say(bar, f"\n{'product':8} {'tokens':>6} {'us':>8} {'GB/s':>7} {'unpacked first us':>18}")
-    for kind in PRODUCT_TOKENS:
+    say(bar, f"\n{'product':8} {'tokens':>6} {'few us':>8} {'tiles us':>8} {'GB/s':>7} "
+        f"{'unpacked first us':>18}")  # fmt: skip
+    for kind in TILE_TOKENS:
         matrices = timing.rotated(kind, *GATE, device) if kind in formats else []
         for tokens in TOKENS if matrices else ():
             x_TD = torch.randn(tokens, GATE[1], dtype=torch.float32, device=device).bfloat16()
-            fused, plain = timing.product_seconds(matrices, x_TD, args.repeats)
-            rate = timing.packed_nbytes(matrices[0]) / fused / 1e9
+            found = timing.product_seconds(matrices, x_TD, args.repeats)
+            us = {way: seconds * 1e6 for way, seconds in found.items()}
+            rate = timing.packed_nbytes(matrices[0]) / min(us.values()) / 1e3
+            few, tiles = (f"{us[way]:8.1f}" if way in us else "-" for way in ("fused", "tiles"))
+            say(bar, f"{kind:8} {tokens:6} {few:>8} {tiles:>8} {rate:7.0f} {us['plain']:18.1f}")
             row = {"format": kind, "tokens": tokens, "gb_s": rate}
-            row |= {"fused_us": fused * 1e6, "plain_us": plain * 1e6}
-            say(bar, f"{kind:8} {tokens:6} {fused * 1e6:8.1f} {rate:7.0f} {plain * 1e6:18.1f}")
-            yield row
+            yield row | {f"{way}_us": taken for way, taken in us.items()}
         bar.update()
 
 
@@ -281,8 +283,10 @@ def conclude(args: argparse.Namespace, report: dict[str, Any], bar: tqdm[Any]) -
     from ..llm.kernels.thresholds import find_thresholds, save_thresholds
 
     found = find_thresholds(report["product"], report["pointwise"])
-    counts = ", ".join(f"{kind} {count}" for kind, count in found.product.items())
-    say(bar, f"\nmultiplied as they are, up to these tokens: {counts}")
+    say(bar, "")
+    for name, by_format in (("", found.product), (" on tensor cores", found.tiles)):
+        counts = ", ".join(f"{kind} {count}" for kind, count in by_format.items())
+        say(bar, f"multiplied as they are{name}, up to these tokens: {counts}")
     say(bar, f"one kernel from these tokens on: norm {found.norm}, SwiGLU {found.swiglu}")
     if args.save:
         say(bar, f"kept in {save_thresholds(report['gpu'], found)}")

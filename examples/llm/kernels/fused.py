@@ -49,9 +49,7 @@ def kernel_multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     """True: for this many tokens ``multiply`` is faster than unpacking first."""
     if not x_TD.is_cuda or not triton_serves(x_TD.device):
         return False
-    if len(x_TD) > limits(x_TD.device).product.get(packed.format, 0):
-        return False
-    return bool(_kernels("launching").multiplies(packed, x_TD))
+    return _product(packed, x_TD) is not None
 
 
 def multiply(
@@ -59,11 +57,13 @@ def multiply(
 ) -> torch.Tensor:
     """x times the transposed matrix, plus a bias: (T, rows), without unpacking it to memory.
 
-    To be called only where ``kernel_multiplies``. Weights are float32 here, not rounded to x's
-    dtype as in unpacked rows.
+    To be called only where ``kernel_multiplies``. With few tokens weights are float32, not rounded
+    to x's dtype as in unpacked rows; on tensor cores they are what unpacked rows have.
     """
+    kernels = _product(packed, x_TD)
+    assert kernels is not None, packed.format
     with _current(x_TD):
-        product: torch.Tensor = _kernels("launching").multiply(packed, x_TD, bias_N=bias_N)
+        product: torch.Tensor = kernels.multiply(packed, x_TD, bias_N=bias_N)
     return product
 
 
@@ -125,6 +125,17 @@ def rotate_heads(
 def limits(device: torch.device) -> Thresholds:
     """The thresholds of a GPU."""
     return thresholds(_name(device.index or 0))
+
+
+def _product(packed: Packed, x_TD: torch.Tensor) -> ModuleType | None:
+    """The kernels of the fastest product of so many tokens; None: unpack first."""
+    counts, kind, tokens = limits(x_TD.device), packed.format, len(x_TD)
+    few, tiles = _kernels("launching"), _kernels("tiles")
+    if tokens <= counts.product.get(kind, 0) and few.multiplies(packed, x_TD):
+        return few
+    if tokens <= counts.tiles.get(kind, 0) and tiles.multiplies(packed, x_TD):
+        return tiles
+    return None
 
 
 @lru_cache

@@ -172,11 +172,16 @@ def plain_seconds(packed: Packed, dtype: torch.dtype, repeats: int) -> float:
     return event_seconds(unpack, repeats)
 
 
+FEW_TOKENS = 16
+"""Up to which products with few tokens are timed: they take as long again for each four."""
+
+
 def product_seconds(
     matrices: Sequence[Packed], x_TD: torch.Tensor, repeats: int
-) -> tuple[float, float]:
-    """Of x times one matrix: by the kernel that does not unpack it, and unpacked first."""
-    from .launching import multiply
+) -> dict[str, float]:
+    """Of x times one matrix: "plain", unpacked first; and of those that serve, "fused", as few
+    tokens are multiplied, and "tiles", on tensor cores."""
+    from . import launching, tiles
 
     first = matrices[0]
     widest = Widest.of([(first.format, first.width, True)])
@@ -187,8 +192,16 @@ def product_seconds(
         for start, end, rows in unpacker.blocks(packed):
             torch.mm(x_TD, rows.t(), out=y_TN[:, start:end])
 
-    fused = graph_seconds([partial(multiply, packed, x_TD) for packed in matrices], repeats)
-    return fused, graph_seconds([partial(unpacked, packed) for packed in matrices], repeats)
+    ways: dict[str, Callable[[Packed], object]] = {}
+    if len(x_TD) <= FEW_TOKENS and launching.multiplies(first, x_TD):
+        ways["fused"] = lambda packed: launching.multiply(packed, x_TD)
+    if tiles.multiplies(first, x_TD):
+        ways["tiles"] = lambda packed: tiles.multiply(packed, x_TD)
+    ways["plain"] = unpacked
+    return {
+        way: graph_seconds([partial(call, packed) for packed in matrices], repeats)
+        for way, call in ways.items()
+    }
 
 
 def norm_seconds(tokens: int, width: int, device: torch.device, repeats: int) -> Pair:

@@ -7,6 +7,7 @@ import pytest
 from layer_streamer.llm.kernels.thresholds import (
     NEVER,
     PRODUCT_TOKENS,
+    TILE_TOKENS,
     Thresholds,
     find_thresholds,
     record_path,
@@ -27,6 +28,15 @@ def products(kind: str, *pairs: tuple[int, float, float]) -> list[dict]:
     return [{"format": kind, "tokens": n, "fused_us": f, "plain_us": p} for n, f, p in pairs]
 
 
+def with_tiles(kind: str, *rows: tuple[int, float | None, float, float]) -> list[dict]:
+    """Rows of (tokens, few, tiles, plain); None: not measured."""
+    return [
+        {"format": kind, "tokens": n, "tiles_us": t, "plain_us": p}
+        | ({} if f is None else {"fused_us": f})
+        for n, f, t, p in rows
+    ]
+
+
 def kernels(kind: str, *pairs: tuple[int, float, float]) -> list[dict]:
     return [{"kernel": kind, "tokens": n, "fused_us": f, "plain_us": p} for n, f, p in pairs]
 
@@ -44,6 +54,36 @@ def test_formats_that_were_not_measured_keep_their_defaults():
     found = find_thresholds(products("ct4", (1, 1, 5)), [])
     assert found.product == PRODUCT_TOKENS | {"ct4": 1}
     assert (found.norm, found.swiglu) == (Thresholds().norm, Thresholds().swiglu)
+
+
+@pytest.mark.parametrize(
+    ("rows", "few", "tiles"),
+    [
+        ([(1, 1, 2, 9), (4, 3, 2, 9), (16, 12, 3, 9), (64, None, 5, 9), (128, None, 9, 9)], 1, 64),
+        ([(1, 1, 2, 9), (4, 2, 2, 9), (16, 12, 9, 9), (64, None, 5, 9)], 1, 4),
+        ([(1, 1, 9, 2), (4, 2, 9, 3), (16, 12, 9, 3)], 4, 0),
+        ([(1, 1, 9, 5), (4, 2, 3, 5), (16, 12, 4, 5)], 4, 16),
+        ([(1, 2, 1, 9), (4, 1, 2, 9)], 0, 4),
+    ],
+)
+def test_tiles_serve_from_the_products_count_to_the_first_at_which_unpacking_is_as_fast(
+    rows, few, tiles
+):
+    found = find_thresholds(with_tiles("Q4_K", *rows), [])
+    assert (found.product["Q4_K"], found.tiles["Q4_K"]) == (few, tiles)
+
+
+def test_a_format_that_only_tiles_multiply_has_no_other_count():
+    found = find_thresholds(with_tiles("Q6_K", (1, None, 1, 2), (8, None, 1, 2)), [])
+    assert found.tiles == TILE_TOKENS | {"Q6_K": 8}
+    assert found.product == PRODUCT_TOKENS
+
+
+def test_a_record_of_before_tiles_is_read_with_their_defaults():
+    record_path().parent.mkdir(parents=True)
+    record_path().write_text('{"A": {"product": {"Q4_K": 2}, "norm": 3, "swiglu": 1}}')
+    assert thresholds("A") == Thresholds(product={"Q4_K": 2}, norm=3)
+    assert thresholds("A").tiles == TILE_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -93,3 +133,5 @@ def test_a_threshold_that_is_no_count_is_refused_by_name(count):
         Thresholds(swiglu=count)
     with pytest.raises(ValueError, match=r"product\[ct8\]="):
         Thresholds(product={"ct8": count})
+    with pytest.raises(ValueError, match=r"tiles\[ct8\]="):
+        Thresholds(tiles={"ct8": count})
