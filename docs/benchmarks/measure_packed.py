@@ -43,7 +43,7 @@ from engine_runs import (
 )
 
 from layer_streamer import parse_bytes
-from layer_streamer.llm.kernels.kernel_timing import copy_rate
+from layer_streamer.llm.kernel_timing import copy_rate
 
 sys.path.insert(0, str(ROOT / "examples" / "make"))
 from made import FORMATS, is_file

@@ -42,12 +42,12 @@ class StreamingEngine:
     * ``kv``: "device" and "host" say where keys and values live; "auto": on the device while
       its budget lasts. ``kv_int8``: those in host memory in eight bits.
     * ``kv_tokens``: tokens of all rows together (``max_length``); ``max_batch``: rows at a time.
-    * ``prefill_chunk``: tokens that go through a layer at a time (2048; less if memory is
-      short).
+    * ``prefill_chunk``: tokens that go through a layer at a time (2048; less if memory is short).
     * ``device_budget``, ``host_budget``: of streamer and engine together.
     * ``lookup``, ``draft``: a pass also looks at tokens that may follow, and may give several; the
       text is the same. They followed the same words before in this engine (``lookup``), or are
       those of a small model with the same tokenizer, or ("self") of the model in four bits.
+    * ``reproducible``: logits, to the bit, whatever shares a pass: with and without drafts, too.
     * ``notify`` hears of what takes seconds or is not as expected.
     * ``streamer_options``: those of ``LayerStreamer.from_checkpoint``, such as the tuner prints;
       ``reserve_bytes`` is the caller's part of ``device_budget``.
@@ -72,11 +72,14 @@ class StreamingEngine:
         prefill_chunk: int | None = None,
         lookup: bool = False,
         draft: str | Path | Model | None = None,
+        reproducible: bool = False,
         notify: Callable[[str], None] = logger.info,
         **streamer_options: Any,
     ) -> None:
         """Plan, and open; the options are above."""
-        limits = Limits(max_length, kv_tokens, max_batch, kv_int8=kv_int8)
+        limits = Limits(
+            max_length, kv_tokens, max_batch, kv_int8=kv_int8, reproducible=reproducible
+        )
         wanted = Wanted.of(draft, notify, lookup=lookup)
         reserve = streamer_options.pop("reserve_bytes", 0)
         self.model = _model_of(model_path, notify, streamer_options)
@@ -85,13 +88,9 @@ class StreamingEngine:
         own = wanted.own_weights
         options, dtype = place(self.model, device, dtype, streamer_options, loads_head=own)
         wishes = Wishes(
-            kv=kv,
-            prefill_chunk=prefill_chunk,
-            device_budget=device_budget,
-            host_budget=host_budget,
-            reserve_bytes=reserve,
-            options=options,
-        )
+            kv=kv, prefill_chunk=prefill_chunk, device_budget=device_budget,
+            host_budget=host_budget, reserve_bytes=reserve, options=options,
+        )  # fmt: skip
         planned = plan_parts(self.model, limits, wishes, dtype, wanted)
         self._parts = open_parts(self.model, planned, wanted)
         self.plan: MemoryPlan = self._parts.plan

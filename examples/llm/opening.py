@@ -27,6 +27,7 @@ from .models.config import ModelConfig
 from .models.names import WeightNames, known_layers, weight_names
 from .passes.decode import captured_rows
 from .passes.runner import Chunking, Runner
+from .passes.ways import obstacle
 from .text.sampling import Sampling
 from .threads import leave_a_core
 from .weights.dequant import Unpacker
@@ -57,15 +58,18 @@ class Limits:
     _: KW_ONLY
     kv_int8: bool = False
     drafted: int = 0
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_length", "kv_tokens", "max_batch"):
             at_least_one(name, getattr(self, name))
-        if self.drafted and self.kv_int8:
-            raise ValueError(
-                "lookup=True, draft=: not with kv_int8=True, where what a pass has stored is other "
-                "numbers to the next one, so that the text would be another"
-            )
+        asked = {"lookup=True, draft=": self.drafted, "reproducible=True": self.reproducible}
+        for name, wanted in asked.items():
+            if wanted and self.kv_int8:
+                raise ValueError(
+                    f"{name}: not with kv_int8=True, where what a pass has stored is other "
+                    "numbers to the next one, so that the text would be another"
+                )
 
     def length(self, config: ModelConfig) -> int:
         """The most tokens of one row."""
@@ -170,11 +174,15 @@ def plan_memory(
     ValueError with the least budget that would do."""
     at_least_one("prefill_chunk", wishes.prefill_chunk)
     device: torch.device = wishes.options["device"]
+    if limits.reproducible:
+        problem = obstacle(device, model.config, limits.length(model.config))
+        if problem is not None:
+            raise ValueError(f"reproducible=True: {problem}")
     # On "meta", the buffers of a GPU have their sizes but take no memory.
     memory = device if device.type == "cpu" else torch.device("meta")
     kernels = triton_serves(device)
     scratch = Unpacker(memory, dtype, model.names.widest(dtype), kernels=kernels)
-    names = model.names
+    names, most = model.names, captured_rows(device, model.config)
     statics = [*names.head_parts, names.norm, *([names.rope_factors] if names.rope_factors else [])]
     static_nbytes = sum(model.manifest.static[name].nbytes for name in statics)
     if not wishes.options["tail"]:
@@ -188,7 +196,8 @@ def plan_memory(
         int8=limits.kv_int8,
         packed_nbytes=scratch.nbytes,
         static_nbytes=static_nbytes,
-        captured_rows=min(captured_rows(device, model.config), limits.max_batch),
+        captured_rows=min(0 if limits.reproducible else most, limits.max_batch),
+        reproducible=limits.reproducible,
         draft_nbytes=draft_nbytes,
     )
     return Planner(model.manifest, Footprint(model.config, needs), wishes).make(), needs
@@ -243,7 +252,12 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
         if kv.host is not None:
             kv.host.allocate(streamer.plan.placement.device_slots[0].count)
         captured = needs.captured_rows if plan.captures else 0
-        chunking = Chunking(plan.chunk, group_rows=device.type != "cpu", captured_rows=captured)
+        chunking = Chunking(
+            plan.chunk,
+            group_rows=device.type != "cpu",
+            captured_rows=captured,
+            reproducible=needs.reproducible,
+        )
         return Runner(streamer, model.config, model.names, kv, dtype=needs.dtype, chunking=chunking)
     except BaseException:
         if streamer is not None:

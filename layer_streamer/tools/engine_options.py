@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_HELP = "default: float32 on a CPU, bfloat16 on a GPU (float16 or float32 on an older one)"
 ENGINE = (
     "max_length", "kv", "kv_int8", "kv_tokens", "max_batch", "prefill_chunk", "lookup", "draft",
+    "reproducible",
 )  # fmt: skip
 GENERATION = (
     "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
@@ -76,6 +77,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("--lookup", action="store_true", default=None, help=lookup_help)
     draft_help = "a small model with the same tokenizer, or self: several tokens a pass"
     add("--draft", metavar="MODEL", help=draft_help)
+    same_help = "the same text to the bit, with and without drafts, alone and in a batch"
+    add("--reproducible", action="store_true", default=None, help=same_help)
     add("--plan", action="store_true", help="say first where everything will be")
     add("--timeline", type=Path, metavar="FILE", help="save the last pass for ui.perfetto.dev")
     add_streamer_options(parser)

@@ -100,8 +100,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 
+    from ..llm.kernel_timing import copy_rate
     from ..llm.kernels.fused import KERNEL_FORMATS
-    from ..llm.kernels.kernel_timing import copy_rate
 
     formats = args.formats.split(",") if args.formats else sorted(KERNEL_FORMATS)
     for kind in formats:
@@ -144,7 +144,7 @@ def measure_unpack(
     """Each format to bfloat16, by its kernel and by torch operations."""
     import torch
 
-    from ..llm.kernels import kernel_timing as timing
+    from ..llm import kernel_timing as timing
     from ..llm.kernels.unpacking import launch_unpack
 
     say(bar, f"\n{'unpack':8} {'us':>8} {'GB/s':>7} {'of copy':>8} {'torch us':>9}")
@@ -173,7 +173,7 @@ def measure_tiles(
     """Each format with other tiles than its own."""
     import torch
 
-    from ..llm.kernels import kernel_timing as timing
+    from ..llm import kernel_timing as timing
     from ..llm.kernels.unpacking import ALTERNATIVES, LAUNCHES, Launch, launch_unpack
 
     say(bar, f"\n{'tiles':8} {'tile':>10} {'warps':>6} {'GB/s':>7} {'of copy':>8}")
@@ -203,7 +203,7 @@ def measure_product_tiles(
     """Products with one token, with other tiles than their own, of a tall and of a wide matrix."""
     import torch
 
-    from ..llm.kernels import kernel_timing as timing
+    from ..llm import kernel_timing as timing
     from ..llm.kernels.launching import PRODUCT_ALTERNATIVES, PRODUCTS, multiply
     from ..llm.kernels.unpacking import Launch
 
@@ -235,7 +235,7 @@ def measure_products(
     """Each format that can be multiplied as it is, by tokens."""
     import torch
 
-    from ..llm.kernels import kernel_timing as timing
+    from ..llm import kernel_timing as timing
     from ..llm.kernels.thresholds import TILE_TOKENS
 
     say(bar, f"\n{'product':8} {'tokens':>6} {'few us':>8} {'tiles us':>8} {'GB/s':>7} "
@@ -258,7 +258,7 @@ def measure_pointwise(
     args: argparse.Namespace, device: torch.device, bar: tqdm[Any]
 ) -> Iterable[dict[str, Any]]:
     """Norms and SwiGLU of a 7B model by tokens, launched from Python as the engine does."""
-    from ..llm.kernels import kernel_timing as timing
+    from ..llm import kernel_timing as timing
 
     say(bar, f"\n{'kernel':8} {'tokens':>6} {'us':>8} {'GB/s':>7} {'torch us':>9}")
     for kind, seconds, width in (

@@ -183,7 +183,8 @@ def _plan_model(
     model: Model, target: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype
 ) -> ModelPlan:
     length = min(limits.length(target.config), model.config.max_positions)
-    own = replace(limits, max_length=length, kv_tokens=limits.tokens(target.config), drafted=0)
+    own = replace(limits, max_length=length, kv_tokens=limits.tokens(target.config))
+    own = replace(own, drafted=0, reproducible=False)  # a draft is right or wrong, to no bit
     options, dtype = place(model, wishes.options["device"], dtype, {})
     asked = Wishes(kv="device", prefill_chunk=PROMPT_CHUNK, options=options)
     plan, needs = plan_memory(model, own, asked, dtype)

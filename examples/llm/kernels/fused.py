@@ -26,6 +26,9 @@ KERNEL_FORMATS = frozenset(
 )
 """What kernels unpack, where columns are in the order of groups of whole chunks of 32."""
 
+WIDEST_TOKEN = 1 << 15
+"""Numbers that one program can norm."""
+
 
 def unpack(
     packed: Packed, start: int, end: int, out: torch.Tensor, scratch: Scratch | None = None
@@ -67,9 +70,14 @@ def multiply(
     return product
 
 
-def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """Scale each token to a mean square of 1, in float32, then by the weight, in its dtype."""
-    if _kernel_norms(x_TD, weight_D):
+def rms_norm(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, always: bool = False
+) -> torch.Tensor:
+    """Scale each token to a mean square of 1, in float32, then by the weight, in its dtype.
+
+    ``always``, here and below: by the kernel for any number of tokens.
+    """
+    if _kernel_norms(x_TD, weight_D, always):
         with _current(x_TD):
             normed: torch.Tensor = _kernels("launching").launch_norm(x_TD, None, weight_D, eps)[1]
         return normed
@@ -77,10 +85,15 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
 
 
 def add_rms_norm(
-    x_TD: torch.Tensor, added_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+    x_TD: torch.Tensor,
+    added_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    *,
+    always: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + added, and its norm."""
-    if _kernel_norms(x_TD, weight_D) and added_TD.is_contiguous():
+    if _kernel_norms(x_TD, weight_D, always) and added_TD.is_contiguous():
         with _current(x_TD):
             total_TD, normed = _kernels("launching").launch_norm(x_TD, added_TD, weight_D, eps)
         return total_TD, normed
@@ -95,9 +108,13 @@ def plain_rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> to
     return (x.to(weight_D.dtype) * weight_D).to(x_TD.dtype)
 
 
-def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
+def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor, *, always: bool = False) -> torch.Tensor:
     """silu(gate) * up, in the memory of ``gate`` where a kernel serves."""
-    if _few_kernels(gate_TF, "swiglu") and gate_TF.is_contiguous() and up_TF.is_contiguous():
+    if (
+        _few_kernels(gate_TF, "swiglu", always)
+        and gate_TF.is_contiguous()
+        and up_TF.is_contiguous()
+    ):
         with _current(gate_TF):
             gated: torch.Tensor = _kernels("launching").launch_swiglu(gate_TF, up_TF)
         return gated
@@ -143,18 +160,18 @@ def _name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
-def _kernel_norms(x_TD: torch.Tensor, weight_D: torch.Tensor) -> bool:
+def _kernel_norms(x_TD: torch.Tensor, weight_D: torch.Tensor, always: bool) -> bool:
     if x_TD.dim() != 2 or not (x_TD.is_contiguous() and weight_D.is_contiguous()):
         return False
-    return x_TD.shape[1] <= 1 << 15 and _few_kernels(x_TD, "norm")
+    return x_TD.shape[1] <= WIDEST_TOKEN and _few_kernels(x_TD, "norm", always)
 
 
-def _few_kernels(x_TD: torch.Tensor, kind: str) -> bool:
+def _few_kernels(x_TD: torch.Tensor, kind: str, always: bool) -> bool:
     """True: enough tokens that one kernel is faster than several."""
     if not x_TD.is_cuda or not triton_serves(x_TD.device):
         return False
     fewest: int = getattr(limits(x_TD.device), kind)
-    return len(x_TD) >= fewest
+    return always or len(x_TD) >= fewest
 
 
 def _current(x: torch.Tensor) -> AbstractContextManager[None]:

@@ -114,14 +114,10 @@ def _rows_at_once(launch: Launch, rows: int, at_once: int) -> int:
     return height
 
 
-WIDEST_TOKEN = 1 << 15
-"""Numbers that one program can norm."""
-
-
 def launch_norm(
     x_TD: torch.Tensor, added_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + added (or x itself) and its norm, of contiguous tensors of up to WIDEST_TOKEN a token."""
+    """x + added (or x itself) and its norm, of contiguous tensors."""
     tokens, width = x_TD.shape
     normed = torch.empty_like(x_TD)
     total = x_TD if added_TD is None else torch.empty_like(x_TD)

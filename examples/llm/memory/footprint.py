@@ -14,6 +14,7 @@ from ..models.config import ModelConfig
 from ..passes.embedding import NUM_STAGES, PAGE, STAGE_NBYTES
 from ..passes.row_attention import GATHER_NBYTES
 from ..passes.splits import STATS, block_of, splits_of
+from ..passes.ways import tiles_nbytes
 
 FLOAT = 4
 """Bytes of a float32, in which norms, rotations and logits are computed."""
@@ -45,6 +46,8 @@ class Needs:
     """Rows up to which passes that decode may be captured; 0: none are."""
     draft_nbytes: int = 0
     """All that what drafts takes on the device."""
+    reproducible: bool = False
+    """Passes are computed in fixed tiles."""
 
 
 class Footprint:
@@ -93,6 +96,8 @@ class Footprint:
         chunk = min(chunk, needs.kv_tokens)
         size = needs.dtype.itemsize
         nbytes = chunk * self._token_temporaries() + self._tables()
+        if needs.reproducible:
+            nbytes += tiles_nbytes(config, needs.device_type, needs.dtype)
         window = max((w for w in config.windows if w is not None), default=0)
         if window:
             seen = min(window, needs.kv_tokens) + chunk

@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-from ..kernels.fused import add_rms_norm, rms_norm, swiglu
 from ..weights.weights import StepWeights
 from .config import ModelConfig
 from .rope import rotate_both
@@ -41,15 +39,15 @@ def decoder_layer(
     not changed.
     """
     names = BLOCK_NORMS[config.output_norms]
-    eps = config.norm_eps
-    normed = rms_norm(x_TD, weights.norm(names[0]), eps)
+    eps, arithmetic = config.norm_eps, weights.arithmetic
+    normed = arithmetic.rms_norm(x_TD, weights.norm(names[0]), eps)
     added = self_attention(normed, weights, config, table_2TE, attention)
     if config.output_norms:
-        added = rms_norm(added, weights.norm("post_attention_layernorm"), eps)
-    x_TD, normed = add_rms_norm(x_TD, added, weights.norm(names[1]), eps)
+        added = arithmetic.rms_norm(added, weights.norm("post_attention_layernorm"), eps)
+    x_TD, normed = arithmetic.add_rms_norm(x_TD, added, weights.norm(names[1]), eps)
     added = feed_forward(normed, weights, config)
     if config.output_norms:
-        added = rms_norm(added, weights.norm("post_feedforward_layernorm"), eps)
+        added = arithmetic.rms_norm(added, weights.norm("post_feedforward_layernorm"), eps)
     return torch.add(x_TD, added, out=out)
 
 
@@ -65,10 +63,7 @@ def feed_forward(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) 
     """down(activation(gate(x)) * up(x))."""
     gate_TF = weights.linear(x_TD, "mlp.gate_proj")
     up_TF = weights.linear(x_TD, "mlp.up_proj")
-    if config.activation == "gelu_pytorch_tanh":
-        gated_TF = F.gelu(gate_TF, approximate="tanh").mul_(up_TF)
-    else:
-        gated_TF = swiglu(gate_TF, up_TF)
+    gated_TF = weights.arithmetic.gated(gate_TF, up_TF, config.activation)
     return weights.linear(gated_TF, "mlp.down_proj")
 
 
@@ -84,7 +79,8 @@ def self_attention(
     def heads(name: str, *, normed: bool = False) -> torch.Tensor:
         y = weights.linear(x_TD, f"self_attn.{name}_proj").view(-1, config.head_dim)
         if normed:
-            y = rms_norm(y, weights.norm(f"self_attn.{name}_norm"), config.norm_eps)
+            weight = weights.norm(f"self_attn.{name}_norm")
+            y = weights.arithmetic.rms_norm(y, weight, config.norm_eps)
         return y.view(len(x_TD), -1, config.head_dim).transpose(0, 1)
 
     q_HTE, k_GTE = (heads(name, normed=config.head_norms) for name in "qk")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..kernels.fused import rms_norm
 from ..kernels.triton_support import triton_serves
 from ..kv.cache import KVCache
 from ..models.config import ModelConfig
@@ -17,14 +16,14 @@ from ..models.names import WeightNames
 from ..models.rope import Rotary
 from ..weights.dequant import Unpacker
 from ..weights.scale_check import ScaleCheck
-from ..weights.weights import StepWeights, norm_weight, project
+from ..weights.weights import StepWeights, norm_weight
 from .attention import fast_kernels
 from .batch import Batch, Chunk, Entry, pack
 from .decode import open_decoder
 from .embedding import Embedding
 from .layers import Layers
-from .row_attention import GATHER_NBYTES, RowAttention
 from .runner_step import RunnerStep
+from .ways import Attention, fastest, reproducible
 
 Step = Callable[[torch.Tensor, Mapping[str, torch.Tensor], int], torch.Tensor]
 """What the streamer calls for each layer of a pass."""
@@ -44,6 +43,12 @@ class Chunking:
     captured_rows: int = 0
     """Passes in which up to so many rows take one token each go through ``decode``, where
     nothing streams."""
+    reproducible: bool = False
+    """A token's result is the same bits, whatever shares its pass: no rows are grouped."""
+
+    def __post_init__(self) -> None:
+        if self.reproducible and self.captured_rows:
+            raise ValueError("captured passes compute by few tokens: they are not reproducible")
 
 
 class Runner:
@@ -83,9 +88,10 @@ class Runner:
         self._rotary = Rotary(config, device, factors=factors)
         kernels = triton_serves(device)
         self._unpacker = Unpacker(device, dtype, names.widest(dtype), kernels=kernels)
-        token_nbytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
-        together = GATHER_NBYTES // (2 * token_nbytes) if self._chunking.group_rows else 0
-        self._most_together = together
+        self._ways = fastest(config, dtype, group_rows=self._chunking.group_rows)
+        if self._chunking.reproducible:
+            interleaved = names.interleaved_rope
+            self._ways = reproducible(config, kv, self._rotary, interleaved=interleaved)
         with torch.inference_mode(False):
             self._stream_ND = torch.empty(
                 kv.layout.tokens, config.hidden_size, dtype=dtype, device=device
@@ -211,7 +217,8 @@ class Runner:
     ) -> None:
         """All tokens through one layer, chunk by chunk, in place."""
         layer = self.streamer.manifest.layers[layer_idx]
-        weights = StepWeights(tensors, layer, self.names, self._unpacker, self._check)
+        own = (self._unpacker, self._check, self._ways.arithmetic)
+        weights = StepWeights(tensors, layer, self.names, *own)
         span, memory = self.kv.span(layer_idx), self.kv.open(layer_idx)
         for chunk, attention in zip(run.batch.chunks, run.attentions, strict=True):
             if layer_idx == 0 and chunk.first:
@@ -228,9 +235,9 @@ class Runner:
             )
         self.kv.close_layer(layer_idx)
 
-    def attention(self, chunk: Chunk) -> RowAttention:
+    def attention(self, chunk: Chunk) -> Attention:
         """How the rows of a chunk look back."""
-        return RowAttention(chunk, self.config, most_together=self._most_together)
+        return self._ways.attention(chunk)
 
     def rotation(self, chunk: Chunk, layer_idx: int) -> torch.Tensor:
         """Cosines and sines of a chunk's tokens."""
@@ -238,7 +245,7 @@ class Runner:
 
     def final_norm(self, x_ND: torch.Tensor) -> torch.Tensor:
         """What the head gets."""
-        return rms_norm(x_ND, self._norm, self.config.norm_eps)
+        return self._ways.arithmetic.rms_norm(x_ND, self._norm, self.config.norm_eps)
 
     def head(
         self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], first_row: int
@@ -247,4 +254,4 @@ class Runner:
         matrix = self.names.head_matrix
         packed = matrix.packed({**self._head_parts, **tensors}, first_row=first_row)
         self._check.see(packed, self._specs[matrix.scale_key])
-        return project(x_ND, packed, self._unpacker)
+        return self._ways.arithmetic.project(x_ND, packed, self._unpacker)

@@ -9,8 +9,7 @@ import torch
 
 from ..models.rope_config import Rope
 from .batch import Batch, Chunk
-from .decode import DecodeAttention
-from .row_attention import RowAttention
+from .ways import Attention
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -23,7 +22,7 @@ class RunnerStep:
         self,
         runner: Runner,
         batch: Batch,
-        attentions: Sequence[RowAttention | DecodeAttention],
+        attentions: Sequence[Attention],
         logits: torch.Tensor,
         *,
         last: torch.Tensor | None = None,

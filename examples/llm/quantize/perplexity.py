@@ -10,8 +10,9 @@ import torch
 
 from ..opening import Model
 from ..passes.attention import fast_kernels
+from ..weights.arithmetic import project
 from ..weights.scale_check import ScaleCheck
-from ..weights.weights import StepWeights, project
+from ..weights.weights import StepWeights
 from .texts import TextPass, float_unpacker, open_streamer
 
 LOGIT_TOKENS = 256

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 
 from layer_streamer import LayerSpec
 
-from ..kernels.fused import kernel_multiplies, multiply
 from ..models.config import ModelConfig
 from ..models.names import WeightNames
+from .arithmetic import FASTEST, Arithmetic
 from .dequant import Unpacker
 from .packed import FLOATS, Packed, take_rows
 from .scale_check import ScaleCheck
@@ -30,11 +29,13 @@ class StepWeights:
         names: WeightNames,
         unpacker: Unpacker,
         check: ScaleCheck | None = None,
+        arithmetic: Arithmetic = FASTEST,
     ) -> None:
-        """``check`` looks at each scale once."""
+        """``check`` looks at each scale once; ``arithmetic`` is what computes with the weights."""
         self._tensors, self._layer = tensors, layer
         self._names, self._unpacker, self._check = names, unpacker, check
         self._matrices = names.layers[layer.layer_idx]
+        self.arithmetic = arithmetic
         self.layer_idx = layer.layer_idx
         self.interleaved_rope = names.interleaved_rope
 
@@ -52,30 +53,12 @@ class StepWeights:
         bias = None
         if module in self._names.biased:
             bias = self._tensors[f"{self._names.modules[module]}.bias"]
-        return project(x_TD, packed, self._unpacker, bias)
+        return self.arithmetic.project(x_TD, packed, self._unpacker, bias)
 
 
 def norm_weight(weight_D: torch.Tensor, names: WeightNames) -> torch.Tensor:
     """What ``rms_norm`` multiplies by, of the weight as it is stored: of the final norm, too."""
     return weight_D if names.norm_offset is None else weight_D.float() + names.norm_offset
-
-
-def project(
-    x_TD: torch.Tensor, packed: Packed, unpacker: Unpacker, bias_N: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x times a transposed weight, packed or not, plus a bias: (T, rows).
-
-    The product is rounded to the dtype of x before the bias is added, whoever computes it.
-    """
-    if packed.format in FLOATS and packed.parts["weight"].dtype == x_TD.dtype:
-        y_TN = F.linear(x_TD, packed.parts["weight"])
-        return y_TN if bias_N is None else y_TN.add_(bias_N)
-    if kernel_multiplies(packed, x_TD):
-        return multiply(packed, x_TD, bias_N)
-    y_TN = x_TD.new_empty(x_TD.shape[0], packed.rows)
-    for start, end, rows_ND in unpacker.blocks(packed):
-        torch.mm(x_TD, rows_ND.t(), out=y_TN[:, start:end])
-    return y_TN if bias_N is None else y_TN.add_(bias_N)
 
 
 def embed_tokens(

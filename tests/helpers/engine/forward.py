@@ -18,8 +18,9 @@ from layer_streamer.llm.models.config import ModelConfig, model_config
 from layer_streamer.llm.models.model import decoder_layer
 from layer_streamer.llm.models.names import WeightNames, weight_names
 from layer_streamer.llm.models.rope import Rotary
+from layer_streamer.llm.weights.arithmetic import project
 from layer_streamer.llm.weights.dequant import Unpacker
-from layer_streamer.llm.weights.weights import StepWeights, embed_tokens, norm_weight, project
+from layer_streamer.llm.weights.weights import StepWeights, embed_tokens, norm_weight
 
 
 class Forward:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from layer_streamer.llm.kernels import decode_launching, launching, tiles, unpacking
+from layer_streamer.llm.kernels import decode_launching, fixed_products, launching, tiles, unpacking
 from layer_streamer.llm.passes.splits import block_of, splits_of
 from layer_streamer.llm.weights.quants import BLOCK_TYPES
 
@@ -90,6 +90,9 @@ def compile_all(dtype: torch.dtype, *, has_cores: bool) -> None:
     launching.launch_norm(x, x, weight, 1e-6)
     launching.launch_norm(x, None, weight.float(), 1e-6)
     launching.launch_swiglu(x, x)
+    for rows in (1, 16, 18):  # aligned or not, a token wide or more
+        out = torch.zeros(2, rows, dtype=dtype)
+        fixed_products.launch_tiles(x, torch.zeros(rows, 3584, dtype=dtype), out)
     heads = x.view(2, 28, 128).transpose(0, 1)
     table = torch.zeros(2, 2, 64)
     launching.launch_rotate([heads, heads[:4]], table, interleaved=False)

@@ -9,8 +9,8 @@ import packed_cases as cases
 import pytest
 import torch
 
+from layer_streamer.llm.kernel_timing import random_matrix
 from layer_streamer.llm.kernels import tiles
-from layer_streamer.llm.kernels.kernel_timing import random_matrix
 from layer_streamer.llm.kernels.triton_support import interpreted
 from layer_streamer.llm.weights.packed import Packed, unpack_rows
 

@@ -13,11 +13,11 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from ..weights.dequant import ROW_STEP, Unpacker, Widest
-from ..weights.packed import Packed, scratch_nbytes, unpack_rows
-from ..weights.quants import BLOCK_TYPES
-from ..weights.scratch import Scratch
-from .fused import plain_rms_norm
+from .kernels.fused import plain_rms_norm
+from .weights.dequant import ROW_STEP, Unpacker, Widest
+from .weights.packed import Packed, scratch_nbytes, unpack_rows
+from .weights.quants import BLOCK_TYPES
+from .weights.scratch import Scratch
 
 Call = Callable[[], object]
 
@@ -181,7 +181,7 @@ def product_seconds(
 ) -> dict[str, float]:
     """Of x times one matrix: "plain", unpacked first; and of those that serve, "fused", as few
     tokens are multiplied, and "tiles", on tensor cores."""
-    from . import launching, tiles
+    from .kernels import launching, tiles
 
     first = matrices[0]
     widest = Widest.of([(first.format, first.width, True)])
@@ -206,7 +206,7 @@ def product_seconds(
 
 def norm_seconds(tokens: int, width: int, device: torch.device, repeats: int) -> Pair:
     """Of an addition and a norm, launched from Python: one kernel, several of torch's; bytes."""
-    from .launching import launch_norm
+    from .kernels.launching import launch_norm
 
     x, added = (
         torch.randn(2, tokens, width, dtype=torch.float32, device=device).bfloat16().unbind(0)
@@ -219,7 +219,7 @@ def norm_seconds(tokens: int, width: int, device: torch.device, repeats: int) ->
 
 def swiglu_seconds(tokens: int, width: int, device: torch.device, repeats: int) -> Pair:
     """The same of SwiGLU."""
-    from .launching import launch_swiglu
+    from .kernels.launching import launch_swiglu
 
     gate, up = (
         torch.randn(2, tokens, width, dtype=torch.float32, device=device).bfloat16().unbind(0)
