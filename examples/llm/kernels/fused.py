@@ -35,7 +35,7 @@ def unpack(
 ) -> None:
     """``unpack_rows``, by a kernel where there is one, which takes no scratch."""
     if kernel_unpacks(packed, out):
-        with _current(out):
+        with current(out):
             _kernels("unpacking").launch_unpack(packed, start, end, out)
     else:
         unpack_rows(packed, start, end, out, scratch)
@@ -65,7 +65,7 @@ def multiply(
     """
     kernels = _product(packed, x_TD)
     assert kernels is not None, packed.format
-    with _current(x_TD):
+    with current(x_TD):
         product: torch.Tensor = kernels.multiply(packed, x_TD, bias_N=bias_N)
     return product
 
@@ -78,7 +78,7 @@ def rms_norm(
     ``always``, here and below: by the kernel for any number of tokens.
     """
     if _kernel_norms(x_TD, weight_D, always):
-        with _current(x_TD):
+        with current(x_TD):
             normed: torch.Tensor = _kernels("launching").launch_norm(x_TD, None, weight_D, eps)[1]
         return normed
     return plain_rms_norm(x_TD, weight_D, eps)
@@ -94,7 +94,7 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + added, and its norm."""
     if _kernel_norms(x_TD, weight_D, always) and added_TD.is_contiguous():
-        with _current(x_TD):
+        with current(x_TD):
             total_TD, normed = _kernels("launching").launch_norm(x_TD, added_TD, weight_D, eps)
         return total_TD, normed
     total_TD = x_TD + added_TD
@@ -115,10 +115,17 @@ def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor, *, always: bool = False) 
         and gate_TF.is_contiguous()
         and up_TF.is_contiguous()
     ):
-        with _current(gate_TF):
+        with current(gate_TF):
             gated: torch.Tensor = _kernels("launching").launch_swiglu(gate_TF, up_TF)
         return gated
     return F.silu(gate_TF).mul_(up_TF)
+
+
+def multiply_tiles(x_TD: torch.Tensor, w_ND: torch.Tensor, out_TN: torch.Tensor) -> None:
+    """out = x times transposed w, of floats, in tiles of a fixed number of tokens. Only where
+    Triton serves."""
+    with current(x_TD):
+        _kernels("fixed_products").launch_tiles(x_TD, w_ND, out_TN)
 
 
 def kernel_rotates(x_HTE: torch.Tensor, table_2TE: torch.Tensor) -> bool:
@@ -132,7 +139,7 @@ def rotate_heads(
     heads: Sequence[torch.Tensor], table_2TE: torch.Tensor, *, interleaved: bool
 ) -> list[torch.Tensor]:
     """Queries, or queries and keys, rotated in one launch. Only where ``kernel_rotates``."""
-    with _current(heads[0]):
+    with current(heads[0]):
         turned: list[torch.Tensor] = _kernels("launching").launch_rotate(
             heads, table_2TE, interleaved=interleaved
         )
@@ -174,7 +181,7 @@ def _few_kernels(x_TD: torch.Tensor, kind: str, always: bool) -> bool:
     return always or len(x_TD) >= fewest
 
 
-def _current(x: torch.Tensor) -> AbstractContextManager[None]:
+def current(x: torch.Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device: context in which that is the tensor's."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..kernels.fused import current
 from ..kv.rows import Span
 from ..models.config import ModelConfig
 from ..models.rope import Rotary
@@ -93,11 +94,12 @@ class TokenAttention:
         for numbers, table in zip(self._numbers, self._table(layer_idx), strict=True):
             own = replace(look, numbers=numbers)
             q, k, v = (x[:, first : first + len(numbers)] for x in qkv)
-            turned_THE = launch_rotate_and_store(
-                (q, k, v), table, memory, own, interleaved=self._interleaved
-            )
             scale = self._config.attention_scale
-            mixed.append(launch_attention(turned_THE, memory, own, scale))
+            with current(memory):
+                turned_THE = launch_rotate_and_store(
+                    (q, k, v), table, memory, own, interleaved=self._interleaved
+                )
+                mixed.append(launch_attention(turned_THE, memory, own, scale))
             first += len(numbers)
         return torch.cat(mixed).transpose(0, 1)
 

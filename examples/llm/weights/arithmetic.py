@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from ..kernels import fused
 from ..kernels.fused import (
     add_rms_norm,
     kernel_multiplies,
@@ -97,7 +97,7 @@ class Reproducible:
         self._on_cpu = device.type == "cpu"
         self._multiply: Callable[[Tensor, Tensor, Tensor], None] = multiply_tiles
         if triton_serves(device):
-            self._multiply = import_module("..kernels.fixed_products", __package__).launch_tiles
+            self._multiply = fused.multiply_tiles
 
     def project(
         self, x_TD: Tensor, packed: Packed, unpacker: Unpacker, bias_N: Tensor | None = None
