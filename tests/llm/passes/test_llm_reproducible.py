@@ -16,7 +16,7 @@ from assets import open_runner, relative_error, tiny_checkpoint
 from byte_model import byte_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_engine import PROMPTS, make_engine
+from small_engine import PROMPTS, drafts_always, make_engine
 from zoo import CASES, IDS, reference, zoo_model
 
 from layer_streamer.llm.engine import StreamingEngine
@@ -186,12 +186,27 @@ def test_texts_are_the_same_with_and_without_lookup_alone_and_in_a_batch(
     for lookup, kv in ((False, "device"), (True, "host")):
         options = {"lookup": lookup, "kv": kv, "prefill_chunk": 5 if kv == "host" else None}
         with make_engine(path, reproducible=True, dtype=dtype, **options) as engine:
+            if lookup:
+                drafts_always(engine)
             greedy += texts(engine, temperature=0.0)
             drawn += texts(engine, temperature=0.7, top_k=30, seed=3)
             details = engine.generate(REPEATING[2], max_new_tokens=20, return_details=True)
             assert bool(details.agreed) == lookup, "nothing was drafted"
     assert greedy == greedy[:1] * len(greedy) and drawn == drawn[:1] * len(drawn)
     assert greedy[0] != drawn[0]
+
+
+@pytest.mark.parametrize("draft", ["model", "self"])
+def test_texts_are_the_same_with_drafts_of_models(path: Path, draft: str) -> None:
+    found: list[Any] = []
+    for chosen in (None, path if draft == "model" else draft):
+        with make_engine(path, reproducible=True, draft=chosen, lookup=bool(chosen)) as engine:
+            if chosen is not None:
+                drafts_always(engine)
+            found += texts(engine, temperature=0.0)
+            found += texts(engine, temperature=0.7, top_k=30, seed=3)
+    assert found[:2] == found[4:6] and found[2:4] == found[6:]
+    assert found[0] == found[1] and found[2] == found[3]
 
 
 def test_the_plan_has_room_for_tiles(path: Path) -> None:
