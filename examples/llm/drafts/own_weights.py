@@ -78,6 +78,8 @@ def round_layers(
             for module, matrix in stored.items():
                 made |= _round(tensors, matrix, own.names.layers[layer_idx][module], unpacker)
             found.append(made)
+    if streamer.device.type == "cuda":
+        torch.cuda.empty_cache()  # what rounding took is no pass's to find
     return HeldLayers(streamer, own.manifest, found)
 
 
@@ -110,12 +112,16 @@ def _round(
     """The parts of a rounded matrix, on the device. Scales that clip nothing: searched ones draft
     no better (docs/benchmarks), and take as long as 40 of these."""
     rounding, (_, high) = Rounding(BITS, unpacker.dtype), code_range(BITS)
-    words, scales = [], []
-    for _, _, rows_NK in unpacker.blocks(matrix.packed(tensors)):
-        for part in rows_NK.split(max(1, AT_A_TIME // matrix.width)):
-            groups = part.float().unflatten(1, (-1, own.group))
+    width, device = matrix.width, unpacker.device
+    words = torch.empty(matrix.rows, width * BITS // 32, dtype=torch.int32, device=device)
+    scales = torch.empty(matrix.rows, width // own.group, dtype=unpacker.dtype, device=device)
+    at_once = max(1, AT_A_TIME // width)
+    for start, end, rows_NK in unpacker.blocks(matrix.packed(tensors)):
+        for first in range(start, end, at_once):
+            last = min(first + at_once, end)
+            groups = rows_NK[first - start : last - start].float().unflatten(1, (-1, own.group))
             each = rounding.stored(groups.abs().amax(-1) / high)
             codes = rounding.codes(groups, each).flatten(1).to(torch.int8)
-            words.append(pack_codes(codes, BITS))
-            scales.append(each.to(unpacker.dtype))
-    return {own.keys["packed"]: torch.cat(words), own.keys["scale"]: torch.cat(scales)}
+            words[first:last] = pack_codes(codes, BITS)
+            scales[first:last] = each
+    return {own.keys["packed"]: words, own.keys["scale"]: scales}
