@@ -26,8 +26,9 @@ class Pace:
 
     def seconds(self, tokens: int) -> float:
         """Of a pass of so many tokens; where there was none, of the next smaller known, so that it
-        is tried; 0 where there was no pass at all."""
+        is tried; 0 where there was no pass at all. Never more than what larger ones took: what made
+        it slow then was something else."""
         known = self._seconds
         smaller = [size for size in known if size <= tokens.bit_length()]
         size = max(smaller, default=min(known, default=0))
-        return known.get(size, 0.0)
+        return min((known[other] for other in known if other >= size), default=0.0)

@@ -95,10 +95,12 @@ def test_a_pass_that_is_slow_once_counts_little() -> None:
     assert pace.seconds(1) < 0.4
     pace.hear(1, 30.0)
     assert pace.seconds(1) < 4
+    pace.hear(64, 0.3)
+    assert pace.seconds(1) == pace.seconds(64) == 0.3
 
 
 @given(st.dictionaries(st.integers(1, 100), st.floats(0.1, 9), max_size=6), st.integers(1, 100))
-def test_a_count_that_was_not_seen_takes_what_the_next_smaller_took(
+def test_a_pass_takes_what_the_next_smaller_took_and_no_more_than_a_larger_one(
     seen: dict[int, float], tokens: int
 ) -> None:
     pace = Pace()
@@ -108,8 +110,9 @@ def test_a_count_that_was_not_seen_takes_what_the_next_smaller_took(
             by_size[count.bit_length()] = seconds
             pace.hear(count, seconds)
     smaller = [size for size in by_size if size <= tokens.bit_length()]
-    expected = by_size[max(smaller)] if smaller else by_size[min(by_size)] if by_size else 0.0
-    assert pace.seconds(tokens) == expected
+    size = max(smaller) if smaller else min(by_size, default=0)
+    larger = [seconds for other, seconds in by_size.items() if other >= size]
+    assert pace.seconds(tokens) == min(larger, default=0.0)
     assert pace.knows(tokens) == (tokens.bit_length() in by_size)
 
 
