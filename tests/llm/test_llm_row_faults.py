@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_engine import PROMPTS, make_engine, message
 
-from layer_streamer.llm import engine as engine_module
+from layer_streamer.llm import parts as parts_module
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.errors import EngineError, RowsError
 from layer_streamer.llm.text.sampling import Sampler
@@ -233,7 +233,7 @@ def test_an_engine_that_the_machine_refuses_is_an_error_in_one_line(
     def refuse(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(engine_module, "open_runner", refuse)
+    monkeypatch.setattr(parts_module, "open_runner", refuse)
     with pytest.raises(EngineError, match="the engine cannot be opened: ") as caught:
         make_engine(path)
     assert type(error).__name__ in message(caught.value) and caught.value.__cause__ is error
