@@ -9,6 +9,7 @@ from itertools import count
 from typing import overload
 
 from .drafts.drafted import Drafted
+from .drafts.tree import NOTHING, Tree
 from .errors import told_in_one_line, without_frames
 from .kv.rows import Row
 from .text.sampling import Sampler
@@ -64,7 +65,7 @@ class Request:
     places: int
     """Tokens for which its row is to have room."""
     new_ids: list[int] = field(default_factory=list)
-    draft: Sequence[int] = ()
+    draft: Tree = NOTHING
     """Tokens that may follow, for the next pass to look at."""
     source: str = ""
     """Who drafted them."""
@@ -109,8 +110,8 @@ class Request:
         assert self.row is not None
         known = len(self.prompt_ids)
         if self.row.length < known:
-            return [*self.prompt_ids[self.row.length :], *self.new_ids, *self.draft]
-        return [*self.new_ids[self.row.length - known :], *self.draft]
+            return [*self.prompt_ids[self.row.length :], *self.new_ids, *self.draft.tokens]
+        return [*self.new_ids[self.row.length - known :], *self.draft.tokens]
 
     def fail(self, error: BaseException) -> None:
         """End with what was raised for this row; an interrupt is raised again."""

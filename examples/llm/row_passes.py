@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 from layer_streamer import StreamerError
 
+from .drafts.tree import NOTHING
 from .errors import NotFiniteError, one_line_errors, without_frames
+from .kv.moves import Move
 from .kv.rows import Row
 from .passes.runner import Runner
 from .passes.second_look import why_not_finite
@@ -40,23 +42,20 @@ class RowPasses:
         if half == 0 or self._fit(requests):
             heard = None if on_layer is None else Heard(on_layer)
             try:
-                wanted = [1 + len(request.draft) for request in requests]
-                logits = self._runner.forward(entries(requests), wanted=wanted, on_layer=heard)
+                drafts = [request.draft for request in requests]
+                logits = self._runner.forward(entries(requests), drafts=drafts, on_layer=heard)
             except Exception as error:
                 if isinstance(error, StreamerError) or (heard and error is heard.error):
                     raise
                 failed = without_frames(error)
             else:
                 with one_line_errors("the pass cannot be ended"):  # of the device, of all rows
-                    found = follow(
-                        logits,
-                        [request.sampler for request in requests],
-                        [request.draft for request in requests],
-                    )
+                    found = follow(logits, [request.sampler for request in requests], drafts)
+                    self._runner.kv.move(moves(requests, found))
                 return self._explained(requests, found, before)
             self._take_back(before)
             if half == 0 and requests[0].draft:
-                requests[0].draft = ()  # it may have been that for which there was no room
+                requests[0].draft = NOTHING  # it may have been that for which there was no room
                 return self.choose(requests, on_layer)
             if half == 0:
                 return [[failed]]
@@ -73,7 +72,7 @@ class RowPasses:
         bad = {i: requests[i] for i, tokens in enumerate(found) if not tokens}
         self._take_back({request: before[request] for request in bad.values()})
         for request in bad.values():
-            request.draft = ()
+            request.draft = NOTHING
         for (i, request), why in zip(bad.items(), self._why(list(bad.values())), strict=True):
             count = len(request.new_ids)
             what = f"after {count} new tokens" if count else "over the prompt"
@@ -125,3 +124,18 @@ class Heard:
 def entries(requests: Sequence[Request]) -> list[tuple[Row, Sequence[int]]]:
     """What a pass appends to their rows."""
     return [(request.row, request.pending) for request in requests if request.row is not None]
+
+
+def moves(requests: Sequence[Request], found: Sequence[Followed]) -> list[Move]:
+    """What a pass has computed of the tokens that follow, to where it is after a pass without a
+    draft: behind the row's tokens, one after the other."""
+    asked = []
+    for request, tokens in zip(requests, found, strict=True):
+        if request.row is not None and not request.draft.is_chain:
+            first = request.row.length - len(request.draft)
+            nodes = request.draft.path([token for token in tokens if isinstance(token, int)])
+            there = sum(i == node for i, node in enumerate(nodes))  # those in place come first
+            if nodes[there:]:
+                origins = tuple(first + node for node in nodes[there:])
+                asked.append(Move(request.row, first + there, origins))
+    return asked

@@ -12,6 +12,7 @@ from ..request import Request
 from .drafted import Drafted
 from .drafter import Drafter
 from .pace import Pace
+from .tree import NOTHING, Tree, as_tree
 from .worth import Worth
 
 logger = logging.getLogger(__name__)
@@ -72,12 +73,14 @@ class Drafting:
 
     def judge(self, request: Request, agreed: int) -> None:
         """Of the row's draft, so many tokens are its text's."""
-        proposed, name, request.draft = len(request.draft), request.source, ()
+        draft, name, request.draft = request.draft, request.source, NOTHING
         seconds = self._spent.pop(request.uid, 0.0)
-        if not proposed:
+        if not draft:
             return
+        proposed = len(draft)
         request.drafts.setdefault(name, Drafted()).add(proposed, agreed)
-        self._worths[name].hear(proposed, agreed, seconds, self._rows)
+        whole = agreed == draft.deepest
+        self._worths[name].hear(proposed, agreed, seconds, self._rows, whole=whole)
         try:
             self._sources[name].accepted(request.uid, proposed, agreed)
         except Exception:
@@ -118,9 +121,10 @@ class Drafting:
         order = sorted(paying, key=lambda name: -self._worths[name].promise)
         return order[::-1] if self._count % AGAIN == 0 else order
 
-    def _ask(self, name: str, request: Request, most: int) -> tuple[int, ...]:
+    def _ask(self, name: str, request: Request, most: int) -> Tree:
         try:
-            return tuple(self._sources[name].propose(request.uid, request.known, most))[:most]
+            found = self._sources[name].propose(request.uid, request.known, most)
+            return as_tree(found).first(most)
         except Exception:
             logger.warning("a drafter failed: the row goes on without a draft", exc_info=True)
-            return ()
+            return NOTHING

@@ -57,11 +57,15 @@ class Worth:
                 best, rate = length, (rows + gained) / seconds
         return best
 
-    def hear(self, proposed: int, agreed: int, seconds: float, rows: int) -> None:
-        """Of a draft of so many tokens, that took so long to make, beside so many rows."""
+    def hear(
+        self, proposed: int, agreed: int, seconds: float, rows: int, *, whole: bool | None = None
+    ) -> None:
+        """Of a draft of so many tokens, that took so long to make, beside so many rows. ``whole``:
+        the model agreed with a whole branch; None: of a chain, which ``agreed`` tells."""
         keep = 1 - 1 / MEMORY
         self._right = self._right * keep + agreed
-        self._wrong = self._wrong * keep + (agreed < proposed)
+        whole = agreed == proposed if whole is None else whole
+        self._wrong = self._wrong * keep + (not whole)
         known, each = self._token_seconds, seconds / proposed
         known = known or each
         self._token_seconds = known + (each - known) * (FASTER if each < known else SLOWER)

@@ -9,6 +9,7 @@ import torch
 
 from ..models.config import ModelConfig
 from .host import HostTier, TokenShape
+from .moves import Move, moved_places
 from .rows import Row, Rows, Span, make_spans
 from .transfers import Transfers, open_transfers
 
@@ -101,6 +102,24 @@ class KVCache:
         """The pass is complete in every layer."""
         for row, number in self._batch:
             row.length += number
+            row.moved_from = None
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Move tokens to other places in their rows, in every layer, between passes. Waits for what
+        is on its way to host memory."""
+        if not moves:
+            return
+        for span in self.rows.spans:
+            origins, goals = (
+                torch.tensor(places, device=self.device) for places in moved_places(moves, span)
+            )
+            for layer_idx, memory in self._memory.items():
+                if self._spans[layer_idx] is span:
+                    memory[goals] = memory[origins]
+        if self.host is not None:
+            self.host.move(moves)
+        for move in moves:
+            move.row.moved_from = move.first
 
     def close(self) -> None:
         """Return all memory, after the streamer has been closed."""

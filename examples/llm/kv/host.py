@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from .int8 import Int8Rows
+from .moves import Move, moved_places
 from .pinned import GrowingMemory
 from .regions import BLOCK
 from .rows import Row, Span
@@ -71,6 +72,15 @@ class Fetch:
     slot: Slot
     lengths: Mapping[int, int] | None
     """By row's uid, up to which token; None: the slot could not be touched."""
+    passes: int
+    """How many had begun when it was begun."""
+
+    def there(self, row: Row, passes: int) -> int:
+        """Up to which token a row is there in a pass, which is that of so many: what has moved
+        before that pass began, and after it was fetched, is not."""
+        length = (self.lengths or {}).get(row.uid, 0)
+        moved_from = None if self.passes == passes else row.moved_from
+        return length if moved_from is None else min(length, moved_from)
 
 
 @dataclass(slots=True, eq=False)
@@ -114,9 +124,9 @@ class HostTier:
         self._places = max(span.places for span in spans.values())
         self._slots: list[Slot] = []
         self._work: torch.Tensor | None = None
-        self._calls = 0
+        self._calls = self._passes = 0
         self._fetched: dict[int, Fetch] = {}
-        self._barrier = transfers.event()
+        self._barrier, self._home = transfers.event(), transfers.event()
         self.late_nbytes = 0
         """Bytes that had not been prefetched, of all passes."""
 
@@ -142,7 +152,7 @@ class HostTier:
         layer = self._layers.get(layer_idx)
         if layer is None:
             return
-        slot = self._slots[self._calls % len(self._slots)]
+        slot, passes = self._slots[self._calls % len(self._slots)], self._passes
         self._calls += 1
         lengths = None
         if not slot.in_use:
@@ -155,7 +165,7 @@ class HostTier:
             # The streamer lets the pass wait for all that is on this stream by now.
             self._transfers.copy(pairs, stream)
             lengths = {row.uid: length for row, length in rows}
-        self._fetched[layer_idx] = Fetch(slot, lengths)
+        self._fetched[layer_idx] = Fetch(slot, lengths, passes)
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Before a pass over these rows begins, of which each layer gets its present length."""
@@ -166,18 +176,19 @@ class HostTier:
         present = tuple((row, row.length) for row in rows)
         for layer in self._layers.values():
             layer.rows = present
+        self._passes += 1  # last: what sees it fetches these rows, as they are now
 
     def open(self, layer_idx: int, rows: Sequence[Row]) -> torch.Tensor:
         """The layer's keys and values on the device: (places, 2, G, E), all rows' in place."""
         layer, fetch = self._layers[layer_idx], self._fetched[layer_idx]
         slot, current = fetch.slot, self._transfers.current()
         slot.in_use = True
-        there = fetch.lengths or {}
+        there = [(row, fetch.there(row, self._passes)) for row in rows]
         missing = [
             pair
-            for row in rows
-            if there.get(row.uid, 0) < row.length
-            for pair in self._inward(layer, slot, row, there.get(row.uid, 0), row.length)
+            for row, length in there
+            if length < row.length
+            for pair in self._inward(layer, slot, row, length, row.length)
         ]
         if missing:
             # It has come home: the copier's stream, which this one follows, has waited for it.
@@ -213,6 +224,18 @@ class HostTier:
         transfers.record(slot.drained, transfers.back)
         layer.rows = tuple((row, end) for row, _, end in new)
         slot.in_use = False
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Move tokens at home, where a pass has sent them; rows' ``moved_from`` is the caller's."""
+        self._transfers.record(self._home, self._transfers.back)
+        self._transfers.block(self._home)
+        for span in {layer.span for layer in self._layers.values()}:
+            places = moved_places(moves, span)
+            origins, goals = (torch.tensor(numbers, device="cpu") for numbers in places)
+            for layer in self._layers.values():
+                if layer.span == span:
+                    tokens = layer.memory.memory.view(-1, self.token_nbytes)
+                    tokens[goals] = tokens[origins]
 
     def close(self) -> None:
         """Give page locks and slots back, once no transfer is under way."""

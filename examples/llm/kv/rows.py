@@ -66,6 +66,8 @@ class Row:
     """Tokens whose keys and values are in place in every layer."""
     reach: int = 0
     """Tokens up to which places may have been written: a pass that failed wrote beyond length."""
+    moved_from: int | None = None
+    """From which token on some have moved since the last pass; None: none have."""
     dropped: bool = False
     uid: int = field(default_factory=lambda: next(_uids))
 
@@ -81,6 +83,11 @@ class Row:
         if offset + number <= size:
             return [(start + offset, number)]
         return [(start + offset, size - offset), (start, number - (size - offset))]
+
+    def place(self, span: Span, position: int) -> int:
+        """Where one position is, or would be."""
+        start, size = self.starts[span]
+        return start + position % size
 
     def holds(self, span: Span, first: int, end: int) -> bool:
         """True if the positions from first to end can lie in the span at the same time."""

@@ -61,6 +61,19 @@ def attend(
     return _attend_many(q_HTE, k_GPE, v_GPE, scale, None)
 
 
+def attend_masked(
+    q_HTE: torch.Tensor,
+    k_GPE: torch.Tensor,
+    v_GPE: torch.Tensor,
+    mask_TP: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Softmax attention in which each query sees those positions where its mask is True, at least
+    one."""
+    return _by_group(q_HTE, k_GPE, v_GPE, scale, mask_TP)
+
+
 def _attend_many(
     q_HTE: torch.Tensor,
     k_GPE: torch.Tensor,

@@ -5,13 +5,15 @@ Nothing is padded: norms and matrices see packed tokens, and only attention know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
+from ..drafts.tree import Tree
 from ..kv.rows import Row
+from .branches import Branches
 
 Entry = tuple[Row, Sequence[int]]
 """A row and the tokens that a pass appends to it."""
@@ -27,6 +29,14 @@ class Piece:
     count: int
     position: int
     """Of the first of them in its row."""
+    branches: Branches | None = None
+    """Where some of them are a draft that is no chain; then ``position`` is a place."""
+
+    def seen(self, window: int | None) -> int:
+        """From which place of its row on something is seen by them."""
+        if self.branches is not None:
+            return self.branches.seen(self.position, self.position + self.count, window)
+        return 0 if window is None else max(0, self.position - window + 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,13 +75,19 @@ def pack(
     chunk_tokens: int,
     device: torch.device,
     wanted: Sequence[int] | None = None,
+    trees: Mapping[int, Tree] | None = None,
 ) -> Batch:
     """Lay the tokens of a pass out; what the device needs to know goes there in one transfer.
 
-    ``wanted``: of how many of its last tokens each row's logits are; None: of one.
+    ``wanted``: of how many of its last tokens each row's logits are; None: of one. ``trees``: by
+    the number of its row, a draft that is no chain, whose tokens are the row's last ones.
     """
     ids = [token for _, tokens in entries for token in tokens]
     rows = tuple((row, len(tokens)) for row, tokens in entries)
+    branches = {
+        i: Branches(rows[i][0].length + rows[i][1] - len(tree), tree, device)
+        for i, tree in (trees or {}).items()
+    }
     ends = accumulate(number for _, number in rows)
     table = [
         (row.length, end - number, number) for end, (row, number) in zip(ends, rows, strict=True)
@@ -84,6 +100,11 @@ def pack(
         count_R
     )
     lengths = (known_R + count_R).repeat_interleave(count_R)
+    for i, own in branches.items():
+        _, first, number = table[i]
+        positions[first + number - len(own.tree) : first + number] = torch.tensor(
+            own.positions, device="cpu"
+        )
     wanted_R = torch.ones_like(count_R) if wanted is None else torch.tensor(wanted, device="cpu")
     ends_R = wanted_R.cumsum(0)
     # Of the i-th that is wanted, its place among those of its row, and from there in the pass.
@@ -95,17 +116,23 @@ def pack(
     chunks = []
     for first in range(0, len(ids), chunk_tokens):
         end = min(first + chunk_tokens, len(ids))
-        pieces = _pieces(rows, first, end)
+        pieces = _pieces(rows, branches, first, end)
         chunks.append(Chunk(first, pieces, positions_N[first:end], lengths_N[first:end]))
     return Batch(torch.tensor(ids, device="cpu"), rows, tuple(chunks), last_R)
 
 
-def _pieces(rows: Sequence[tuple[Row, int]], first: int, end: int) -> tuple[Piece, ...]:
+def _pieces(
+    rows: Sequence[tuple[Row, int]], branches: Mapping[int, Branches], first: int, end: int
+) -> tuple[Piece, ...]:
     """The rows' parts of the tokens from first to end of a pass."""
     pieces, at = [], 0
-    for row, number in rows:
+    for i, (row, number) in enumerate(rows):
         start, stop = max(at, first), min(at + number, end)
         if start < stop:
-            pieces.append(Piece(row, start - first, stop - start, row.length + start - at))
+            own = branches.get(i)
+            if own is not None and row.length + stop - at <= own.first:
+                own = None  # none of the tree's
+            place = row.length + start - at
+            pieces.append(Piece(row, start - first, stop - start, place, own))
         at += number
     return tuple(pieces)

@@ -13,7 +13,7 @@ import torch
 
 from ..kv.rows import Row, Span
 from ..models.config import ModelConfig
-from .attention import attend, attend_rows
+from .attention import attend, attend_masked, attend_rows
 from .batch import Chunk, Piece
 
 GATHER_NBYTES = 64 << 20
@@ -40,7 +40,11 @@ class RowAttention:
     def __init__(self, chunk: Chunk, config: ModelConfig, *, most_together: int) -> None:
         """Rows that decode are taken together if they have up to ``most_together`` tokens."""
         self._config = config
-        short = [p for p in chunk.pieces if p.count == 1 and p.position < most_together]
+        short = [
+            p
+            for p in chunk.pieces
+            if p.count == 1 and p.branches is None and p.position < most_together
+        ]
         self._together = short if len(short) > 1 else []
         taken = set(map(id, self._together))
         self._single = [piece for piece in chunk.pieces if id(piece) not in taken]
@@ -64,7 +68,12 @@ class RowAttention:
         for piece in self._single:
             part = slice(piece.offset, piece.offset + piece.count)
             k, v = store_and_look_back(span, memory, piece, k_GTE[:, part], v_GTE[:, part])
-            mixed = attend(q_HTE[:, part], k, v, scale=scale, window=span.window)
+            if piece.branches is None:
+                mixed = attend(q_HTE[:, part], k, v, scale=scale, window=span.window)
+            else:
+                seen, end = piece.seen(span.window), piece.position + piece.count
+                mask = piece.branches.mask(piece.position, end, seen, span.window)
+                mixed = attend_masked(q_HTE[:, part], k, v, mask, scale=scale)
             mixed_THE[part] = mixed.transpose(0, 1)
         if self._together:
             if span not in self._groups:
@@ -84,7 +93,7 @@ def store_and_look_back(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Store a row's new tokens; keys and values (G, P, E) of all that its queries see."""
     first, end = piece.position, piece.position + piece.count
-    seen = 0 if span.window is None else max(0, first - span.window + 1)
+    seen = piece.seen(span.window)
     if piece.row.holds(span, seen, end):
         _store(span, memory, piece.row, (first, end), k_GTE, v_GTE)
         both = _read(span, memory, piece.row, seen, end)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..drafts.tree import Tree
 from ..kernels.triton_support import triton_serves
 from ..kv.cache import KVCache
 from ..models.config import ModelConfig
@@ -114,15 +115,16 @@ class Runner:
         entries: Sequence[Entry],
         *,
         every_position: bool = False,
-        wanted: Sequence[int] | None = None,
+        drafts: Sequence[Tree] | None = None,
         on_layer: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
         """Append tokens to rows, in one pass over the model.
 
-        Returns the float32 logits of what follows each row's last token (rows, vocab_size), of what
-        follows each of its last ``wanted`` ones, or of what follows each token, (tokens,
-        vocab_size), packed as the rows are. ``on_layer`` hears of each layer as it starts. A pass
-        that fails leaves the rows as they were.
+        Returns the float32 logits of what follows each row's last token (rows, vocab_size), or of
+        what follows each token, (tokens, vocab_size), packed as the rows are. ``drafts``: one of
+        each row, whose tokens are its last ones; logits are of what follows these, and the token
+        before them. ``on_layer`` hears of each layer as it starts. A pass that fails leaves the
+        rows as they were.
         """
         count = sum(len(ids) for _, ids in entries)
         if count > self.most_tokens:
@@ -131,9 +133,10 @@ class Runner:
         with torch.inference_mode():
             logits = self._decode(entries) if on_layer is None else None
             if logits is None:
+                wanted = None if drafts is None else [1 + len(draft) for draft in drafts]
                 if every_position:
                     wanted = [len(ids) for _, ids in entries]
-                step = self._stream(entries, wanted=wanted, on_layer=on_layer)
+                step = self._stream(entries, wanted=wanted, drafts=drafts, on_layer=on_layer)
                 logits = step.logits
         self.kv.end()
         return logits
@@ -148,7 +151,7 @@ class Runner:
         is ``around(step, batch, x_ND)``, where x_ND are the residuals before it."""
         self.kv.begin([(row, len(ids)) for row, ids in entries])
         with torch.inference_mode():
-            self._stream(entries, wanted=None, on_layer=None, around=around)
+            self._stream(entries, on_layer=None, around=around)
 
     def close(self) -> None:
         """Let go of the layers, after the streamer has been closed. Idempotent."""
@@ -159,13 +162,15 @@ class Runner:
         self,
         entries: Sequence[Entry],
         *,
-        wanted: Sequence[int] | None,
+        wanted: Sequence[int] | None = None,
+        drafts: Sequence[Tree] | None = None,
         on_layer: Callable[[int], object] | None,
         around: Callable[[Step, Batch, Any], Step] = lambda step, batch, x_ND: step,
     ) -> RunnerStep:
         """A pass of the streamer."""
         with fast_kernels(self.kv.device):
-            batch = pack(entries, self._chunking.tokens, self.kv.device, wanted)
+            trees = {i: tree for i, tree in enumerate(drafts or ()) if not tree.is_chain}
+            batch = pack(entries, self._chunking.tokens, self.kv.device, wanted, trees)
             attentions = [self.attention(chunk) for chunk in batch.chunks]
             logits = torch.empty(
                 len(batch.last), self.config.vocab_size, dtype=torch.float32, device=self.kv.device

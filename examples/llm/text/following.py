@@ -1,9 +1,10 @@
 """The tokens of each row after a pass that has looked at a draft of it, or at none.
 
 The target decides, whatever was drafted: at each token of the draft the row's own sampler chooses
-from the target's logits, as it would without a draft, and goes on while it chooses what was drafted
-(SpecExec, arXiv 2406.02532). So the text is the one without drafts, for every draft; and a row
-draws one random number for each token that it gets, so the same seed gives the same text.
+from the target's logits, as it would without a draft, and goes on while it chooses one of those
+that were drafted to follow it (SpecExec, arXiv 2406.02532). So the text is the one without drafts,
+for every draft; and a row draws one random number for each token that it gets, so the same seed
+gives the same text.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..drafts.tree import ROOT, Tree
 from .sampling import Sampler, choose_tokens
 
 Followed = list[int | Exception]
@@ -21,10 +23,10 @@ are not numbers from the first on."""
 
 
 def follow(
-    logits_NV: torch.Tensor, samplers: Sequence[Sampler], drafts: Sequence[Sequence[int]]
+    logits_NV: torch.Tensor, samplers: Sequence[Sampler], drafts: Sequence[Tree]
 ) -> list[Followed]:
     """What follows in every row. Waits for the device, and with a draft of a row that draws, once
-    for each token of it.
+    for each token that it gets.
 
     ``logits_NV``: of each row, packed, what follows its last token that is no draft, and what
     follows each token of its draft. A row ends before logits that are not numbers, which the next
@@ -46,21 +48,19 @@ def follow(
 def _follow(
     logits_CV: torch.Tensor,
     sampler: Sampler,
-    draft: Sequence[int],
+    draft: Tree,
     ahead: tuple[list[float], list[int]],
 ) -> Followed:
     """One row's. ``ahead``: of each of its logits the largest, and which token that is."""
     tokens: Followed = []
-    for i, (largest, likeliest) in enumerate(zip(*ahead, strict=True)):
-        if not math.isfinite(largest):
-            break
+    node: int | None = ROOT
+    while node is not None and math.isfinite(ahead[0][1 + node]):
         try:
             takes = sampler.takes_likeliest
-            token = likeliest if takes else int(sampler.choose(logits_CV[i]))
+            token = ahead[1][1 + node] if takes else int(sampler.choose(logits_CV[1 + node]))
         except Exception as error:  # of this row: the others go on
             tokens.append(error)
             break
         tokens.append(token)
-        if i == len(draft) or token != draft[i]:
-            break
+        node = draft.child(node, token)
     return tokens

@@ -179,7 +179,7 @@ def test_a_pass_without_a_draft_comes_before_the_first_one() -> None:
     assert not request.draft
     drafting.hear(1, 0.2)
     drafting.propose([request], 64)
-    assert request.draft == (1,)
+    assert request.draft.tokens == (1,)
 
 
 def test_nothing_is_promised_before_the_first_draft() -> None:

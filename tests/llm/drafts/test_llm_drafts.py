@@ -12,6 +12,7 @@ import torch
 from byte_model import byte_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scripted_drafts import CHOICES, NEW, SAMPLED, Script, drafted, texts_of
 from small_engine import PROMPTS, make_engine
 from zoo import zoo_model
 
@@ -19,42 +20,11 @@ from layer_streamer.llm.drafts.drafting import MOST_DRAFTED, Drafting
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.request import Known
 
-NEW = 24
-SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 20, "seed": 3}
-CHOICES: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "sampled": SAMPLED,
-    "punished": {"temperature": 0.0, "repetition_penalty": 1.3},
-    "sampled and punished": SAMPLED | {"repetition_penalty": 1.3, "top_p": 0.9},
-}
 TIERS: dict[str, dict[str, Any]] = {
     "device": {"kv": "device"},
     "host": {"kv": "host"},
     "chunks": {"kv": "device", "prefill_chunk": 3},
 }
-
-
-class Script:
-    """Drafts by the texts that are known to come, as wrong as asked for."""
-
-    def __init__(self, texts: Sequence[Sequence[int]], how: Any) -> None:
-        self.texts, self.how = [tuple(text) for text in texts], how
-        self.rows: set[int] = set()
-        self.judged: list[tuple[int, int]] = []
-
-    def propose(self, uid: int, ids: Sequence[int], most: int) -> Sequence[int]:
-        self.rows.add(uid)
-        known = list(ids)
-        (text,) = [text for text in self.texts if list(text[: len(known)]) == known]
-        found: Sequence[int] = self.how(list(text[len(known) :]), most)
-        return found
-
-    def accepted(self, uid: int, proposed: int, agreed: int) -> None:
-        assert uid in self.rows and 0 <= agreed <= proposed
-        self.judged.append((proposed, agreed))
-
-    def forget(self, uid: int) -> None:
-        self.rows.discard(uid)
 
 
 def right(rest: list[int], most: int) -> list[int]:
@@ -85,33 +55,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(path: Path) -> Iterator[StreamingEngine]:
     with make_engine(path, lookup=True) as engine:
         yield engine
-
-
-def texts_of(engine: StreamingEngine, **options: Any) -> list[Any]:
-    """What comes without drafts, all prompts in one batch."""
-    engine._drafting = None
-    found: list[Any] = engine.generate(
-        PROMPTS, return_details=True, **({"max_new_tokens": NEW} | options)
-    )
-    return found
-
-
-def drafted(engine: StreamingEngine, plain: Sequence[Any], how: Any, **options: Any) -> Script:
-    """The same with drafts; fails unless every row gets the same."""
-    texts = [[*prompt, *done.ids] for prompt, done in zip(PROMPTS, plain, strict=True)]
-    script = Script(texts, how)
-    engine._drafting = Drafting({"script": script})
-    try:
-        found = engine.generate(PROMPTS, return_details=True, **({"max_new_tokens": NEW} | options))
-    finally:
-        engine._drafting = None
-    for one, other in zip(found, plain, strict=True):
-        same = ("ids", "text", "finish_reason", "prompt_tokens", "error")
-        assert [getattr(one, n) for n in same] == [getattr(other, n) for n in same]
-        assert one.drafted >= one.agreed >= 0
-        assert one.passes + one.agreed == len(one.ids)
-    assert not script.rows, "rows that have ended were not left"
-    return script
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -170,10 +113,10 @@ def test_a_pass_looks_at_no_more_drafted_tokens_than_was_planned_for(shared: Any
     plain = texts_of(shared, temperature=0.0)
     forward, most = shared._runner.forward, 0
 
-    def counting(entries: Any, *, wanted: Sequence[int], **options: Any) -> torch.Tensor:
+    def counting(entries: Any, *, drafts: Sequence[Any], **options: Any) -> torch.Tensor:
         nonlocal most
-        most = max(most, sum(wanted) - len(entries))
-        return forward(entries, wanted=wanted, **options)
+        most = max(most, sum(map(len, drafts)))
+        return forward(entries, drafts=drafts, **options)
 
     shared._runner.forward = counting
     try:

@@ -1,0 +1,56 @@
+"""Where the tokens of a draft that is a tree are in their row, and what each of them sees.
+
+They lie behind the row's tokens one after the other, as those of a chain do: that is their *place*.
+Their *position* goes by how many tokens they follow, so those that may follow the same one have the
+same. A token sees the row's own tokens, those that it follows, and itself; of these its window
+leaves out what a position is too far away.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..drafts.tree import Tree
+
+
+class Branches:
+    """One row's. Lives as long as its pass."""
+
+    def __init__(self, first: int, tree: Tree, device: torch.device) -> None:
+        """``first``: the place of the first token of the tree."""
+        self.first, self.tree = first, tree
+        self.positions = [first - 1 + depth for depth in tree.depths]
+        sees = torch.zeros(len(tree), len(tree), dtype=torch.bool, device="cpu")
+        for node in range(len(tree)):
+            sees[node, tree.branch(node)] = True
+        self._sees_NN = sees.to(device)
+        self._positions_N = torch.tensor(self.positions, device="cpu").to(device)
+        self._masks: dict[tuple[int, int, int, int | None], torch.Tensor] = {}
+
+    def seen(self, begin: int, end: int, window: int | None) -> int:
+        """From which place on something is seen by the tokens at places from begin to end."""
+        if window is None:
+            return 0
+        nodes = self.positions[max(begin - self.first, 0) : end - self.first]
+        earliest = min([*nodes, begin])
+        return min(max(0, earliest - window + 1), self.first)
+
+    def mask(self, begin: int, end: int, seen: int, window: int | None) -> torch.Tensor:
+        """Which of the places from ``seen`` to ``end`` each of those from ``begin`` on sees: (T, P)
+        of bools, True where it does. ``seen`` is not behind the first token of the tree."""
+        key = (begin, end, seen, window)
+        if key not in self._masks:
+            self._masks[key] = self._mask(*key)
+        return self._masks[key]
+
+    def _mask(self, begin: int, end: int, seen: int, window: int | None) -> torch.Tensor:
+        device, first, count = self._sees_NN.device, self.first, end - self.first
+        places_P = torch.arange(seen, end, device=device)
+        mask = places_P <= places_P[begin - seen :, None]
+        before = max(begin - first, 0)
+        mask[max(first - begin, 0) :, first - seen :] = self._sees_NN[before:count, :count]
+        if window is not None:
+            positions_P = places_P.clone()
+            positions_P[first - seen :] = self._positions_N[:count]
+            mask &= positions_P > positions_P[begin - seen :, None] - window
+        return mask

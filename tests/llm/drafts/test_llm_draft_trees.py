@@ -1,0 +1,224 @@
+"""Drafts that are trees, whatever they are, leave the text as it is, and each token of them is
+computed as if its branch stood alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from assets import open_runner, relative_error, tiny_checkpoint
+from byte_model import byte_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scripted_drafts import CHOICES, NEW, SAMPLED, Script, drafted, texts_of
+from small_engine import PROMPTS, make_engine
+from zoo import IDS, zoo_model
+
+from layer_streamer.llm.drafts.drafting import Drafting
+from layer_streamer.llm.drafts.tree import ROOT, Tree
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.passes.runner import Chunking, Runner
+
+WINDOWS = ["mistral", "gemma3_text", "qwen2-window"]
+TIERS: dict[str, dict[str, Any]] = {
+    "device": {"kv": "device"},
+    "host": {"kv": "host"},
+    "chunks": {"kv": "device", "prefill_chunk": 3},
+    "chunks on the host": {"kv": "host", "prefill_chunk": 3},
+}
+How = Callable[[list[int], int], Tree]
+
+
+def shuffled(tree: Tree, dice: random.Random) -> Tree:
+    """The same tree in another order."""
+    ready = [i for i, parent in enumerate(tree.parents) if parent == ROOT]
+    order: list[int] = []
+    while ready:
+        node = ready.pop(dice.randrange(len(ready)))
+        order.append(node)
+        ready += [i for i, parent in enumerate(tree.parents) if parent == node]
+    at = {ROOT: ROOT} | {node: i for i, node in enumerate(order)}
+    return Tree(
+        tuple(tree.tokens[node] for node in order), tuple(at[tree.parents[node]] for node in order)
+    )
+
+
+def grown(seed: int) -> How:
+    """What follows for a while, or more than that, somewhere in a tree of other tokens; of any
+    size, more than is asked for, none."""
+    dice = random.Random(seed)
+
+    def how(rest: list[int], most: int) -> Tree:
+        good = [*rest, 7, 8, 9][: dice.randrange(len(rest) + 4)]
+        tokens, parents = good[: dice.randrange(9)], list(range(ROOT, len(good)))
+        parents = parents[: len(tokens)]
+        for _ in range(dice.randrange(most + 8)):
+            likely = dice.choice(tokens) if tokens and dice.random() < 0.3 else dice.randrange(200)
+            parents.append(dice.randrange(ROOT, len(tokens)))
+            tokens.append(likely)
+        return shuffled(Tree(tuple(tokens), tuple(parents)), dice)
+
+    return how
+
+
+def last(rest: list[int], most: int) -> Tree:
+    """What follows, each time as the last of three; three deep."""
+    tokens, parents, parent = list[int](), list[int](), ROOT
+    for token in rest[: min(3, most // 3)]:
+        tokens += [(token + 1) % 200, (token + 2) % 200, token]
+        parents += [parent] * 3
+        parent = len(tokens) - 1
+    return Tree(tuple(tokens), tuple(parents))
+
+
+def chain(rest: list[int], most: int) -> Tree:
+    """What ``last`` has of the text, alone."""
+    return Tree.chain(rest[: min(3, most // 3)])
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def shared(path: Path) -> Iterator[StreamingEngine]:
+    with make_engine(path, lookup=True) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("how", [last, grown(1)], ids=["last", "grown"])
+def test_a_tree_leaves_the_text_as_it_is(shared: Any, choice: str, how: How) -> None:
+    plain = texts_of(shared, **CHOICES[choice])
+    script = drafted(shared, plain, how, **CHOICES[choice])
+    assert sum(agreed for _, agreed in script.judged) > NEW // 2
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_tree_may_be_verified_wherever_keys_and_values_are(path: Path, tier: str) -> None:
+    with make_engine(path, lookup=True, **TIERS[tier]) as engine:
+        plain = texts_of(engine, **SAMPLED)
+        for how in (last, grown(3)):
+            drafted(engine, plain, how, **SAMPLED)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("tier", ["device", "chunks on the host"])
+def test_a_tree_may_be_verified_where_layers_have_windows(
+    tmp_path: Path, name: str, tier: str
+) -> None:
+    zoo_model(name).save_pretrained(tmp_path)
+    with make_engine(tmp_path, lookup=True, **TIERS[tier]) as engine:
+        plain = texts_of(engine, temperature=0.0, max_new_tokens=40)
+        for how in (last, grown(4)):
+            drafted(engine, plain, how, temperature=0.0, max_new_tokens=40)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10**6), new=st.integers(1, 40), stop=st.booleans())
+def test_any_trees_leave_any_text_as_it_is(shared: Any, seed: int, new: int, stop: bool) -> None:
+    options: dict[str, Any] = {"temperature": 0.8, "seed": seed, "max_new_tokens": new}
+    plain = texts_of(shared, **options)
+    if stop and len(plain[0].text) > 4:
+        options["stop"] = plain[0].text[2:4]
+        plain = texts_of(shared, **options)
+    drafted(shared, plain, grown(seed), **options)
+
+
+def test_a_branch_is_followed_as_far_as_it_would_be_alone(shared: Any) -> None:
+    plain = texts_of(shared, temperature=0.0)
+    trees = drafted(shared, plain, last, temperature=0.0)
+    chains = drafted(shared, plain, chain, temperature=0.0)
+    assert [agreed for _, agreed in trees.judged] == [agreed for _, agreed in chains.judged]
+
+
+def test_a_kept_row_goes_on_from_what_a_tree_has_left(shared: Any) -> None:
+    prompt = PROMPTS[2]
+    options: dict[str, Any] = {"temperature": 0.0, "reuse_prefix": True, "return_details": True}
+    shared._drafting = None
+    plain = shared.generate(prompt, max_new_tokens=8, **options)
+    longer = [*prompt, *plain.ids, 5, 6]
+    after = shared.generate(longer, max_new_tokens=8, **options)
+    shared.generate([1], max_new_tokens=1)
+    texts = [[*prompt, *plain.ids, *([9] * 30)], [*longer, *after.ids]]
+    shared._drafting = Drafting({"script": Script(texts, last)})
+    try:
+        assert shared.generate(prompt, max_new_tokens=8, **options).ids == plain.ids
+        assert shared.generate(longer, max_new_tokens=8, **options).ids == after.ids
+    finally:
+        shared._drafting = None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parents"),
+    [((1, 2), (0, -1)), ((1, 2), (-1, 1)), ((1,), (-2,)), ((1, 2), (-1,)), ((1.5,), (-1,))],
+)
+def test_what_is_no_tree_is_a_failure_of_its_drafter(
+    shared: Any, tokens: Any, parents: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = texts_of(shared, temperature=0.0, max_new_tokens=6)
+    drafted(
+        shared, plain, lambda rest, most: Tree(tokens, parents), temperature=0.0, max_new_tokens=6
+    )
+    assert "a drafter failed" in caplog.text
+
+
+def test_a_tree_that_is_too_large_is_cut_to_its_first_tokens() -> None:
+    tree = Tree((1, 2, 3, 4), (-1, -1, 0, 2))
+    assert tree.first(3) == Tree((1, 2, 3), (-1, -1, 0)) and tree.first(4) is tree
+    assert Tree.chain([4, 5]).is_chain and Tree().is_chain and not tree.is_chain
+    assert (tree.depths, tree.deepest, list(tree.branches())) == ([1, 1, 2, 3], 3, [[1], [0, 2, 3]])
+
+
+def random_tree(dice: random.Random, most: int) -> Tree:
+    parents = [dice.randrange(ROOT, i) if i else ROOT for i in range(dice.randint(2, most))]
+    return Tree(tuple(dice.choices(IDS, k=len(parents))), tuple(parents))
+
+
+def check_nodes(runner: Runner, seed: int, prompt: int) -> None:
+    """Logits of every token of a tree, beside another row's, against those of its branch alone;
+    then those of what follows the deepest branch, which has moved."""
+    dice = random.Random(seed)
+    trees = [random_tree(dice, 20), random_tree(dice, 9)]
+    rows = [runner.kv.rows.add(prompt + 90) for _ in range(3)]
+    first, second, alone = (row for row in rows if row is not None)
+    runner.forward([(first, IDS[:prompt]), (second, IDS[3:9])])
+    entries = [(first, [5, *trees[0].tokens]), (second, [6, *trees[1].tokens])]
+    found = runner.forward(entries, drafts=trees)
+    tree = trees[0]
+    for node in range(len(tree)):
+        branch = [tree.tokens[i] for i in tree.branch(node)]
+        runner.kv.rows.truncate(alone, 0)
+        runner.forward([(alone, [*IDS[:prompt], 5])])
+        expected = runner.forward([(alone, branch)])
+        assert relative_error(found[1 + node], expected[0]) <= 1e-5
+    for row in (first, second, alone):
+        runner.kv.rows.drop(row)
+
+
+NODES = ["llama", "llama-one-kv-head", "gemma3_text", "mistral", "qwen2-window"]
+PATHS: dict[str, dict[str, Any]] = {
+    "device": {},
+    "chunks": {"chunking": Chunking(tokens=4, group_rows=True)},
+    "host": {"host_layers": (0, 1), "chunking": Chunking(tokens=6)},
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("tier", PATHS)
+def test_each_token_of_a_tree_is_computed_as_in_its_branch_alone(
+    tmp_path: Path, name: str, tier: str
+) -> None:
+    tiny_checkpoint(tmp_path, zoo_model(name))
+    config = load_config(tmp_path)
+    with open_runner(
+        tmp_path, config, tokens=1024, max_rows=3, dtype=torch.float32, **PATHS[tier]
+    ) as runner:
+        for seed, prompt in enumerate((1, 14, 40)):
+            check_nodes(runner, seed, prompt)
