@@ -15,6 +15,7 @@ from late_transfers import Interrupted, LateTransfers
 from ordering import HANG_SECONDS, NUM_LAYERS, TENSORS, open_on
 
 from layer_streamer.llm.kv.host import HostTier, Slot, TokenShape
+from layer_streamer.llm.kv.moves import Move
 from layer_streamer.llm.kv.rows import Row, Rows, make_spans
 
 TOKENS = 1024
@@ -22,6 +23,7 @@ WAITS = [
     ("copier", "barrier"),
     ("copier", "drained"),
     ("back", "used"),
+    ("host", ""),
 ]
 """Who waits for what: taking out any of them must be seen."""
 
@@ -69,7 +71,10 @@ class LateEngine:
                 self.transfers.interrupts = 0.0
             for row, count in batch:
                 row.length += count
+                row.moved_from = None
                 self.texts[row] += new[row]
+                if count > 1 and self._random.random() < 0.5:
+                    self._keep_some(row, count)
 
     def _change_rows(self) -> None:
         dice = self._random
@@ -84,6 +89,16 @@ class LateEngine:
             row = self.rows.add(256)
             assert row is not None
             self.texts[row] = []
+
+    def _keep_some(self, row: Row, count: int) -> None:
+        """The last tokens were a tree, and some of them follow, perhaps none that is in place."""
+        first = row.length - count
+        kept = sorted(self._random.sample(range(first, row.length), self._random.randint(1, 3)))
+        self.host.move([Move(row, first, tuple(kept))])
+        row.moved_from = first
+        text = self.texts[row]
+        text[first:] = [text[place] for place in kept]
+        self.rows.truncate(row, len(text))
 
     def _layer(self, layer_idx: int, batch: Any, new: dict[Row, list[int]]) -> int:
         if layer_idx == self._fails_at:
