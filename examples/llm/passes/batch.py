@@ -49,7 +49,8 @@ class Chunk:
     positions: torch.Tensor
     """(T,): each token's position in its row."""
     lengths: torch.Tensor
-    """(T,): how many tokens its row has after the pass."""
+    """(T,): how many tokens its row has after the pass, without those that are a draft; to one of
+    these it ends with it."""
 
     @property
     def count(self) -> int:
@@ -75,18 +76,19 @@ def pack(
     chunk_tokens: int,
     device: torch.device,
     wanted: Sequence[int] | None = None,
-    trees: Mapping[int, Tree] | None = None,
+    drafts: Sequence[Tree] | None = None,
 ) -> Batch:
     """Lay the tokens of a pass out; what the device needs to know goes there in one transfer.
 
-    ``wanted``: of how many of its last tokens each row's logits are; None: of one. ``trees``: by
-    the number of its row, a draft that is no chain, whose tokens are the row's last ones.
+    ``wanted``: of how many of its last tokens each row's logits are; None: of one. ``drafts``:
+    one of each row, perhaps of no tokens, which are the row's last ones.
     """
     ids = [token for _, tokens in entries for token in tokens]
     rows = tuple((row, len(tokens)) for row, tokens in entries)
     branches = {
         i: Branches(rows[i][0].length + rows[i][1] - len(tree), tree, device)
-        for i, tree in (trees or {}).items()
+        for i, tree in enumerate(drafts or ())
+        if not tree.is_chain
     }
     ends = accumulate(number for _, number in rows)
     table = [
@@ -101,10 +103,12 @@ def pack(
     )
     lengths = (known_R + count_R).repeat_interleave(count_R)
     for i, own in branches.items():
-        _, first, number = table[i]
-        positions[first + number - len(own.tree) : first + number] = torch.tensor(
-            own.positions, device="cpu"
-        )
+        end = sum(table[i][1:])
+        positions[end - len(own.tree) : end] = torch.tensor(own.positions, device="cpu")
+    if drafts is not None:
+        drafted_R = torch.tensor(list(map(len, drafts)), device="cpu")
+        lengths -= drafted_R.repeat_interleave(count_R)
+        lengths = torch.maximum(lengths, positions + 1)
     wanted_R = torch.ones_like(count_R) if wanted is None else torch.tensor(wanted, device="cpu")
     ends_R = wanted_R.cumsum(0)
     # Of the i-th that is wanted, its place among those of its row, and from there in the pass.

@@ -169,8 +169,7 @@ class Runner:
     ) -> RunnerStep:
         """A pass of the streamer."""
         with fast_kernels(self.kv.device):
-            trees = {i: tree for i, tree in enumerate(drafts or ()) if not tree.is_chain}
-            batch = pack(entries, self._chunking.tokens, self.kv.device, wanted, trees)
+            batch = pack(entries, self._chunking.tokens, self.kv.device, wanted, drafts)
             attentions = [self.attention(chunk) for chunk in batch.chunks]
             logits = torch.empty(
                 len(batch.last), self.config.vocab_size, dtype=torch.float32, device=self.kv.device

@@ -120,6 +120,15 @@ def test_a_tree_may_be_verified_where_layers_have_windows(
             drafted(engine, plain, how, temperature=0.0, max_new_tokens=40)
 
 
+def test_drafted_tokens_are_rotated_for_the_lengths_that_they_make(tmp_path: Path) -> None:
+    """Where a rotation goes by how long a row is, each of them ends it."""
+    zoo_model("llama-dynamic").save_pretrained(tmp_path)
+    with make_engine(tmp_path, lookup=True) as engine:
+        plain = texts_of(engine, temperature=0.0, max_new_tokens=40)
+        for how in (chain, last):
+            drafted(engine, plain, how, temperature=0.0, max_new_tokens=40)
+
+
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), new=st.integers(1, 40), stop=st.booleans())
 def test_any_trees_leave_any_text_as_it_is(shared: Any, seed: int, new: int, stop: bool) -> None:
