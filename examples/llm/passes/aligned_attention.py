@@ -20,6 +20,7 @@ from ..models.config import ModelConfig
 from ..models.rope import Rotary, plain_rotate
 from ..models.rope_config import Rope
 from .batch import Chunk, Piece
+from .branches import Branches
 from .row_attention import store_and_look_back
 
 QUERIES, KEYS = 8, 128
@@ -59,25 +60,49 @@ class AlignedAttention:
         for piece in self._chunk.pieces:
             part = slice(piece.offset, piece.offset + piece.count)
             k, v = store_and_look_back(span, memory, piece, k_GTE[:, part], qkv[2][:, part])
-            mixed = self._attend(q_HTE[:, part], k, v, piece, span.window)
-            mixed_THE[part] = mixed.transpose(0, 1)
+            if piece.branches is None:
+                mixed = self._attend(q_HTE[:, part], k, v, piece.position, span.window)
+                mixed_THE[part] = mixed.transpose(0, 1)
+            else:
+                own = q_HTE[:, part], k, v
+                self._attend_branches(own, piece, piece.branches, span.window, mixed_THE[part])
         return mixed_THE.transpose(0, 1)
+
+    def _attend_branches(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        piece: Piece,
+        branches: Branches,
+        window: int | None,
+        out_THE: torch.Tensor,
+    ) -> None:
+        """A piece with tokens of a tree, branch by branch, as if each stood alone."""
+        q_HTE, *both = qkv
+        begin, seen = piece.position, piece.seen(window)
+        for tokens, followed in branches.alone(begin, begin + piece.count):
+            own = [place - begin for place in tokens]
+            at = [place - seen for place in (*range(seen, branches.first), *followed)]
+            position = seen + len(at) - len(own)
+            mixed = self._attend(q_HTE[:, own], *(x[:, at] for x in both), position, window)
+            out_THE[own] = mixed.transpose(0, 1)
 
     def _attend(
         self,
         q_HTE: torch.Tensor,
         k_GPE: torch.Tensor,
         v_GPE: torch.Tensor,
-        piece: Piece,
+        position: int,
         window: int | None,
     ) -> torch.Tensor:
-        """Mixed values (H, T, E) of a row's new tokens, the last T of the P that are given."""
-        end = piece.position + piece.count
-        first_tile = piece.position // QUERIES
-        before = piece.position - first_tile * QUERIES
+        """Mixed values (H, T, E) of a row's tokens from ``position`` on, the last T of the P that
+        are given."""
+        tokens = q_HTE.shape[1]
+        end = position + tokens
+        first_tile = position // QUERIES
+        before = position - first_tile * QUERIES
         count = -(-end // QUERIES) - first_tile
         q = q_HTE.new_zeros(len(q_HTE), count * QUERIES, q_HTE.shape[2], dtype=torch.float32)
-        q[:, before : before + piece.count] = q_HTE
+        q[:, before : before + tokens] = q_HTE
         # (tiles, G, L, E): as each product takes it, in memory of its own
         shape = (k_GPE.shape[0], -1, count, QUERIES, q.shape[2])
         q = q.view(shape).permute(2, 0, 1, 3, 4).contiguous().flatten(2, 3)
@@ -89,7 +114,7 @@ class AlignedAttention:
                     tile.add(first, keys, values)
         mixed = torch.stack([tile.mixed() for tile in tiles], 2)
         mixed = mixed.unflatten(1, (-1, QUERIES)).transpose(2, 3).flatten(0, 1).flatten(1, 2)
-        own: torch.Tensor = mixed[:, before : before + piece.count]
+        own: torch.Tensor = mixed[:, before : before + tokens]
         return own
 
     def _table(self, layer_idx: int) -> torch.Tensor:

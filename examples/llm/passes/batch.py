@@ -102,13 +102,11 @@ def pack(
         count_R
     )
     lengths = (known_R + count_R).repeat_interleave(count_R)
-    for i, own in branches.items():
-        end = sum(table[i][1:])
-        positions[end - len(own.tree) : end] = torch.tensor(own.positions, device="cpu")
     if drafts is not None:
-        drafted_R = torch.tensor(list(map(len, drafts)), device="cpu")
-        lengths -= drafted_R.repeat_interleave(count_R)
-        lengths = torch.maximum(lengths, positions + 1)
+        for i, own in branches.items():
+            end = sum(table[i][1:])
+            positions[end - len(own.tree) : end] = torch.tensor(own.positions, device="cpu")
+        lengths = _lengths(lengths, positions, count_R, drafts)
     wanted_R = torch.ones_like(count_R) if wanted is None else torch.tensor(wanted, device="cpu")
     ends_R = wanted_R.cumsum(0)
     # Of the i-th that is wanted, its place among those of its row, and from there in the pass.
@@ -123,6 +121,17 @@ def pack(
         pieces = _pieces(rows, branches, first, end)
         chunks.append(Chunk(first, pieces, positions_N[first:end], lengths_N[first:end]))
     return Batch(torch.tensor(ids, device="cpu"), rows, tuple(chunks), last_R)
+
+
+def _lengths(
+    lengths_N: torch.Tensor,
+    positions_N: torch.Tensor,
+    count_R: torch.Tensor,
+    drafts: Sequence[Tree],
+) -> torch.Tensor:
+    """Those of a ``Chunk``, of rows that have ``lengths_N`` after the pass with their drafts."""
+    drafted_R = torch.tensor(list(map(len, drafts)), device="cpu")
+    return torch.maximum(lengths_N - drafted_R.repeat_interleave(count_R), positions_N + 1)
 
 
 def _pieces(

@@ -8,6 +8,8 @@ leaves out what a position is too far away.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..drafts.tree import Tree
@@ -34,6 +36,18 @@ class Branches:
         nodes = self.positions[max(begin - self.first, 0) : end - self.first]
         earliest = min([*nodes, begin])
         return min(max(0, earliest - window + 1), self.first)
+
+    def alone(self, begin: int, end: int) -> Iterator[tuple[list[int], list[int]]]:
+        """The tokens at places from begin to end, in parts that follow one another: their places,
+        and those of the tree's tokens that the last one sees."""
+        if begin < self.first:
+            yield list(range(begin, self.first)), []
+        known = set(range(begin - self.first))
+        for branch in self.tree.first(end - self.first).branches():
+            own = [node for node in branch if node not in known]
+            known.update(own)
+            if own:
+                yield [self.first + node for node in own], [self.first + node for node in branch]
 
     def mask(self, begin: int, end: int, seen: int, window: int | None) -> torch.Tensor:
         """Which of the places from ``seen`` to ``end`` each of those from ``begin`` on sees: (T, P)
