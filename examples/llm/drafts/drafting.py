@@ -39,11 +39,14 @@ class Drafting:
         sources: Mapping[str, Drafter],
         pace: Pace | None = None,
         rows: dict[int, Row] | None = None,
+        *,
+        trees: bool = True,
     ) -> None:
         """``sources``: drafters by what they are called, the most trusted first; without ``pace``
         they are asked in that order, for all that there is room for. ``rows``: has, while they are
-        drafted for, the rows of the model's cache by their keys."""
-        self._sources, self._pace = sources, pace
+        drafted for, the rows of the model's cache by their keys. ``trees`` False: passes look
+        at chains only, of a tree at its first branch."""
+        self._sources, self._pace, self._trees = sources, pace, trees
         self._in_cache = {} if rows is None else rows
         self._worths = {name: Worth(pace or Pace()) for name in sources}
         self._spent: dict[int, float] = {}
@@ -124,7 +127,8 @@ class Drafting:
     def _ask(self, name: str, request: Request, most: int) -> Tree:
         try:
             found = self._sources[name].propose(request.uid, request.known, most)
-            return as_tree(found).first(most)
+            tree = as_tree(found)
+            return (tree if self._trees else tree.trunk()).first(most)
         except Exception:
             logger.warning("a drafter failed: the row goes on without a draft", exc_info=True)
             return NOTHING

@@ -150,7 +150,7 @@ def open_drafting(
         sources["lookup"] = Lookup()
     if plan is not None:
         sources[plan.name] = plan.open(target, shared, closing)
-    return Drafting(sources, shared.pace, shared.rows)
+    return Drafting(sources, shared.pace, shared.rows, trees=target.takes_trees)
 
 
 def _plan_self(target: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype) -> SelfPlan:

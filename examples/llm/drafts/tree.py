@@ -61,6 +61,14 @@ class Tree:
         """Those of the first so many."""
         return self if count >= len(self) else Tree(self.tokens[:count], self.parents[:count])
 
+    def trunk(self) -> Tree:
+        """The first that may follow, the first that may follow that one, and so on: a chain."""
+        nodes, node = list[int](), ROOT
+        while node in self.parents:
+            node = self.parents.index(node)
+            nodes.append(node)
+        return self if len(nodes) == len(self) else Tree.chain(self.tokens[i] for i in nodes)
+
     def child(self, node: int, token: int) -> int | None:
         """Where this token is among those that may follow ``node``; the first of equal ones."""
         for i in range(node + 1, len(self.tokens)):

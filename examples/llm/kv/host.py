@@ -12,6 +12,10 @@ pass has begun, and then only after all that was computed before. Whatever was n
 whatever reason, the caller's own stream fetches. A pass that fails may leave copies home under way
 from a slot that is then overwritten: they bring nothing that counts, and what replaces it follows
 on the same stream.
+
+Which of a draft's tokens follow is known only when they are home, and the next pass's first layers
+are on their way: tokens that then move do so in host memory, once all is home, and what was fetched
+before the next pass began counts only up to the first of them.
 """
 
 from __future__ import annotations

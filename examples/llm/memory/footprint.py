@@ -102,6 +102,9 @@ class Footprint:
         if window:
             seen = min(window, needs.kv_tokens) + chunk
             nbytes += chunk * seen * (1 + 2 * size) + seen * 2 * self._token.nbytes
+        if needs.drafted:  # masks of drafts that are trees, in each span; one as floats at a time
+            masks = len(set(config.windows)) + 2 * size
+            nbytes += (needs.drafted + needs.max_batch) * needs.kv_tokens * masks
         if needs.device_type != "cpu":
             kept = needs.packed_nbytes + needs.static_nbytes
             nbytes += 2 * GATHER_NBYTES + FRAGMENTS + (nbytes + kept) // 16

@@ -77,13 +77,13 @@ class AlignedAttention:
         out_THE: torch.Tensor,
     ) -> None:
         """A piece with tokens of a tree, branch by branch, as if each stood alone."""
-        q_HTE, *both = qkv
+        q_HTE, k_GPE, v_GPE = qkv
         begin, seen = piece.position, piece.seen(window)
         for tokens, followed in branches.alone(begin, begin + piece.count):
             own = [place - begin for place in tokens]
             at = [place - seen for place in (*range(seen, branches.first), *followed)]
             position = seen + len(at) - len(own)
-            mixed = self._attend(q_HTE[:, own], *(x[:, at] for x in both), position, window)
+            mixed = self._attend(q_HTE[:, own], k_GPE[:, at], v_GPE[:, at], position, window)
             out_THE[own] = mixed.transpose(0, 1)
 
     def _attend(

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
-from ..drafts.tree import Tree
+from ..drafts.tree import ROOT, Tree
 
 
 class Branches:
@@ -22,10 +23,11 @@ class Branches:
         """``first``: the place of the first token of the tree."""
         self.first, self.tree = first, tree
         self.positions = [first - 1 + depth for depth in tree.depths]
-        sees = torch.zeros(len(tree), len(tree), dtype=torch.bool, device="cpu")
-        for node in range(len(tree)):
-            sees[node, tree.branch(node)] = True
-        self._sees_NN = sees.to(device)
+        sees = np.eye(len(tree), dtype=np.bool_)
+        for node, parent in enumerate(tree.parents):
+            if parent != ROOT:
+                sees[node] |= sees[parent]
+        self._sees_NN = torch.from_numpy(sees).to(device)
         self._positions_N = torch.tensor(self.positions, device="cpu").to(device)
         self._masks: dict[tuple[int, int, int, int | None], torch.Tensor] = {}
 

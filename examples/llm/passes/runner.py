@@ -146,6 +146,11 @@ class Runner:
         """Of one pass: there is room for so many residuals, whatever the rows' windows hold."""
         return len(self._stream_ND)
 
+    @property
+    def takes_trees(self) -> bool:
+        """True: a draft may be a tree; False: a chain only."""
+        return self._ways.takes_trees
+
     def repeat(self, entries: Sequence[Entry], around: Callable[[Step, Batch, Any], Step]) -> None:
         """A pass of the streamer that leaves the rows as they are, for who looks at it: its step
         is ``around(step, batch, x_ND)``, where x_ND are the residuals before it."""

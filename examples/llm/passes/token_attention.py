@@ -64,7 +64,10 @@ class TokenAttention:
         *,
         interleaved: bool,
     ) -> None:
-        """``interleaved``: see ``rope.rotate``."""
+        """``interleaved``: see ``rope.rotate``. ValueError for a draft that is no chain: a program
+        finds positions by their places."""
+        if any(piece.branches is not None for piece in chunk.pieces):
+            raise ValueError("a draft that is a tree: only chains are computed reproducibly here")
         self._chunk, self._config, self._rotary = chunk, config, rotary
         self._parts, self._interleaved = parts, interleaved
         self._numbers = _numbers(chunk, spans).split(AT_ONCE)

@@ -49,6 +49,8 @@ class Ways:
 
     arithmetic: Arithmetic
     attention: Callable[[Chunk], Attention]
+    takes_trees: bool = True
+    """Drafts may be trees; False: chains only."""
 
 
 def fastest(config: ModelConfig, dtype: torch.dtype, *, group_rows: bool) -> Ways:
@@ -71,6 +73,7 @@ def reproducible(config: ModelConfig, kv: KVCache, rotary: Rotary, *, interleave
     return Ways(
         arithmetic,
         lambda chunk: TokenAttention(chunk, config, rotary, spans, parts, interleaved=interleaved),
+        takes_trees=False,
     )
 
 

@@ -14,8 +14,16 @@ from assets import open_runner, relative_error, tiny_checkpoint
 from byte_model import byte_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_drafts import CHOICES, NEW, SAMPLED, Script, drafted, texts_of
-from small_engine import PROMPTS, make_engine
+from small_engine import (
+    CHOICES,
+    NEW,
+    PROMPTS,
+    SAMPLED,
+    Script,
+    drafted,
+    make_engine,
+    texts_of,
+)
 from zoo import IDS, zoo_model
 
 from layer_streamer.llm.drafts.drafting import Drafting
@@ -183,7 +191,30 @@ def test_a_tree_that_is_too_large_is_cut_to_its_first_tokens() -> None:
     tree = Tree((1, 2, 3, 4), (-1, -1, 0, 2))
     assert tree.first(3) == Tree((1, 2, 3), (-1, -1, 0)) and tree.first(4) is tree
     assert Tree.chain([4, 5]).is_chain and Tree().is_chain and not tree.is_chain
+    assert tree.trunk() == Tree.chain([1, 3, 4]) and Tree.chain([4]).trunk() == Tree.chain([4])
     assert (tree.depths, tree.deepest, list(tree.branches())) == ([1, 1, 2, 3], 3, [[1], [0, 2, 3]])
+
+
+def test_where_passes_look_at_chains_only_a_tree_is_its_first_branch(shared: Any) -> None:
+    plain = texts_of(shared, temperature=0.0)
+    forward, seen = shared._runner.forward, list[Tree]()
+
+    def looking(entries: Any, *, drafts: Any, **options: Any) -> torch.Tensor:
+        seen.extend(drafts)
+        return forward(entries, drafts=drafts, **options)
+
+    def twins(rest: list[int], most: int) -> Tree:
+        return Tree((*rest[:2], 5, 6), (ROOT, 0, 0, ROOT)) if len(rest) > 2 else Tree()
+
+    script = Script([[*p, *d.ids] for p, d in zip(PROMPTS, plain, strict=True)], twins)
+    shared._drafting, shared._runner.forward = Drafting({"script": script}, trees=False), looking
+    try:
+        found = shared.generate(PROMPTS, max_new_tokens=NEW, temperature=0.0, return_details=True)
+    finally:
+        shared._drafting = None
+        del shared._runner.forward
+    assert [done.ids for done in found] == [done.ids for done in plain]
+    assert {len(tree) for tree in seen} == {0, 2} and all(tree.is_chain for tree in seen)
 
 
 def random_tree(dice: random.Random, most: int) -> Tree:

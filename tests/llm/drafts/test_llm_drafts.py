@@ -12,8 +12,16 @@ import torch
 from byte_model import byte_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_drafts import CHOICES, NEW, SAMPLED, Script, drafted, texts_of
-from small_engine import PROMPTS, make_engine
+from small_engine import (
+    CHOICES,
+    NEW,
+    PROMPTS,
+    SAMPLED,
+    Script,
+    drafted,
+    make_engine,
+    texts_of,
+)
 from zoo import zoo_model
 
 from layer_streamer.llm.drafts.drafting import MOST_DRAFTED, Drafting
