@@ -8,7 +8,8 @@ opens, with one tokenizer. Every model reads each prompt and its text in one pas
 that the token that it finds likeliest is known at each place: TARGET's have to be the text itself.
 A draft then proposes a chain of at most k tokens where the text has got to. Those up to the first
 that the text does not go on with are accepted, and the pass gives one token more. The first chain
-begins the text: the draft has read the prompt by then.
+begins the text: the draft has read the prompt by then. With others beside it, at each of its
+places the OTHERS next likeliest tokens are proposed, too, one of which the text may go on with.
 
 Prints lines of JSON: for each text how many of its tokens TARGET finds likeliest, and the least
 distance between TARGET's two largest logits: if that is near zero, another order of adding gives
@@ -30,10 +31,14 @@ from typing import Any
 import torch
 from measure import describe_machine
 
+from layer_streamer import LayerStreamer
 from layer_streamer.llm.memory.plan import Wishes
 from layer_streamer.llm.opening import Limits, Model, open_runner, place, plan_memory
 from layer_streamer.llm.passes.runner import Runner
 from layer_streamer.llm.text.tokenizer import chat_ids
+
+OTHERS = 3
+"""Tokens beside each of a chain, as the engine drafts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +67,9 @@ def main() -> None:
     for path in args.drafts:
         draft, agreed = Model.read(path, tell), {}
         for name, logits_TV in read_all(draft, texts):
-            agreed[name] = agrees = find_agreement(texts[name], logits_TV)
-            bits = "".join("01"[agree] for agree in agrees)
-            found = {"draft": path.name, "text": name, **describe([agrees], chains)}
+            agreed[name] = ranks = find_ranks(texts[name], logits_TV)
+            bits = "".join("01"[rank == 0] for rank in ranks)
+            found = {"draft": path.name, "text": name, **describe([ranks], chains)}
             print(json.dumps({**found, "agrees": bits}), flush=True)
         found = {"draft": path.name, "text": "all", **describe(list(agreed.values()), chains)}
         print(json.dumps(found), flush=True)
@@ -95,7 +100,7 @@ def read_all(model: Model, texts: Mapping[str, Text]) -> Iterator[tuple[str, tor
             row = runner.kv.rows.add(most)
             assert row is not None  # the one before has been dropped
             ids = [*text.prompt, *text.ids[:-1]]
-            yield name, runner.forward([(row, ids)], wanted=[len(text.ids)])
+            yield name, runner.forward([(row, ids)], every_position=True)[len(text.prompt) - 1 :]
             runner.kv.rows.drop(row)
 
 
@@ -105,6 +110,7 @@ def opened(model: Model, most: int) -> Iterator[Runner]:
     options, dtype = place(model, None, torch.float32, {})
     limits = Limits(max_length=most, max_batch=1)
     runner = open_runner(model, *plan_memory(model, limits, Wishes(options=options), dtype))
+    assert isinstance(runner.streamer, LayerStreamer)
     try:
         yield runner
     finally:
@@ -116,38 +122,49 @@ def opened(model: Model, most: int) -> Iterator[Runner]:
 def check_text(text: Text, logits_TV: torch.Tensor) -> dict[str, Any]:
     """Whether the target would have written a text, and how sure that is."""
     largest = logits_TV.topk(2).values
-    agrees = find_agreement(text, logits_TV)
+    ranks = find_ranks(text, logits_TV)
     return {
         "prompt_tokens": len(text.prompt),
-        "tokens": len(agrees),
-        "likeliest": sum(agrees),
+        "tokens": len(ranks),
+        "likeliest": ranks.count(0),
         "least_margin": round(float((largest[:, 0] - largest[:, 1]).min()), 4),
     }
 
 
-def find_agreement(text: Text, logits_TV: torch.Tensor) -> list[bool]:
-    """At each place of a text, whether its token is the likeliest."""
-    return (logits_TV.argmax(-1).cpu() == torch.tensor(text.ids)).tolist()
+def find_ranks(text: Text, logits_TV: torch.Tensor) -> list[int]:
+    """At each place of a text, how many tokens are likelier than its own, up to OTHERS and one."""
+    likeliest = logits_TV.topk(1 + OTHERS).indices.cpu()
+    return [
+        row.index(token) if token in row else 1 + OTHERS
+        for row, token in zip(likeliest.tolist(), text.ids, strict=True)
+    ]
 
 
-def describe(texts: Sequence[Sequence[bool]], chains: Sequence[int]) -> dict[str, Any]:
+def describe(texts: Sequence[Sequence[int]], chains: Sequence[int]) -> dict[str, Any]:
     """How often a draft agrees with some texts, and the tokens a pass by the longest chain."""
     tokens = sum(map(len, texts))
-    passes = {k: sum(count_passes(agrees, k) for agrees in texts) for k in chains}
+
+    def by_chain(others: int) -> dict[str, float]:
+        passes = {k: sum(count_passes(ranks, k, others) for ranks in texts) for k in chains}
+        return {str(k): round(tokens / count, 3) for k, count in passes.items()}
+
     return {
         "tokens": tokens,
-        "agreement": round(sum(map(sum, texts)) / tokens, 4),
-        "tokens_a_pass": {str(k): round(tokens / count, 3) for k, count in passes.items()},
+        "agreement": round(sum(ranks.count(0) for ranks in texts) / tokens, 4),
+        "tokens_a_pass": by_chain(0),
+        "with_others_beside": by_chain(OTHERS),
     }
 
 
-def count_passes(agrees: Sequence[bool], most: int) -> int:
-    """Passes that a text takes where a draft proposes ``most`` tokens each time."""
+def count_passes(ranks: Sequence[int], most: int, others: int = 0) -> int:
+    """Passes that a text takes where a draft proposes ``most`` tokens each time, and so many others
+    beside each of them."""
     known = passes = 0
-    while known < len(agrees):
-        chain = agrees[known : known + most]
-        agreed = chain.index(False) if False in chain else len(chain)
-        known, passes = known + agreed + 1, passes + 1
+    while known < len(ranks):
+        chain = ranks[known : known + most]
+        agreed = next((i for i, rank in enumerate(chain) if rank), len(chain))
+        known += agreed + 1 + (agreed < len(chain) and chain[agreed] <= others)
+        passes += 1
     return passes
 
 

@@ -34,6 +34,7 @@ from engine_runs import Capped, machine, open_engine, prompt_of, wait
 
 from layer_streamer import parse_bytes
 from layer_streamer.llm.drafts.drafter import Drafter
+from layer_streamer.llm.drafts.tree import Tree, as_tree
 from layer_streamer.llm.engine import StreamingEngine
 
 COUNTS = (1, 8, 16, 32, 64)
@@ -43,7 +44,9 @@ MODEL_AGREES = "draft-0.5b_agrees"
 
 
 class Scripted:
-    """A drafter whose work is done and whose ids are replaced."""
+    """A drafter whose work is done and whose ids are replaced: chains of them alone."""
+
+    weighs = False
 
     def __init__(self, real: Any, text: Sequence[int], agrees: str) -> None:
         self._real, self._text, self._agrees = real, text, agrees
@@ -52,7 +55,7 @@ class Scripted:
 
     def propose(self, key: int, ids: Sequence[int], most: int) -> Sequence[int]:
         done = len(ids) - CONTEXT
-        count = len(self._real.propose(key, ids, most))
+        count = len(as_tree(self._real.propose(key, ids, most)).trunk())
         self.lengths.append(count)
         right = zip(self._text[done : done + count], self._agrees[done:], strict=False)
         return [token if agrees == "1" else (token + 1) % 1000 for token, agrees in right]
@@ -78,10 +81,11 @@ class Led:
     def __exit__(self, *_: object) -> None:
         del self._runner.forward
 
-    def forward(self, entries: Any, *, wanted: Sequence[int], **options: Any) -> torch.Tensor:
-        ((row, ids),), (count,) = entries, wanted
+    def forward(self, entries: Any, *, drafts: Sequence[Tree], **options: Any) -> torch.Tensor:
+        ((row, ids),), (draft,) = entries, drafts
+        count = 1 + len(draft)
         begin = row.length + len(ids) - count + 1 - CONTEXT
-        logits = self._forward(entries, wanted=wanted, **options)
+        logits = self._forward(entries, drafts=drafts, **options)
         places = self._text[begin : begin + count]
         logits[torch.arange(len(places), device=places.device), places] += 1e4
         return logits
@@ -106,7 +110,8 @@ def passes(engine: StreamingEngine, turns: int) -> dict[int, float]:
     for turn in range(turns + 1):
         for count in COUNTS:
             begin = time.perf_counter()
-            logits = runner.forward([(row, prompt_of(count))], wanted=[count])
+            ids = prompt_of(count)
+            logits = runner.forward([(row, ids)], drafts=[Tree.chain(ids[1:])])
             logits[-1].argmax().item()
             if turn:
                 found[count].append(time.perf_counter() - begin)

@@ -15,6 +15,10 @@ class Drafter(Protocol):
     :meth:`forget`. Thread rules: one thread.
     """
 
+    @property
+    def weighs(self) -> bool:
+        """True: a draft ends by itself where more of it would not pay."""
+
     def propose(self, key: int, ids: Sequence[int], most: int) -> Draft:
         """At most ``most`` tokens, perhaps none, that may follow ``ids``: one after the other, or a
         tree, where several of them may follow the same one.

@@ -28,9 +28,10 @@ class Drafting:
     """Asks drafters for the rows that decode.
 
     The source that has saved most time lately is asked first, and the next one if it has nothing.
-    With ``pace`` a draft is as long as promises most tokens a second by what was measured, and a
-    source that costs more than it saves is left alone for a while, so that a text takes at most a
-    few percent longer than without; before the first draft there is a pass without one, to compare
+    With ``pace`` a draft is as long as promises most tokens a second by what was measured, or as
+    its source finds, where that weighs it itself; and a source that costs more than it saves is
+    left alone for a while, so that a text takes at most a few percent longer than without. Before
+    the first draft there is a pass without one, to compare
     with. What a drafter raises costs its draft, and nothing else. Thread rules: that of the passes.
     """
 
@@ -103,7 +104,7 @@ class Drafting:
         """The draft of the first source that has one."""
         for name in self._order():
             worth, length = self._worths[name], most
-            if self._pace is not None:
+            if self._pace is not None and not self._sources[name].weighs:
                 length = worth.length(most, self._rows)
             if not length:
                 continue

@@ -39,6 +39,8 @@ class Lookup:
     Thread rules: one thread.
     """
 
+    weighs = False
+
     def __init__(self, least: int = LEAST, pool_tokens: int = POOL_TOKENS) -> None:
         """ValueError for fewer than two tokens, or a pool of fewer than none."""
         if least < 2 or pool_tokens < 0:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ..kv.rows import Row
 from ..passes.runner import Runner
 from .steps import Steps
+from .tree import NOTHING, Tree
 
 AHEAD = 256
 """Tokens more than it has that a row gets room for, at least."""
@@ -21,6 +22,8 @@ class ModelDraft:
     rules: one thread.
     """
 
+    weighs = True
+
     def __init__(self, runner: Runner, steps: Steps, max_length: int) -> None:
         """``runner``: of the draft model; ``steps``: its. ``max_length``: most tokens of a row
         there; no draft goes beyond."""
@@ -30,14 +33,12 @@ class ModelDraft:
         self._left: list[_Held] = []
         """Of rows that have ended, the newest last."""
 
-    def propose(self, key: int, ids: Sequence[int], most: int) -> Sequence[int]:
+    def propose(self, key: int, ids: Sequence[int], most: int) -> Tree:
         """As :class:`Drafter` says; nothing for a row that there is no room for."""
         most = min(most, self._max_length - len(ids))
-        if most < 1:
-            return []
-        held = self._take(key, ids, len(ids) + most)
+        held = self._take(key, ids, len(ids) + most) if most > 0 else None
         if held is None:
-            return []
+            return NOTHING
         try:
             same = self._rows.truncate(held.row, min(held.common(ids), len(ids) - 1))
             behind = ids[same : len(ids)]
@@ -45,7 +46,7 @@ class ModelDraft:
         except BaseException:  # what the row holds is not known any more
             self._rows.drop(held.row)
             raise
-        held.ids[same:] = [*behind, *found[:-1]]
+        held.ids[same:] = [*behind, *found.trunk().tokens[:-1]]
         held.sure = len(ids)
         self._held[key] = held
         return found

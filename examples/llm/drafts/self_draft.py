@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..kv.rows import Row, Rows
 from .steps import Steps
+from .tree import NOTHING, Tree
 
 
 class SelfDraft:
@@ -16,18 +17,20 @@ class SelfDraft:
     Thread rules: one thread, between passes of the model.
     """
 
+    weighs = True
+
     def __init__(self, steps: Steps, rows: Rows, by_key: Mapping[int, Row]) -> None:
         """``steps``: of a runner over the model's own cache, whose ``rows`` these are; ``by_key``:
         which of them a key names."""
         self._steps, self._rows, self._by_key = steps, rows, by_key
 
-    def propose(self, key: int, ids: Sequence[int], most: int) -> Sequence[int]:
+    def propose(self, key: int, ids: Sequence[int], most: int) -> Tree:
         """As :class:`Drafter` says."""
         row = self._by_key[key]
         length = row.length
         most = min(most, row.capacity - len(ids))
         if most < 1:
-            return []
+            return NOTHING
         try:
             return self._steps.draft(row, ids[length : len(ids)], most)
         finally:

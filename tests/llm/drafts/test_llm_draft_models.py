@@ -39,6 +39,13 @@ def open_with(paths: dict[str, Path], draft: str, **options: Any) -> StreamingEn
     return drafts_always(make_engine(paths["target"], draft=chosen, **options))
 
 
+def drafter(engine: StreamingEngine) -> Any:
+    """The only one."""
+    assert engine._drafting is not None
+    (source,) = engine._drafting._sources.values()
+    return source
+
+
 @pytest.fixture(scope="module")
 def plain(paths: dict[str, Path]) -> Iterator[StreamingEngine]:
     with make_engine(paths["target"]) as engine:
@@ -94,10 +101,35 @@ def test_it_is_so_where_layers_have_windows(tmp_path: Path, name: str) -> None:
 
 def test_a_draft_by_the_same_model_is_right_to_its_end(paths: dict[str, Path]) -> None:
     with open_with(paths, "same") as engine:
-        for done in texts(engine, **GREEDY):
-            assert done.agreed == done.drafted > 0
+        for prompt in PROMPTS:
+            (done,) = texts(engine, [prompt], **GREEDY)
+            assert done.passes == 2 and done.agreed == NEW - 2
             assert set(done.drafts) == {"draft"}
-            assert done.passes + done.agreed == len(done.ids)
+
+
+def test_the_next_likeliest_tokens_are_drafted_beside_those_that_follow_one_another(
+    paths: dict[str, Path], plain: StreamingEngine
+) -> None:
+    with open_with(paths, "same") as engine:
+        source = drafter(engine)
+        source._steps._goes_on = lambda count, *_: count < 8
+        found = source.propose(1, PROMPTS[2], 60)
+        trunk = found.trunk()
+        assert len(trunk) == 8 < len(found) == 32 and found.first(len(trunk)) == trunk
+        likely = [0.0] * len(found)
+        ids = [*PROMPTS[2], *trunk.tokens]
+        row = engine._runner.kv.rows.add(len(ids))
+        assert row is not None
+        logits = engine._runner.forward([(row, ids)], every_position=True)[len(PROMPTS[2]) - 1 :]
+        shares = logits.softmax(-1)
+        for node, (token, parent) in enumerate(zip(found.tokens, found.parents, strict=True)):
+            before = 1.0 if parent == -1 else likely[parent]
+            likely[node] = before * float(shares[parent + 1, token])
+        beside = likely[len(trunk) :]
+        assert beside == sorted(beside, reverse=True)
+        for node in range(8):
+            follow = [t for t, p in zip(found.tokens, found.parents, strict=True) if p == node - 1]
+            assert follow == shares[node].topk(len(follow)).indices.tolist()
 
 
 def test_own_weights_in_eight_bits_agree_mostly(
@@ -110,7 +142,7 @@ def test_own_weights_in_eight_bits_agree_mostly(
     with open_with(paths, "self") as engine:
         for _ in range(2):
             found = texts(engine, **GREEDY)
-            assert sum(done.agreed for done in found) >= 0.6 * sum(done.drafted for done in found)
+            assert sum(len(d.ids) for d in found) >= 3 * sum(d.passes for d in found)
 
 
 def test_own_weights_of_a_gguf_file_are_in_its_own_order(
@@ -127,7 +159,7 @@ def test_own_weights_of_a_gguf_file_are_in_its_own_order(
         drafts_always(engine)
         found = texts(engine, **GREEDY)
     assert_same(found, expected)
-    assert sum(done.agreed for done in found) >= 0.6 * sum(done.drafted for done in found)
+    assert sum(len(d.ids) for d in found) >= 3 * sum(d.passes for d in found)
 
 
 def test_more_rows_than_the_draft_has_room_for_go_on_without(
@@ -143,7 +175,7 @@ def test_more_rows_than_the_draft_has_room_for_go_on_without(
 def test_a_conversation_is_not_taken_again_by_the_draft(paths: dict[str, Path]) -> None:
     with open_with(paths, "same") as engine:
         (first,) = texts(engine, [PROMPTS[2]], **GREEDY)
-        draft = engine._drafting._sources["draft"]  # type: ignore[union-attr]
+        draft = drafter(engine)
         forward, taken = draft._steps._runner.forward, 0  # type: ignore[attr-defined]
 
         def count(entries: Any, **options: Any) -> torch.Tensor:
@@ -168,7 +200,7 @@ def test_a_draft_model_that_fails_costs_its_draft_and_not_the_row(
 ) -> None:
     expected = texts(plain, **GREEDY)
     with open_with(paths, draft) as engine:
-        source: Any = engine._drafting._sources["self" if draft == "self" else "draft"]  # type: ignore[union-attr]
+        source = drafter(engine)
         forward, calls = source._steps._runner.forward, 0
 
         def fail(entries: Any, **options: Any) -> torch.Tensor:
@@ -189,7 +221,7 @@ def test_logits_that_are_no_numbers_are_no_draft(
 ) -> None:
     expected = texts(plain, **GREEDY)
     with open_with(paths, "same") as engine:
-        source: Any = engine._drafting._sources["draft"]  # type: ignore[union-attr]
+        source = drafter(engine)
         forward = source._steps._runner.forward
         source._steps._runner.forward = lambda entries, **o: forward(entries, **o) * float("nan")
         found = texts(engine, **GREEDY)

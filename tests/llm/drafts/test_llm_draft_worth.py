@@ -130,6 +130,8 @@ def test_depths_say_how_far_each_draft_was_right(agreed: list[int]) -> None:
 class Fixed:
     """Proposes the same, and counts how often it is asked."""
 
+    weighs = False
+
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens, self.asked = tokens, 0
 

@@ -53,9 +53,9 @@ def test_drafts_are_captured_passes_and_texts_stay_as_they_are(path: Path, draft
         before = decoder.passes
         found = engine.generate(PROMPTS, **options)
         assert [done.ids for done in found] == expected
-        drafted, agreed = (sum(getattr(d, n) for d in found) for n in ("drafted", "agreed"))
-        assert agreed >= (0.9 if draft == "model" else 0.1) * drafted > 0
-        assert decoder.passes - before >= drafted - len(PROMPTS)
+        tokens, passes = (sum(map(len, expected)), sum(done.passes for done in found))
+        assert tokens >= (4 if draft == "model" else 1.2) * passes
+        assert decoder.passes - before >= tokens - passes, "each drafted token but a draft's last"
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
