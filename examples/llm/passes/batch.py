@@ -85,28 +85,26 @@ def pack(
     """
     ids = [token for _, tokens in entries for token in tokens]
     rows = tuple((row, len(tokens)) for row, tokens in entries)
-    branches = {
-        i: Branches(rows[i][0].length + rows[i][1] - len(tree), tree, device)
-        for i, tree in enumerate(drafts or ())
-        if not tree.is_chain
-    }
+    branches = _branches(rows, drafts or (), device)
     ends = accumulate(number for _, number in rows)
+    drafted = [0] * len(rows) if drafts is None else list(map(len, drafts))
     table = [
-        (row.length, end - number, number) for end, (row, number) in zip(ends, rows, strict=True)
+        (row.length, end - number, number, row.length + number - behind)
+        for end, (row, number), behind in zip(ends, rows, drafted, strict=True)
     ]
-    known_R, first_R, count_R = (
-        torch.tensor(table, dtype=torch.long, device="cpu").view(-1, 3).unbind(1)
+    known_R, first_R, count_R, length_R = (
+        torch.tensor(table, dtype=torch.long, device="cpu").view(-1, 4).unbind(1)
     )
     # By tensors: a list of a long prompt's positions takes as long as a chunk of it on a GPU.
     positions = torch.arange(len(ids), device="cpu") + (known_R - first_R).repeat_interleave(
         count_R
     )
-    lengths = (known_R + count_R).repeat_interleave(count_R)
-    if drafts is not None:
-        for i, own in branches.items():
-            end = sum(table[i][1:])
-            positions[end - len(own.tree) : end] = torch.tensor(own.positions, device="cpu")
-        lengths = _lengths(lengths, positions, count_R, drafts)
+    for i, own in branches.items():
+        end = sum(table[i][1:3])
+        positions[end - len(own.tree) : end] = torch.tensor(own.positions, device="cpu")
+    lengths = length_R.repeat_interleave(count_R)
+    if any(drafted):
+        lengths = torch.maximum(lengths, positions + 1)
     wanted_R = torch.ones_like(count_R) if wanted is None else torch.tensor(wanted, device="cpu")
     ends_R = wanted_R.cumsum(0)
     # Of the i-th that is wanted, its place among those of its row, and from there in the pass.
@@ -123,15 +121,15 @@ def pack(
     return Batch(torch.tensor(ids, device="cpu"), rows, tuple(chunks), last_R)
 
 
-def _lengths(
-    lengths_N: torch.Tensor,
-    positions_N: torch.Tensor,
-    count_R: torch.Tensor,
-    drafts: Sequence[Tree],
-) -> torch.Tensor:
-    """Those of a ``Chunk``, of rows that have ``lengths_N`` after the pass with their drafts."""
-    drafted_R = torch.tensor(list(map(len, drafts)), device="cpu")
-    return torch.maximum(lengths_N - drafted_R.repeat_interleave(count_R), positions_N + 1)
+def _branches(
+    rows: Sequence[tuple[Row, int]], drafts: Sequence[Tree], device: torch.device
+) -> dict[int, Branches]:
+    """Those of the drafts that are no chains, by the numbers of their rows."""
+    return {
+        i: Branches(rows[i][0].length + rows[i][1] - len(tree), tree, device)
+        for i, tree in enumerate(drafts)
+        if not tree.is_chain
+    }
 
 
 def _pieces(
