@@ -93,15 +93,22 @@ def test_it_is_so_where_layers_have_windows(tmp_path: Path, name: str, tier: str
                 drafted(engine, plain, how, **options)
 
 
+@pytest.fixture(scope="module")
+def exact(path: Path) -> Iterator[StreamingEngine]:
+    """Whose logits are the same bits with and without drafts, so that no tie is drawn otherwise."""
+    with make_engine(path, lookup=True, reproducible=True) as engine:
+        yield engine
+
+
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), new=st.integers(1, 40), stop=st.booleans())
-def test_any_drafts_leave_any_text_as_it_is(shared: Any, seed: int, new: int, stop: bool) -> None:
+def test_any_drafts_leave_any_text_as_it_is(exact: Any, seed: int, new: int, stop: bool) -> None:
     options: dict[str, Any] = {"temperature": 0.8, "seed": seed, "max_new_tokens": new}
-    plain = texts_of(shared, **options)
+    plain = texts_of(exact, **options)
     if stop and len(plain[0].text) > 4:
         options["stop"] = plain[0].text[2:4]
-        plain = texts_of(shared, **options)
-    drafted(shared, plain, mixed(seed), **options)
+        plain = texts_of(exact, **options)
+    drafted(exact, plain, mixed(seed), **options)
 
 
 def test_right_drafts_take_as_few_passes_as_there_is_room_for(shared: Any) -> None:
