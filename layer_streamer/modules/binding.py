@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-from torch import nn
+from torch import is_grad_enabled, nn
 
 from ..errors import ConfigError, StreamerError
 from ..transport.weights import Weights
@@ -62,9 +62,12 @@ class _Bound:
     conversions: tuple[tuple[int, str, Convert], ...]
     """Place in the form, key, and what makes the parameter."""
     tree: tuple[dict[str, nn.Module | None], ...]
-    """Children by name, of the block and of all within it."""
+    """Children by name, of the block and of all within it that had some when the stores were
+    found."""
     children: list[nn.Module | None]
-    """Those children when the stores were found."""
+    """Those children then."""
+    leaves: tuple[dict[str, nn.Module | None], ...]
+    """The same of those that had none."""
     current: tuple[torch.Tensor, ...]
     """What was bound last."""
 
@@ -136,10 +139,10 @@ class Binder:
         them, or it has another shape there.
         """
         bound = self._blocks[i]
-        if [*chain.from_iterable(map(_values, bound.tree))] != bound.children:
+        if any(bound.leaves) or [*chain.from_iterable(map(_values, bound.tree))] != bound.children:
             bound = self._blocks[i] = self._find_again(bound, module)
         values = self._values_of(bound, weights)
-        if True in map(_wants_grad, values):
+        if is_grad_enabled() and True in map(_wants_grad, values):
             # Gradients of what another layer was computed with are not to be added to these.
             self._made.pop(id(weights))
             values = self._values_of(bound, weights)
@@ -226,7 +229,8 @@ class Binder:
                 keys.append(wanted[id(tensor)])
         form = tuple(known[key].entry for key in keys)
         unbound = tuple(known[key].unbound for key in keys)
-        tree = tuple(module._modules for module in block.module.modules())
+        every = [module._modules for module in block.module.modules()]
+        tree = tuple(filter(None, every))
         return _Bound(
             name=block.name,
             form=self._forms.setdefault(form, form),
@@ -239,6 +243,7 @@ class Binder:
             ),
             tree=tree,
             children=[*chain.from_iterable(map(_values, tree))],
+            leaves=tuple(children for children in every if not children),
             current=unbound,
         )
 

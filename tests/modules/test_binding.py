@@ -229,10 +229,27 @@ def test_a_gradient_asked_for_in_one_hand_out_is_not_asked_for_in_the_next() -> 
     binder.bind(0, blocks[0], weights)
     wanted = blocks[0].up.weight.requires_grad_()
     (wanted * 2).sum().backward()
+    with torch.no_grad():  # where nothing is added to any
+        binder.bind(1, blocks[1], weights)
     binder.bind(1, blocks[1], weights)
     assert blocks[1].up.weight is not wanted
     assert not any(p.requires_grad or p.grad is not None for p in blocks[1].parameters())
     assert wanted.grad is not None
+
+
+def test_a_module_without_children_that_gets_one_is_looked_at_again() -> None:
+    """A parametrization takes a parameter out of its module into a child."""
+    binder, (block,) = bound(on_meta())
+    binder.bind(0, block, Weights(state()))
+    shown = block.up.weight
+    child = nn.Module()
+    child.original = shown
+    del block.up.weight
+    block.up.inner = child
+    again = Weights({name: tensor.clone() for name, tensor in state().items()})
+    binder.bind(0, block, again)
+    assert block.up.inner.original is not shown
+    assert block.up.inner.original.data_ptr() == again["up.weight"].data_ptr()
 
 
 def test_a_parameter_of_a_class_of_its_own_keeps_class_and_attributes() -> None:
