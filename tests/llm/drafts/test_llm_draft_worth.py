@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,7 +181,3 @@ def test_a_pass_without_a_draft_comes_before_the_first_one() -> None:
     drafting.hear(1, 0.2)
     drafting.propose([request], 64)
     assert request.draft.tokens == (1,)
-
-
-def test_nothing_is_promised_before_the_first_draft() -> None:
-    assert Worth(Pace()).promise == math.inf
