@@ -13,7 +13,8 @@ but what was measured.
 
 Two processes whose GPU memory is capped: an engine with the draft, and one without, which keeps
 more layers. Of the first the seconds of a pass that looks at 1 to 64 tokens, and for each text the
-tokens a second with drafts and with none; of the second those with none. Appends a JSON line each
+tokens a second with drafts and with none ("always": of a draft that is always right); of the second
+those with none. Appends a JSON line each
 to OUT, and prints rows.
 """
 
@@ -85,7 +86,7 @@ class Led:
         ((row, ids),), (draft,) = entries, drafts
         count = 1 + len(draft)
         begin = row.length + len(ids) - count + 1 - CONTEXT
-        logits = self._forward(entries, drafts=drafts, **options)
+        logits = self._forward(entries, drafts=drafts, **options).clone()
         places = self._text[begin : begin + count]
         logits[torch.arange(len(places), device=places.device), places] += 1e4
         return logits
@@ -139,6 +140,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             _, done = timed(engine, None, NEW + 1)
             ((name, real),) = drafting._sources.items()
             key = AGREES.get(str(args.draft), MODEL_AGREES)
+            always = one_text(engine, (name, real), done.ids, "1" * NEW)  # steps' time is known now
+            record["texts"]["always"] = always
             for text in args.texts.split(","):
                 record["texts"][text] = one_text(engine, (name, real), done.ids, texts[text][key])
     return record | capped.taken()
@@ -156,8 +159,10 @@ def one_text(
     pace: Pace = real._steps._pace  # type: ignore[attr-defined]
     rows = getattr(real, "_by_key", None)
     drafting = Drafting({name: script}, pace, rows)
-    first, _ = timed(engine, drafting, len(agrees))  # finds out how long passes and drafts take
-    seconds, done = timed(engine, drafting, len(agrees))
+    drafting._worths[name]._token_seconds = real._steps._seconds  # type: ignore[attr-defined]
+    with Led(engine, ids):
+        first, _ = timed(engine, drafting, len(agrees))  # finds out how long all of it takes
+        seconds, done = timed(engine, drafting, len(agrees))
     return {
         "seconds": seconds,
         "first": first,
@@ -165,6 +170,7 @@ def one_text(
         "drafted": done.drafted,
         "agreed": done.agreed,
         "lengths": script.lengths,
+        "step": real._steps._seconds,  # type: ignore[attr-defined]
         "as_planned": list(done.ids) == list(ids[: len(done.ids)]),
     }
 

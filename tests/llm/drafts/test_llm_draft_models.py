@@ -255,6 +255,19 @@ def test_a_wider_vocabulary_never_drafts_what_the_model_has_not(paths: dict[str,
         assert_same(texts(engine, **GREEDY), expected)
 
 
+def test_a_row_with_ids_that_the_draft_has_not_is_drafted_for_all_the_same(
+    paths: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [[299, 7, 8, 280], [30, 258, 258, 31]]
+    with make_engine(paths["other"]) as engine:  # 300 wide, 258 in the draft
+        expected = texts(engine, prompts, **GREEDY)
+    with make_engine(paths["other"], draft=paths["target"]) as engine:
+        drafts_always(engine)
+        found = texts(engine, prompts, **GREEDY)
+    assert_same(found, expected)
+    assert all(done.drafted for done in found) and "failed" not in caplog.text
+
+
 def test_own_weights_need_keys_and_values_on_the_device(paths: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match='draft="self": not with kv="host"'):
         make_engine(paths["target"], draft="self", kv="host")
