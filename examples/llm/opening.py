@@ -63,13 +63,6 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("max_length", "kv_tokens", "max_batch"):
             at_least_one(name, getattr(self, name))
-        asked = {"lookup=True, draft=": self.drafted, "reproducible=True": self.reproducible}
-        for name, wanted in asked.items():
-            if wanted and self.kv_int8:
-                raise ValueError(
-                    f"{name}: not with kv_int8=True, where what a pass has stored is other "
-                    "numbers to the next one, so that the text would be another"
-                )
 
     def length(self, config: ModelConfig) -> int:
         """The most tokens of one row."""

@@ -9,6 +9,7 @@ import torch
 
 from ..models.config import ModelConfig
 from .host import HostTier, TokenShape
+from .int8 import round_to_int8
 from .moves import Move, moved_places
 from .rows import Row, Rows, Span, make_spans
 from .transfers import Transfers, open_transfers
@@ -91,6 +92,16 @@ class KVCache:
             return self._memory[layer_idx]
         assert self.host is not None
         return self.host.open(layer_idx, [row for row, _ in self._batch])
+
+    def as_kept(self, layer_idx: int, heads: torch.Tensor) -> torch.Tensor:
+        """New keys or values (..., E) as later passes get them from the layer: a pass that stores
+        these sees its own tokens as others do, so that it matters to none which pass they were
+        in."""
+        return round_to_int8(heads) if self.codes(layer_idx) else heads
+
+    def codes(self, layer_idx: int) -> bool:
+        """True: the layer keeps its numbers in eight bits."""
+        return self.layout.int8 and layer_idx not in self._memory
 
     def close_layer(self, layer_idx: int) -> None:
         """The pass has stored its tokens in the layer."""

@@ -132,7 +132,8 @@ class Footprint:
         config, size = self.config, self.needs.dtype.itemsize
         hidden, ffn = config.hidden_size, config.ffn_size
         heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        plain = size * (4 * hidden + 4 * heads + 6 * kv + 3 * ffn)
+        rounded = 2 * kv if self.needs.int8 else 0
+        plain = size * (4 * hidden + 4 * heads + 6 * kv + rounded + 3 * ffn)
         return plain + FLOAT * max(4 * hidden, 5 * heads)
 
     def _tables(self) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..kv.cache import KVCache
 from ..kv.rows import Span
 from ..models.config import ModelConfig
 from ..models.rope import Rotary, plain_rotate
@@ -38,10 +39,10 @@ class AlignedAttention:
     rotates = True
 
     def __init__(
-        self, chunk: Chunk, config: ModelConfig, rotary: Rotary, *, interleaved: bool
+        self, chunk: Chunk, config: ModelConfig, kv: KVCache, rotary: Rotary, *, interleaved: bool
     ) -> None:
         """``interleaved``: see ``rope.rotate``."""
-        self._chunk, self._config, self._rotary = chunk, config, rotary
+        self._chunk, self._config, self._kv, self._rotary = chunk, config, kv, rotary
         self._interleaved = interleaved
         self._tables: dict[Rope, torch.Tensor] = {}
 
@@ -55,11 +56,12 @@ class AlignedAttention:
         """As ``RowAttention``, of queries and keys that have not been rotated."""
         table = self._table(layer_idx)
         q_HTE, k_GTE = (plain_rotate(x, table, interleaved=self._interleaved) for x in qkv[:2])
+        k_GTE, v_GTE = (self._kv.as_kept(layer_idx, x) for x in (k_GTE, qkv[2]))
         heads, tokens, width = q_HTE.shape
         mixed_THE = q_HTE.new_empty(tokens, heads, width)
         for piece in self._chunk.pieces:
             part = slice(piece.offset, piece.offset + piece.count)
-            k, v = store_and_look_back(span, memory, piece, k_GTE[:, part], qkv[2][:, part])
+            k, v = store_and_look_back(span, memory, piece, k_GTE[:, part], v_GTE[:, part])
             if piece.branches is None:
                 mixed = self._attend(q_HTE[:, part], k, v, piece.position, span.window)
                 mixed_THE[part] = mixed.transpose(0, 1)

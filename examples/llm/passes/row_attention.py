@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kv.cache import KVCache
 from ..kv.rows import Row, Span
 from ..models.config import ModelConfig
 from .attention import attend, attend_masked, attend_rows
@@ -37,9 +38,11 @@ class RowAttention:
 
     rotates = False
 
-    def __init__(self, chunk: Chunk, config: ModelConfig, *, most_together: int) -> None:
+    def __init__(
+        self, chunk: Chunk, config: ModelConfig, kv: KVCache, *, most_together: int
+    ) -> None:
         """Rows that decode are taken together if they have up to ``most_together`` tokens."""
-        self._config = config
+        self._config, self._kv = config, kv
         short = [
             p
             for p in chunk.pieces
@@ -61,7 +64,8 @@ class RowAttention:
 
         ``memory`` (places, 2, G, E) are the layer's keys and values, which get the new ones.
         """
-        q_HTE, k_GTE, v_GTE = qkv
+        q_HTE = qkv[0]
+        k_GTE, v_GTE = (self._kv.as_kept(layer_idx, x) for x in qkv[1:])
         heads, tokens, width = q_HTE.shape
         mixed_THE = q_HTE.new_empty(tokens, heads, width)
         scale = self._config.attention_scale

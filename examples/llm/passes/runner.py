@@ -89,7 +89,7 @@ class Runner:
         self._rotary = Rotary(config, device, factors=factors)
         kernels = triton_serves(device)
         self._unpacker = Unpacker(device, dtype, names.widest(dtype), kernels=kernels)
-        self._ways = fastest(config, dtype, group_rows=self._chunking.group_rows)
+        self._ways = fastest(config, dtype, kv, group_rows=self._chunking.group_rows)
         if self._chunking.reproducible:
             interleaved = names.interleaved_rope
             self._ways = reproducible(config, kv, self._rotary, interleaved=interleaved)

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..kernels.fused import current
+from ..kv.cache import KVCache
 from ..kv.rows import Span
 from ..models.config import ModelConfig
 from ..models.rope import Rotary
 from ..models.rope_config import Rope
 from .batch import Chunk
 from .splits import STATS, block_of
+
+if TYPE_CHECKING:
+    from ..kernels.decode_launching import Look
 
 SPLITS = 16
 """Parts of a token's positions, in any engine: one row that decodes gives work to so many times as
@@ -58,8 +63,8 @@ class TokenAttention:
         self,
         chunk: Chunk,
         config: ModelConfig,
+        kv: KVCache,
         rotary: Rotary,
-        spans: Sequence[Span],
         parts: Parts,
         *,
         interleaved: bool,
@@ -68,8 +73,9 @@ class TokenAttention:
         finds positions by their places."""
         if any(piece.branches is not None for piece in chunk.pieces):
             raise ValueError("a draft that is a tree: only chains are computed reproducibly here")
-        self._chunk, self._config, self._rotary = chunk, config, rotary
+        self._chunk, self._config, self._kv, self._rotary = chunk, config, kv, rotary
         self._parts, self._interleaved = parts, interleaved
+        spans = kv.rows.spans
         self._numbers = _numbers(chunk, spans).split(AT_ONCE)
         self._columns = {span: 1 + 2 * i for i, span in enumerate(spans)}
         self._tables: dict[Rope, list[torch.Tensor]] = {}
@@ -102,9 +108,17 @@ class TokenAttention:
                 turned_THE = launch_rotate_and_store(
                     (q, k, v), table, memory, own, interleaved=self._interleaved
                 )
+                self._round(layer_idx, memory, own)
                 mixed.append(launch_attention(turned_THE, memory, own, scale))
             first += len(numbers)
         return torch.cat(mixed).transpose(0, 1)
+
+    def _round(self, layer_idx: int, memory: torch.Tensor, look: Look) -> None:
+        """What a launch has stored, as the layer keeps it."""
+        if self._kv.codes(layer_idx):
+            starts, sizes = look.numbers[:, look.column], look.numbers[:, look.column + 1]
+            places = starts + look.numbers[:, 0] % sizes
+            memory[places] = self._kv.as_kept(layer_idx, memory[places])
 
     def _table(self, layer_idx: int) -> list[torch.Tensor]:
         """The rotations of the tokens of each launch."""

@@ -53,11 +53,11 @@ class Ways:
     """Drafts may be trees; False: chains only."""
 
 
-def fastest(config: ModelConfig, dtype: torch.dtype, *, group_rows: bool) -> Ways:
+def fastest(config: ModelConfig, dtype: torch.dtype, kv: KVCache, *, group_rows: bool) -> Ways:
     """By whatever is fastest for what a pass brings. ``group_rows``: see ``Chunking``."""
     token_nbytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
     together = GATHER_NBYTES // (2 * token_nbytes) if group_rows else 0
-    return Ways(FASTEST, lambda chunk: RowAttention(chunk, config, most_together=together))
+    return Ways(FASTEST, lambda chunk: RowAttention(chunk, config, kv, most_together=together))
 
 
 def reproducible(config: ModelConfig, kv: KVCache, rotary: Rotary, *, interleaved: bool) -> Ways:
@@ -67,12 +67,12 @@ def reproducible(config: ModelConfig, kv: KVCache, rotary: Rotary, *, interleave
     if not triton_serves(kv.device):
         return Ways(
             arithmetic,
-            lambda chunk: AlignedAttention(chunk, config, rotary, interleaved=interleaved),
+            lambda chunk: AlignedAttention(chunk, config, kv, rotary, interleaved=interleaved),
         )
-    spans, parts = kv.rows.spans, Parts.take(config, kv.device)
+    parts = Parts.take(config, kv.device)
     return Ways(
         arithmetic,
-        lambda chunk: TokenAttention(chunk, config, rotary, spans, parts, interleaved=interleaved),
+        lambda chunk: TokenAttention(chunk, config, kv, rotary, parts, interleaved=interleaved),
         takes_trees=False,
     )
 

@@ -39,6 +39,7 @@ TIERS: dict[str, dict[str, Any]] = {
     "host": {"kv": "host"},
     "chunks": {"kv": "device", "prefill_chunk": 3},
     "chunks on the host": {"kv": "host", "prefill_chunk": 3},
+    "eight bits": {"kv": "host", "prefill_chunk": 3, "kv_int8": True, "reproducible": True},
     "rows that enter later": {"kv": "host", "max_batch": 2},
     "reproducible": {"reproducible": True},
 }
@@ -127,7 +128,7 @@ def test_a_tree_may_be_verified_wherever_keys_and_values_are(path: Path, tier: s
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-@pytest.mark.parametrize("tier", ["device", "chunks on the host"])
+@pytest.mark.parametrize("tier", ["device", "chunks on the host", "eight bits"])
 def test_a_tree_may_be_verified_where_layers_have_windows(
     tmp_path: Path, name: str, tier: str
 ) -> None:
@@ -266,11 +267,12 @@ PATHS: dict[str, dict[str, Any]] = {
     "device": {},
     "chunks": {"chunking": Chunking(tokens=4, group_rows=True)},
     "host": {"host_layers": (0, 1), "chunking": Chunking(tokens=6)},
+    "eight bits": {"host_layers": (0, 1), "int8": True},
 }
 
 
 @pytest.mark.parametrize("name", NODES)
-@pytest.mark.parametrize("tier", PATHS)
+@pytest.mark.parametrize("tier", [tier for tier in PATHS if tier != "eight bits"])  # coarse steps
 def test_each_token_of_a_tree_is_computed_as_in_its_branch_alone(
     tmp_path: Path, name: str, tier: str
 ) -> None:
@@ -284,13 +286,13 @@ def test_each_token_of_a_tree_is_computed_as_in_its_branch_alone(
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("tier", ["device", "host"])
+@pytest.mark.parametrize("tier", PATHS)
 def test_its_bits_are_those_of_its_branch_where_passes_are_reproducible(
     tmp_path: Path, name: str, tier: str
 ) -> None:
     tiny_checkpoint(tmp_path, zoo_model(name))
     options = dict(PATHS[tier])
-    options["chunking"] = Chunking(tokens=64 if tier == "device" else 6, reproducible=True)
+    options["chunking"] = Chunking(tokens=6 if tier == "host" else 64, reproducible=True)
     config = load_config(tmp_path)
     with open_runner(
         tmp_path, config, tokens=1024, max_rows=3, dtype=torch.float32, **options

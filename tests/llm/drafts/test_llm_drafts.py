@@ -31,6 +31,7 @@ from layer_streamer.llm.request import Known
 TIERS: dict[str, dict[str, Any]] = {
     "device": {"kv": "device"},
     "host": {"kv": "host"},
+    "eight bits": {"kv": "host", "kv_int8": True, "reproducible": True},
     "chunks": {"kv": "device", "prefill_chunk": 3},
 }
 
@@ -82,11 +83,11 @@ def test_it_is_so_wherever_keys_and_values_are(path: Path, tier: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text", "qwen2-window"])
-@pytest.mark.parametrize("tier", ["device", "host"])
+@pytest.mark.parametrize("tier", ["device", "host", "eight bits"])
 def test_it_is_so_where_layers_have_windows(tmp_path: Path, name: str, tier: str) -> None:
     """Texts go on beyond the windows, and drafts that are cut back have been in the rings."""
     zoo_model(name).save_pretrained(tmp_path)
-    with make_engine(tmp_path, lookup=True, kv=tier) as engine:
+    with make_engine(tmp_path, lookup=True, **TIERS[tier]) as engine:
         for options in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 1}):
             plain = texts_of(engine, **options)
             for how in (right, wrong, mixed(4)):
@@ -202,11 +203,6 @@ def test_a_kept_row_goes_on_from_what_its_text_is(shared: Any) -> None:
         assert shared.generate(longer, max_new_tokens=8, **options).ids == after.ids
     finally:
         shared._drafting = None
-
-
-def test_keys_and_values_in_eight_bits_are_refused_beside_it(path: Path) -> None:
-    with pytest.raises(ValueError, match="draft=: not with kv_int8=True"):
-        make_engine(path, lookup=True, kv="host", kv_int8=True)
 
 
 @given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)), st.data())

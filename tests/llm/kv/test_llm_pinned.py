@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layer_streamer.llm.kv.int8 import Int8Rows
+from layer_streamer.llm.kv.int8 import Int8Rows, round_to_int8
 from layer_streamer.llm.kv.pinned import GrowingMemory
 
 PAGE = 4096
@@ -51,20 +51,54 @@ def test_pieces_cover_the_bytes_in_order_and_cross_no_segment(steps, data):
         assert not any(first < border < last for border in memory._borders)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-def test_int8_tokens_come_back_within_half_a_step(scale):
-    torch.manual_seed(0)
-    codec = Int8Rows(3, 16)
-    tokens = torch.randn(9, 2, 3, 16) * scale
-    tokens[2] = 0
-    raw = torch.empty(9, codec.token_nbytes, dtype=torch.uint8)
+def there_and_back(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens (T, 2, G, E), encoded and decoded."""
+    codec = Int8Rows(*tokens.shape[2:])
+    raw = torch.empty(len(tokens), codec.token_nbytes, dtype=torch.uint8)
     codec.encode(tokens, raw)
     found = torch.empty_like(tokens)
     codec.decode(raw, found)
-    step = tokens.abs().amax(-1, keepdim=True) / 127
-    # A float16 scale is off by up to 2**-11 of itself, or by the smallest float16.
-    assert ((found - tokens).abs() <= 0.6 * step + 127 * 6e-8).all()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_int8_tokens_come_back_within_half_a_step(scale, dtype):
+    torch.manual_seed(0)
+    tokens = (torch.randn(9, 2, 3, 16) * scale).to(dtype)
+    tokens[2] = 0
+    found = there_and_back(tokens)
+    step = tokens.float().abs().amax(-1, keepdim=True) / 127
+    off = (found.float() - tokens.float()).abs()
+    own = torch.finfo(dtype)  # what the numbers' own dtype rounds away
+    assert (
+        off <= 0.51 * step + own.eps * tokens.float().abs() + own.smallest_normal * own.eps
+    ).all()
     assert torch.equal(found[2], tokens[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seed=st.integers(0, 1 << 30), scale=st.floats(-60, 40))
+def test_rounding_to_int8_is_coding_there_and_back_and_coding_changes_nothing_more(
+    dtype, seed, scale
+):
+    draw = torch.Generator().manual_seed(seed)
+    most = torch.finfo(dtype).max
+    tokens = (torch.randn(64, 2, 3, 8, generator=draw) * 2.0**scale).clamp(-most, most).to(dtype)
+    rounded = round_to_int8(tokens)
+    assert torch.equal(rounded, there_and_back(tokens))
+    assert torch.equal(there_and_back(rounded), rounded)
+    assert torch.equal(round_to_int8(rounded), rounded)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_head_of_which_a_number_is_not_finite_comes_back_as_nan(bad):
+    tokens = torch.ones(3, 2, 2, 4)
+    tokens[1, 0, 1, 2] = bad
+    for found in (there_and_back(tokens), round_to_int8(tokens)):
+        assert found[1, 0, 1].isnan().all()
+        found[1, 0, 1] = 1
+        assert torch.allclose(found, torch.ones(3, 2, 2, 4), rtol=1e-3)
 
 
 @pytest.mark.gpu

@@ -32,10 +32,12 @@ PATHS: dict[str, dict[str, Any]] = {
     "device": {"chunking": Chunking(tokens=64)},
     "host": {"host_layers": (0, 1, 2), "chunking": Chunking(tokens=7)},
     "some on the host": {"host_layers": (1,), "chunking": Chunking(group_rows=True)},
+    "eight bits": {"host_layers": (0, 1, 2), "int8": True, "chunking": Chunking(tokens=7)},
 }
 DRAWN = [
     ("llama", torch.float32, "some on the host"),
     ("gemma3_text", torch.bfloat16, "host"),
+    ("mistral", torch.bfloat16, "eight bits"),
 ]
 ALL = [(name, dtype, path) for name in CASES for dtype in (torch.float32, torch.bfloat16)
        for path in PATHS if "dynamic" not in name and (name, dtype, path) not in DRAWN]  # fmt: skip
@@ -94,7 +96,8 @@ def check(directory: Path, case: tuple[str, torch.dtype, str], seeds: Sequence[i
         for seed in seeds:
             assert torch.equal(torn(runner, seed, (1, 4, 40)[seed % 3]), expected)
     if case[1] == torch.float32:
-        assert relative_error(expected, reference(zoo_model(case[0]), TEXT)) <= 1e-5
+        bound = 0.1 if case[2] == "eight bits" else 1e-5
+        assert relative_error(expected, reference(zoo_model(case[0]), TEXT)) <= bound
 
 
 @pytest.mark.parametrize("case", DRAWN, ids=str)
@@ -122,7 +125,7 @@ def test_any_tear_gives_the_same_bits(runner: Runner, seed: int, most: int) -> N
 
 def test_keys_and_values_on_any_tier_give_the_same_bits(tmp_path: Path) -> None:
     found = []
-    for path in PATHS:
+    for path in ("device", "host", "some on the host"):
         with opened(tmp_path, ("gemma3_text", torch.bfloat16, path)) as running:
             found.append(whole(running))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -216,11 +219,6 @@ def test_the_plan_has_room_for_tiles(path: Path) -> None:
             taken.append(engine.plan.device["temporaries"])
     # Two blocks of keys and values in float32, of two groups of heads of 8 numbers, are in it.
     assert taken[1] >= taken[0] + 4 * 2 * 2 * KEYS * 2 * 8
-
-
-def test_keys_and_values_in_eight_bits_are_refused_beside_it(path: Path) -> None:
-    with pytest.raises(ValueError, match="reproducible=True: not with kv_int8=True"):
-        make_engine(path, reproducible=True, kv="host", kv_int8=True)
 
 
 def test_a_rotation_by_the_length_of_a_pass_is_refused_beyond_where_it_begins(

@@ -110,6 +110,24 @@ def test_texts_on_a_gpu_are_the_same_with_and_without_drafts_alone_and_among_six
 
 @needs_triton
 @gpu
+def test_texts_on_a_gpu_are_so_with_keys_and_values_in_eight_bits(
+    tmp_path: Path, shape: str
+) -> None:
+    out, found = make(tmp_path / "out", "--format", "bf16", shape=shape), []
+    for options in ({}, {"lookup": True, "prefill_chunk": 19}):
+        with StreamingEngine(
+            out, device="cuda", dtype=torch.bfloat16, max_length=256, kv_tokens=16 * 256,
+            max_batch=16, reproducible=True, kv="host", kv_int8=True, **options,
+        ) as engine:  # fmt: skip
+            if "lookup" in options:
+                drafts_always(engine)
+            found.append(ids(engine, PROMPTS, **CHOICES[0]))
+            found[-1].append(ids(engine, [PROMPTS[3]], **CHOICES[0])[0])
+    assert found[0] == found[1] and found[0][3] == found[0][-1]
+
+
+@needs_triton
+@gpu
 def test_logits_on_a_gpu_are_the_same_bits_in_bfloat16_however_long_the_prompt(
     tmp_path: Path, shape: str
 ) -> None:
