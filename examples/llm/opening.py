@@ -17,8 +17,8 @@ from layer_streamer import CheckpointError, LayerStreamer, Manifest, TensorSpec,
 from .generation_config import read_generation_config
 from .hub import find_model
 from .kernels.triton_support import triton_serves
+from .kv.blocks import round_up
 from .kv.cache import KVCache, KVLayout
-from .kv.regions import round_up
 from .memory.footprint import Footprint, Needs
 from .memory.placing import choose_device, choose_dtype
 from .memory.plan import MemoryPlan, Planner, Wishes

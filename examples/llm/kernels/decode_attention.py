@@ -1,9 +1,10 @@
 """Triton kernels of attention in passes that add one token to each of a few rows.
 
 What changes from pass to pass, positions and places, is read from device memory, so that one
-captured launch serves them all. A row's new token has its numbers in one line of ``numbers``
-(tokens, NUMBERS), int64: its position first, and from COLUMN on where its row's region begins among
-the layer's places, and the region's size; position p lies at p modulo the size.
+captured launch serves them all. A token has its numbers in one line of ``numbers`` (tokens,
+NUMBERS), int64: its position, and its row's line in ``blocks`` (lines, BLOCKS), int32, where from
+COLUMN on are how many places the row has in the layer, and which blocks of PLACES they are in:
+position p lies where p modulo their number would.
 
   memory  (places, 2, groups, WIDTH): a token's keys, then its values, of each key-value head
   sums    (tokens, heads, SPLITS, WIDTH) float32: a part's values, weighted
@@ -21,6 +22,25 @@ def keys_seen(numbers: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
     """How many positions a token sees, itself and those before it; WINDOW 0: all."""
     seen = tl.load(numbers).to(tl.int32) + 1
     return tl.minimum(seen, WINDOW) if WINDOW else seen
+
+
+@triton.jit
+def place_of(position: tl.tensor, blocks: tl.tensor, PLACES: tl.constexpr) -> tl.tensor:
+    """Where one or several positions lie, by a row's size and blocks."""
+    position %= tl.load(blocks)
+    block = tl.load(blocks + 1 + position // PLACES)
+    return block.to(tl.int64) * PLACES + position % PLACES
+
+
+@triton.jit
+def places_of(
+    positions: tl.tensor, blocks: tl.tensor, WINDOW: tl.constexpr, PLACES: tl.constexpr
+) -> tl.tensor:
+    """The same of some that follow one another: without a window in one block, and in no ring."""
+    if WINDOW:
+        return place_of(positions, blocks, PLACES)
+    block = tl.load(blocks + 1 + tl.min(positions, axis=0) // PLACES)
+    return block.to(tl.int64) * PLACES + positions % PLACES
 
 
 @triton.jit
@@ -66,15 +86,25 @@ def add_block(  # noqa: PLR0913 - a kernel has no records
 
 
 @triton.jit
+def store_stats(stats: tl.tensor, largest: tl.tensor, weights: tl.tensor, own: tl.tensor) -> None:
+    """A part's, of each head that is ``own``."""
+    tl.store(stats, largest, mask=own)
+    tl.store(stats + 1, weights, mask=own)
+
+
+@triton.jit
 def attend_part(  # noqa: PLR0913 - a kernel has no records
     q: tl.tensor,
     memory: tl.tensor,
     numbers: tl.tensor,
+    blocks: tl.tensor,
     sums: tl.tensor,
     stats: tl.tensor,
     scale: float,
     NUMBERS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     COLUMN: tl.constexpr,
+    PLACES: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -83,16 +113,15 @@ def attend_part(  # noqa: PLR0913 - a kernel has no records
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """A program takes a part of the positions that a token sees, for the GROUP query heads of a
-    key-value head, so that each key is read once; one without a part ends at once. q is (tokens,
-    heads, WIDTH), ``scale`` that of powers of two; HEADS and COLUMNS are rounded up."""
+    """A program takes a part of the positions that a token sees, if any, for the GROUP query heads
+    of a group. q is (tokens, heads, WIDTH), ``scale`` of powers of two; HEADS, COLUMNS rounded."""
     split, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = tl.num_programs(1)
     numbers += token * NUMBERS
     begin, end = own_part(numbers, WINDOW, SPLITS, BLOCK)
     if begin < end:
-        size = tl.load(numbers + COLUMN + 1).to(tl.int32)
-        memory += (tl.load(numbers + COLUMN) * 2 * groups + group) * WIDTH
+        blocks += tl.load(numbers + 1) * BLOCKS + COLUMN
+        memory += group * WIDTH
         head, column = tl.arange(0, HEADS), tl.arange(0, COLUMNS)
         own = (head < GROUP)[:, None] & (column < WIDTH)[None, :]
         line = (token * groups + group) * GROUP + head
@@ -102,19 +131,18 @@ def attend_part(  # noqa: PLR0913 - a kernel has no records
         mixed = tl.zeros((HEADS, COLUMNS), tl.float32)
         for first in range(begin, end, BLOCK):
             position = first + tl.arange(0, BLOCK)
-            place = (position % size).to(tl.int64) * (2 * groups * WIDTH)
             there = position < end
+            place = places_of(position, blocks, WINDOW, PLACES)
+            at = memory + place[:, None] * (2 * groups * WIDTH) + column[None, :]
             inside = there[:, None] & (column < WIDTH)[None, :]
-            at = memory + place[:, None] + column[None, :]
             keys = tl.load(at, mask=inside, other=0)
             values = tl.load(at + groups * WIDTH, mask=inside, other=0)
             largest, weights, mixed = add_block(
                 largest, weights, mixed, queries, keys, values, there, scale
             )
         line = line * SPLITS + split
+        store_stats(stats + line * 2, largest, weights, head < GROUP)
         tl.store(sums + line[:, None] * WIDTH + column[None, :], mixed, mask=own)
-        tl.store(stats + line * 2, largest, mask=head < GROUP)
-        tl.store(stats + line * 2 + 1, weights, mask=head < GROUP)
 
 
 @triton.jit
@@ -183,6 +211,7 @@ def rotate_and_store(  # noqa: PLR0913 - a kernel has no records
     turned: tl.tensor,
     memory: tl.tensor,
     numbers: tl.tensor,
+    blocks: tl.tensor,
     q_token: int,
     q_head: int,
     k_token: int,
@@ -190,7 +219,9 @@ def rotate_and_store(  # noqa: PLR0913 - a kernel has no records
     v_token: int,
     v_head: int,
     NUMBERS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     COLUMN: tl.constexpr,
+    PLACES: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -206,9 +237,8 @@ def rotate_and_store(  # noqa: PLR0913 - a kernel has no records
     cosines = table + token * (WIDTH // 2)
     sines = cosines + tl.num_programs(1) * (WIDTH // 2)
     numbers += token * NUMBERS
-    position = tl.load(numbers)
-    place = tl.load(numbers + COLUMN) + position % tl.load(numbers + COLUMN + 1)
-    memory += place * (2 * GROUPS * WIDTH)
+    blocks += tl.load(numbers + 1) * BLOCKS + COLUMN
+    memory += place_of(tl.load(numbers), blocks, PLACES) * (2 * GROUPS * WIDTH)
     if head < HEADS:
         out = turned + (token * HEADS + head) * WIDTH
         rope(q + token * q_token + head * q_head, cosines, sines, out, WIDTH, COLUMNS, INTERLEAVED)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from ..kv.blocks import BLOCK
 from . import decode_attention as kernels
 
 LEAST_SIDE = 16
@@ -19,8 +20,10 @@ class Look:
 
     numbers: torch.Tensor
     """(T, NUMBERS) int64: see kernels/decode_attention.py."""
+    blocks: torch.Tensor
+    """int32, contiguous: a BlockTable's lines."""
     column: int
-    """Of the begin of a row's region in this span; its size is in the next."""
+    """Its of this span."""
     window: int | None
     splits: int
     """Parts that positions are shared out to."""
@@ -30,6 +33,8 @@ class Look:
     """float32, room for (T, H, splits, E)."""
     stats: torch.Tensor
     """float32, room for (T, H, splits, 2)."""
+    places: int = BLOCK
+    """Of one of the rows' blocks; a multiple of ``block``."""
 
 
 def launch_rotate_and_store(
@@ -51,9 +56,12 @@ def launch_rotate_and_store(
         turned_THE,
         memory,
         look.numbers,
+        look.blocks,
         *(x.stride(i) for x in qkv for i in (1, 0)),
         NUMBERS=look.numbers.stride(0),
+        BLOCKS=look.blocks.stride(0),
         COLUMN=look.column,
+        PLACES=look.places,
         HEADS=heads,
         GROUPS=groups,
         WIDTH=width,
@@ -81,10 +89,13 @@ def launch_attention(
         q_THE,
         memory,
         look.numbers,
+        look.blocks,
         look.sums,
         look.stats,
         scale * LOG2_E,
+        BLOCKS=look.blocks.stride(0),
         COLUMN=look.column,
+        PLACES=look.places,
         GROUP=heads // groups,
         HEADS=sharing,
         **shared,

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
+from .blocks import BLOCK
 from .int8 import Int8Rows
 from .moves import Move, moved_places
 from .pinned import GrowingMemory
-from .regions import BLOCK
 from .rows import Row, Span
 from .transfers import Pair, Transfers
 

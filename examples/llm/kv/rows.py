@@ -1,17 +1,18 @@
 """Rows of a key-value cache: how many tokens each has, and which places they take. Pure.
 
-A *row* is one sequence. In every *span*, which is all layers of one window, it has a region of
-token places. Layers that see everything hold all its tokens there, one after the other. Layers
-with a window hold the last ones in a ring: position p lies at p modulo the ring's size.
+A *row* is one sequence. In every *span*, which is all layers of one window, it has blocks of token
+places, one behind the other wherever they lie. Layers that see everything hold all its tokens
+there. Layers with a window hold the last ones in a ring: position p lies where p modulo the ring's
+size would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count
 
-from .regions import BLOCK, first_fit, round_up
+from .blocks import BLOCK, free_blocks, round_up
 
 SLACK = BLOCK
 """Tokens that a ring holds beyond its window, at least: a rollback by so many keeps the rest."""
@@ -57,11 +58,11 @@ def make_spans(windows: Sequence[int | None], tokens: int, max_rows: int) -> tup
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One sequence. ``starts``: by span, the first place of its region and the region's size."""
+    """One sequence. ``blocks``: by span, those that it has, in order."""
 
     capacity: int
     """The most tokens that it may have."""
-    starts: Mapping[Span, tuple[int, int]]
+    blocks: Mapping[Span, tuple[int, ...]]
     length: int = 0
     """Tokens whose keys and values are in place in every layer."""
     reach: int = 0
@@ -72,37 +73,44 @@ class Row:
     uid: int = field(default_factory=lambda: next(_uids))
 
     def places(self, span: Span, first: int, end: int) -> list[tuple[int, int]]:
-        """(place, count) of the positions from first to end, as far as the span holds them."""
-        start, size = self.starts[span]
-        if span.ring is None:
-            return [(start + first, end - first)] if end > first else []
-        first = max(first, end - size)
-        offset, number = first % size, end - first
-        if number <= 0:
-            return []
-        if offset + number <= size:
-            return [(start + offset, number)]
-        return [(start + offset, size - offset), (start, number - (size - offset))]
+        """(place, count) of the positions from first to end, as far as the span holds them: of
+        those that lie together at once."""
+        if span.ring is not None:
+            first = max(first, end - self.size(span))
+        found: list[tuple[int, int]] = []
+        while first < end:
+            place, number = self.place(span, first), min(BLOCK - first % BLOCK, end - first)
+            if found and sum(found[-1]) == place:
+                found[-1] = (found[-1][0], found[-1][1] + number)
+            else:
+                found.append((place, number))
+            first += number
+        return found
 
     def place(self, span: Span, position: int) -> int:
         """Where one position is, or would be."""
-        start, size = self.starts[span]
-        return start + position % size
+        index, offset = divmod(position % self.size(span), BLOCK)
+        return self.blocks[span][index] * BLOCK + offset
+
+    def size(self, span: Span) -> int:
+        """Places that it has."""
+        return len(self.blocks[span]) * BLOCK
 
     def holds(self, span: Span, first: int, end: int) -> bool:
         """True if the positions from first to end can lie in the span at the same time."""
-        return span.ring is None or end - first <= self.starts[span][1]
+        return span.ring is None or end - first <= self.size(span)
 
     def intact(self, length: int) -> bool:
         """True if what a query at position ``length`` sees has not been overwritten."""
-        for span, (_, size) in self.starts.items():
-            if span.window is not None and max(0, length - span.window + 1) < self.reach - size:
-                return False
-        return True
+        return not any(
+            span.window is not None
+            and max(0, length - span.window + 1) < self.reach - self.size(span)
+            for span in self.blocks
+        )
 
 
 class Rows:
-    """Gives rows their regions.
+    """Gives rows their blocks.
 
     Thread rules: one thread. What is taken follows from the rows that are there, so an interrupt
     loses no place.
@@ -120,19 +128,20 @@ class Rows:
         rows = list(self)
         if len(rows) >= self.max_rows:
             return None
-        starts: dict[Span, tuple[int, int]] = {}
+        blocks: dict[Span, tuple[int, ...]] = {}
         for span in self.spans:
-            size = span.row_places(capacity)
-            start = first_fit([row.starts[span] for row in rows], span.places, size)
-            if start is None:
+            taken = {block for row in rows for block in row.blocks[span]}
+            count = span.row_places(capacity) // BLOCK
+            found = free_blocks(taken, span.places // BLOCK, count)
+            if found is None:
                 return None
-            starts[span] = (start, size)
-        row = Row(capacity, starts)
+            blocks[span] = found
+        row = Row(capacity, blocks)
         self._rows = [*rows, row]
         return row
 
     def drop(self, row: Row) -> None:
-        """Free a row's regions. Idempotent."""
+        """Free a row's blocks. Idempotent."""
         row.dropped = True
 
     def truncate(self, row: Row, length: int) -> int:
@@ -149,3 +158,22 @@ class Rows:
             row.length = 0
             row.reach = 0
         return row.length
+
+
+class BlockTable:
+    """Rows' blocks as kernels look them up: for each row a line, with a column for its size in a
+    span, and its blocks behind that."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self._most = {span: (span.ring or span.places) // BLOCK for span in spans}
+        widths = [1 + most for most in self._most.values()]
+        self.columns = dict(zip(spans, accumulate(widths, initial=0), strict=False))
+        self.width = sum(widths)
+
+    def lines(self, rows: Sequence[Row]) -> list[list[int]]:
+        """(R, width)."""
+        return [[number for span in self._most for number in self._part(row, span)] for row in rows]
+
+    def _part(self, row: Row, span: Span) -> list[int]:
+        blocks = row.blocks[span]
+        return [row.size(span), *blocks, *([0] * (self._most[span] - len(blocks)))]

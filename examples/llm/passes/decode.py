@@ -15,7 +15,7 @@ import torch
 
 from ..kernels.triton_support import triton_serves
 from ..kv.cache import KVCache
-from ..kv.rows import Span
+from ..kv.rows import BlockTable, Row, Span
 from ..models.config import ModelConfig
 from ..models.rope import Rotary
 from ..models.rope_config import Rope
@@ -72,14 +72,16 @@ class Decoder:
         self._interleaved = interleaved
         device = kv.device
         self._spans = kv.rows.spans
+        self._table = BlockTable(self._spans)
+        self._filled: list[Row] = []
+        """Whose blocks are in the table."""
         block = block_of(config.head_dim, kv.layout.dtype)
         most = kv.layout.tokens
         splits = {s: splits_of(min(s.window or most, most), block) for s in self._spans}
         lines = rows * config.num_heads * max(splits.values())
         with torch.inference_mode(False):
-            self._numbers = torch.zeros(
-                rows, 2 + 2 * len(self._spans), dtype=torch.long, device=device
-            )
+            self._numbers = torch.zeros(rows, 3, dtype=torch.long, device=device)
+            self._blocks = torch.zeros(rows, self._table.width, dtype=torch.int32, device=device)
             self._last = torch.arange(rows, device=device)
             self._logits = torch.empty(rows, config.vocab_size, dtype=torch.float32, device=device)
             self._sums = torch.empty(lines * config.head_dim, dtype=torch.float32, device=device)
@@ -97,17 +99,18 @@ class Decoder:
 
     def fill(self, entries: Sequence[Entry]) -> Batch:
         """What the pass needs to know, brought to where its launches look for it."""
-        values = [
-            [row.length, row.length + 1, *(n for span in self._spans for n in row.starts[span])]
-            for row, _ in entries
-        ]
+        rows = [row for row, _ in entries]
+        values = [[row.length, line, row.length + 1] for line, row in enumerate(rows)]
         numbers = self._numbers[: len(values)]
         # From pageable memory, which the driver has read when this returns.
         numbers.copy_(torch.tensor(values, device="cpu"), non_blocking=True)
-        chunk = Chunk(0, (), numbers[:, 0], numbers[:, 1])
-        rows = tuple((row, 1) for row, _ in entries)
+        if rows != self._filled:
+            lines = torch.tensor(self._table.lines(rows), dtype=torch.int32, device="cpu")
+            self._blocks[: len(lines)].copy_(lines, non_blocking=True)
+            self._filled = rows
+        chunk = Chunk(0, (), numbers[:, 0], numbers[:, 2])
         ids = torch.tensor([int(ids[0]) for _, ids in entries], device="cpu")
-        return Batch(ids, rows, (chunk,), self._last[: len(rows)])
+        return Batch(ids, tuple((row, 1) for row in rows), (chunk,), self._last[: len(rows)])
 
     def attention(self, batch: Batch) -> DecodeAttention:
         """How the rows of a pass look back."""
@@ -117,14 +120,15 @@ class Decoder:
         looks = {
             span: Look(
                 numbers=numbers,
-                column=2 + 2 * i,
+                blocks=self._blocks,
+                column=self._table.columns[span],
                 window=span.window,
                 splits=self._splits[span],
                 block=self._block,
                 sums=self._sums,
                 stats=self._stats,
             )
-            for i, span in enumerate(self._spans)
+            for span in self._spans
         }
         return DecodeAttention(
             self._config, self._rotary, batch, looks, interleaved=self._interleaved

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kv.blocks import BLOCK
 from ..kv.cache import KVCache
-from ..kv.rows import Row, Span
+from ..kv.rows import BlockTable, Row, Span
 from ..models.config import ModelConfig
 from .attention import attend, attend_masked, attend_rows
 from .batch import Chunk, Piece
@@ -153,13 +154,13 @@ def make_groups(pieces: Sequence[Piece], span: Span, memory: torch.Tensor) -> It
 def _make_group(
     pieces: Sequence[Piece], seen: Sequence[int], span: Span, memory: torch.Tensor
 ) -> Group:
-    numbers = [
-        (p.offset, p.position, *p.row.starts[span], n) for p, n in zip(pieces, seen, strict=True)
-    ]
-    table = torch.tensor(numbers, device="cpu").to(memory.device)
-    offsets, positions, starts, sizes, counts = table.unbind(1)
+    rows = BlockTable([span]).lines([piece.row for piece in pieces])
+    numbers = [(p.offset, p.position, n) for p, n in zip(pieces, seen, strict=True)]
+    lines = [[*n, *line] for n, line in zip(numbers, rows, strict=True)]
+    both = torch.tensor(lines, device="cpu").to(memory.device)
+    (offsets, positions, counts, sizes), blocks = both[:, :4].unbind(1), both[:, 4:]
     back = torch.arange(max(seen), device=memory.device)  # 0 is the token itself
     mask = back < counts[:, None]
     places = (positions[:, None] - torch.where(mask, back, 0)).remainder(sizes[:, None])
-    places += starts[:, None]
+    places = blocks.gather(1, places // BLOCK) * BLOCK + places % BLOCK
     return Group(offsets, places[:, 0], places, mask)

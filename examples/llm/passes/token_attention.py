@@ -7,15 +7,15 @@ those of a prompt, of a draft, of several rows, some at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..kernels.fused import current
+from ..kv.blocks import BLOCK
 from ..kv.cache import KVCache
-from ..kv.rows import Span
+from ..kv.rows import BlockTable, Span
 from ..models.config import ModelConfig
 from ..models.rope import Rotary
 from ..models.rope_config import Rope
@@ -75,9 +75,13 @@ class TokenAttention:
             raise ValueError("a draft that is a tree: only chains are computed reproducibly here")
         self._chunk, self._config, self._kv, self._rotary = chunk, config, kv, rotary
         self._parts, self._interleaved = parts, interleaved
-        spans = kv.rows.spans
-        self._numbers = _numbers(chunk, spans).split(AT_ONCE)
-        self._columns = {span: 1 + 2 * i for i, span in enumerate(spans)}
+        table, device = BlockTable(kv.rows.spans), chunk.positions.device
+        counts = torch.tensor([piece.count for piece in chunk.pieces], device="cpu")
+        lines = torch.arange(len(counts), device="cpu").repeat_interleave(counts).to(device)
+        self._numbers = torch.stack((chunk.positions, lines), 1).split(AT_ONCE)
+        rows = table.lines([piece.row for piece in chunk.pieces])
+        self._blocks = torch.tensor(rows, dtype=torch.int32, device="cpu").to(device)
+        self._columns = table.columns
         self._tables: dict[Rope, list[torch.Tensor]] = {}
 
     def __call__(
@@ -92,6 +96,7 @@ class TokenAttention:
 
         look = Look(
             numbers=self._numbers[0],
+            blocks=self._blocks,
             column=self._columns[span],
             window=span.window,
             splits=SPLITS,
@@ -116,8 +121,10 @@ class TokenAttention:
     def _round(self, layer_idx: int, memory: torch.Tensor, look: Look) -> None:
         """What a launch has stored, as the layer keeps it."""
         if self._kv.codes(layer_idx):
-            starts, sizes = look.numbers[:, look.column], look.numbers[:, look.column + 1]
-            places = starts + look.numbers[:, 0] % sizes
+            positions, lines = look.numbers.unbind(1)
+            positions = positions % look.blocks[lines, look.column]
+            blocks = look.blocks[lines, look.column + 1 + positions // BLOCK]
+            places = blocks.long() * BLOCK + positions % BLOCK
             memory[places] = self._kv.as_kept(layer_idx, memory[places])
 
     def _table(self, layer_idx: int) -> list[torch.Tensor]:
@@ -127,13 +134,3 @@ class TokenAttention:
             table = self._rotary.rows(layer_idx, chunk.positions, chunk.lengths)
             self._tables[rope] = [part.contiguous() for part in table.split(AT_ONCE, 1)]
         return self._tables[rope]
-
-
-def _numbers(chunk: Chunk, spans: Sequence[Span]) -> torch.Tensor:
-    """What the kernels need to know of each token, (T, NUMBERS): its position, and the begin and
-    size of its row's region in each span."""
-    regions = [[n for span in spans for n in piece.row.starts[span]] for piece in chunk.pieces]
-    counts = torch.tensor([piece.count for piece in chunk.pieces], device="cpu")
-    table = torch.tensor(regions, dtype=torch.long, device="cpu").repeat_interleave(counts, 0)
-    device = chunk.positions.device
-    return torch.cat((chunk.positions[:, None], table.to(device)), 1)

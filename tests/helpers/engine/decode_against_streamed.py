@@ -194,7 +194,7 @@ def test_a_captured_pass_that_overflows_is_found_and_the_row_can_be_taken_back(
         runner.forward([(row, [5, 6, 7])])
         expected = runner.forward([(row, [8])])
         runner.kv.rows.truncate(row, 3)
-        place = row.starts[runner.kv.span(1)][0]
+        place = row.place(runner.kv.span(1), 0)
         memory = runner.kv.open(1)
         kept = memory[place].clone()
         memory[place] = float("inf")

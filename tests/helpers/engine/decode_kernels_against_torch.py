@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float16] + ([] if interpreted() else [torch.bfloa
 BLOCK = 16
 """Small, so that few positions are several blocks of several parts."""
 OTHER = 3
-"""Columns of ``numbers`` before those of the span that is looked at: those of another span."""
+"""Columns of ``blocks`` before those of the span that is looked at: those of another span."""
 
 
 @dataclass
@@ -54,24 +54,29 @@ CASES = {
 }
 
 
-def starts(case: Case) -> list[int]:
-    """Where regions begin: not in the order of rows, and not at the first place."""
-    begins, at = [0] * len(case.sizes), 16
-    for i in reversed(range(len(case.sizes))):
-        begins[i], at = at, at + case.sizes[i]
-    return begins
+def blocks_of(case: Case, places: int) -> list[list[int]]:
+    """The rows' blocks: scattered, and none of them the first."""
+    dice = torch.Generator().manual_seed(7)
+    order = (1 + torch.randperm(sum(case.sizes) // places, generator=dice)).tolist()
+    return [[order.pop() for _ in range(size // places)] for size in case.sizes]
 
 
-def look_of(case: Case) -> Look:
-    numbers = torch.full((len(case.lengths), OTHER + 2), 10_000)
+def look_of(case: Case, places: int = BLOCK) -> Look:
+    count, blocks = len(case.lengths), blocks_of(case, places)
+    numbers = torch.full((count, 3), 10_000)
     numbers[:, 0] = torch.tensor(case.lengths) - 1
-    numbers[:, OTHER] = torch.tensor(starts(case))
-    numbers[:, OTHER + 1] = torch.tensor(case.sizes)
+    numbers[:, 1] = torch.arange(count).flip(0)  # lines in another order than tokens
+    lines = torch.full((count, OTHER + 1 + max(map(len, blocks))), 10_000, dtype=torch.int32)
+    for row, own in enumerate(blocks):
+        line = [case.sizes[row], *own]
+        lines[count - 1 - row, OTHER : OTHER + len(line)] = torch.tensor(line)
     heads = case.groups * case.sharing
-    room = len(case.lengths) * heads * case.splits
+    room = count * heads * case.splits
     return Look(
         numbers=numbers.to(DEVICE),
+        blocks=lines.to(DEVICE),
         column=OTHER,
+        places=places,
         window=case.window,
         splits=case.splits,
         block=BLOCK,
@@ -81,11 +86,11 @@ def look_of(case: Case) -> Look:
     )
 
 
-def seen_places(case: Case, row: int) -> list[int]:
+def seen_places(case: Case, row: int, places: int = BLOCK) -> list[int]:
     """The places of what a row's new token sees, oldest first."""
-    length, size = case.lengths[row], case.sizes[row]
-    first = max(0, length - (case.window or length))
-    return [starts(case)[row] + position % size for position in range(first, length)]
+    length, size, blocks = case.lengths[row], case.sizes[row], blocks_of(case, places)[row]
+    at = [position % size for position in range(max(0, length - (case.window or length)), length)]
+    return [blocks[place // places] * places + place % places for place in at]
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -93,22 +98,24 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
 
 
-def poisoned_memory(case: Case, dtype: torch.dtype) -> torch.Tensor:
+def poisoned_memory(case: Case, dtype: torch.dtype, places: int = BLOCK) -> torch.Tensor:
     """Keys and values of what rows see, and NaN everywhere else."""
-    places = 16 + sum(case.sizes)
-    memory = random(places, 2, case.groups, case.width, dtype=dtype, seed=1)
-    unseen = torch.ones(places, dtype=torch.bool)
+    count = places + sum(case.sizes)
+    memory = random(count, 2, case.groups, case.width, dtype=dtype, seed=1)
+    unseen = torch.ones(count, dtype=torch.bool)
     for row in range(len(case.lengths)):
-        unseen[seen_places(case, row)] = False
+        unseen[seen_places(case, row, places)] = False
     memory[unseen.to(DEVICE)] = float("nan")
     return memory
 
 
-def expected_mix(case: Case, q: torch.Tensor, memory: torch.Tensor, scale: float) -> torch.Tensor:
+def expected_mix(
+    case: Case, q: torch.Tensor, memory: torch.Tensor, scale: float, places: int = BLOCK
+) -> torch.Tensor:
     """Textbook attention, (rows, heads, width), in float64."""
     mixed = []
     for row in range(len(case.lengths)):
-        both = memory[seen_places(case, row)].double()
+        both = memory[seen_places(case, row, places)].double()
         keys, values = (
             x.repeat_interleave(case.sharing, 1).transpose(0, 1) for x in both.unbind(1)
         )
@@ -134,9 +141,9 @@ def test_rows_see_their_own_positions_and_nothing_else(name: str, dtype: torch.d
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_same_numbers_give_the_same_bits_and_other_rows_change_none(blocks: int) -> None:
     case = CASES["lengths around a block and a part"]
-    memory = poisoned_memory(case, torch.float16)
+    memory = poisoned_memory(case, torch.float16, 32)
     q = random(6, 8, case.width, dtype=torch.float16, seed=3)
-    look = replace(look_of(case), block=16 * blocks)
+    look = replace(look_of(case, 32), block=16 * blocks)
     first = launch_attention(q, memory, look, 0.3)
     assert torch.equal(launch_attention(q, memory, look, 0.3), first)
     for row in range(6):
@@ -172,7 +179,7 @@ def test_queries_are_turned_and_keys_and_values_stored_at_their_places(
     )
     angles = random(tokens, case.width // 2, dtype=torch.float32, seed=9)
     table = torch.stack((angles.cos(), angles.sin()))
-    memory = random(16 + sum(case.sizes), 2, case.groups, case.width, dtype=dtype, seed=5)
+    memory = random(BLOCK + sum(case.sizes), 2, case.groups, case.width, dtype=dtype, seed=5)
     expected = memory.clone()
     turned = [rotate(x, table, interleaved=interleaved).transpose(0, 1) for x in (q, k)]
     for row in range(tokens):
@@ -200,10 +207,10 @@ def test_blocks_of_the_engine_over_many_positions(
     size = -(-length // 256) * 256
     case = Case([length, 1 + length // 3], [size, size], groups=4, sharing=7, width=width)
     case.splits = splits_of(size, block)
-    look = replace(look_of(case), block=block)
-    memory, q = poisoned_memory(case, dtype), random(2, 28, width, dtype=dtype, seed=6)
+    look = replace(look_of(case, 256), block=block)
+    memory, q = poisoned_memory(case, dtype, 256), random(2, 28, width, dtype=dtype, seed=6)
     found = launch_attention(q, memory, look, width**-0.5)
-    expected = expected_mix(case, q, memory, width**-0.5)
+    expected = expected_mix(case, q, memory, width**-0.5, 256)
     bound = max(4 * torch.finfo(dtype).eps, 1e-5) * float(expected.abs().max())
     assert float((found.double() - expected).abs().max()) <= bound
 

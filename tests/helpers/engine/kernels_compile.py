@@ -105,10 +105,11 @@ def compile_decoding(
     heads: int, groups: int, width: int, window: int | None, dtype: torch.dtype
 ) -> None:
     """The kernels of passes in which each row takes a token."""
-    numbers, sums = torch.ones(2, 4, dtype=torch.long), torch.zeros(1)
+    numbers, sums = torch.ones(2, 3, dtype=torch.long), torch.zeros(1)
+    blocks = torch.zeros(2, 18, dtype=torch.int32)
     block = block_of(width, dtype)
     splits = splits_of(window or 4096, block)
-    look = decode_launching.Look(numbers, 2, window, splits, block, sums, sums)
+    look = decode_launching.Look(numbers, blocks, 1, window, splits, block, sums, sums)
     q, k = torch.zeros(heads, 2, width, dtype=dtype), torch.zeros(groups, 2, width, dtype=dtype)
     memory, table = torch.zeros(1, 2, groups, width, dtype=dtype), torch.zeros(2, 2, width // 2)
     for interleaved in (False, True):

@@ -107,7 +107,7 @@ class LateEngine:
             return 0
         memory = self.host.open(layer_idx, [row for row, _ in batch])
         for row, _ in batch:
-            start, _ = row.starts[self._span]
+            start = row.place(self._span, 0)  # these rows' blocks follow one another
             self._launch(memory[start:], layer_idx, list(self.texts[row]), new[row])
         self.host.close_layer(layer_idx, batch)
         return 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint, tiny_model
 
+from layer_streamer.llm.kv import rows as rows_module
 from layer_streamer.llm.kv.rows import Row
 from layer_streamer.llm.passes.runner import Chunking, Runner
 
@@ -106,6 +107,25 @@ def test_chunks_and_grouped_rows_change_nothing_but_rounding(model: tuple[Path, 
     expected = tell(path, network.config, 11, 4, chunking=Chunking(tokens=10_000))
     for chunking in (Chunking(tokens=1), Chunking(tokens=7), Chunking(group_rows=True)):
         found = tell(path, network.config, 11, 4, chunking=chunking)
+        errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
+        assert max(errors) <= 1e-5
+
+
+@pytest.mark.parametrize("chunking", [Chunking(tokens=64), Chunking(group_rows=True)])
+def test_blocks_may_lie_anywhere(
+    model: tuple[Path, Any], chunking: Chunking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, network = model
+    expected = tell(path, network.config, 5)
+    dice = random.Random(5)
+
+    def anywhere(taken: set[int], total: int, count: int) -> tuple[int, ...] | None:
+        free = [block for block in range(total) if block not in taken]
+        return tuple(dice.sample(free, count)) if count <= len(free) else None
+
+    monkeypatch.setattr(rows_module, "free_blocks", anywhere)
+    for host_layers in ((), (0, 2)):
+        found = tell(path, network.config, 5, chunking=chunking, host_layers=host_layers)
         errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
         assert max(errors) <= 1e-5
 
