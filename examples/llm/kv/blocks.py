@@ -19,6 +19,8 @@ def free_blocks(taken: Collection[int], total: int, count: int) -> tuple[int, ..
     The first that follow one another, if so many do: keys and values that lie together are copied
     at once, and looked at without being gathered. Else the first of all.
     """
+    if not count:
+        return ()
     free = [block for block in range(total) if block not in taken]
     for i in range(len(free) - count + 1):
         if free[i + count - 1] - free[i] == count - 1:

@@ -20,7 +20,7 @@ before the next pass began counts only up to the first of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
@@ -165,7 +165,8 @@ class HostTier:
             self._transfers.wait(self._barrier, stream)
             self._transfers.wait(slot.drained, stream)
             rows = [(row, length) for row, length in layer.rows if not row.dropped]
-            pairs = (pair for row, n in rows for pair in self._inward(layer, slot, row, 0, n))
+            parts = once((row, 0, length) for row, length in rows)
+            pairs = (pair for part in parts for pair in self._inward(layer, slot, *part))
             # The streamer lets the pass wait for all that is on this stream by now.
             self._transfers.copy(pairs, stream)
             lengths = {row.uid: length for row, length in rows}
@@ -187,13 +188,8 @@ class HostTier:
         layer, fetch = self._layers[layer_idx], self._fetched[layer_idx]
         slot, current = fetch.slot, self._transfers.current()
         slot.in_use = True
-        there = [(row, fetch.there(row, self._passes)) for row in rows]
-        missing = [
-            pair
-            for row, length in there
-            if length < row.length
-            for pair in self._inward(layer, slot, row, length, row.length)
-        ]
+        late = once((row, fetch.there(row, self._passes), row.length) for row in rows)
+        missing = [pair for part in late for pair in self._inward(layer, slot, *part)]
         if missing:
             # It has come home: the copier's stream, which this one follows, has waited for it.
             self._transfers.copy(missing, current)
@@ -201,7 +197,7 @@ class HostTier:
         if self._codec is None:
             return self._token.view(slot.raw)
         assert self._work is not None
-        for first, end in self._coded(layer, [(row, 0, row.length) for row in rows]):
+        for first, end in self._coded(layer, once((row, 0, row.length) for row in rows)):
             self._codec.decode(self._tokens(slot)[first:end], self._work[first:end])
         return self._work
 
@@ -270,3 +266,17 @@ class HostTier:
             for place, number in row.places(layer.span, first, end):
                 for offset in range(place, place + number, CODED):
                     yield offset, min(offset + CODED, place + number)
+
+
+def once(parts: Iterable[tuple[Row, int, int]]) -> list[tuple[Row, int, int]]:
+    """(row, first, end) of tokens, without those at the begin of a row that it has in common with
+    one before it, whose part has them."""
+    found: list[tuple[Row, int, int]] = []
+    for row, begin, end in parts:
+        first = begin
+        for other, start, stop in found:
+            if start <= first:
+                first = max(first, min(row.common(other), stop))
+        if first < end:
+            found.append((row, first, end))
+    return found

@@ -4,15 +4,19 @@ A *row* is one sequence. In every *span*, which is all layers of one window, it 
 places, one behind the other wherever they lie. Layers that see everything hold all its tokens
 there. Layers with a window hold the last ones in a ring: position p lies where p modulo the ring's
 size would.
+
+Rows whose texts begin alike have blocks in common, if all layers see everything: a ring is written
+over. A block that is known to hold the beginning of a text is kept as long as there are others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, count
+from itertools import accumulate, count, islice, takewhile
 
 from .blocks import BLOCK, free_blocks, round_up
+from .prefixes import Prefixes
 
 SLACK = BLOCK
 """Tokens that a ring holds beyond its window, at least: a rollback by so many keeps the rest."""
@@ -69,6 +73,8 @@ class Row:
     """Tokens up to which places may have been written: a pass that failed wrote beyond length."""
     moved_from: int | None = None
     """From which token on some have moved since the last pass; None: none have."""
+    known: int = 0
+    """Blocks of whose text others may make use."""
     dropped: bool = False
     uid: int = field(default_factory=lambda: next(_uids))
 
@@ -100,6 +106,14 @@ class Row:
         """True if the positions from first to end can lie in the span at the same time."""
         return span.ring is None or end - first <= self.size(span)
 
+    def common(self, other: Row) -> int:
+        """How many of its first places are the other row's, too."""
+        if not self.known or not other.known:
+            return 0
+        (mine,), (its,) = self.blocks.values(), other.blocks.values()
+        same = takewhile(lambda both: both[0] == both[1], zip(mine, its, strict=False))
+        return BLOCK * sum(1 for _ in same)
+
     def intact(self, length: int) -> bool:
         """True if what a query at position ``length`` sees has not been overwritten."""
         return not any(
@@ -118,27 +132,42 @@ class Rows:
 
     def __init__(self, spans: Sequence[Span], max_rows: int) -> None:
         self.spans, self.max_rows = tuple(spans), max_rows
+        self.shares = [span.window for span in self.spans] == [None]
+        """True: rows that begin alike have blocks in common."""
         self._rows: list[Row] = []
+        self._prefixes = Prefixes()
 
     def __iter__(self) -> Iterator[Row]:
         return iter([row for row in self._rows if not row.dropped])
 
-    def add(self, capacity: int) -> Row | None:
-        """A row with room for so many tokens; None if there is none at present."""
+    def add(self, capacity: int, ids: Sequence[int] = (), salt: bytes = b"") -> Row | None:
+        """A row with room for so many tokens; None if there is none at present. It has as many of
+        its first ``ids``, in whole blocks, as were noted of any text with that salt."""
         rows = list(self)
         if len(rows) >= self.max_rows:
             return None
+        shared = self._prefixes.find(ids[:capacity], salt) if self.shares else ()
         blocks: dict[Span, tuple[int, ...]] = {}
         for span in self.spans:
-            taken = {block for row in rows for block in row.blocks[span]}
-            count = span.row_places(capacity) // BLOCK
-            found = free_blocks(taken, span.places // BLOCK, count)
+            taken = {*shared, *(block for row in rows for block in row.blocks[span])}
+            count = span.row_places(capacity) // BLOCK - len(shared)
+            found = self._take(taken, span.places // BLOCK, count)
             if found is None:
                 return None
-            blocks[span] = found
-        row = Row(capacity, blocks)
+            blocks[span] = shared + found
+        there = len(shared) * BLOCK
+        row = Row(capacity, blocks, length=there, reach=there, known=len(shared))
         self._rows = [*rows, row]
         return row
+
+    def note(self, row: Row, ids: Sequence[int], salt: bytes = b"") -> None:
+        """The row's text is ``ids``, as far as it has got: others that begin so may have its whole
+        blocks from now on, also after its end."""
+        known = min(len(ids), row.length) // BLOCK
+        if self.shares and known > row.known:
+            (blocks,) = row.blocks.values()
+            self._prefixes.note(ids[: known * BLOCK], blocks, salt)
+            row.known = known
 
     def drop(self, row: Row) -> None:
         """Free a row's blocks. Idempotent."""
@@ -148,16 +177,40 @@ class Rows:
         """Forget the tokens from ``length`` on; how many are left.
 
         That is ``length``, or 0 if a window reaches back to tokens that have been overwritten:
-        then the row has to be prefilled again.
+        then the row has to be prefilled again. What others may have made use of is theirs no more;
+        ValueError if they have.
         """
         if not 0 <= length <= row.length:
             raise ValueError(f"length={length}: the row holds {row.length} tokens")
+        if length < row.known * BLOCK:
+            self._disown(row, length // BLOCK)
         if row.intact(length):
             row.length = length
         else:
             row.length = 0
             row.reach = 0
         return row.length
+
+    def _take(self, taken: set[int], total: int, count: int) -> tuple[int, ...] | None:
+        """Blocks that are free, of texts that have ended if need be: of those unused longest."""
+        kept = self._prefixes.blocks if self.shares else set[int]()
+        lacking = count - (total - len(taken | kept))
+        if lacking > 0:
+            gone = set(islice(self._prefixes.oldest(taken), lacking))
+            if len(gone) < lacking:
+                return None
+            self._prefixes.forget(gone)
+            kept -= gone
+        return free_blocks(taken | kept, total, count)
+
+    def _disown(self, row: Row, known: int) -> None:
+        """No other row may have the row's blocks from ``known`` on, which it will write to."""
+        (span,) = self.spans
+        gone = set(row.blocks[span][known : row.known])
+        if any(gone.intersection(other.blocks[span]) for other in self if other is not row):
+            raise ValueError(f"rows have blocks in common from token {known * BLOCK} on")
+        self._prefixes.forget(gone)
+        row.known = known
 
 
 class BlockTable:
