@@ -137,7 +137,8 @@ class StreamingEngine:
 
         * ``stop``: strings that end the text and are no part of it, special tokens among them.
         * ``sampling``: temperature (0: greedy), top_k, top_p, min_p, repetition_penalty (by default
-          what the model's generation_config says, else greedy), skip_special_tokens (True).
+          what the model's generation_config says, else greedy), skip_special_tokens (True); as in
+          OpenAI's API presence_penalty, frequency_penalty, logit_bias, logprobs, top_logprobs.
         * ``seed``: the same seed gives the same text; row i of a list takes seed + i.
         * ``chat_template_kwargs``: tools, continue_final_message, what else the template knows.
         * ``reuse_prefix``: for one prompt: start from what it has in common with the last such
@@ -221,7 +222,6 @@ class StreamingEngine:
         requests = RequestMaker(
             asked=asked,
             room=self._room,
-            device=self.streamer.device,
             tokenizer=self.tokenizer if self._has_text(bool(asked.stop)) else None,
             notify=self._notify,
         ).requests(prompts)

@@ -14,7 +14,7 @@ from typing import Any
 
 from layer_streamer import CheckpointError, read_json
 
-from .text.sampling import Sampling, as_whole, default_sampling
+from .text.sampling_options import Sampling, as_whole, default_sampling
 
 NEUTRAL: dict[str, Any] = {
     "num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0.0, "typical_p": 1.0, "top_h": None,

@@ -28,7 +28,7 @@ from .models.names import WeightNames, known_layers, weight_names
 from .passes.decode import captured_rows
 from .passes.runner import Chunking, Runner
 from .passes.ways import obstacle
-from .text.sampling import Sampling
+from .text.sampling_options import Sampling
 from .threads import leave_a_core
 from .weights.dequant import Unpacker
 

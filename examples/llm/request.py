@@ -12,6 +12,7 @@ from .drafts.drafted import Drafted
 from .drafts.tree import NOTHING, Tree
 from .errors import told_in_one_line, without_frames
 from .kv.rows import Row
+from .text.logprobs import TokenLogprob
 from .text.sampling import Sampler
 from .text.stopping import TextStream
 
@@ -90,6 +91,13 @@ class Request:
     def known(self) -> Known:
         """Its ids so far."""
         return Known(self.prompt_ids, self.new_ids)
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob] | None:
+        """Of each of ``new_ids``, so far; None if they were not asked for."""
+        if self.sampler.top_logprobs is None:
+            return None
+        return self.sampler.logprobs[: len(self.new_ids)]
 
     @property
     def room(self) -> int:

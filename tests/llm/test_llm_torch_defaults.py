@@ -31,12 +31,18 @@ PACKED = [
 ]  # fmt: skip
 
 
+DRAWN: dict[str, Any] = {
+    "temperature": 0.9, "repetition_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": {5: -100},
+    "logprobs": True, "top_logprobs": 2,
+}  # fmt: skip
+
+
 def texts(path: Path, **options: Any) -> list[tuple[int, ...]]:
     """The likeliest ids of two prompts, and drawn ones."""
     changed = {"device": "cpu", "dtype": torch.float32, "max_length": 64} | options
     with StreamingEngine(path, **changed) as engine:
         found = []
-        for sampling in ({"temperature": 0}, {"temperature": 0.9, "repetition_penalty": 1.3}):
+        for sampling in ({"temperature": 0}, DRAWN):
             found += engine.generate(
                 PROMPTS, max_new_tokens=5, seed=3, return_details=True, **sampling
             )

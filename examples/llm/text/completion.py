@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..drafts.drafted import Drafted
 from ..errors import RowsError
 from ..request import Event, Request
-from .sampling import Sampling, merge_options, whole
+from .logprobs import MOST, TokenLogprob
+from .sampling_options import Sampling, merge_options, whole
 from .stopping import StopStrings
 
 
@@ -36,6 +37,8 @@ class Completion:
     """What came of them, by source: "lookup", "draft" (a model), "self"."""
     error: Exception | None = None
     """What ended the row before its time; text and ids are what there was by then."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """How likely each of ``ids`` was; None if they were not asked for."""
 
     @property
     def drafted(self) -> int:
@@ -61,12 +64,16 @@ class Asked:
     reuse_prefix: bool = False
     skip_special_tokens: bool = True
     """False shows special tokens, the one that ends the text as well."""
+    logprobs: bool = False
+    """Tell how likely each token was, by the model's own account."""
+    top_logprobs: int = 0
+    """So many of the likeliest tokens beside each."""
 
     @classmethod
     def of(cls, defaults: Sampling, options: Mapping[str, Any]) -> Asked:
         """The options of one call; what it does not say of sampling is ``defaults``."""
-        own = ("max_new_tokens", "stop", "seed", "reuse_prefix", "skip_special_tokens")
-        given = {name: options[name] for name in own if name in options}
+        own = {option.name for option in fields(cls)} - {"sampling"}
+        given = {name: options[name] for name in options if name in own}
         rest = {name: value for name, value in options.items() if name not in own}
         return cls(sampling=merge_options(defaults, rest), **given)
 
@@ -75,6 +82,7 @@ class Asked:
         object.__setattr__(self, "max_new_tokens", count)
         if self.seed is not None:
             object.__setattr__(self, "seed", whole("seed", self.seed))
+        self._check_logprobs()
         stop: Any = () if self.stop is None else self.stop
         try:
             stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -82,6 +90,19 @@ class Asked:
             raise ValueError(f"stop={reprlib.repr(stop)}: must be strings") from error
         object.__setattr__(self, "stop", stop)
         StopStrings(stop)
+
+    def _check_logprobs(self) -> None:
+        if not isinstance(self.logprobs, bool | None):
+            shown = reprlib.repr(self.logprobs)
+            raise ValueError(f"logprobs={shown}: must be true or false (how many: top_logprobs)")
+        object.__setattr__(self, "logprobs", bool(self.logprobs))
+        top = 0 if self.top_logprobs is None else self.top_logprobs
+        top = whole("top_logprobs", top, 0, f" and at most {MOST}")
+        if top > MOST:
+            raise ValueError(f"top_logprobs={top}: must be at most {MOST}")
+        if top and not self.logprobs:
+            raise ValueError(f"top_logprobs={top}: belongs to logprobs=True")
+        object.__setattr__(self, "top_logprobs", top)
 
 
 def complete(request: Request, pieces: Sequence[str]) -> Completion:
@@ -98,6 +119,7 @@ def complete(request: Request, pieces: Sequence[str]) -> Completion:
         passes=request.passes,
         drafts=request.drafts,
         error=request.error,
+        logprobs=None if request.logprobs is None else tuple(request.logprobs),
     )
 
 

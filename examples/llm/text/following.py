@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 
 from ..drafts.tree import ROOT, Tree
-from .sampling import Sampler, choose_tokens
+from .logprobs import measure, read
+from .sampling import Sampler, as_choice, choose_tokens
 
 Followed = list[int | Exception]
 """A row's tokens, the last of them perhaps what its sampler raised in its place. Empty: its logits
@@ -26,7 +27,7 @@ def follow(
     logits_NV: torch.Tensor, samplers: Sequence[Sampler], drafts: Sequence[Tree]
 ) -> list[Followed]:
     """What follows in every row. Waits for the device, and with a draft of a row that draws, once
-    for each token that it gets.
+    for each token that it gets, and once for the logprobs of a row that asks for them.
 
     ``logits_NV``: of each row, packed, what follows its last token that is no draft, and what
     follows each token of its draft. A row ends before logits that are not numbers, which the next
@@ -41,6 +42,8 @@ def follow(
     for sampler, draft in zip(samplers, drafts, strict=True):
         part = slice(first, first + 1 + len(draft))
         found.append(_follow(logits_NV[part], sampler, draft, (largest[part], likeliest[part])))
+        if sampler.top_logprobs is not None:
+            _tell(logits_NV[part], sampler, draft, found[-1])
         first = part.stop
     return found
 
@@ -61,6 +64,24 @@ def _follow(
         except Exception as error:  # of this row: the others go on
             tokens.append(error)
             break
-        tokens.append(token)
-        node = draft.child(node, token)
+        choice = as_choice(token)
+        tokens.append(choice)
+        node = None if isinstance(choice, Exception) else draft.child(node, choice)
     return tokens
+
+
+def _tell(logits_CV: torch.Tensor, sampler: Sampler, draft: Tree, tokens: Followed) -> None:
+    """Have the row's sampler keep how likely its tokens were, each behind those before it; an error
+    takes the place of all of them."""
+    chosen = [token for token in tokens if isinstance(token, int)]
+    try:
+        ids = torch.tensor(chosen, dtype=torch.long, device="cpu").to(logits_CV.device)
+        behind = zip([ROOT, *draft.path(chosen)], ids, strict=False)
+        numbers = [
+            measure(logits_CV[1 + node], token, sampler.top_logprobs or 0) for node, token in behind
+        ]
+        found = torch.stack(numbers).tolist() if numbers else []
+    except Exception as error:  # of this row: the others go on
+        tokens[:] = [error]
+    else:
+        sampler.logprobs += map(read, chosen, found)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..errors import PromptTooLongError, one_line_errors, without_frames
 from ..request import Request
 from .completion import Asked
+from .penalties import check_bias
 from .prompts import Prompt, PromptEncoder
 from .sampling import Sampler
 from .stopping import TextStream
@@ -79,15 +78,17 @@ class Prompts:
 
 @dataclass(kw_only=True, slots=True)
 class RequestMaker:
-    """Makes the requests of one call."""
+    """Makes the requests of one call. ValueError for a bias of a token that the model lacks."""
 
     asked: Asked
     room: Room
-    device: torch.device
     tokenizer: Any
     """None: ids alone come out."""
     notify: Callable[[str], object]
     noted: bool = False
+
+    def __post_init__(self) -> None:
+        check_bias(self.asked.sampling.logit_bias, self.room.vocab_size)
 
     def requests(self, prompts: Iterable[Encoded]) -> Iterator[Request]:
         """One for each prompt, taken when it is asked for."""
@@ -108,8 +109,10 @@ class RequestMaker:
             self.noted = True
             self.notify(f"the context has room for {left} new tokens")
         count = min(left, asked.max_new_tokens)
-        sampler = Sampler(asked.sampling, seed=None if asked.seed is None else asked.seed + index)
-        sampler.see(ids, self.room.vocab_size, self.device)
+        seed = None if asked.seed is None else asked.seed + index
+        top = asked.top_logprobs if asked.logprobs else None
+        sampler = Sampler(asked.sampling, seed=seed, top_logprobs=top)
+        sampler.see(ids)
         text = None
         if self.tokenizer is not None:
             skip = asked.skip_special_tokens

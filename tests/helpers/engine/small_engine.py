@@ -87,7 +87,7 @@ def drafted(engine: StreamingEngine, plain: Sequence[Any], how: Any, **options: 
     finally:
         engine._drafting = None
     for one, other in zip(found, plain, strict=True):
-        same = ("ids", "text", "finish_reason", "prompt_tokens", "error")
+        same = ("ids", "text", "finish_reason", "prompt_tokens", "error", "logprobs")
         assert [getattr(one, n) for n in same] == [getattr(other, n) for n in same]
         assert one.drafted >= one.agreed >= 0
         assert one.passes + one.agreed == len(one.ids)

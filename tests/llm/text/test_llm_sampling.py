@@ -1,7 +1,6 @@
 import json
 import math
 import warnings
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -19,10 +18,10 @@ from transformers import (
 )
 
 from layer_streamer.llm.generation_config import read_generation_config
-from layer_streamer.llm.text.sampling import (
-    Sampler,
+from layer_streamer.llm.text.sampling import Sampler, choose_tokens
+from layer_streamer.llm.text.sampling_options import (
+    OF_TRANSFORMERS,
     Sampling,
-    choose_tokens,
     default_sampling,
     merge_options,
 )
@@ -87,7 +86,7 @@ def test_what_may_be_drawn_is_what_transformers_leaves(seed, temperature, k, p, 
     sampler = hot(
         seed, temperature=temperature, top_k=k, top_p=p, min_p=min_p, repetition_penalty=penalty
     )
-    sampler.see(seen.tolist(), 50, torch.device("cpu"))
+    sampler.see(seen.tolist())
     found = {int(sampler.choose(logits))}
     assert found <= set(expected.nonzero()[:, 0].tolist())
     if expected.count_nonzero() == 1:
@@ -109,7 +108,7 @@ def test_draws_with_filters_follow_what_transformers_leaves():
 
 def test_a_penalty_counts_the_tokens_that_were_drawn():
     sampler = Sampler(Sampling(repetition_penalty=1e6), seed=0)
-    sampler.see([0], 4, torch.device("cpu"))
+    sampler.see([0])
     assert draws(sampler, torch.tensor([9.0, 3.0, 2.0, 1.0]), 3) == [1, 2, 3]
 
 
@@ -178,7 +177,7 @@ def test_next_to_0_the_likeliest_token_is_drawn(seed, least, options, spread, dt
     logits = logits.to(dtype)
     tiny = {"top_p": 5e-324} if least == "top_p" else {"temperature": least}
     sampler = hot(seed, **(options | tiny))
-    sampler.see([0, 1], 40, torch.device("cpu"))
+    sampler.see([0, 1])
     assert int(sampler.choose(logits)) == seed % 20 + 20
 
 
@@ -193,7 +192,7 @@ def test_at_a_huge_temperature_all_tokens_are_alike_but_those_that_are_ruled_out
 def test_a_penalty_of_any_size_leaves_a_token_to_be_drawn(penalty, temperature):
     logits = torch.tensor([3.0, 0.0, -2.0, -math.inf, 2.5])
     sampler = Sampler(Sampling(temperature=temperature, repetition_penalty=penalty), seed=1)
-    sampler.see([0, 1, 2, 3], 5, torch.device("cpu"))
+    sampler.see([0, 1, 2, 3])
     expected = {4} if penalty > 1 else {0}
     first = int(sampler.choose(logits))
     assert first in ({0, 1, 4} if temperature and penalty > 1 else expected)
@@ -248,7 +247,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=4,
 )
-FIELDS = (*(field.name for field in fields(Sampling)), "do_sample", "eos_token_id", "num_beams")
+FIELDS = (*OF_TRANSFORMERS, "do_sample", "eos_token_id", "num_beams")
 ODD = st.sampled_from([-1, 0, 1, 2, 0.5, 20.0, "0.6", "2", [2, None], [[2]], 1e400, 10**400, True])
 
 
