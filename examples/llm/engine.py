@@ -21,7 +21,7 @@ from .opening import Limits, Model, place
 from .parts import open_parts, plan_parts
 from .request import Event, Request
 from .scheduler import Scheduler
-from .text.completion import Asked, Completion, in_order, raising, results
+from .text.completion import Asked, Completion, Shape, in_order, raising
 from .text.prompts import Prompt, PromptEncoder, is_batch
 from .text.requests import Encoded, Prompts, RequestMaker, Room
 
@@ -123,6 +123,7 @@ class StreamingEngine:
         max_new_tokens: int = 128,
         stop: str | Sequence[str] = (),
         seed: int | None = None,
+        n: int | None = None,
         stream: bool = False,
         return_details: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -140,6 +141,8 @@ class StreamingEngine:
           what the model's generation_config says, else greedy), skip_special_tokens (True); as in
           OpenAI's API presence_penalty, frequency_penalty, logit_bias, logprobs, top_logprobs.
         * ``seed``: the same seed gives the same text; row i of a list takes seed + i.
+        * ``n``: of each prompt a list of so many texts; rows are those of a list of prompts that
+          has each n times, one behind the other: so seeds, pieces and errors are counted.
         * ``chat_template_kwargs``: tools, continue_final_message, what else the template knows.
         * ``reuse_prefix``: for one prompt: start from what it has in common with the last such
           prompt and its text, whose keys and values are kept until a call without it.
@@ -148,24 +151,20 @@ class StreamingEngine:
         prompt fails alone: when the others have ended, its Completion has the ``error``, or a
         RowsError is raised that has all Completions.
         """
-        if stream and return_details:
-            raise ValueError("return_details=True: not together with stream=True")
-        several = is_batch(prompt)
-        if several and reuse_prefix:
-            raise ValueError("reuse_prefix=True: takes one prompt, not a list")
+        shape = Shape(is_batch(prompt), n, stream, return_details)
+        if reuse_prefix and not shape.is_one:
+            raise ValueError("reuse_prefix=True: takes one prompt, not a list, and gives one text")
         if not return_details:
             _ = self.tokenizer  # the error of a model without one, before anything is computed
-        prompts = self._prompts.take(prompt, chat_template_kwargs or {}, several=several)
+        prompts = self._prompts.take(prompt, chat_template_kwargs or {}, several=shape.several)
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed,
             "reuse_prefix": reuse_prefix, **sampling,
         }  # fmt: skip
+        rows = shape.rows(prompts)
         if stream:
-            events = self.events(prompts, **options)
-            pairs = ((request.index, piece) for request, piece in events if piece)
-            return pairs if several else (piece for _, piece in pairs)
-        found = list(self.completions(prompts, **options))
-        return results(found, several=several, details=return_details)
+            return shape.pieces(self.events(rows, **options))
+        return shape.results(list(self.completions(rows, **options)))
 
     def events(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from ..drafts.drafted import Drafted
 from ..errors import RowsError
@@ -13,6 +13,8 @@ from ..request import Event, Request
 from .logprobs import MOST, TokenLogprob
 from .sampling_options import Sampling, merge_options, whole
 from .stopping import StopStrings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +154,47 @@ def raising(events: Iterator[Event]) -> Iterator[Event]:
         raise errors[0] if last == 0 else RowsError(errors)
 
 
-def results(completions: Sequence[Completion], *, several: bool, details: bool) -> Any:
-    """What is returned of one prompt, or of several: Completions, or texts alone.
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the texts of a call are returned. ValueError for what does not go together."""
 
-    The one's error is raised; so is, where texts are asked for, a RowsError that has everything.
-    """
-    errors = {done.index: done.error for done in completions if done.error is not None}
-    if errors and not (several and details):
-        raise RowsError(errors, completions) if several else errors[0]
-    found = list(completions) if details else [done.text for done in completions]
-    return found if several else found[0]
+    several: bool
+    """A list of prompts, not one."""
+    n: int | None
+    """So many texts of each prompt, as if it stood in the list n times; None: one."""
+    stream: bool
+    details: bool
+    """Completions, not texts alone."""
+
+    def __post_init__(self) -> None:
+        if self.stream and self.details:
+            raise ValueError("return_details=True: not together with stream=True")
+        if self.n is not None:
+            object.__setattr__(self, "n", whole("n", self.n, 1))
+
+    @property
+    def is_one(self) -> bool:
+        """True: one text, in no list."""
+        return not self.several and self.n is None
+
+    def rows(self, prompts: Sequence[T]) -> list[T]:
+        """Each prompt as often as there are to be texts of it."""
+        return [prompt for prompt in prompts for _ in range(self.n or 1)]
+
+    def pieces(self, events: Iterator[Event]) -> Iterator[Any]:
+        """What is streamed: pieces of the one text, else (row, piece)."""
+        pairs = ((request.index, piece) for request, piece in events if piece)
+        return (piece for _, piece in pairs) if self.is_one else pairs
+
+    def results(self, completions: Sequence[Completion]) -> Any:
+        """What is returned of all rows: of each prompt a Completion or a text, or a list of n.
+
+        The one's error is raised, and where texts are asked for a RowsError that has everything.
+        """
+        errors = {done.index: done.error for done in completions if done.error is not None}
+        if errors and (self.is_one or not self.details):
+            raise errors[0] if self.is_one else RowsError(errors, completions)
+        found = list[Any](completions if self.details else [done.text for done in completions])
+        if self.n is not None:
+            found = [found[i : i + self.n] for i in range(0, len(found), self.n)]
+        return found if self.several else found[0]
