@@ -20,9 +20,11 @@ ENGINE = (
     "max_length", "kv", "kv_int8", "kv_tokens", "max_batch", "prefill_chunk", "lookup", "draft",
     "reproducible",
 )  # fmt: skip
+OF_OPENAI = ("presence_penalty", "frequency_penalty", "logit_bias")
+"""Options of answers that transformers does without."""
 GENERATION = (
-    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
-    "stop", "skip_special_tokens",
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", *OF_OPENAI,
+    "seed", "stop", "skip_special_tokens",
 )  # fmt: skip
 
 
@@ -49,6 +51,10 @@ def add_answering(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     add("--top-p", type=float, metavar="P", help="among the likeliest that together have P")
     add("--min-p", type=float, metavar="P", help="among those with P of the likeliest one's share")
     add("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
+    add("--presence-penalty", type=float, metavar="P", help="above 0: say new things (-2 to 2)")
+    add("--frequency-penalty", type=float, metavar="P", help="above 0: repeat less (-2 to 2)")
+    bias_help = "of a token, -100 (never) to 100; may be repeated"
+    add("--logit-bias", type=token_bias, action="append", metavar="ID=B", help=bias_help)
     add("--seed", type=int, metavar="S", help="the same seed gives the same text")
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     special = "show special tokens, which are left out"
@@ -59,6 +65,12 @@ def add_answering(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
         dest="skip_special_tokens",
         help=special,
     )
+
+
+def token_bias(text: str) -> tuple[str, float]:
+    """What argparse calls with a token id and what is added to its logit."""
+    token, _, bias = text.partition("=")
+    return token, float(bias)
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

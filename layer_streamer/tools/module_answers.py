@@ -13,7 +13,14 @@ from typing import Any
 from ..llm.errors import PromptTooLongError, one_line_errors
 from ..llm.text.conversation import Conversation, Put, Turn, ended_at
 from .command import require_engine, say, streamer_options
-from .engine_options import ENGINE, GENERATION, given, stay_offline, template_options
+from .engine_options import (
+    ENGINE,
+    GENERATION,
+    OF_OPENAI,
+    given,
+    stay_offline,
+    template_options,
+)
 
 DRAWS = ("top_k", "top_p", "min_p")
 """Options that mean that tokens are drawn."""
@@ -117,7 +124,7 @@ def open_answers(args: argparse.Namespace) -> Iterator[ModuleAnswers]:
     ValueError for options that are the engine's, and a model that generates no text.
     """
     require_engine()
-    for name in (*ENGINE, "timeline"):
+    for name in (*ENGINE, *OF_OPENAI, "timeline"):
         if getattr(args, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option}: the engine's, which --modules does without")

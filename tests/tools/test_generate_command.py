@@ -184,6 +184,18 @@ def test_new_tokens_are_cut_to_what_the_context_has_room_for(tiny, capfd):
     assert "room for 6 new tokens" in err and "6 tokens at" in err
 
 
+def test_bias_and_penalties_change_the_answer(tiny, capfd):
+    answers = []
+    for options in (
+        [],
+        ["--presence-penalty", 2],
+        ["--logit-bias", "7=100", "--logit-bias=9=-100"],
+    ):
+        assert main(tiny[0], "--raw", "--prompt", "Hi", "--max-new-tokens", 9, *options) == 0
+        answers.append(capfd.readouterr().out)
+    assert len({*answers}) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -193,6 +205,10 @@ def test_new_tokens_are_cut_to_what_the_context_has_room_for(tiny, capfd):
         (["{tiny}", "--prompt", "Hi", "--device", "warp"], "--device warp"),
         (["{tiny}", "--prompt", "Hi", "--max-new-tokens", "0"], "0: must be at least 1"),
         (["{tiny}", "--prompt", "Hi", "--temperature", "-1"], "temperature=-1.0"),
+        (["{tiny}", "--prompt", "Hi", "--presence-penalty", "3"], "presence_penalty=3.0"),
+        (["{tiny}", "--prompt", "Hi", "--logit-bias", "5"], "--logit-bias: invalid"),
+        (["{tiny}", "--prompt", "Hi", "--logit-bias", "x=1"], "a token id of logit_bias='x'"),
+        (["{tiny}", "--prompt", "Hi", "--logit-bias", "9999999=1"], "must be from 0 to"),
         (["{tiny}", "--prompt", "", "--raw"], "the prompt is empty"),
         (["{tiny}", "--prompt", " one" * 300, "--raw"], "300 tokens, the model's context is 256"),
         (["{gpt2}", "--prompt", "Hi"], "'gpt2' is not supported"),

@@ -71,6 +71,7 @@ def test_drawn_tokens_are_the_same_for_a_seed(model: Path, capsys: Any) -> None:
     ("arguments", "words"),
     [
         (["--prompt", "x", "--kv", "host"], "--kv: the engine's"),
+        (["--prompt", "x", "--presence-penalty", "1"], "--presence-penalty: the engine's"),
         (["--prompts", "questions.jsonl"], "--modules: answers one --prompt"),
         (["--prompt", "x", "--layer-pattern", "a.{i}."], "layer_pattern=: not with a module"),
     ],
