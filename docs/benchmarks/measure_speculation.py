@@ -94,7 +94,7 @@ class Led:
 
 def timed(engine: StreamingEngine, drafting: Any, count: int) -> tuple[float, Any]:
     """Seconds a token beyond the first, and the completion."""
-    engine._drafting = drafting
+    engine.scheduler.drafting = drafting
     done = engine.generate(
         prompt_of(CONTEXT), max_new_tokens=count, temperature=0, return_details=True
     )
@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     texts = json.loads(args.cases.read_text())["texts"]
     begin = time.perf_counter()
     with open_engine(args.path, args.device, **options) as engine:
-        opened, drafting = time.perf_counter() - begin, engine._drafting
+        opened, drafting = time.perf_counter() - begin, engine.scheduler.drafting
         wait(torch.device(args.device))
         timed(engine, None, 4)  # has kernels compiled
         plain, _ = timed(engine, None, 12)

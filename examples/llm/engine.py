@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from layer_streamer import LayerStreamer
 
 from .drafts.opening import Wanted
 from .errors import TELLING, one_line_errors
-from .kv.kept import KeptRow
 from .memory.plan import MemoryPlan, Wishes
 from .models.config import id_set
 from .models.rope_config import rotated_alike
 from .opening import Limits, Model, place
 from .parts import open_parts, plan_parts
-from .request import Event, Request
-from .scheduler import Scheduler
+from .request import Event
+from .scheduling.client import Client
+from .scheduling.scheduler import Scheduler
 from .text.completion import Asked, Completion, Shape, in_order, raising
 from .text.prompts import Prompt, PromptEncoder, is_batch
 from .text.requests import Encoded, Prompts, RequestMaker, Room
@@ -32,8 +32,9 @@ class StreamingEngine:
     """A language model whose layers stream, with its tokenizer, its cache and its memory plan.
 
     Construction plans the memory, refuses what cannot fit, and opens the streamer; leaving the
-    ``with`` block returns everything. Thread rules: one thread at a time. On a CPU, torch's threads
-    of this process leave the streamer a core, unless OMP_NUM_THREADS says how many there are.
+    ``with`` block returns everything. Thread rules: one thread at a time, on which several calls
+    may be under way. On a CPU, torch's threads of this process leave the streamer a core, unless
+    OMP_NUM_THREADS says how many there are.
 
     ``model_path`` is a safetensors directory, a GGUF file, or a repository on the Hugging Face hub,
     which is downloaded (:mod:`.hub`). Options:
@@ -95,15 +96,15 @@ class StreamingEngine:
         self._parts = open_parts(self.model, planned, wanted)
         self.plan: MemoryPlan = self._parts.plan
         """Where everything is, and the bytes that it takes."""
-        self._runner, self._drafting = self._parts.runner, self._parts.drafting
+        self._runner = self._parts.runner
+        alike = rotated_alike(self.config.ropes)
+        self.scheduler = Scheduler(self._runner, drafting=self._parts.drafting, alike=alike)
+        """What all calls go through, and whoever submits requests by himself."""
         self._notify = notify
         vocab, context = self.config.vocab_size, self.config.max_positions
         self._room = Room(self.max_length, context, vocab)
         self._prompts = Prompts(PromptEncoder(lambda: self.tokenizer, vocab, notify), self._room)
         self._defaults = self.model.default_sampling(notify)
-        self._current: Generator[Event] | None = None
-        alike = rotated_alike(self.config.ropes)
-        self._kept = KeptRow(self._runner.kv.rows, self.max_length, alike)
 
     @property
     def streamer(self) -> LayerStreamer:
@@ -134,7 +135,7 @@ class StreamingEngine:
 
         One prompt gives its text, a list gives a list. ``return_details``: a Completion instead of
         a text. ``stream``: an iterator of pieces of text, for a list of (row, piece); none cuts a
-        character or shows a part of a stop string. Leaving it ends it, and so does a newer call.
+        character or shows a part of a stop string. Closing it ends it; others may be under way.
 
         * ``stop``: strings that end the text and are no part of it, special tokens among them.
         * ``sampling``: temperature (0: greedy), top_k, top_p, min_p, repetition_penalty (by default
@@ -145,7 +146,7 @@ class StreamingEngine:
           has each n times, one behind the other: so seeds, pieces and errors are counted.
         * ``chat_template_kwargs``: tools, continue_final_message, what else the template knows.
         * ``reuse_prefix``: for one prompt: start from what it has in common with the last such
-          prompt and its text, whose keys and values are kept until a call without it.
+          prompt and its text, whose keys and values are kept until a prompt without it is let in.
 
         ValueError, in one line, for an option that makes no sense or a bad prompt. Of a list, each
         prompt fails alone: when the others have ended, its Completion has the ``error``, or a
@@ -176,9 +177,10 @@ class StreamingEngine:
         """What :meth:`generate` is made of: every pass's (request, piece of text), row by row.
 
         ``prompts`` are token ids, taken one by one as rows come free, so that there may be any
-        number; ``on_layer(layer_idx)`` hears of the first pass's layers. The other options are
-        ``generate``'s, but for those that shape its result. A prompt that fails has no event: what
-        it raised is raised when all others have ended, the error itself if there is no other,
+        number; ``on_layer(layer_idx)`` hears of the layers of the first one's first pass. The other
+        options are ``generate``'s, but for those that shape its result. What several passes have
+        brought a row, while another call was asked, is one event. A prompt that fails has none:
+        what it raised is raised when all others have ended, the error itself if there is no other,
         else a RowsError.
         """
         return raising(self._start(prompts, on_layer, options))
@@ -199,8 +201,8 @@ class StreamingEngine:
         return self._prompts.encode(prompt, chat_template_kwargs or {})
 
     def close(self) -> None:
-        """End what is being generated and return all memory. Idempotent."""
-        self._end_current()
+        """End what is being generated, with a ClosedError, and return all memory. Idempotent."""
+        self.scheduler.close()
         self._parts.closing.close()
 
     def __enter__(self) -> StreamingEngine:
@@ -215,33 +217,16 @@ class StreamingEngine:
         on_layer: Callable[[int], object] | None,
         options: Mapping[str, Any],
     ) -> Iterator[Event]:
-        """A new generation, in the place of the one that was under way."""
+        """A new generation, beside those that are under way; it begins when it is asked."""
         asked = Asked.of(self._defaults, options)
-        self._end_current()
-        requests = RequestMaker(
+        maker = RequestMaker(
             asked=asked,
             room=self._room,
             tokenizer=self.tokenizer if self._has_text(bool(asked.stop)) else None,
             notify=self._notify,
-        ).requests(prompts)
-        row = None
-        if asked.reuse_prefix:
-            first = next(requests, None)
-            requests = iter(() if first is None else (first,))
-            if first is not None and first.error is None:
-                row = self._kept.take(first.prompt_ids)
-        else:
-            self._kept.forget()
-        scheduler = Scheduler(
-            self._runner,
-            requests,
-            self._stop_ids(),
-            row=row,
-            drafting=self._drafting,
-            on_layer=on_layer,
+            stop_ids=self._stop_ids(),
         )
-        events = self._current = scheduler.run()
-        return self._guard(scheduler, events)
+        return Client(self.scheduler, maker.requests(prompts), on_layer).events()
 
     def _has_text(self, needed: bool = False) -> bool:
         """False for a model without a tokenizer that can be used, of which ids alone can be had;
@@ -257,34 +242,6 @@ class StreamingEngine:
     def _stop_ids(self) -> frozenset[int]:
         own = id_set(self.tokenizer.eos_token_id) if self._has_text() else frozenset[int]()
         return self.config.eos_ids | own
-
-    def _guard(self, scheduler: Scheduler, events: Generator[Event]) -> Iterator[Event]:
-        """The events; RuntimeError if a newer call has ended them before their end."""
-        try:
-            for request, piece in events:
-                self._keep(request)
-                yield request, piece
-        finally:
-            events.close()
-        if self._current is not events and not scheduler.has_ended:
-            raise RuntimeError("this generation was ended by a newer one, or by close()")
-
-    def _keep(self, request: Request) -> None:
-        """Note what the kept row holds; nothing of a row that has failed."""
-        if self._kept.row is not None and request.row is self._kept.row:
-            if request.error is None:
-                self._kept.note([*request.prompt_ids, *request.new_ids])
-            else:
-                self._kept.forget()
-
-    def _end_current(self) -> None:
-        """No generation is under way any more, and no row is held but the one that is kept."""
-        current, self._current = self._current, None
-        if current is not None:
-            current.close()
-        for row in self._runner.kv.rows:
-            if row is not self._kept.row:
-                self._runner.kv.rows.drop(row)
 
 
 def _model_of(

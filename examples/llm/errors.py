@@ -29,6 +29,10 @@ class EngineError(StreamerError):
     """What a tokenizer, torch or the machine refused; ``__cause__`` is what it raised."""
 
 
+class QueueFullError(StreamerError):
+    """As many requests wait as may: this one was not taken."""
+
+
 class RowsError(StreamerError, ValueError):
     """Prompts of a list that ended in errors, raised when all others had ended."""
 

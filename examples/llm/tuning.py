@@ -18,7 +18,7 @@ from .memory.plan import Wishes
 from .models.config import ModelConfig
 from .opening import Limits, Model, place, plan_memory
 from .request import Request
-from .scheduler import Scheduler
+from .scheduling.client import Client
 from .text.sampling import Sampler
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Workload:
         places = len(self._ids) + self._new_tokens
         request = Request(0, self._ids, self._new_tokens, Sampler(), None, places)
         # No more than the engine's own loop, without a tokenizer.
-        for _ in Scheduler(self._engine._runner, [request], frozenset()).run():
+        for _ in Client(self._engine.scheduler, [request]).events():
             self._alive()
         if request.error is not None:
             raise request.error

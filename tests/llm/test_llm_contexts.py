@@ -95,13 +95,20 @@ def test_texts_beyond_the_context_of_training_are_those_of_transformers(
 
 
 def test_a_row_is_reused_only_while_its_keys_are_the_same_in_any_text() -> None:
-    kept = KeptRow(Rows(make_spans([None], 512, 1), 1), 512, alike=10)
-    row = kept.take([1, 2, 3, 4])
-    row.length = 4
-    assert kept.take([1, 2, 3, 9]).length == 3
-    assert kept.take([1, 2, 3, *range(20)]).length == 0
-    row.length = 23
-    assert kept.take([1, 2, 3, 4]).length == 0, "they were rotated for a longer text"
+    kept = KeptRow(Rows(make_spans([None], 512, 1), 1), alike=10)
+    for length, held, ids, same in (
+        (4, [1, 2, 3, 4], [1, 2, 3, 9], 3),
+        (4, [1, 2, 3, 4], [1, 2, 3, *range(20)], 0),
+        (23, [1, 2, 3, *range(20)], [1, 2, 3, 4], 0),  # they were rotated for a longer text
+    ):
+        row = kept.take([], 512)
+        assert row is not None
+        row.length = length
+        kept.keep(row, held)
+        row = kept.take(ids, 512)
+        assert row is not None and row.length == same
+        assert kept.row is None and kept.take(ids, 512) is None, "it is in use"
+        kept.keep(row, ids)
 
 
 WINDOWS = {

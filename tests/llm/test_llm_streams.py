@@ -11,6 +11,7 @@ import pytest
 from byte_model import TOKENIZER_FILES, byte_model
 from small_engine import PROMPTS, make_engine, message
 
+from layer_streamer import ClosedError
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.errors import UnsupportedModelError
 
@@ -40,20 +41,17 @@ def test_a_stream_that_has_ended_just_ends_when_a_newer_call_follows(
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
-def test_a_stream_that_a_newer_call_cuts_off_says_so(shared: StreamingEngine, taken: int) -> None:
+def test_a_stream_that_closing_cuts_off_says_so(path: Path, taken: int) -> None:
     """Even where it never began, and where all rows end in the pass of which events are left."""
-    events = shared.events(PROMPTS, max_new_tokens=1)
-    for _ in range(taken):
-        next(events)
-    shared.generate(PROMPTS[1], max_new_tokens=1)
-    with pytest.raises(RuntimeError, match="ended by a newer one"):
-        list(events)
-    waiting = shared.events(iter(PROMPTS * 3), max_new_tokens=1)
-    for _ in range(8):
-        next(waiting)
-    shared.generate(PROMPTS[1], max_new_tokens=1)
-    with pytest.raises(RuntimeError, match="ended by a newer one"):
-        list(waiting)
+    with make_engine(path) as engine:
+        events = engine.events(PROMPTS, max_new_tokens=2)
+        waiting = engine.events(iter(PROMPTS * 3), max_new_tokens=1)
+        for _ in range(taken):
+            next(events)
+            next(waiting)
+    for stream in (events, waiting):
+        with pytest.raises(ClosedError, match="closed"):
+            list(stream)
 
 
 def test_a_model_without_a_tokenizer_says_so_before_it_computes(path: Path, tmp_path: Path) -> None:

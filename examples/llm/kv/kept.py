@@ -8,37 +8,44 @@ from .rows import Row, Rows
 
 
 class KeptRow:
-    """At most one row, with the tokens that it holds. Thread rules: one thread."""
+    """At most one row that nobody uses, with the tokens that it holds. Thread rules: one thread."""
 
-    def __init__(self, rows: Rows, capacity: int, alike: float) -> None:
-        """``capacity``: the row's. ``alike``: tokens up to which a key is the same in any text;
-        beyond, a text is prefilled as a whole."""
-        self._rows, self._capacity, self._alike = rows, capacity, alike
-        self._ids: list[int] = []
-        self.row: Row | None = None
+    def __init__(self, rows: Rows, alike: float) -> None:
+        """``alike``: tokens up to which a key is the same in any text; beyond, a text is prefilled
+        as a whole."""
+        self._rows, self._alike = rows, alike
+        self._kept: tuple[Row, Sequence[int]] | None = None
 
-    def take(self, ids: Sequence[int]) -> Row:
-        """The row, cut back to what it has in common with these tokens; or a new one."""
-        if self.row is None:
-            self.row, self._ids = self._rows.add(self._capacity), []
-            assert self.row is not None
-        row, same = self.row, 0
+    @property
+    def row(self) -> Row | None:
+        """None: there is none, or it is in use."""
+        return None if self._kept is None else self._kept[0]
+
+    def take(self, ids: Sequence[int], capacity: int) -> Row | None:
+        """The row, cut back to what it has in common with these tokens; or a new one, of that
+        capacity; None if there is no room for it. It is the caller's."""
+        kept, self._kept = self._kept, None
+        if kept is None or kept[0].capacity < capacity:
+            if kept is not None:
+                self._rows.drop(kept[0])
+            return self._rows.add(capacity)
+        (row, held), same = kept, 0
         if max(row.length, len(ids)) <= self._alike:
             # The last token is computed in any case: its logits are needed.
-            for a, b in zip(self._ids[: row.length], ids[:-1], strict=False):
+            for a, b in zip(held[: row.length], ids[:-1], strict=False):
                 if a != b:
                     break
                 same += 1
         self._rows.truncate(row, same)
-        self._ids = list(ids)
         return row
 
-    def note(self, ids: Sequence[int]) -> None:
-        """These are the tokens by now."""
-        self._ids = list(ids)
+    def keep(self, row: Row, ids: Sequence[int]) -> None:
+        """Keep a row, whose tokens are the first of these, in the place of the one that is kept."""
+        self.forget()
+        self._kept = row, list(ids)
 
     def forget(self) -> None:
         """Keep nothing. Idempotent."""
-        if self.row is not None:
-            self._rows.drop(self.row)
-            self.row = None
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            self._rows.drop(kept[0])

@@ -85,6 +85,8 @@ class RequestMaker:
     tokenizer: Any
     """None: ids alone come out."""
     notify: Callable[[str], object]
+    stop_ids: frozenset[int] = frozenset()
+    """Any of them ends a text."""
     noted: bool = False
 
     def __post_init__(self) -> None:
@@ -100,6 +102,7 @@ class RequestMaker:
                 request = self._make(index, prompt)
             except BaseException as error:  # tokenizers panic, which is no Exception
                 request.fail(error)
+            request.stop_ids, request.keeps = self.stop_ids, self.asked.reuse_prefix
             yield request
 
     def _make(self, index: int, prompt: Sequence[int]) -> Request:

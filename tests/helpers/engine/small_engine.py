@@ -32,8 +32,8 @@ def make_engine(path: Path, **options: Any) -> StreamingEngine:
 def drafts_always(engine: StreamingEngine) -> StreamingEngine:
     """The engine, which now drafts as far as there is room, whatever that takes: what is measured
     on a busy machine decides nothing."""
-    assert engine._drafting is not None
-    engine._drafting._pace = None
+    assert engine.scheduler.drafting is not None
+    engine.scheduler.drafting._pace = None
     return engine
 
 
@@ -70,7 +70,7 @@ class Script:
 
 def texts_of(engine: StreamingEngine, **options: Any) -> list[Any]:
     """What comes without drafts, all prompts in one batch."""
-    engine._drafting = None
+    engine.scheduler.drafting = None
     found: list[Any] = engine.generate(
         PROMPTS, return_details=True, **({"max_new_tokens": NEW} | options)
     )
@@ -81,11 +81,11 @@ def drafted(engine: StreamingEngine, plain: Sequence[Any], how: Any, **options: 
     """The same with drafts; fails unless every row gets the same."""
     texts = [[*prompt, *done.ids] for prompt, done in zip(PROMPTS, plain, strict=True)]
     script = Script(texts, how)
-    engine._drafting = Drafting({"script": script})
+    engine.scheduler.drafting = Drafting({"script": script})
     try:
         found = engine.generate(PROMPTS, return_details=True, **({"max_new_tokens": NEW} | options))
     finally:
-        engine._drafting = None
+        engine.scheduler.drafting = None
     for one, other in zip(found, plain, strict=True):
         same = ("ids", "text", "finish_reason", "prompt_tokens", "error", "logprobs")
         assert [getattr(one, n) for n in same] == [getattr(other, n) for n in same]

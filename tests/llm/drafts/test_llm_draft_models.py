@@ -41,8 +41,8 @@ def open_with(paths: dict[str, Path], draft: str, **options: Any) -> StreamingEn
 
 def drafter(engine: StreamingEngine) -> Any:
     """The only one."""
-    assert engine._drafting is not None
-    (source,) = engine._drafting._sources.values()
+    assert engine.scheduler.drafting is not None
+    (source,) = engine.scheduler.drafting._sources.values()
     return source
 
 

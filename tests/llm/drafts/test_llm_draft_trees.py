@@ -174,13 +174,13 @@ def test_a_kept_row_goes_on_from_what_a_tree_has_left(path: Path, kv: str) -> No
 
 def check_kept(engine: Any, prompt: list[int]) -> None:
     options: dict[str, Any] = {"temperature": 0.0, "reuse_prefix": True, "return_details": True}
-    engine._drafting = None
+    engine.scheduler.drafting = None
     plain = engine.generate(prompt, max_new_tokens=8, **options)
     longer = [*prompt, *plain.ids, 5, 6]
     after = engine.generate(longer, max_new_tokens=8, **options)
     engine.generate([1], max_new_tokens=1)
     texts = [[*prompt, *plain.ids, *([9] * 30)], [*longer, *after.ids]]
-    engine._drafting = Drafting({"script": Script(texts, last)})
+    engine.scheduler.drafting = Drafting({"script": Script(texts, last)})
     assert engine.generate(prompt, max_new_tokens=8, **options).ids == plain.ids
     assert engine.generate(longer, max_new_tokens=8, **options).ids == after.ids
 
@@ -219,11 +219,14 @@ def test_where_passes_look_at_chains_only_a_tree_is_its_first_branch(shared: Any
         return Tree((*rest[:2], 5, 6), (ROOT, 0, 0, ROOT)) if len(rest) > 2 else Tree()
 
     script = Script([[*p, *d.ids] for p, d in zip(PROMPTS, plain, strict=True)], twins)
-    shared._drafting, shared._runner.forward = Drafting({"script": script}, trees=False), looking
+    shared.scheduler.drafting, shared._runner.forward = (
+        Drafting({"script": script}, trees=False),
+        looking,
+    )
     try:
         found = shared.generate(PROMPTS, max_new_tokens=NEW, temperature=0.0, return_details=True)
     finally:
-        shared._drafting = None
+        shared.scheduler.drafting = None
         del shared._runner.forward
     assert [done.ids for done in found] == [done.ids for done in plain]
     assert {len(tree) for tree in seen} == {0, 2} and all(tree.is_chain for tree in seen)

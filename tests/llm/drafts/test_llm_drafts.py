@@ -114,12 +114,12 @@ def test_any_drafts_leave_any_text_as_it_is(exact: Any, seed: int, new: int, sto
 
 def test_right_drafts_take_as_few_passes_as_there_is_room_for(shared: Any) -> None:
     options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.0, "return_details": True}
-    shared._drafting = None
+    shared.scheduler.drafting = None
     for prompt in PROMPTS:
         plain = shared.generate(prompt, **options)
-        shared._drafting = Drafting({"script": Script([[*prompt, *plain.ids]], right)})
+        shared.scheduler.drafting = Drafting({"script": Script([[*prompt, *plain.ids]], right)})
         found = shared.generate(prompt, **options)
-        shared._drafting = None
+        shared.scheduler.drafting = None
         assert found.ids == plain.ids
         assert found.passes == min(len(plain.ids), 2)
         assert found.agreed == len(plain.ids) - found.passes
@@ -162,11 +162,11 @@ def test_a_drafter_that_raises_costs_its_draft_and_not_the_row(
 
     setattr(Broken, where, fail)
     script = Broken([[*p, *d.ids] for p, d in zip(PROMPTS, plain, strict=True)], right)
-    shared._drafting = Drafting({"script": script})
+    shared.scheduler.drafting = Drafting({"script": script})
     try:
         found = shared.generate(PROMPTS, max_new_tokens=NEW, temperature=0.0, return_details=True)
     finally:
-        shared._drafting = None
+        shared.scheduler.drafting = None
     assert [done.ids for done in found] == [done.ids for done in plain]
     assert "a drafter" in caplog.text
 
@@ -191,18 +191,18 @@ def test_a_kept_row_goes_on_from_what_its_text_is(shared: Any) -> None:
     """A draft reaches beyond the end of the text: what is kept ends where the text does."""
     prompt = PROMPTS[2]
     options: dict[str, Any] = {"temperature": 0.0, "reuse_prefix": True, "return_details": True}
-    shared._drafting = None
+    shared.scheduler.drafting = None
     plain = shared.generate(prompt, max_new_tokens=8, **options)
     longer = [*prompt, *plain.ids, 5, 6]
     after = shared.generate(longer, max_new_tokens=8, **options)
     shared.generate([1], max_new_tokens=1)
     texts = [[*prompt, *plain.ids, *([9] * 30)], [*longer, *after.ids]]
-    shared._drafting = Drafting({"script": Script(texts, right)})
+    shared.scheduler.drafting = Drafting({"script": Script(texts, right)})
     try:
         assert shared.generate(prompt, max_new_tokens=8, **options).ids == plain.ids
         assert shared.generate(longer, max_new_tokens=8, **options).ids == after.ids
     finally:
-        shared._drafting = None
+        shared.scheduler.drafting = None
 
 
 @given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)), st.data())

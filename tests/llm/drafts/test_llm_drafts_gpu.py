@@ -32,14 +32,14 @@ def opened(path: Path, draft: str | None, **options: Any) -> StreamingEngine:
     chosen = path if draft == "model" else draft
     given = {"device": "cuda:0", "dtype": torch.float32, "max_length": 128, "kv_tokens": 512}
     engine = StreamingEngine(path, draft=chosen, **(given | options))
-    if engine._drafting is not None:
-        engine._drafting._pace = None
+    if engine.scheduler.drafting is not None:
+        engine.scheduler.drafting._pace = None
     return engine
 
 
 def drafter(engine: StreamingEngine) -> Any:
-    assert engine._drafting is not None
-    (source,) = engine._drafting._sources.values()
+    assert engine.scheduler.drafting is not None
+    (source,) = engine.scheduler.drafting._sources.values()
     return source
 
 

@@ -87,7 +87,7 @@ def test_a_small_real_model_gives_the_tokens_a_pass_that_its_agreement_says() ->
         StreamingEngine(paths[0], device="cpu", max_length=320, draft=paths[1]) as engine,
     ):
         drafts_always(engine)
-        source: Any = engine._drafting._sources["draft"]  # type: ignore[union-attr]
+        source: Any = engine.scheduler.drafting._sources["draft"]  # type: ignore[union-attr]
         propose = source.propose
         source.propose = lambda key, ids, most: propose(key, ids, min(most, chain))
         done = engine.generate(
