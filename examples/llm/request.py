@@ -71,6 +71,10 @@ class Request:
     """Any of them ends the text."""
     keeps: bool = False
     """Its row goes on from the one that was kept, and is kept when it ends."""
+    salt: bytes = b""
+    """Requests of different salts make no use of what the others have computed."""
+    cached: int = 0
+    """Tokens of the prompt that were there when it was let in."""
     on_layer: Callable[[int], object] | None = None
     """Hears of the layers of its first pass."""
     events: ref[Events] | None = None

@@ -173,7 +173,7 @@ def test_what_prompts_have_in_common_is_kept_and_gives_the_same_text(path: Path)
         assert found == expected
         assert [lengths[0], lengths[6], lengths[12]] == [20, 2, 4]
         engine.generate(TEXTS, max_new_tokens=2)
-        assert engine.scheduler.kept.row is None
+        assert engine.scheduler.places.kept.row is None
 
 
 def test_a_stream_that_is_left_early_frees_its_rows(engine: StreamingEngine) -> None:

@@ -160,6 +160,21 @@ class Rows:
         self._rows = [*rows, row]
         return row
 
+    def there(self, ids: Sequence[int], salt: bytes = b"") -> int:
+        """How many of its first tokens a new row of this text would have."""
+        return len(self._prefixes.find(ids, salt)) * BLOCK if self.shares else 0
+
+    def forget(self, row: Row) -> None:
+        """What the row holds is of no use to others that may come."""
+        if self.shares:
+            (blocks,) = row.blocks.values()
+            self._prefixes.forget(blocks[: row.known])
+
+    def forget_ended(self) -> None:
+        """What only rows that have ended held is of no use any more."""
+        used = {block for row in self for blocks in row.blocks.values() for block in blocks}
+        self._prefixes.forget(self._prefixes.blocks - used)
+
     def note(self, row: Row, ids: Sequence[int], salt: bytes = b"") -> None:
         """The row's text is ``ids``, as far as it has got: others that begin so may have its whole
         blocks from now on, also after its end."""

@@ -16,14 +16,13 @@ from layer_streamer import ClosedError, StreamerError
 
 from ..drafts.drafting import Drafting
 from ..errors import EngineError, QueueFullError, without_frames
-from ..kv.kept import KeptRow
-from ..kv.rows import Row
 from ..passes.runner import Runner
 from ..request import Request
 from ..text.following import Followed
 from .allowance import Allowance
 from .composition import Composition, compose
 from .events import Events
+from .places import Places
 from .row_passes import Heard, RowPasses
 
 MOST_WAITING = 256
@@ -63,7 +62,7 @@ class Scheduler:
         self._runner, self._alike, self._clock = runner, alike, clock
         self.drafting = drafting if runner.decoder is None else None
         self.max_waiting = max_waiting
-        self.kept = KeptRow(runner.kv.rows, alike)
+        self.places = Places(runner.kv.rows, alike)
         self._passes, self._allowance = RowPasses(runner), Allowance()
         self._open: list[Request] = []
         """As they were submitted. Those that have rows are running, the others wait."""
@@ -131,7 +130,7 @@ class Scheduler:
         self._refuse_within()
         self._closed = True
         self._end_all(self._open, ClosedError("the engine was closed before this text had ended"))
-        self.kept.forget()
+        self.places.forget()
 
     def _refuse_within(self) -> None:
         if self._passing:
@@ -141,22 +140,15 @@ class Scheduler:
         """Let requests in, in their order, while there is room."""
         self._tidy()
         for request in self.waiting:
-            row = self._place(request)
+            row = self.places.take(request, self.running)
             if row is not None:
-                request.row = row
+                request.row, request.cached = row, row.length
             elif self.running:
                 return
             else:
                 self._end(
                     request, ValueError(f"{request.places} tokens: there is no room for them")
                 )
-
-    def _place(self, request: Request) -> Row | None:
-        """A row for a request; None: not now."""
-        if request.keeps:
-            return self.kept.take(request.prompt_ids, request.places)
-        self.kept.forget()
-        return self._runner.kv.rows.add(request.places)
 
     def _pass(self) -> None:
         most, allowance = self._runner.most_tokens, self._allowance
@@ -191,8 +183,10 @@ class Scheduler:
     def _settle(self, request: Request, tokens: Followed | None, now: float) -> None:
         """Tell a request what a pass has brought it."""
         request.passes += 1
-        if tokens is not None and not request.cancelled:
-            piece = self._follow(request, tokens, now)
+        told = tokens is not None and not request.cancelled
+        piece = self._follow(request, tokens, now) if tokens is not None and told else ""
+        self.places.note(request)
+        if told:
             self._put(request, piece)
             if request.finish_reason is not None:
                 self._leave(request)
@@ -248,7 +242,7 @@ class Scheduler:
         if request.row is not None:
             if request.keeps and (request.error is None or request.raises):
                 self._cut(request)
-                self.kept.keep(request.row, request.known)
+                self.places.kept.keep(request.row, request.known)
             else:
                 self._runner.kv.rows.drop(request.row)
 
@@ -267,7 +261,7 @@ class Scheduler:
             gone = request.events is None or request.events() is None
             if gone or request.cancelled or request.finish_reason is not None:
                 self._leave(request)
-        used = {request.row for request in self._open} | {self.kept.row}
+        used = {request.row for request in self._open} | {self.places.kept.row}
         for row in self._runner.kv.rows:
             if row not in used:
                 self._runner.kv.rows.drop(row)

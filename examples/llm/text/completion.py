@@ -39,6 +39,8 @@ class Completion:
     """What came of them, by source: "lookup", "draft" (a model), "self"."""
     error: Exception | None = None
     """What ended the row before its time; text and ids are what there was by then."""
+    cached_tokens: int = 0
+    """Of the prompt, those that another text had begun with: they were not computed again."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """How likely each of ``ids`` was; None if they were not asked for."""
 
@@ -121,6 +123,7 @@ def complete(request: Request, pieces: Sequence[str]) -> Completion:
         passes=request.passes,
         drafts=request.drafts,
         error=request.error,
+        cached_tokens=request.cached,
         logprobs=None if request.logprobs is None else tuple(request.logprobs),
     )
 

@@ -59,7 +59,8 @@ class SimulatedRunner:
         self.before_pass: Callable[[], object] = lambda: None
         self.in_pass: Callable[[], object] = lambda: None
         self._seconds = seconds
-        self._held: dict[int, list[int]] = {}
+        self._written: dict[int, int] = {}
+        """The token at each place."""
 
     def scheduler(self, **options: Any) -> Scheduler:
         """One over this runner, with its clock."""
@@ -81,8 +82,10 @@ class SimulatedRunner:
         self.now += self.took[-1]
         logits = torch.zeros(len(entries), VOCABULARY)
         for i, (row, ids) in enumerate(entries):
-            held = self._held.setdefault(row.uid, [])
-            held[row.length :] = ids
-            row.length += len(ids)
+            (span,) = self.kv.rows.spans
+            for token in ids:
+                self._written[row.place(span, row.length)] = token
+                row.length += 1
+            held = [self._written[row.place(span, at)] for at in range(row.length)]
             logits[i, following(held)] = 1.0
         return logits
