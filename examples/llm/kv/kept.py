@@ -40,7 +40,8 @@ class KeptRow:
         return row
 
     def keep(self, row: Row, ids: Sequence[int]) -> None:
-        """Keep a row, whose tokens are the first of these, in the place of the one that is kept."""
+        """Keep a row that begins with these tokens, as far as it has some, in the place of the one
+        that is kept."""
         self.forget()
         self._kept = row, list(ids)
 

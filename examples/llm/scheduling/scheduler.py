@@ -8,8 +8,10 @@ raises ends that row: the others go on as they would without it.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 from weakref import ref
 
 from layer_streamer import ClosedError, StreamerError
@@ -68,7 +70,7 @@ class Scheduler:
         """As they were submitted. Those that have rows are running, the others wait."""
         self._unsettled: list[Request] = []
         """Of the last pass, those to whom nothing was said of it."""
-        self._passing = self._closed = False
+        self._closed = False
 
     @property
     def running(self) -> Sequence[Request]:
@@ -107,7 +109,7 @@ class Scheduler:
         """End a request of which nobody wants to hear any more. Its places are free at once, or
         when the pass has ended that runs. Idempotent, as it is for one that has ended."""
         request.cancelled = True
-        if not self._passing:
+        if not self._is_passing():
             self._leave(request)
 
     def step(self) -> None:
@@ -118,11 +120,7 @@ class Scheduler:
         """
         self._refuse_within()
         self._admit()
-        self._passing = True
-        try:
-            self._pass()
-        finally:
-            self._passing = False
+        self._pass()
         self._tidy()
 
     def close(self) -> None:
@@ -133,8 +131,18 @@ class Scheduler:
         self.places.forget()
 
     def _refuse_within(self) -> None:
-        if self._passing:
+        if self._is_passing():
             raise RuntimeError("a pass is under way: wait until it has ended")
+
+    def _is_passing(self) -> bool:
+        """True: this is called from within a pass, as by an ``on_layer`` or the collector. The
+        stack says so, since an interrupt could leave a flag as it is."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code is Scheduler._pass.__code__ and frame.f_locals["self"] is self:
+                return True
+            frame = frame.f_back
+        return False
 
     def _admit(self) -> None:
         """Let requests in, in their order, while there is room."""
@@ -241,7 +249,6 @@ class Scheduler:
             self.drafting.leave(request)
         if request.row is not None:
             if request.keeps and (request.error is None or request.raises):
-                self._cut(request)
                 self.places.kept.keep(request.row, request.known)
             else:
                 self._runner.kv.rows.drop(request.row)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from layer_streamer.llm.kv.blocks import BLOCK
 from layer_streamer.llm.kv.rows import Row, Rows, make_spans
 from layer_streamer.llm.request import Request
 from layer_streamer.llm.scheduling.scheduler import Scheduler
@@ -49,18 +50,24 @@ class SimulatedRunner:
     decoder = None
 
     def __init__(
-        self, places: int, max_rows: int, seconds: Callable[[Sequence[Taken]], float] = streamed
+        self,
+        places: int,
+        max_rows: int,
+        seconds: Callable[[Sequence[Taken]], float] = streamed,
+        window: int | None = None,
     ) -> None:
-        rows = Rows(make_spans([None], places, max_rows), max_rows)
+        rows = Rows(make_spans([window], places, max_rows), max_rows)
         self.kv = SimpleNamespace(rows=rows, move=lambda moves: None)
         self.most_tokens, self.now = places, 0.0
         self.passes: list[list[Taken]] = []
         self.took: list[float] = []
         self.before_pass: Callable[[], object] = lambda: None
         self.in_pass: Callable[[], object] = lambda: None
+        self.in_end: Callable[[], object] = lambda: None
+        """Each is called at its time in a pass: before it, before and after rows have grown."""
         self._seconds = seconds
-        self._written: dict[int, int] = {}
-        """The token at each place."""
+        self._written: dict[tuple[int, int], int] = {}
+        """The token at each place; in a ring also by its position, so that all are kept."""
 
     def scheduler(self, **options: Any) -> Scheduler:
         """One over this runner, with its clock."""
@@ -82,10 +89,16 @@ class SimulatedRunner:
         self.now += self.took[-1]
         logits = torch.zeros(len(entries), VOCABULARY)
         for i, (row, ids) in enumerate(entries):
-            (span,) = self.kv.rows.spans
             for token in ids:
-                self._written[row.place(span, row.length)] = token
+                self._written[self._at(row, row.length)] = token
                 row.length += 1
-            held = [self._written[row.place(span, at)] for at in range(row.length)]
+            held = [self._written[self._at(row, at)] for at in range(row.length)]
             logits[i, following(held)] = 1.0
+            self.in_end()
         return logits
+
+    def _at(self, row: Row, position: int) -> tuple[int, int]:
+        (span,) = self.kv.rows.spans
+        blocks = row.blocks[span]  # not by the library's own lines, which interrupts count
+        block = blocks[position // BLOCK % len(blocks)]
+        return block * BLOCK + position % BLOCK, 0 if span.ring is None else position
