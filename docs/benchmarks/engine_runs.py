@@ -136,6 +136,7 @@ def run(engine: StreamingEngine, prompts: Sequence[list[int]], passes: int) -> d
     The first decode pass is left out: it follows a pass of another kind.
     """
     counts = len(prompts)
+    engine.scheduler.places.forget()  # or prompts of an earlier run would be there
     stamps = [time.perf_counter()]
     for number, _ in enumerate(engine.events(prompts, max_new_tokens=passes, temperature=0)):
         if number % counts == counts - 1:  # the last row's event of a pass
@@ -154,6 +155,7 @@ def run(engine: StreamingEngine, prompts: Sequence[list[int]], passes: int) -> d
 
 def prompt_seconds(engine: StreamingEngine, prompts: Sequence[list[int]]) -> list[float]:
     """Of each prompt's one pass, back to back: there is room for one row at a time."""
+    engine.scheduler.places.forget()
     stamps = [time.perf_counter()]
     for _ in engine.events(prompts, max_new_tokens=1, temperature=0):
         stamps.append(time.perf_counter())

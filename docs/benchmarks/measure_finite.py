@@ -100,6 +100,7 @@ def compare(
 def decode(engine: StreamingEngine, rows: int, passes: int, options: dict[str, Any]) -> list[float]:
     """Seconds of each pass in which every row takes one token."""
     prompts, stamps = [prompt_of(PROMPT)] * rows, list[float]()
+    engine.scheduler.places.forget()
     events = engine.events(prompts, max_new_tokens=passes + LEFT_OUT, **options)
     for number, _ in enumerate(events):
         if number % rows == rows - 1:

@@ -88,6 +88,7 @@ class Workload:
         """
         places = len(self._ids) + self._new_tokens
         request = Request(0, self._ids, self._new_tokens, Sampler(), None, places)
+        self._engine.scheduler.places.forget()  # or the run before had computed the prompt
         # No more than the engine's own loop, without a tokenizer.
         for _ in Client(self._engine.scheduler, [request]).events():
             self._alive()

@@ -19,6 +19,7 @@ from layer_streamer.llm.errors import NotFiniteError
 from layer_streamer.llm.kv.blocks import BLOCK
 from layer_streamer.llm.request import Request
 from layer_streamer.llm.scheduling.events import Events
+from layer_streamer.llm.tuning import Workload
 
 START = [(7 * i * i + i) % 5 for i in range(3 * BLOCK)]
 """What most prompts begin with."""
@@ -140,3 +141,19 @@ def test_a_second_turn_computes_what_is_new(exact: StreamingEngine) -> None:
     exact.scheduler.places.forget()
     anew = exact.generate(turn, **options)
     assert anew.cached_tokens == 0 and anew.ids == second.ids
+
+
+def test_each_run_of_a_tune_computes_the_whole_prompt(
+    exact: StreamingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = Workload(exact, prompt_tokens=600, new_tokens=1, alive=lambda: None)
+    tokens, forward = list[int](), exact._runner.forward
+
+    def spy(entries: Any, **options: Any) -> Any:
+        tokens.append(sum(len(ids) for _, ids in entries))
+        return forward(entries, **options)
+
+    monkeypatch.setattr(exact._runner, "forward", spy)
+    for _ in range(2):
+        workload.run()
+    assert tokens == [600, 600]
