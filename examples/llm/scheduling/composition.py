@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from ..drafts.drafting import Drafting
 from ..drafts.tree import NOTHING
-from ..kv.blocks import BLOCK
 from ..request import Request
 from .allowance import Allowance
 
@@ -49,8 +48,7 @@ def compose(
     decoding = [request for request in running if request.decodes]
     prompts = [request for request in running if not request.decodes]
     if drafting is not None:
-        behind = sum(request.behind for request in prompts)
-        drafting.propose(decoding, most - len(decoding) - min(behind, BLOCK))
+        drafting.propose(decoding, most - len(decoding))
     for request in decoding:
         request.part = request.behind
     tokens = sum(request.part for request in decoding)

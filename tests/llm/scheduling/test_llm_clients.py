@@ -19,7 +19,7 @@ from layer_streamer.llm.drafts.drafting import MOST_DRAFTED
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.errors import NotFiniteError, RowsError
 
-LENGTHS = (5, 700, 40, 900, 300, 1)
+LENGTHS = (5, 520, 40, 600, 300, 1)
 LONG = [[(7 * i + i * i * k) % 250 for k in range(n)] for i, n in enumerate(LENGTHS, 1)]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "top_k": 20, "seed": 3}
 LIMITS: dict[str, Any] = {"max_length": 1024, "kv_tokens": 4096, "max_batch": 4}
@@ -101,7 +101,7 @@ def check_parts(exact: StreamingEngine, monkeypatch: pytest.MonkeyPatch) -> None
     assert rows_of(exact) == 0
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 @given(st.data())
 def test_whoever_joins_and_leaves_every_text_is_the_one_alone(
     exact: StreamingEngine, long_alone: list[str], data: st.DataObject
@@ -319,6 +319,12 @@ def test_a_kept_row_beside_other_calls_gives_the_same_text(shared: StreamingEngi
         expected[1], expected[0],
     ]  # fmt: skip
     assert shared.scheduler.places.kept.row is not None and rows_of(shared) == 2
+    kept = shared.scheduler.places.kept.row
+    with pytest.raises(OwnError):
+        list(shared.events([second], on_layer=raising(OwnError), **keep))
+    assert (
+        kept is shared.scheduler.places.kept.row and shared.generate(first, **keep) == expected[0]
+    )
     assert shared.generate(first) and shared.scheduler.places.kept.row is None
     other.close()
     assert rows_of(shared) == 0
