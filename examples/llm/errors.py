@@ -98,11 +98,11 @@ def without_frames(error: Exception) -> Exception:
 
 
 @contextmanager
-def optional_packages() -> Iterator[None]:
+def optional_packages(extra: str = "llm") -> Iterator[None]:
     """Context in which packages are used that only the engine needs: an ImportError says how they
     are installed."""
     try:
         yield
     except ImportError as error:
         reason = " ".join(str(error).split())
-        raise ImportError(f"{reason} (pip install 'layer-streamer[llm]')") from error
+        raise ImportError(f"{reason} (pip install 'layer-streamer[{extra}]')") from error

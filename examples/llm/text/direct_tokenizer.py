@@ -68,6 +68,11 @@ class DirectTokenizer:
         self._special: dict[str, str] = description["special_tokens"]
 
     @property
+    def backend_tokenizer(self) -> Any:
+        """That of the package tokenizers, which computes."""
+        return self._backend
+
+    @property
     def added_tokens_decoder(self) -> Any:
         """The tokens beside the vocabulary, by their ids: special ones and others."""
         return self._backend.get_added_tokens_decoder()
