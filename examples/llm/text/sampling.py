@@ -1,6 +1,6 @@
 """Choosing the next token of each row from its logits.
 
-What changes them comes in this order: logit bias, repetition penalty, frequency and presence
+What changes them comes in this order: constraint, logit bias, repetition penalty, frequency and presence
 penalty, temperature, top_k, top_p, min_p; of those that transformers has, that is its own. Every
 row draws from a random stream of its own, so that its text does not depend on what else is in the
 batch.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -19,6 +20,22 @@ from .sampling_options import Sampling, whole
 
 NONE_LEFT = -1
 """In the place of a token: none may be chosen."""
+
+
+class Constraining(Protocol):
+    """What a row's text is held to, which knows the tokens that were chosen so far."""
+
+    def mask(self, scores_V: torch.Tensor) -> torch.Tensor:
+        """Scores with those of tokens that may not follow at -inf. Errors are the row's."""
+
+    def accept(self, token: int) -> None:
+        """This one was chosen."""
+
+    def ends_at(self, count: int) -> bool:
+        """True if the first so many tokens are a whole text."""
+
+    def forced(self) -> Sequence[int]:
+        """Tokens that have to follow, one after the other."""
 
 
 class Sampler:
@@ -34,11 +51,13 @@ class Sampler:
         *,
         seed: int | None = None,
         top_logprobs: int | None = None,
+        constraint: Constraining | None = None,
     ) -> None:
         """The same seed, of which 64 bits count, gives the same draws; None takes a new one each
         time. ``top_logprobs``: so many of the likeliest tokens are told beside each; None: nothing
-        is."""
+        is. ``constraint``: this row's own."""
         self.sampling = sampling if sampling is not None else Sampling()
+        self.constraint = constraint
         self.top_logprobs = top_logprobs
         self.logprobs: list[TokenLogprob] = []
         """Of each token that was chosen, in order, if any are to be told."""
@@ -57,7 +76,8 @@ class Sampler:
     @property
     def takes_likeliest(self) -> bool:
         """True if the choice is the largest logit, as the model gave it."""
-        return self.sampling.temperature == 0 and not self._penalties.act
+        plain = self.sampling.temperature == 0 and not self._penalties.act
+        return plain and self.constraint is None
 
     def see(self, ids: Iterable[int]) -> None:
         """Tokens of the prompt, which the repetition penalty counts; before the first choice."""
@@ -65,15 +85,18 @@ class Sampler:
 
     def choose(self, logits_V: torch.Tensor) -> torch.Tensor:
         """The next token, a scalar on the logits' device, which stay as they are; NONE_LEFT where
-        all are ruled out. Nothing waits for the device."""
+        all are ruled out. Nothing waits for the device, but with a constraint, which has to know
+        the token."""
         scores = logits_V.float()
-        # What allows some tokens only has its place here, ahead of bias and penalties as in vLLM.
-        # It would do the same behind them: none makes another number of -inf.
+        if self.constraint is not None:
+            scores = self.constraint.mask(scores)
         scores = self._penalties.apply(scores)
         token = scores.argmax() if self.sampling.temperature == 0 else self._draw(scores)
         self._penalties.count(token)
-        if self._penalties.bans:
+        if self._penalties.bans or self.constraint is not None:
             token = torch.where(scores.max() > -math.inf, token, NONE_LEFT)
+        if self.constraint is not None and int(token) != NONE_LEFT:
+            self.constraint.accept(int(token))
         return token
 
     def _draw(self, scores_V: torch.Tensor) -> torch.Tensor:

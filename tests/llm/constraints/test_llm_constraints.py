@@ -136,7 +136,7 @@ def test_a_text_of_random_tokens_follows_its_gbnf_grammar(
         assert follows(text), text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_a_text_is_one_that_pythons_own_expressions_match(
     endless: Vocabulary, data: st.DataObject
