@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 
 from layer_streamer import LayerStreamer
 
+from .constraints.vocabulary import Vocabulary
 from .drafts.opening import Wanted
 from .errors import TELLING, one_line_errors
 from .memory.plan import MemoryPlan, Wishes
 from .models.config import id_set
 from .models.rope_config import rotated_alike
-from .opening import Limits, Model, place
+from .opening import Limits, Model, model_of, place
 from .parts import open_parts, plan_parts
 from .request import Event
 from .scheduling.client import Client
@@ -83,7 +85,7 @@ class StreamingEngine:
         )
         wanted = Wanted.of(draft, notify, lookup=lookup)
         reserve = streamer_options.pop("reserve_bytes", 0)
-        self.model = _model_of(model_path, notify, streamer_options)
+        self.model = model_of(model_path, notify, streamer_options)
         self.config = self.model.config
         self.max_length = limits.length(self.config)
         own = wanted.own_weights
@@ -144,6 +146,7 @@ class StreamingEngine:
         * ``seed``: the same seed gives the same text; row i of a list takes seed + i.
         * ``n``: of each prompt a list of so many texts; rows are those of a list of prompts that
           has each n times, one behind the other: so seeds, pieces and errors are counted.
+        * ``schema``, ``regex``, ``grammar``: what the text is like, by one of them (docs/llm.md).
         * ``chat_template_kwargs``: tools, continue_final_message, what else the template knows.
         * ``reuse_prefix``: for one prompt: start from what it has in common with the last such
           prompt and its text, whose keys and values are kept until a prompt without it is let in.
@@ -225,6 +228,7 @@ class StreamingEngine:
             tokenizer=self.tokenizer if self._has_text(bool(asked.stop)) else None,
             notify=self._notify,
             stop_ids=self._stop_ids(),
+            matcher=asked.matcher(lambda: self._vocabulary),
         )
         return Client(self.scheduler, maker.requests(prompts), on_layer).events()
 
@@ -239,15 +243,10 @@ class StreamingEngine:
                 raise
             return False
 
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.config.vocab_size, self._stop_ids())
+
     def _stop_ids(self) -> frozenset[int]:
         own = id_set(self.tokenizer.eos_token_id) if self._has_text() else frozenset[int]()
         return self.config.eos_ids | own
-
-
-def _model_of(
-    path: str | Path | Model, notify: Callable[[str], None], options: dict[str, Any]
-) -> Model:
-    """The model, read unless it has been; the one of the streamer's options that says how goes."""
-    if isinstance(path, Model):
-        return path
-    return Model.read(path, notify, options.pop("layer_pattern", None))

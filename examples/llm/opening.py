@@ -147,6 +147,15 @@ class Model:
         return config.sampling
 
 
+def model_of(
+    path: str | Path | Model, notify: Callable[[str], None], options: dict[str, Any]
+) -> Model:
+    """The model, read unless it has been; the one of the streamer's options that says how goes."""
+    if isinstance(path, Model):
+        return path
+    return Model.read(path, notify, options.pop("layer_pattern", None))
+
+
 def _read_manifest(path: Path, layer_pattern: str | None) -> Manifest:
     """The layers by their pattern, or by one that language models use; errors of ``read_manifest``,
     unless the config has a better reason."""

@@ -66,7 +66,7 @@ def open_parts(model: Model, planned: Planned, wanted: Wanted) -> Parts:
         assert isinstance(streamer, LayerStreamer)
         for close in (runner.kv.close, runner.close, streamer.close):
             closing.callback(close)
-        drafting = open_drafting(wanted, planned.draft, runner, closing)
+        drafting = open_drafting(wanted, planned.draft, runner, planned.needs, closing)
         return Parts(planned.plan, streamer, runner, drafting, closing.pop_all())
 
 

@@ -120,6 +120,12 @@ class Request:
         return self.sampler.logprobs[: len(self.new_ids)]
 
     @property
+    def is_whole(self) -> bool:
+        """True: its text is what it is held to, and nothing can follow."""
+        constraint = self.sampler.constraint
+        return constraint is not None and constraint.ends_at(len(self.new_ids))
+
+    @property
     def room(self) -> int:
         """How many tokens of a draft there is room for, in its row and in what it may become."""
         assert self.row is not None
@@ -182,7 +188,7 @@ class Request:
         ended, text = token in self.stop_ids, self.text
         piece = text.push(token, ends=ended) if text is not None else ""
         reason = self.finish_reason
-        if ended or (text is not None and text.stopped):
+        if ended or self.is_whole or (text is not None and text.stopped):
             reason = "stop"
         elif len(self.new_ids) >= self.max_new_tokens:
             reason = "length"

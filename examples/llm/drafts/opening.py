@@ -140,17 +140,17 @@ def plan_draft(
 
 
 def open_drafting(
-    wanted: Wanted, plan: DraftPlan | None, target: Runner, closing: ExitStack
-) -> Drafting | None:
-    """What asks all that is wanted; ``closing`` returns its memory."""
-    if not wanted:
-        return None
+    wanted: Wanted, plan: DraftPlan | None, target: Runner, needs: Needs, closing: ExitStack
+) -> Drafting:
+    """What asks all that is wanted, and what constraints leave no choice in; ``closing`` returns
+    its memory."""
     shared, sources = Shared(Pace(), {}), dict[str, Drafter]()
     if wanted.lookup:
         sources["lookup"] = Lookup()
     if plan is not None:
         sources[plan.name] = plan.open(target, shared, closing)
-    return Drafting(sources, shared.pace, shared.rows, trees=target.takes_trees)
+    logits = needs.max_batch + needs.drafted
+    return Drafting(sources, shared.pace, shared.rows, trees=target.takes_trees, logits=logits)
 
 
 def _plan_self(target: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype) -> SelfPlan:

@@ -48,7 +48,7 @@ def compose(
     decoding = [request for request in running if request.decodes]
     prompts = [request for request in running if not request.decodes]
     if drafting is not None:
-        drafting.propose(decoding, most - len(decoding))
+        drafting.propose(running, most - len(decoding))
     for request in decoding:
         request.part = request.behind
     tokens = sum(request.part for request in decoding)

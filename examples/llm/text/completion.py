@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from ..constraints.constraint import Schema, constraint_of
+from ..constraints.matcher import Matcher
+from ..constraints.vocabulary import Vocabulary
 from ..drafts.drafted import Drafted
 from ..errors import RowsError
 from ..request import Event, Request
@@ -36,7 +39,8 @@ class Completion:
     passes: int = 0
     """That its row has taken part in: over the model, one after the other."""
     drafts: Mapping[str, Drafted] = field(default_factory=dict)
-    """What came of them, by source: "lookup", "draft" (a model), "self"."""
+    """What came of them, by source: "grammar" (what has to follow), "lookup", "draft" (a model),
+    "self"."""
     error: Exception | None = None
     """What ended the row before its time; text and ids are what there was by then."""
     cached_tokens: int = 0
@@ -72,6 +76,12 @@ class Asked:
     """Tell how likely each token was, by the model's own account."""
     top_logprobs: int = 0
     """So many of the likeliest tokens beside each."""
+    schema: Schema | None = None
+    """The text is a JSON document as this JSON schema says; one of the three at most."""
+    regex: str | None = None
+    """The text is one that this regular expression matches."""
+    grammar: str | None = None
+    """The text is one of this grammar, in Lark or GBNF."""
 
     @classmethod
     def of(cls, defaults: Sampling, options: Mapping[str, Any]) -> Asked:
@@ -107,6 +117,12 @@ class Asked:
         if top and not self.logprobs:
             raise ValueError(f"top_logprobs={top}: belongs to logprobs=True")
         object.__setattr__(self, "top_logprobs", top)
+
+    def matcher(self, vocabulary: Callable[[], Vocabulary]) -> Matcher | None:
+        """What the rows' texts are held to. ValueError in one line for what is wrong with it;
+        ImportError with the extra that it takes."""
+        constraint = constraint_of(self.schema, self.regex, self.grammar)
+        return None if constraint is None else Matcher.of(constraint, vocabulary())
 
 
 def complete(request: Request, pieces: Sequence[str]) -> Completion:

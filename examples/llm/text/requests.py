@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..constraints.matcher import Matcher
 from ..errors import PromptTooLongError, one_line_errors, without_frames
 from ..request import Request
 from .completion import Asked
@@ -87,6 +88,8 @@ class RequestMaker:
     notify: Callable[[str], object]
     stop_ids: frozenset[int] = frozenset()
     """Any of them ends a text."""
+    matcher: Matcher | None = None
+    """What each row has a copy of."""
     noted: bool = False
 
     def __post_init__(self) -> None:
@@ -114,7 +117,8 @@ class RequestMaker:
         count = min(left, asked.max_new_tokens)
         seed = None if asked.seed is None else asked.seed + index
         top = asked.top_logprobs if asked.logprobs else None
-        sampler = Sampler(asked.sampling, seed=seed, top_logprobs=top)
+        held = None if self.matcher is None else self.matcher.copy()
+        sampler = Sampler(asked.sampling, seed=seed, top_logprobs=top, constraint=held)
         sampler.see(ids)
         text = None
         if self.tokenizer is not None:

@@ -1,9 +1,9 @@
 """Choosing the next token of each row from its logits.
 
-What changes them comes in this order: constraint, logit bias, repetition penalty, frequency and presence
-penalty, temperature, top_k, top_p, min_p; of those that transformers has, that is its own. Every
-row draws from a random stream of its own, so that its text does not depend on what else is in the
-batch.
+What changes them comes in this order: constraint, logit bias, repetition penalty, frequency and
+presence penalty, temperature, top_k, top_p, min_p; of those that transformers has, that is its own.
+Every row draws from a random stream of its own, so that its text does not depend on what else is in
+the batch.
 """
 
 from __future__ import annotations

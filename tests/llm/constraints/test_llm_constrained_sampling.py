@@ -44,7 +44,7 @@ def test_no_temperature_and_no_logits_let_another_token_through(
     matcher = matcher_of(known, regex="[xyz]{200}")
     sampling = Sampling(temperature=temperature, repetition_penalty=1.5)
     sampler = Sampler(sampling, seed=1, constraint=matcher)
-    sampler.see([120], VOCABULARY, torch.device("cpu"))
+    sampler.see([120])
     dice = torch.Generator().manual_seed(0)
     for _ in range(100):
         logits = torch.randn(VOCABULARY, generator=dice) * size

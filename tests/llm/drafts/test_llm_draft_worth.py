@@ -14,6 +14,7 @@ from layer_streamer.llm.drafts.drafting import Drafting
 from layer_streamer.llm.drafts.pace import Pace
 from layer_streamer.llm.drafts.worth import ADVANCE, LENGTHS, SHARE, Worth
 from layer_streamer.llm.request import Request
+from layer_streamer.llm.text.sampling import Sampler
 
 
 def pace_of(plain: float, token: float = 0.0) -> Pace:
@@ -150,7 +151,7 @@ class SomeRow:
 
 def request_of() -> Request:
     row: Any = SomeRow()
-    return Request(0, (1, 2, 3), 500, None, None, 600, new_ids=[4, 5], row=row)  # type: ignore[arg-type]
+    return Request(0, (1, 2, 3), 500, Sampler(), None, 600, new_ids=[4, 5], row=row)
 
 
 @pytest.mark.parametrize("better", ["a", "b"])
