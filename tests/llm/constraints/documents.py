@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,11 +127,16 @@ def matcher_of(vocabulary: Vocabulary, **asked: Any) -> Matcher:
     return Matcher.of(constraint, vocabulary)
 
 
-def random_ids(matcher: Matcher, size: int, seed: int, most: int = 4_000) -> list[int]:
-    """Tokens of a text that the constraint allows, by random scores; the end is not among them."""
+def random_ids(
+    matcher: Matcher, size: int, seed: int, *, likelier: Sequence[int] = (), most: int = 4_000
+) -> list[int]:
+    """Tokens of a text that the constraint allows, by random scores; the end is not among them.
+    ``likelier``: tokens that are chosen more often, so that what has no bound ends."""
     dice, ids = torch.Generator().manual_seed(seed), list[int]()
     while not matcher.ended and len(ids) < most:
-        token = int(matcher.mask(torch.randn(size, generator=dice)).argmax())
+        scores = torch.randn(size, generator=dice)
+        scores[list(likelier)] += 2
+        token = int(matcher.mask(scores).argmax())
         matcher.accept(token)
         ids.append(token)
     return ids
