@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..llm.opening import Model
 
 MAX_NEW_TOKENS = 128
+CONSTRAINTS = ("schema", "regex", "grammar")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="FILE", help="where the answers to --prompts go; resumed")
     add("--raw", action="store_true", help="continue the prompt as it is, without chat template")
     add_answering(parser, MAX_NEW_TOKENS)
+    like = parser.add_argument_group("what answers are like (docs/llm.md)")
+    add = like.add_mutually_exclusive_group().add_argument
+    add("--schema", type=text_of, metavar="FILE", help="JSON as this JSON schema says")
+    add("--regex", metavar="R", help="matched by this regular expression from end to end")
+    add("--grammar", type=text_of, metavar="FILE", help="of this grammar, in Lark or GBNF")
     add_engine(parser)
+
+
+def text_of(name: str) -> str:
+    """What is in a file."""
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
     if args.modules:
         if args.prompt is None:
             raise ValueError("--modules: answers one --prompt")
+        for name in given(args, CONSTRAINTS):
+            raise ValueError(f"--{name}: the engine's, which --modules does without")
         answer_with_modules(args, as_prompt(read_prompt(args.prompt), args), write)
         return
     model = read_model_or_tell(args)
@@ -118,7 +134,7 @@ def answer(engine: StreamingEngine, text: str, args: argparse.Namespace) -> None
     ids = engine.encode(as_prompt(text, args), template_options(args))
     totals, layers = Totals(prompt_tokens=len(ids)), engine.config.num_layers
     with ProgressBar(total=layers, desc="prompt", unit="layer", leave=False, disable=None) as bar:
-        options = given(args, GENERATION)
+        options = given(args, (*GENERATION, *CONSTRAINTS))
         events = engine.events([ids], on_layer=lambda _: bar.update(), **options)
         began = time.perf_counter()
         for request, piece in events:
@@ -139,7 +155,7 @@ def answer_file(engine: StreamingEngine, args: argparse.Namespace) -> None:
     )
     file, done = (sys.stdout.buffer, 0) if args.output is None else open_results(args.output)
     with nullcontext(file) if args.output is None else closing(file):
-        for found in prompts.run(args.prompts, done, given(args, GENERATION)):
+        for found in prompts.run(args.prompts, done, given(args, (*GENERATION, *CONSTRAINTS))):
             write_record(file, found)
 
 
