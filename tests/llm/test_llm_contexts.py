@@ -111,6 +111,19 @@ def test_a_row_is_reused_only_while_its_keys_are_the_same_in_any_text() -> None:
         kept.keep(row, ids)
 
 
+def test_the_row_that_was_kept_last_takes_the_place_of_the_one_before() -> None:
+    rows = Rows(make_spans([None], 512, 2), 2)
+    kept = KeptRow(rows, alike=10)
+    one, other = (kept.take([1], 256) for _ in range(2))
+    assert one is not None and other is not None
+    kept.keep(one, [1])
+    kept.keep(other, [2])
+    assert list(rows) == [other] and kept.row is other
+    kept.forget()
+    kept.forget()
+    assert list(rows) == [] and kept.row is None
+
+
 WINDOWS = {
     "mistral": {"sliding_window": 16},
     "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
