@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from .grammar_text import as_lark
 from .library import llguidance
-from .schema import SPACES, check_pattern, read_schema
+from .schema import SPACES, check_pattern, check_text, read_schema
 
 Schema: TypeAlias = str | Mapping[str, Any]
 
@@ -38,15 +38,18 @@ class Constraint:
     def of_document(cls, document: dict[str, Any], *, spaces: bool = False) -> Constraint:
         """Likewise, of a schema that has been read."""
         convert = llguidance().LLMatcher.grammar_from_json_schema
-        text: str = convert(document, overrides=SPACES | {"whitespace_flexible": spaces})
+        options = SPACES | {"whitespace_flexible": spaces}
+        try:  # as text: it takes no integers beyond 64 bits from Python
+            text: str = convert(json.dumps(document), overrides=options)
+        except ValueError as error:
+            raise ValueError(f"schema: {' '.join(str(error).split())}") from error
         return cls("schema", text, document)
 
     @classmethod
     def of_regex(cls, regex: str) -> Constraint:
         """A text that a regular expression matches from end to end, in the syntax of Rust's regex
         crate: without look-around, without references to groups."""
-        if not isinstance(regex, str):
-            raise ValueError(f"regex: must be a text, not {type(regex).__name__}")
+        check_text("regex", regex)
         check_pattern("regex", regex)
         text: str = llguidance().LLMatcher.grammar_from_regex(regex)
         return cls("regex", text)

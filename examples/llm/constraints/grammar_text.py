@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .library import llguidance
-from .schema import MOST_NBYTES, check_bounds, check_pattern
+from .schema import MOST_NBYTES, check_bounds, check_pattern, check_text
 
 MOST_CHARACTERS = 16 << 10
 """Of a grammar, the schemas in it not counted."""
@@ -24,8 +24,7 @@ ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL
 def as_lark(grammar: str) -> tuple[str, bool]:
     """A grammar in Lark, and whether it was written in GBNF: that is one with a rule that is
     written ``name ::=``. ValueError in one line for what is beyond a bound, or cannot be read."""
-    if not isinstance(grammar, str):
-        raise ValueError(f"grammar: must be a text, not {type(grammar).__name__}")
+    check_text("grammar", grammar)
     is_gbnf = GBNF.search(grammar) is not None
     rest = grammar if is_gbnf else _without_schemas(grammar[: MOST_NBYTES + 1])
     counts = {
@@ -52,7 +51,7 @@ def _of_gbnf(grammar: str) -> str:
     except GbnfToLarkError as error:
         line = error.pos.text.count("\n", 0, error.pos.pos) + 1
         column = error.pos.pos - error.pos.text.rfind("\n", 0, error.pos.pos)
-        reason = str(error).partition(" at line ")[0]
+        reason = " ".join(str(error).partition(" at line ")[0].split())
         raise ValueError(f"grammar: line {line}, column {column}: {reason}") from error
     except Exception as error:  # it raises nothing narrower
         raise ValueError(f"grammar: {' '.join(str(error).split())}") from error

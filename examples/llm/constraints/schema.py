@@ -77,6 +77,16 @@ def check_bounds(document: dict[str, Any]) -> None:
         )
 
 
+def check_text(kind: str, text: object) -> None:
+    """ValueError for what is no text, or has no bytes."""
+    if not isinstance(text, str):
+        raise ValueError(f"{kind}: must be a text, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{kind}: character {error.start + 1} is half of a pair") from error
+
+
 def check_pattern(kind: str, pattern: str, most: int = MOST_PATTERNS) -> None:
     """ValueError for regular expressions that would take too long to compile."""
     counts = {
@@ -101,11 +111,14 @@ class Nodes:
             pointer, node = waiting.pop()
             if id(node) in self._below:
                 continue
-            parts = list(parts_of(node))
+            if pointer and any(isinstance(node.get(key), str) for key in ("$id", "id")):
+                # References below would begin there.
+                raise ValueError(f"schema, at {pointer}: $id: only the whole schema may have one")
+            parts = [(pointer + key, part) for key, part in parts_of(node)]
             if isinstance(node.get("$ref"), str):
                 parts.append(refer(document, pointer, node["$ref"]))
             self._below[id(node)] = [id(part) for _, part in parts]
-            waiting += [(pointer + key, part) for key, part in parts]
+            waiting += parts
             self._note(pointer, node)
 
     def _note(self, pointer: Pointer, node: Mapping[str, Any]) -> None:
@@ -159,8 +172,8 @@ def parts_of(node: Mapping[str, Any]) -> Iterator[tuple[Pointer, dict[str, Any]]
     ``enum``) is none."""
     for key in MANY:
         value = node.get(key)
-        pairs = value.items() if isinstance(value, dict) else enumerate(value or ())
         if isinstance(value, dict | list):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
             yield from ((f"/{key}/{escape(i)}", part) for i, part in pairs if is_schema(part))
     for key in ONE:
         value = node.get(key)
@@ -195,7 +208,7 @@ def refer(
             raise ValueError(f"{where}: it leads nowhere") from error
     if not is_schema(found) or (len(reference) > 1 and reference[1] != "/"):
         raise ValueError(f"{where}: it leads to no schema")
-    return "", found
+    return unquote(reference[1:]), found
 
 
 def where_wrong(document: dict[str, Any], is_wrong: Callable[[dict[str, Any]], bool]) -> Pointer:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from byte_model import END, VOCABULARY, byte_tokenizer
 from documents import matcher_of, random_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from layer_streamer.llm.constraints.constraint import constraint_of
 from layer_streamer.llm.constraints.grammar_text import MOST_RULES
 from layer_streamer.llm.constraints.matcher import Matcher
-from layer_streamer.llm.constraints.schema import MOST_DEPTH
+from layer_streamer.llm.constraints.schema import MANY, MOST_DEPTH, ONE
 from layer_streamer.llm.constraints.vocabulary import Vocabulary
 
 FOO = {"type": "string", "format": "foo"}
@@ -43,6 +45,8 @@ def refusal(vocabulary: Vocabulary, **asked: Any) -> str:
         ("true", "schema: must be a JSON object"),
         ([1], "schema: must be a JSON object"),
         ({"a": {1, 2}}, "schema: it cannot be written as JSON"),
+        ({"const": "\ud83d"}, "schema: "),
+        ({"allOf": 3}, "schema, at /: "),
         ('{"minimum": Infinity}', "schema: it is no JSON (Infinity is no number of JSON)"),
         ({"type": "foo"}, "schema, at /: Invalid type: foo"),
         ({"properties": {"a/b": {"items": FOO}}},
@@ -62,6 +66,34 @@ def test_a_schema_that_is_wrong_is_refused_with_its_place(
     schema: Any, message: str, vocabulary: Vocabulary
 ) -> None:
     assert refusal(vocabulary, schema=schema).startswith(message)
+
+
+WORDS = (*MANY, *ONE, "type", "enum", "const", "pattern", "minLength", "maximum", "multipleOf",
+         "required", "format", "$ref", "$schema", "$id", "x-guidance", "other")  # fmt: skip
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=3), st.sampled_from(["string", "object", "array", "number", "#", "^[a-c]+$"]),
+)  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.recursive(
+        VALUES,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(WORDS), inner, max_size=4)
+        ),
+        max_leaves=12,
+    ).filter(lambda schema: schema is not None)
+)
+def test_whatever_a_schema_is_made_of_it_serves_or_is_refused_in_one_line(
+    vocabulary: Vocabulary, schema: Any
+) -> None:
+    try:
+        matcher = matcher_of(vocabulary, schema=schema)
+        random_ids(matcher, VOCABULARY, 0, most=20)
+    except ValueError as error:
+        assert str(error).startswith("schema") and "\n" not in str(error)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +122,17 @@ def test_a_reference_that_leads_elsewhere_is_refused_before_anyone_follows_it(
     assert found.startswith(f"schema, at /properties/b/items/anyOf/0: $ref {reference!r}: it ")
     assert message in found
     assert message in refusal(vocabulary, grammar=f"start: %json {json.dumps(schema)}")
+
+
+@pytest.mark.parametrize("key", ["$id", "id"])
+def test_a_part_of_a_schema_has_no_references_of_its_own(key: str, vocabulary: Vocabulary) -> None:
+    part = {key: "https://example.com/x", "$defs": {"a": {}}, "$ref": "#/$defs/a"}
+    schema = {"$defs": {"a": {"type": "null"}}, "items": part}
+    assert refusal(vocabulary, schema=schema).startswith("schema, at /items: $id: only the whole")
+    hidden = {"other": {"x": part}, "$ref": "#/other/x"}
+    assert refusal(vocabulary, schema=hidden).startswith("schema, at /other/x: $id: only the")
+    named = {"$id": "https://example.com/x", "$defs": {"a": {"const": 7}}, "$ref": "#/$defs/a"}
+    assert matcher_of(vocabulary, schema=named).forced() == [ord("7")]
 
 
 def test_references_in_data_are_data(vocabulary: Vocabulary) -> None:
@@ -229,6 +272,7 @@ def test_multiples_that_cost_little_are_not_refused_for_it(
     ("regex", "message"),
     [
         (3, "regex: must be a text, not int"),
+        ("a\ud83d", "regex: character 2 is half of a pair"),
         ("a(b", "regex: 'a(b', character 2: unclosed group"),
         ("(?=a)b", "regex: '(?=a)b', character 1: look-around"),
         (LONG_A, "regex: 5,000 characters, the most are 4,096"),
@@ -258,6 +302,8 @@ def test_a_regex_that_is_wrong_or_too_large_is_refused(
         ('foo ::= "a"', "grammar: No 'root' rule found"),
         ("root ::= a-b\n\na-b ::= [z-a]", "grammar: rule A_B: '[z-a]', character 2: invalid"),
         ('root ::= "\\uD83D"', "grammar: \\uD83D is no character"),
+        ('root ::= "\\\n"', "grammar: line 1, column 12: Invalid escape sequence"),
+        ('root ::= "\ud83d"', "grammar: character 11 is half of a pair"),
         ("start: " + "x? " * 300 + "\nx: /a/", None),
         ("start: " + '"abc" ' * 3_000, "grammar: 18,007 characters, the most are 16,384"),
         ("".join(f"r{i}: r{i + 1}\n" for i in range(257)), "grammar: 257 rules, the most are 256"),
