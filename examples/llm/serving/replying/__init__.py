@@ -1,0 +1,1 @@
+"""What comes of an order, as clients read it: whole, or as a stream."""
