@@ -1,0 +1,1 @@
+"""What a request asks for: bodies as clients send them, orders as the engine takes them."""

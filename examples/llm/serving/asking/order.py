@@ -1,0 +1,216 @@
+"""What a request asks of the engine, in the engine's words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..api_error import refused
+from ..calls.forced import forced_schema
+from .bodies import ChatBody, CompletionBody, EmbeddingsBody, Message, NamedTool, Sampled, Tool
+
+DEFAULT_TOKENS = 1024
+"""Of an answer, where nobody says how many: a row takes places for all of them."""
+DEFAULT_COMPLETION = 16
+"""As OpenAI has it."""
+SAME_NAME = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "seed",
+)  # fmt: skip
+CONSTRAINTS = ("schema", "regex", "grammar")
+NOT_OF_CLIENTS = {
+    "chat_template", "conversation", "messages", "tools", "documents", "tokenize", "padding",
+    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}  # fmt: skip
+"""Of ``apply_chat_template``: a template is a program, and the others say what is made of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Texts to be made of prompts: ``n`` of each."""
+
+    prompts: Sequence[Any]
+    """Each a text, messages, or token ids, as ``StreamingEngine.generate`` takes them."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """``generate``'s, by its names."""
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    n: int = 1
+    tools: Sequence[Mapping[str, Any]] = ()
+    """That may be called, as OpenAI's API writes them."""
+    forced: bool = False
+    """The text is nothing but calls."""
+    ignore_eos: bool = False
+    owner: str = ""
+    """Who asks: nothing of one is shown to another, be it by how long something takes."""
+
+    @property
+    def is_constrained(self) -> bool:
+        """True: the text follows a form from its first character on."""
+        return any(name in self.options for name in CONSTRAINTS)
+
+    @property
+    def count(self) -> int:
+        """Texts in all."""
+        return self.n * len(self.prompts)
+
+
+def order_of_chat(body: ChatBody, owner: str = "") -> Order:
+    """ApiError for what cannot be had together."""
+    tools = [] if body.tool_choice == "none" else [tool_of(tool) for tool in body.tools or ()]
+    limit = body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS
+    options = _options(body) | {"max_new_tokens": limit}
+    if body.logprobs:
+        options |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
+    constraint = _constraint(body) | _format(body)
+    if len(constraint) > 1:
+        raise refused(next(iter(constraint)), "only one of such may be given")
+    forced = bool(tools) and body.tool_choice not in (None, "auto")
+    if constraint and tools:
+        raise refused("tools", "not together with a text that is constrained")
+    if forced:
+        name = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+        constraint = {"schema": forced_schema(tools, name, several=several_calls(body))}
+    return Order(
+        prompts=[messages_of(body.messages)],
+        options=options | constraint,
+        template_options=_template_options(body, tools),
+        n=body.n or 1,
+        tools=tools,
+        forced=forced,
+        ignore_eos=bool(body.ignore_eos),
+        owner=owner,
+    )
+
+
+def order_of_completion(body: CompletionBody, owner: str = "") -> Order:
+    """ApiError for what cannot be had together."""
+    prompt: Any = body.prompt
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    options = _options(body) | {"max_new_tokens": body.max_tokens or DEFAULT_COMPLETION}
+    if body.logprobs is not None:
+        options |= {"logprobs": True, "top_logprobs": body.logprobs}
+    constraint = _constraint(body)
+    if len(constraint) > 1:
+        raise refused(next(iter(constraint)), "only one of such may be given")
+    return Order(
+        prompts=prompt if several else [prompt],
+        options=options | constraint,
+        n=body.n or 1,
+        ignore_eos=bool(body.ignore_eos),
+        owner=owner,
+    )
+
+
+def inputs_of(body: EmbeddingsBody) -> list[Any]:
+    """Texts, or lists of token ids."""
+    given: Any = body.input
+    return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+
+
+def several_calls(body: ChatBody) -> bool:
+    """True: an answer may call more than once."""
+    return body.parallel_tool_calls is not False
+
+
+def tool_of(tool: Tool) -> dict[str, Any]:
+    """As chat templates know it."""
+    function = tool.function
+    return {
+        "type": "function",
+        "function": {
+            "name": function.name,
+            "description": function.description or "",
+            "parameters": function.parameters or {"type": "object", "properties": {}},
+        },
+    }
+
+
+def messages_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As chat templates know them."""
+    return [_message(message) for message in messages]
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """As chat templates know it: a developer is the system to them, and the arguments of a call
+    are an object, not its JSON."""
+    found = message.model_dump(exclude_none=True)
+    if isinstance(found.get("content"), list):
+        found["content"] = [{"type": "text", "text": part["text"]} for part in found["content"]]
+    if found["role"] == "developer":
+        found["role"] = "system"
+    if message.tool_calls:
+        found["tool_calls"] = [_call(call) for call in message.tool_calls]
+        found.setdefault("content", "")
+    return found
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return dict(call)
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return dict(call)
+    if not isinstance(arguments, dict):
+        return dict(call)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _options(body: Sampled) -> dict[str, Any]:
+    """What was said of sampling."""
+    found = {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
+    if body.top_k is not None:
+        found["top_k"] = max(body.top_k, 0)  # -1 is all, to vLLM
+    if body.stop:
+        found["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+    if body.logit_bias:
+        found["logit_bias"] = {int(key): bias for key, bias in body.logit_bias.items()}
+    return found
+
+
+def _constraint(body: Sampled) -> dict[str, Any]:
+    """What the text must follow, by the names that vLLM has for it, or llama.cpp."""
+    named = dict(body.structured_outputs or {})
+    found = {
+        "schema": [body.guided_json, named.pop("json", None)],
+        "regex": [body.guided_regex, named.pop("regex", None)],
+        "grammar": [body.grammar, body.guided_grammar, named.pop("grammar", None)],
+    }
+    if named := {name: value for name, value in named.items() if value is not None}:
+        raise refused("structured_outputs", f"{next(iter(named))[:40]!r} is not served here")
+    given = [(kind, value) for kind, values in found.items() for value in values if value]
+    for kind, value in given:
+        if not isinstance(value, dict if kind == "schema" and not isinstance(value, str) else str):
+            raise refused("structured_outputs", f"{kind} must be text")
+    if len(given) > 1:
+        raise refused(given[1][0], "only one of such may be given")
+    return dict(given)
+
+
+def _format(body: ChatBody) -> dict[str, Any]:
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return {}
+    if wanted.json_schema is None or wanted.type == "json_object":
+        return {"schema": {"type": "object"}}
+    return {"schema": wanted.json_schema.schema_}
+
+
+def _template_options(body: ChatBody, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """ApiError for what would be a template of the client's own."""
+    found = dict(body.chat_template_kwargs or {})
+    for name in NOT_OF_CLIENTS & found.keys():
+        raise refused("chat_template_kwargs", f"{name!r} is not served here")
+    if tools:
+        found["tools"] = list(tools)
+    if body.reasoning_effort is not None:
+        found["reasoning_effort"] = body.reasoning_effort
+    if body.continue_final_message:
+        found |= {"continue_final_message": True, "add_generation_prompt": False}
+    elif body.add_generation_prompt is not None:
+        found["add_generation_prompt"] = body.add_generation_prompt
+    return found

@@ -1,0 +1,60 @@
+"""One text on its way to a client: what of it is reasoning, answer, or a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..calls.found import Call, CallParser
+from .reasoning import ReasoningSplitter
+
+
+@dataclass(slots=True)
+class Delta:
+    """What more there is of a text."""
+
+    answer: str = ""
+    reasoning: str = ""
+    calls: Sequence[Call] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.answer or self.reasoning or self.calls)
+
+
+@dataclass(slots=True)
+class ChoiceText:
+    """Takes a text apart, piece by piece."""
+
+    splitter: ReasoningSplitter | None = None
+    """None: the model has no such part."""
+    parser: CallParser | None = None
+    """None: there are no tools."""
+    whole: Delta = field(default_factory=Delta)
+    """All that has been told."""
+
+    def push(self, text: str) -> Delta:
+        """What one more piece brings."""
+        reasoning, answer = ("", text) if self.splitter is None else self.splitter.push(text)
+        return self._tell(reasoning, answer, ended=False)
+
+    def finish(self) -> Delta:
+        """What was held back."""
+        reasoning, answer = ("", "") if self.splitter is None else self.splitter.finish()
+        return self._tell(reasoning, answer, ended=True)
+
+    def reason(self, reason: str) -> str:
+        """OpenAI's name for why the text ended."""
+        return "tool_calls" if self.whole.calls and reason == "stop" else reason
+
+    def _tell(self, reasoning: str, answer: str, *, ended: bool) -> Delta:
+        calls: list[Call] = []
+        if self.parser is not None:
+            found = self.parser.push(answer) if answer else []
+            if ended:
+                found += self.parser.finish()
+            answer = "".join(one for one in found if isinstance(one, str))
+            calls = [one for one in found if isinstance(one, Call)]
+        delta, whole = Delta(answer, reasoning, calls), self.whole
+        whole.answer, whole.reasoning = whole.answer + answer, whole.reasoning + reasoning
+        whole.calls = [*whole.calls, *calls]
+        return delta
