@@ -1,0 +1,1 @@
+"""Who may ask, decided before anything else is."""
