@@ -63,7 +63,8 @@ def test_a_wheel_has_the_modules_of_every_folder_and_nothing_else(built: Path) -
     there = {
         path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*.py")
     }
-    assert set(files(wheel(built))) == there | {"layer_streamer/py.typed"}
+    data = {"layer_streamer/py.typed", "layer_streamer/llm/serving/page.html"}
+    assert set(files(wheel(built))) == there | data
 
 
 def test_a_wheel_out_of_the_source_distribution_is_the_same(built: Path) -> None:

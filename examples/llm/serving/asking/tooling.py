@@ -1,0 +1,57 @@
+"""What tools make of an order, and of its texts, for a family of models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..calls.families import family_of, parser_of, shows_special
+from ..calls.generic import generic_schema, instructions
+from ..replying.choice_text import ChoiceText
+from ..replying.reasoning import ReasoningSplitter, thinks
+from ..working.served import Ready
+from .order import Order
+
+
+def fitted(order: Order, template: str | None) -> Order:
+    """The order, for a model with this chat template: one that knows no tools is told of them in
+    words, and held to a form in which its calls can be told."""
+    if not order.tools:
+        return order
+    family = family_of(template)
+    options = dict(order.options)
+    if shows_special(family) and not order.forced:
+        options["skip_special_tokens"] = False
+    if family != "generic":
+        return replace(order, options=options)
+    if not order.forced:
+        options["schema"] = generic_schema(order.tools)
+    words = instructions(order.tools, forced=order.forced)
+    template_options = {k: v for k, v in order.template_options.items() if k != "tools"}
+    prompts = [_told(messages, words) for messages in order.prompts]
+    return replace(order, prompts=prompts, options=options, template_options=template_options)
+
+
+def _told(messages: Sequence[Mapping[str, Any]], words: str) -> list[Mapping[str, Any]]:
+    """Messages whose system says so as well."""
+    first = messages[0]
+    if first["role"] != "system":
+        return [{"role": "system", "content": words}, *messages]
+    content = first["content"]
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    return [{**first, "content": f"{content}\n\n{words}"}, *messages[1:]]
+
+
+def texts_of(order: Order, ready: Sequence[Ready], template: str | None) -> list[ChoiceText]:
+    """What takes each text of an accepted order apart. One that is constrained is all answer: no
+    reasoning fits its form."""
+    family, splits = family_of(template), thinks(template) and not order.is_constrained
+    return [
+        ChoiceText(
+            ReasoningSplitter(inside=one.inside_reasoning) if splits else None,
+            parser_of(family, order.tools, forced=order.forced) if order.tools else None,
+        )
+        for one in ready
+    ]
