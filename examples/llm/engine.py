@@ -20,7 +20,7 @@ from .models.config import id_set
 from .models.rope_config import rotated_alike
 from .opening import Limits, Model, model_of, place
 from .parts import open_parts, plan_parts
-from .request import Event
+from .request import Event, Request
 from .scheduling.client import Client
 from .scheduling.scheduler import Scheduler
 from .text.completion import Asked, Completion, Shape, in_order, raising
@@ -102,7 +102,7 @@ class StreamingEngine:
         alike = rotated_alike(self.config.ropes)
         self.scheduler = Scheduler(self._runner, drafting=self._parts.drafting, alike=alike)
         """What all calls go through, and whoever submits requests by himself."""
-        self._notify = notify
+        self.max_batch, self._notify = max_batch, notify
         vocab, context = self.config.vocab_size, self.config.max_positions
         self._room = Room(self.max_length, context, vocab)
         self._prompts = Prompts(PromptEncoder(lambda: self.tokenizer, vocab, notify), self._room)
@@ -196,6 +196,22 @@ class StreamingEngine:
         """
         return in_order(self._start(prompts, None, options))
 
+    def requests(self, prompts: Iterable[Encoded], **options: Any) -> Iterator[Request]:
+        """Requests for :attr:`scheduler`, each made when it is asked for: of prompts as
+        :meth:`events` takes them, with its options. One that cannot be made has an ``error``.
+
+        ValueError for options that make no sense. Any thread, also while a pass runs.
+        """
+        asked = Asked.of(self._defaults, options)
+        return RequestMaker(
+            asked=asked,
+            room=self._room,
+            tokenizer=self.tokenizer if self._has_text(bool(asked.stop)) else None,
+            notify=self._notify,
+            stop_ids=self._stop_ids(),
+            matcher=asked.matcher(lambda: self._vocabulary),
+        ).requests(prompts)
+
     def encode(
         self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None
     ) -> list[int]:
@@ -221,16 +237,7 @@ class StreamingEngine:
         options: Mapping[str, Any],
     ) -> Iterator[Event]:
         """A new generation, beside those that are under way; it begins when it is asked."""
-        asked = Asked.of(self._defaults, options)
-        maker = RequestMaker(
-            asked=asked,
-            room=self._room,
-            tokenizer=self.tokenizer if self._has_text(bool(asked.stop)) else None,
-            notify=self._notify,
-            stop_ids=self._stop_ids(),
-            matcher=asked.matcher(lambda: self._vocabulary),
-        )
-        return Client(self.scheduler, maker.requests(prompts), on_layer).events()
+        return Client(self.scheduler, self.requests(prompts, **options), on_layer).events()
 
     def _has_text(self, needed: bool = False) -> bool:
         """False for a model without a tokenizer that can be used, of which ids alone can be had;

@@ -1,0 +1,181 @@
+"""A StreamingEngine as a server uses it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..engine import StreamingEngine
+from ..errors import one_line_errors
+from ..request import Request
+from ..scheduling.events import Events
+from ..text.logprobs import TokenLogprob
+from ..text.tokenizer import raw_ids, rendered_ids
+from .asking.order import Order
+from .replying.reasoning import OPENING
+from .token_text import TokenTexts
+from .working.pieces import Account, Piece, ScoredToken
+from .working.served import Facts, Load, Ready, Tag
+
+NEAR = 16
+"""Tokens at the end of a prompt in which it is seen whether the model is to think first."""
+
+
+class StreamedEngine:
+    """Keeps :class:`.working.served.Served`. Its tokenizer is used by two threads, the one that
+    prepares and the one of the passes: none of its methods that are called changes it."""
+
+    def __init__(self, engine: StreamingEngine, name: str) -> None:
+        """``name``: of the model, for clients."""
+        self._engine, self._scheduler = engine, engine.scheduler
+        tokenizer = engine.tokenizer
+        raw_ids(tokenizer, "a")  # whatever it sets up at its first use
+        self._events = Events()
+        self._requests: dict[Tag, Request] = {}
+        self._tags: dict[Request, Tag] = {}
+        self._told: dict[Request, int] = {}
+        self._texts = TokenTexts(tokenizer)
+        self.facts = Facts(
+            name=name,
+            max_length=engine.max_length,
+            max_rows=engine.max_batch,
+            template=_template(tokenizer),
+            places=engine.plan.kv_tokens,
+            where=_where(engine),
+        )
+
+    @property
+    def load(self) -> Load:
+        """As of now."""
+        running = self._scheduler.running
+        held = sum(request.row.length for request in running if request.row is not None)
+        return Load(
+            rows=len(running),
+            waiting=len(self._scheduler.waiting),
+            places_used=held,
+            share_of_limit=self._share() if running else None,
+        )
+
+    def prepare(self, order: Order) -> Sequence[Ready]:
+        """Tokenise and check."""
+        ids = [self._engine.encode(one, order.template_options) for one in order.prompts]
+        left = self._engine.max_length - min(map(len, ids))
+        options = dict(order.options)
+        options["max_new_tokens"] = min(options["max_new_tokens"], left)
+        rows = [one for one in ids for _ in range(order.n)]
+        found = []
+        for prompt, request in zip(rows, self._engine.requests(rows, **options), strict=True):
+            if request.error is not None:
+                raise request.error
+            if order.ignore_eos:
+                request.stop_ids = frozenset()
+            request.salt = order.owner.encode()
+            found.append(Ready(prompt, request, self._thinks_first(prompt)))
+        return found
+
+    def tokenize(self, prompt: Any, *, special: bool) -> Sequence[int]:
+        """Ids of a text or of messages."""
+        if not isinstance(prompt, str):
+            return self._engine.encode(prompt)
+        encode = raw_ids if special else rendered_ids
+        return encode(self._engine.tokenizer, prompt)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        size = self._engine.config.vocab_size
+        for item in ids:
+            if item >= size:
+                raise ValueError(f"token id {item}: must be from 0 to {size - 1}")
+        return self._decode(ids)
+
+    def submit(self, ready: Ready, tag: Tag) -> None:
+        """A text joins the queue."""
+        request: Request = ready.request
+        self._scheduler.submit(request, self._events)
+        self._requests[tag], self._tags[request], self._told[request] = request, tag, 0
+
+    def cancel(self, tag: Tag) -> None:
+        """Nobody wants to hear of it any more."""
+        if (request := self._requests.get(tag)) is not None:
+            self._scheduler.cancel(request)
+            self._forget(request)
+
+    def step(self) -> Sequence[tuple[Tag, Piece]]:
+        """One pass, and what it brings."""
+        self._scheduler.step()
+        found = []
+        while self._events:
+            request, text = self._events.take()
+            if request in self._tags:
+                found.append((self._tags[request], self._piece(request, text)))
+                if request.finish_reason is not None:
+                    self._forget(request)
+        return found
+
+    def close(self) -> None:
+        """Return all memory."""
+        self._engine.close()
+
+    def _forget(self, request: Request) -> None:
+        tag = self._tags.pop(request)
+        del self._requests[tag], self._told[request]
+
+    def _piece(self, request: Request, text: str) -> Piece:
+        told, known = self._told[request], len(request.new_ids)
+        self._told[request] = known
+        piece = Piece(text, known - told)
+        if request.logprobs is not None:
+            piece.scored = [self._scored(one) for one in request.logprobs[told:known]]
+        if request.error is not None:
+            piece.error = request.error
+        elif request.finish_reason is not None:
+            piece.finish_reason, piece.account = request.finish_reason, _account(request)
+        return piece
+
+    def _scored(self, one: TokenLogprob) -> ScoredToken:
+        top = [self._texts.scored(token, logprob) for token, logprob in one.top]
+        return self._texts.scored(one.token, one.logprob, *top)
+
+    def _thinks_first(self, ids: Sequence[int]) -> bool:
+        return self._decode(ids[-NEAR:]).rstrip().endswith(OPENING)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        with one_line_errors("the tokenizer cannot decode them", ValueError):
+            return str(self._engine.tokenizer.decode(list(ids), **options))
+
+    def _share(self) -> float | None:
+        """By the step that a pass is bound by."""
+        last = self._engine.streamer.last_pass
+        return None if last is None else last.share_of_limit(last.bound_by)
+
+
+def _account(request: Request) -> Account:
+    drafts = request.drafts.values()
+    return Account(
+        prompt_tokens=len(request.prompt_ids),
+        new_tokens=len(request.new_ids),
+        cached_tokens=request.cached,
+        prompt_seconds=request.prompt_seconds,
+        decode_seconds=request.decode_seconds,
+        passes=request.passes,
+        drafted=sum(some.tokens for some in drafts),
+        agreed=sum(some.agreed for some in drafts),
+    )
+
+
+def _template(tokenizer: Any) -> str | None:
+    """The chat template's text; of several the one for tools, whose marks are looked for."""
+    found = tokenizer.chat_template
+    if isinstance(found, Mapping):
+        found = found.get("tool_use") or found.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _where(engine: StreamingEngine) -> dict[str, int]:
+    """Bytes of what a pass goes through, by tier."""
+    plan, found = engine.streamer.plan, defaultdict[str, int](int)
+    for tier, size in zip(plan.tiers, plan.sizes, strict=True):
+        found[tier] += size.read_nbytes
+    return dict(found)
