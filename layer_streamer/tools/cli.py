@@ -22,6 +22,7 @@ GROUPS = {
     "Language models": {
         "chat": "talk with a model",
         "generate": "answer a prompt, or a file of prompts",
+        "serve": "answer clients of OpenAI's API, and a browser",
         "quantize": "make a model of 4 or 8 bits a weight",
     },
     "Checkpoints": {

@@ -100,6 +100,13 @@ def _shown(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def require_server() -> None:
+    """ImportError, with what to install, if what a server cannot do without is missing."""
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(name) is None:
+            raise ImportError(f"{name} is not installed (pip install 'layer-streamer[serve]')")
+
+
 def require_engine() -> None:
     """ImportError, with what to install, if what the engine cannot do without is missing."""
     for name in ("transformers", "tokenizers", "jinja2"):
