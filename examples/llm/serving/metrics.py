@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from .working.pieces import Piece
@@ -40,6 +42,7 @@ class Metrics:
         self._kv = gauge("kv_tokens", "Tokens whose keys and values there is room for.")
         self._share = gauge("share_of_limit", "Of the last pass, by what the machine could give.")
         self._bytes = gauge("model_bytes", "Of the model's layers, by tier.", "tier")
+        self._share.set(math.nan)  # not known
         for reason in ("stop", "length", "error", "cancelled"):
             self._texts.labels(reason)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..engine import StreamingEngine
@@ -13,6 +14,7 @@ from ..scheduling.events import Events
 from ..text.logprobs import TokenLogprob
 from ..text.tokenizer import raw_ids, rendered_ids
 from .asking.order import Order
+from .calls.families import family_of
 from .replying.reasoning import OPENING
 from .token_text import TokenTexts
 from .working.pieces import Account, Piece, ScoredToken
@@ -30,7 +32,7 @@ class StreamedEngine:
         """``name``: of the model, for clients."""
         self._engine, self._scheduler = engine, engine.scheduler
         tokenizer = engine.tokenizer
-        raw_ids(tokenizer, "a")  # whatever it sets up at its first use
+        _warm_up(engine, _template(tokenizer))
         self._events = Events()
         self._requests: dict[Tag, Request] = {}
         self._tags: dict[Request, Tag] = {}
@@ -149,6 +151,15 @@ class StreamedEngine:
         """By the step that a pass is bound by."""
         last = self._engine.streamer.last_pass
         return None if last is None else last.share_of_limit(last.bound_by)
+
+
+def _warm_up(engine: StreamingEngine, template: str | None) -> None:
+    """Have set up now whatever a tokenizer and its template set up at their first use: some import
+    a lot, beside which no pass goes on."""
+    tools = [{"type": "function", "function": {"name": "a", "description": "", "parameters": {}}}]
+    options = {} if family_of(template) == "generic" else {"tools": tools}
+    with suppress(ValueError):
+        engine.encode([{"role": "user", "content": "a"}], options)
 
 
 def _account(request: Request) -> Account:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -19,6 +20,14 @@ from layer_streamer.llm.serving.limits import Limits
 from layer_streamer.llm.serving.metrics import Metrics
 from layer_streamer.llm.serving.server import Server, bind
 from layer_streamer.llm.serving.working.worker import Worker
+
+
+class QuickServer(Server):
+    """Looks ten times as often whether it is to end."""
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):
+            await asyncio.sleep(0.01)
 
 
 class Running:
@@ -106,7 +115,7 @@ def serving(
     metrics = Metrics()
     worker = Worker(open_engine, limits, metrics)
     app = make_app(worker, guard or Guard(), limits, metrics)
-    server = Server(app, worker, limits)
+    server = QuickServer(app, worker, limits)
     listening = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

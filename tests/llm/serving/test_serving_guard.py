@@ -143,6 +143,12 @@ def test_pages_of_other_sites_may_not_ask_unless_they_are_named(
     assert status(keyed, authorization=f"Bearer {KEY}", **headers) == expected
 
 
+@pytest.mark.parametrize("origin", ["*", "https://*.example", "null", "chat.example", "https://a/"])
+def test_what_is_no_origin_names_no_site(origin: str) -> None:
+    with pytest.raises(ValueError, match="no origin"):
+        Guard(origins=[origin])
+
+
 def test_a_link_to_the_page_may_be_followed_from_anywhere() -> None:
     headers = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}
     assert status(Guard(), "/", **headers) == 200

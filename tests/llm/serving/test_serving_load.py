@@ -17,7 +17,7 @@ from byte_model import byte_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_served import ScriptedServed
-from serving import Running, head, serving, wait_for
+from serving import Running, events, head, parted, serving, wait_for
 from small_engine import make_engine
 
 from layer_streamer.llm.serving.limits import Limits
@@ -121,6 +121,45 @@ def test_two_thousand_requests_of_two_hundred_clients_on_a_real_engine(tmp_path:
         assert not served._requests and not list(served._engine._runner.kv.rows)
     assert sizes[-1][0] - sizes[1][0] < 32 << 20, "memory grows"
     assert sizes[-1][1:] == sizes[1][1:], "descriptors or threads grow"
+
+
+@pytest.mark.slow
+def test_texts_of_64_clients_of_which_some_vanish_are_the_engines(tmp_path: Path) -> None:
+    path = byte_model(tmp_path)
+    options: dict[str, Any] = {
+        "max_batch": 16, "kv_tokens": 4096, "max_length": 192, "reproducible": True,
+    }  # fmt: skip
+
+    def ask(number: int) -> dict[str, Any]:
+        return {
+            "messages": [{"role": "user", "content": "text " * (1 + number % 9) + str(number)}],
+            "max_tokens": 3 + number % 20, "temperature": number % 2, "seed": number,
+        }  # fmt: skip
+
+    async def main(port: int) -> list[tuple[int, bytes]]:
+        cuts = [100 * (number % 7) if number % 3 == 0 else None for number in range(64)]
+        bodies = [json.dumps(ask(number) | {"stream": True}).encode() for number in range(64)]
+        return await asyncio.gather(
+            *(speak(port, body, cut) for body, cut in zip(bodies, cuts, strict=True))
+        )
+
+    with serving(
+        lambda: StreamedEngine(make_engine(path, **options), "bytes"), limits=Limits()
+    ) as running:
+        wait_for(lambda: running.worker.status == "ready")
+        found = asyncio.run(main(running.port))
+    with make_engine(path, **options) as engine:
+        for number, (_, data) in enumerate(found):
+            if number % 3 == 0:
+                continue
+            asked = ask(number)
+            alone = engine.generate(
+                [asked["messages"]], max_new_tokens=asked["max_tokens"], seed=number,
+                temperature=asked["temperature"],
+            )  # fmt: skip
+            chunks = events(parted(data)[1])
+            deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+            assert ["".join(deltas)] == alone
 
 
 VALUES = st.recursive(

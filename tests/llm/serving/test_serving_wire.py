@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from contextlib import suppress
 from typing import Any
@@ -251,6 +252,20 @@ def test_what_has_not_ended_in_time_is_told_why() -> None:
         last = events(parted(read_all(wire))[1])[-1]
         assert last["error"]["code"] == "draining"
     assert engine.closed.is_set()
+
+
+def test_a_second_signal_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layer_streamer.llm.serving.server.CUT_SECONDS", 1)
+    engine = ScriptedServed(gate=True)
+    with serving(engine) as running, running.connect() as wire:
+        data = json.dumps(STREAM).encode()
+        wire.sendall(head("POST", CHAT, JSON, f"content-length: {len(data)}") + data)
+        assert engine.submitted.acquire(timeout=60)
+        running.server.handle_exit(signal.SIGTERM, None)
+        wait_for(lambda: running.worker.status == "draining")
+        running.server.handle_exit(signal.SIGTERM, None)
+        assert b"[DONE]" not in read_all(wire)
+        wait_for(engine.closed.is_set)
 
 
 def test_an_engine_that_breaks_ends_the_server() -> None:

@@ -16,6 +16,7 @@ from .keys import Keys
 OPEN = ("/health",)
 """Asked without a key."""
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:@/\[\]]+)(?::\d{1,5})?")
+_ORIGIN = re.compile(r"https?://[^/*?#@\s]+")
 _BRACKETS = re.compile(r"[\[\]{}]")
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 """One that does not end goes to the end of the text: so no text is gone through twice."""
@@ -41,11 +42,16 @@ def check_bind(host: str, keys: Keys) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """The rules of one server."""
+    """The rules of one server. ValueError for an origin that is none."""
 
     keys: Keys = field(default_factory=Keys)
     origins: Collection[str] = ()
     """Of sites whose pages may ask, too: ``https://chat.example``."""
+
+    def __post_init__(self) -> None:
+        for origin in self.origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin[:80]!r} is no origin, such as https://chat.example")
 
     def check(self, method: str, path: str, headers: Mapping[str, str]) -> str:
         """Who asks; ApiError if they may not. ``headers``: by names in small letters."""
