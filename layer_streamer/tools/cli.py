@@ -23,6 +23,7 @@ GROUPS = {
         "chat": "talk with a model",
         "generate": "answer a prompt, or a file of prompts",
         "serve": "answer clients of OpenAI's API, and a browser",
+        "batch": "answer a file of requests, as OpenAI's batches are written",
         "quantize": "make a model of 4 or 8 bits a weight",
     },
     "Checkpoints": {

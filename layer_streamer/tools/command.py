@@ -112,3 +112,9 @@ def require_engine() -> None:
     for name in ("transformers", "tokenizers", "jinja2"):
         if find_spec(name) is None:
             raise ImportError(f"{name} is not installed (pip install 'layer-streamer[llm]')")
+
+
+def require_bodies() -> None:
+    """ImportError, likewise, for what reads requests as OpenAI's clients write them."""
+    if find_spec("pydantic") is None:
+        raise ImportError("pydantic is not installed (pip install 'layer-streamer[serve]')")

@@ -43,9 +43,15 @@ def add_answering(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     group = parser.add_argument_group("answers")
     add = group.add_argument
     add("--modules", action="store_true", help="by the model's own class, of transformers")
-    add("--no-think", action="store_true", help="for a chat template that knows enable_thinking")
     tokens_help = f"of an answer at most (default: {max_new_tokens})"
     add("--max-new-tokens", type=at_least(1), default=max_new_tokens, metavar="N", help=tokens_help)
+    add_choosing(group)
+
+
+def add_choosing(group: argparse._ArgumentGroup) -> None:
+    """How prompts are written and tokens chosen."""
+    add = group.add_argument
+    add("--no-think", action="store_true", help="for a chat template that knows enable_thinking")
     add("--temperature", type=float, metavar="T", help="0: greedy; default: the model's own, or 0")
     add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
     add("--top-p", type=float, metavar="P", help="among the likeliest that together have P")

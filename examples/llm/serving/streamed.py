@@ -110,7 +110,7 @@ class StreamedEngine:
         while self._events:
             request, text = self._events.take()
             if request in self._tags:
-                found.append((self._tags[request], self._piece(request, text)))
+                found.append((self._tags[request], self.piece(request, text)))
                 if request.finish_reason is not None:
                     self._forget(request)
         return found
@@ -123,9 +123,11 @@ class StreamedEngine:
         tag = self._tags.pop(request)
         del self._requests[tag], self._told[request]
 
-    def _piece(self, request: Request, text: str) -> Piece:
-        told, known = self._told[request], len(request.new_ids)
-        self._told[request] = known
+    def piece(self, request: Request, text: str) -> Piece:
+        """What there is of a request beside what has been told of it, with its text."""
+        told, known = self._told.get(request, 0), len(request.new_ids)
+        if request in self._told:
+            self._told[request] = known
         piece = Piece(text, known - told)
         if request.logprobs is not None:
             piece.scored = [self._scored(one) for one in request.logprobs[told:known]]

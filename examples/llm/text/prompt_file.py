@@ -6,9 +6,11 @@ object with "prompt" or "messages". A line of results names the line it answers.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -102,27 +104,58 @@ def record(line: int, result: Completion) -> dict[str, Any]:
 
 
 def open_results(path: Path) -> tuple[IO[bytes], int]:
-    """A file of results to append to, and the line of prompts that it has come to.
+    """A file of results to append to, and the line of prompts that it has come to."""
+    last = 0
 
-    A last line that was cut off is taken away; ValueError for a file of something else.
+    def hear(found: Any) -> None:
+        nonlocal last
+        last = int(found["line"])
+
+    file = append_to(path, b'{"line": ', hear)
+    return file, last
+
+
+def append_to(path: Path, begins: bytes, hear: Callable[[Any], object]) -> IO[bytes]:
+    """A file of results to append to, all of which begin with ``begins``; ``hear`` gets each that
+    is there. A last line that was cut off is taken away.
+
+    ValueError for a file of something else, of which ``hear`` raises ValueError, KeyError or
+    TypeError, and for one that another process appends to.
     """
-    last = whole = 0
-    if path.exists():
-        with open(path, "rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                last = _line_of(line, path)
-                whole += len(line)
-        os.truncate(path, whole)
-    return open(path, "ab"), last
+    with ExitStack() as opened:
+        file = opened.enter_context(open(path, "ab"))
+        _lock(file, path)
+        os.truncate(path, _whole(path, begins, hear))
+        opened.pop_all()
+    return file
 
 
-def _line_of(line: bytes, path: Path) -> int:
+def _whole(path: Path, begins: bytes, hear: Callable[[Any], object]) -> int:
+    """Bytes of the lines that were not cut off."""
+    whole = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                if line[: len(begins)] != begins[: len(line)]:
+                    raise ValueError(line)
+                if line.endswith(b"\n"):
+                    hear(json.loads(line))
+                    whole += len(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}: is no file of results, nothing is appended to it"
+                ) from error
+    return whole
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Until the file is closed, where its file system knows locks."""
     try:
-        return int(json.loads(line)["line"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is no file of results, nothing is appended to it") from error
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{path}: another process appends to it") from error
+    except OSError:
+        return
 
 
 def write_record(file: IO[bytes], found: Mapping[str, Any]) -> None:
