@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from .constraint import Constraint
@@ -18,8 +17,9 @@ DEAD_END = "no text goes on from here"
 class Matcher:
     """Which tokens may follow in a row.
 
-    Where all that can follow is one text for a while, its next token, as the tokenizer cuts that
-    text, is the only one allowed: models have learned such tokens, and drafts of them are right.
+    Where all that can follow is one text for a while, llguidance allows its next token, as the
+    tokenizer cuts that text, and no other: models have learned such tokens, and drafts of them are
+    right.
     What is chosen is accepted in its order, so that a draft, of which tokens are chosen one after
     the other, needs no way back.
 
@@ -67,17 +67,12 @@ class Matcher:
         """Of each of the model's tokens, whether it may follow; not to be written to. ValueError in
         one line where the constraint has become too large to follow."""
         if self._allowed is None:
-            forced = self.forced()
-            if forced:
-                self._allowed = np.zeros(self._vocabulary.size, dtype=np.bool_)
-                self._allowed[forced[0]] = True
-            else:
-                self._allowed, may_end = self._vocabulary.allowed(self._automaton)
-                self._check()
-                if may_end and self._count and not self._allowed.any():
-                    self._complete = self._count
-                if may_end:
-                    self._allowed[self._vocabulary.stops] = True
+            self._allowed, may_end = self._vocabulary.allowed(self._automaton)
+            self._check()
+            if may_end and self._count and not self._allowed.any():
+                self._complete = self._count
+            if may_end:
+                self._allowed[self._vocabulary.stops] = True
         return self._allowed
 
     def mask(self, scores_V: torch.Tensor) -> torch.Tensor:

@@ -47,12 +47,12 @@ class Vocabulary:
         return llguidance().LLMatcher(self._tokens, constraint.text, log_level=0, limits=limits())
 
     def allowed(self, automaton: Any) -> tuple[Allowed, bool]:
-        """Which tokens may go on with a text, (size,), and whether it may end."""
+        """Which tokens may go on with a text, (size,), and whether it may end. Of an automaton that
+        is then in error, neither: what leads nowhere offers an end, too."""
         bits = np.frombuffer(automaton.compute_bitmask(), dtype=np.uint8)
         count = max(self.size, self._end + 1)
         found = np.unpackbits(bits, count=count, bitorder="little").view(np.bool_)
-        # What leads nowhere offers an end, too.
-        may_end = bool(found[self._end]) and automaton.is_accepting()
+        may_end = bool(found[self._end])
         found[self._end :] = False
         return found[: self.size], may_end
 

@@ -186,6 +186,14 @@ def test_a_text_that_nothing_can_follow_ends_without_a_token_for_it(endless: Voc
     assert matcher.ends_at(2) and matcher.forced() == []
 
 
+@pytest.mark.parametrize("nothing", ["/b/ & /c/", "/bx*/ & /b*y*z/"])
+def test_an_end_that_is_seen_late_is_one(nothing: str, vocabulary: Vocabulary) -> None:
+    """What could follow is a text that there is not, which shows when it is looked for."""
+    matcher = matcher_of(vocabulary, grammar=f'start: "a" B?\nB: {nothing}')
+    matcher.accept(ord("a"))
+    assert matcher.ends_at(1)
+
+
 def test_scores_of_what_may_follow_stay_and_all_others_are_minus_infinity(
     vocabulary: Vocabulary,
 ) -> None:
@@ -256,8 +264,10 @@ def test_a_real_tokenizer_cuts_what_is_forced_as_it_cuts_the_text() -> None:
     known = Vocabulary(tokenizer, 49_152, [2])
     schema = SCHEMAS["enums"]
     matcher = matcher_of(known, schema=schema)
-    assert matcher.forced() == tokenizer.encode('{"color')
+    forced = tokenizer.encode('{"color')
+    assert matcher.forced() == forced and matcher.allowed().sum() == 1
     ids = random_ids(matcher, 49_152, 0)
+    assert ids[: len(forced)] == forced
     check_document(text_of(tokenizer, ids), schema)
 
 
