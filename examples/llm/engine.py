@@ -20,6 +20,7 @@ from .models.config import id_set
 from .models.rope_config import rotated_alike
 from .opening import Limits, Model, model_of, place
 from .parts import open_parts, plan_parts
+from .passes.pooling import vectors
 from .request import Event, Request
 from .scheduling.client import Client
 from .scheduling.scheduler import Scheduler
@@ -211,6 +212,15 @@ class StreamingEngine:
             stop_ids=self._stop_ids(),
             matcher=asked.matcher(lambda: self._vocabulary),
         ).requests(prompts)
+
+    def embed(self, prompts: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+        """A vector of each prompt of token ids, in their order: what the final norm gives of its
+        tokens, on average, made 1 long; float32, (hidden_size,), on the CPU.
+
+        A pass is done when its first vector is asked for. ValueError for ids that are none or too
+        many; EngineError if there is no room beside other calls at present.
+        """
+        return vectors(self._runner, [self._room.check(ids) for ids in prompts])
 
     def encode(
         self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--alias", metavar="NAME", help="of the model, for clients (default: the file's)")
     waiting_help = "texts that may wait for a row (64); more are told when to come back"
     add("--max-waiting", type=at_least(0), default=64, metavar="N", help=waiting_help)
+    add("--embeddings", action="store_true", help="answer /v1/embeddings, too")
     drain_help = "for which texts may go on when the server is to end (60)"
     add("--drain-seconds", type=at_least(0), default=60, metavar="S", help=drain_help)
     add_engine(parser)
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{listening.getsockname()[1]}"
         worker = Worker(lambda: open_served(args, url), limits, metrics)
-        app = make_app(worker, Guard(keys, args.cors), limits, metrics)
+        app = make_app(worker, Guard(keys, args.cors), limits, metrics, embeddings=args.embeddings)
         try:
             Server(app, worker, limits).run(sockets=[listening])
         finally:

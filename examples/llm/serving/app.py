@@ -14,9 +14,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from ..errors import EngineError
 from .api_error import ApiError, of_findings
-from .asking.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from .asking.order import messages_of, order_of_chat, order_of_completion
+from .asking.bodies import ChatBody, CompletionBody, DetokenizeBody, EmbeddingsBody, TokenizeBody
+from .asking.order import Order, inputs_of, messages_of, order_of_chat, order_of_completion
 from .asking.tooling import fitted, texts_of
 from .calls.families import family_of
 from .guarding.guard import Guard
@@ -26,7 +27,7 @@ from .metrics import Metrics
 from .page import page
 from .replying.answering import Reply
 from .replying.event_stream import EventStream, has_left
-from .replying.replies import Envelope, Json, models
+from .replying.replies import Envelope, Json, embeddings_document, models
 from .replying.sse import to_json
 from .replying.writers import ChatWriter, PlainWriter
 from .working.worker import Worker
@@ -65,6 +66,22 @@ class Api:
         writer = PlainWriter(order.count, logprobs=body.logprobs is not None)
         reply = Reply(answer, writer, Envelope("text_completion", facts.name), order.n)
         return await self._reply(reply, body, request)
+
+    async def embeddings(self, body: EmbeddingsBody) -> Response:
+        """A vector of each input."""
+        engine, inputs = self._worker.engine, inputs_of(body)
+        self._limits.check(Order(inputs))
+        prompts = await self._worker.prepare(
+            lambda: [engine.tokenize(one, special=True) for one in inputs]
+        )
+        found = await self._worker.prepare(lambda: engine.embed(prompts))
+        try:
+            # One by one: others have their passes between those that it takes.
+            vectors = [await self._worker.run(lambda _: next(found)) for _ in prompts]
+        except EngineError as error:
+            raise ApiError(429, str(error), headers={"retry-after": "1"}) from error
+        packed, tokens = body.encoding_format == "base64", sum(map(len, prompts))
+        return document(embeddings_document(engine.facts.name, vectors, tokens, packed=packed))
 
     async def tokenize(self, body: TokenizeBody) -> Response:
         """Ids of a text, or of messages in the chat template."""
@@ -125,9 +142,13 @@ def _owner(request: Request) -> str:
     return str(request.scope.get("state", {}).get("owner", ""))
 
 
-def make_app(worker: Worker, guard: Guard, limits: Limits, metrics: Metrics) -> FastAPI:
-    """The app of a worker, which it starts and closes. Nothing of it loads from elsewhere: it has
-    /openapi.json, but no pages that show it."""
+def make_app(
+    worker: Worker, guard: Guard, limits: Limits, metrics: Metrics, *, embeddings: bool = False
+) -> FastAPI:
+    """The app of a worker, which it starts and closes; with ``embeddings`` it has a path for them.
+
+    Nothing of it loads from elsewhere: it has /openapi.json, but no pages that show it.
+    """
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -147,6 +168,8 @@ def make_app(worker: Worker, guard: Guard, limits: Limits, metrics: Metrics) -> 
         "/v1/chat/completions": api.chat, "/v1/completions": api.completion,
         "/tokenize": api.tokenize, "/detokenize": api.detokenize,
     }  # fmt: skip
+    if embeddings:
+        post["/v1/embeddings"] = api.embeddings
     get: dict[str, Callable[..., Awaitable[Response]]] = {
         "/v1/models": api.models,
         "/health": api.health,

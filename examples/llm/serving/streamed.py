@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -90,6 +90,11 @@ class StreamedEngine:
             if item >= size:
                 raise ValueError(f"token id {item}: must be from 0 to {size - 1}")
         return self._decode(ids)
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[float]]:
+        """A vector of each prompt."""
+        found = self._engine.embed(prompts)
+        return (vector.tolist() for vector in found)
 
     def submit(self, ready: Ready, tag: Tag) -> None:
         """A text joins the queue."""

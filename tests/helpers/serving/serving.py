@@ -114,7 +114,7 @@ def serving(
     open_engine = engine if callable(engine) else lambda: engine
     metrics = Metrics()
     worker = Worker(open_engine, limits, metrics)
-    app = make_app(worker, guard or Guard(), limits, metrics)
+    app = make_app(worker, guard or Guard(), limits, metrics, embeddings=True)
     server = QuickServer(app, worker, limits)
     listening = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import struct
 from typing import Any
 
 import openai
@@ -137,6 +139,19 @@ def test_parse_sends_a_schema_and_reads_the_answer(server: Running) -> None:
     assert done.choices[0].message.parsed == Found(name="x")
     schema = server.engine.orders[-1].options["schema"]
     assert schema["required"] == ["name"]
+
+
+@pytest.mark.parametrize("how", [openai.omit, "float", "base64"])
+def test_embeddings_come_as_they_are_asked_for(server: Running, how: Any) -> None:
+    made = server.client().embeddings.create(model="m", input=["a", "b"], encoding_format=how)
+    vectors = [one.embedding for one in made.data]
+    if how == "base64":
+        raw = [base64.b64decode(str(vector)) for vector in vectors]
+        vectors = [list(struct.unpack("<2f", one)) for one in raw]
+    assert vectors == [[98.0, -0.5], [99.0, -0.5]]  # a token is put before each
+    assert [one.index for one in made.data] == [0, 1] and made.usage.prompt_tokens == 4
+    with pytest.raises(openai.BadRequestError):
+        server.client().embeddings.create(model="m", input="a" * 2000)
 
 
 def test_models_are_listed(server: Running) -> None:

@@ -150,6 +150,18 @@ def test_template_options_and_continued_messages_reach_the_template(small: Runni
     assert tokens(on) < tokens(on | {"continue_final_message": False})
 
 
+def test_embeddings_are_the_engines_beside_texts_that_are_made(model: Path, small: Running) -> None:
+    texts = [f"text {number}" for number in range(12)]
+    with ThreadPoolExecutor(2) as pool:
+        beside = pool.submit(reply, small, CHAT, said("Hi", max_tokens=30))
+        made = reply(small, "/v1/embeddings", {"input": texts})
+        beside.result()
+    with make_engine(model, **SAME) as engine:
+        expected = list(engine.embed([engine.encode(text) for text in texts]))
+    for one, vector in zip(made["data"], expected, strict=True):
+        assert one["embedding"] == pytest.approx(vector.tolist(), abs=1e-5)
+
+
 def test_tokens_of_a_text_and_back(small: Running) -> None:
     status, data = small.post("/tokenize", {"content": "hé"})
     assert json.loads(data) == {"tokens": [104, 195, 169], "count": 3}

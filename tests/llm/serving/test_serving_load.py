@@ -192,7 +192,7 @@ def test_whatever_is_sent_gets_an_answer_in_the_protocols_shape(
     basis: dict[str, Any] = {
         CHAT: {"messages": [{"role": "user", "content": "a"}]},
         "/v1/completions": {"prompt": "a"}, "/tokenize": {"content": "a"},
-        "/detokenize": {"tokens": [97]},
+        "/detokenize": {"tokens": [97]}, "/v1/embeddings": {"input": "a"},
     }[path]  # fmt: skip
     status, reply = server.post(path, basis | fields)
     assert status in (200, 400), reply

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import time
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
@@ -150,6 +152,25 @@ def timings(accounts: Sequence[Account]) -> Json:
         "draft_n": sum(account.drafted for account in accounts),
         "draft_n_accepted": sum(account.agreed for account in accounts),
     }
+
+
+def embeddings_document(
+    model: str, vectors: Sequence[Sequence[float]], tokens: int, *, packed: bool
+) -> Json:
+    """POST /v1/embeddings; ``packed``: as base64 of little-endian float32, which OpenAI's client
+    asks for."""
+    found = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+            if packed
+            else list(vector),
+        }
+        for index, vector in enumerate(vectors)
+    ]
+    used = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": found, "model": model, "usage": used}
 
 
 def models(name: str, created: int, **more: Any) -> Json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -82,6 +82,11 @@ class Served(Protocol):
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ids; ValueError for one that is none."""
+        ...
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[float]]:
+        """A vector of each prompt of token ids; asking for one may take a pass. EngineError if
+        there is no room at present."""
         ...
 
     def submit(self, ready: Ready, tag: Tag) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from layer_streamer import StreamerError
 
@@ -67,6 +67,8 @@ class Worker:
         self._answers: set[Answer] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._pending: set[asyncio.Future[Any]] = set()
+        """What is to be done by :meth:`run`."""
         self._accepted = 0
         """Texts of which ``load`` does not know yet."""
         self._handed: list[int] = []
@@ -121,6 +123,29 @@ class Worker:
             raise ApiError(400, str(error), code="context_length_exceeded") from error
         except (ValueError, StreamerError, ImportError) as error:
             raise ApiError(400, str(error), code="invalid_value") from error
+
+    async def run(self, work: Callable[[Served], T]) -> T:
+        """Something for the engine, between two passes; what it raises."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        _ = self.engine
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        self._handed.append(0)
+        self._thread.do(lambda engine: self._work(engine, work, future))
+        return await future
+
+    def _work(
+        self, engine: Served, work: Callable[[Served], T], future: asyncio.Future[T]
+    ) -> Events:
+        """In the engine's thread."""
+        assert self._loop is not None
+        try:
+            found = work(engine)
+        except Exception as error:
+            self._loop.call_soon_threadsafe(_settle, future, None, error)
+        else:
+            self._loop.call_soon_threadsafe(_settle, future, found, None)
+        return []
 
     def leave(self, answer: Answer) -> None:
         """Nobody wants to hear of it any more: what has not ended is cancelled. Idempotent."""
@@ -195,7 +220,9 @@ class Worker:
             self.ended.set()
 
     def _fail(self, error: ApiError) -> None:
-        """End all texts that have not ended, for those who wait for them."""
+        """End all that has not ended, for those who wait for it."""
+        for future in list(self._pending):
+            _settle(future, None, error)
         for answer in list(self._answers):
             tags = [(answer, index) for index in answer.mailbox]
             answer.mailbox.fail(error)
@@ -205,6 +232,16 @@ class Worker:
         if tags and self.status != "ended":
             self._handed.append(0)
             self._thread.do(lambda engine: _cancel(engine, tags))
+
+
+def _settle(future: asyncio.Future[Any], found: Any, error: Exception | None) -> None:
+    """Whoever waits may be gone."""
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(found)
 
 
 def _submit(engine: Served, answer: Answer) -> Events:
