@@ -69,10 +69,13 @@ def draw_wing(ax: Axes, x: float, y: float, width: float, wing: str) -> None:
     columns = int(width * 12.4)
     said = textwrap.wrap(sentence(wing), columns - 20)[0:1] if width > 10 else [""]
     ax.text(x + 1.75, y + 0.66, said[0], color=INK, size=8.4, va="center")
-    lines = textwrap.wrap(rooms(wing) if slash else sentence(wing), columns)
+    told, size = rooms(wing) if slash else sentence(wing), 7.4
+    lines = textwrap.wrap(told, columns)
+    if len(lines) > 3:
+        lines, size = textwrap.wrap(told, int(columns * 1.25)), 6.0
     below, spacing = (0.27, 1.25) if len(lines) < 3 else (0.25, 1.05)
     ax.text(
-        x + 0.12, y + below, "\n".join(lines[:3]), color=FAINT if slash else INK, size=7.4,
+        x + 0.12, y + below, "\n".join(lines[:3]), color=FAINT if slash else INK, size=size,
         va="center", linespacing=spacing,
     )  # fmt: skip
 
