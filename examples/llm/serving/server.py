@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -111,9 +112,10 @@ class Server(uvicorn.Server):
             self.end()
 
     def end(self) -> None:
-        """As the first signal does. Any thread."""
+        """As the first signal does; nothing for one that has ended. Any thread."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._told.set)
+            with suppress(RuntimeError):  # its loop is closed
+                self._loop.call_soon_threadsafe(self._told.set)
 
     async def _end_in_order(self) -> None:
         told = [asyncio.create_task(event.wait()) for event in (self._told, self._worker.ended)]
