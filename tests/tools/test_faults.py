@@ -50,6 +50,8 @@ def test_an_error_is_one_line_whatever_the_command(
         model = ["MODEL", "--prompt", "a"]
     if name == "quantize":
         model = ["MODEL", "OUTPUT", "--bits", "4"]
+    if name == "batch":
+        model = ["MODEL", "IN", "OUT"]
     assert main([name, *model]) == 2
     out, err = capsys.readouterr()
     assert out == ""
