@@ -115,23 +115,25 @@ def answer(args: argparse.Namespace, shard: Shard, results: Results, left: int |
 
 
 def room(args: argparse.Namespace, model: Model) -> dict[str, Any]:
-    """What the engine is to hold, where nobody says: hundreds of rows, if a quarter of the memory
-    that is granted has room for them."""
+    """What the engine is to hold, where nobody says: hundreds of rows, if the memory that is free
+    or granted has room for them."""
     import torch
 
     from .. import parse_bytes, plan_checkpoint
-    from ..llm.batching.room import ROWS, kv_tokens
+    from ..llm.batching.room import room_for
     from ..llm.memory.placing import choose_device, choose_dtype
+    from ..llm.opening import Limits
 
     device = choose_device(args.device)
     dtype = choose_dtype(device, getattr(torch, args.dtype) if args.dtype else None)
     machine = plan_checkpoint(model.manifest, device=device).machine
     free = machine.host_available if machine.unified else machine.device_free[0]
-    if args.device_budget not in (None, "auto"):
-        free = min(free, parse_bytes("device_budget", args.device_budget))
-    rows = args.max_batch or ROWS
-    length = args.max_length or min(4096, model.config.max_positions)
-    return {"max_batch": rows, "kv_tokens": kv_tokens(model.config, dtype, free, length, rows)}
+    for name in ("device_budget", *(["host_budget"] if machine.unified else [])):
+        if (budget := getattr(args, name)) not in (None, "auto"):
+            free = min(free, parse_bytes(name, budget))
+    length = Limits(args.max_length).length(model.config)
+    found = room_for(model.config, dtype, free, length, args.max_batch)
+    return {"max_batch": found.max_batch, "kv_tokens": found.kv_tokens}
 
 
 def show(bar: ProgressBar, counts: Counts, seconds: float) -> None:

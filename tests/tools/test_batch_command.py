@@ -82,10 +82,10 @@ def test_hundreds_of_rows_share_the_passes(
         most = max(most, counts.rows)
 
     monkeypatch.setattr(batch_command, "show", show)
-    source = write(tmp_path / "in", 300)
+    source = write(tmp_path / "in", 260, max_tokens=2)
     assert run(model, source, tmp_path / "out") == 0
-    assert most == 256 and lines_in(tmp_path / "out") == list(range(1, 301))
-    assert "300 lines answered; 900 tokens" in capfd.readouterr().err
+    assert most == 256 and lines_in(tmp_path / "out") == list(range(1, 261))
+    assert "260 lines answered; 520 tokens" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -155,13 +155,14 @@ def test_a_run_that_was_ended_is_resumed_after_its_last_whole_line(
     assert "line 3" not in capfd.readouterr().err, "what was done is not done again"
 
 
+@pytest.mark.parametrize("held", ["my thesis\n", "my thesis", '{"line": 1}\nmy thesis'])
 def test_a_file_of_something_else_is_not_appended_to(
-    model: Path, tmp_path: Path, capfd: Any
+    model: Path, tmp_path: Path, capfd: Any, held: str
 ) -> None:
     prompts = write_prompts(tmp_path / "in", ["One"])
-    (tmp_path / "out").write_text("my thesis\n")
+    (tmp_path / "out").write_text(held)
     assert run(model, prompts, tmp_path / "out") == 2
-    assert (tmp_path / "out").read_text() == "my thesis\n"
+    assert (tmp_path / "out").read_text() == held
     assert "is no file of results" in capfd.readouterr().err
 
 

@@ -34,7 +34,7 @@ class Counts:
     tokens: int = 0
     """Of texts, those that have not ended as well."""
     rows: int = 0
-    """Texts that share the passes at present."""
+    """Texts that are being made at present."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,15 +83,17 @@ class BatchJob:
 
     def _take(self, request: Request, piece: str) -> None:
         text = self._texts[request]
+        self.counts.rows += not text.pieces
         text.pieces.append(piece)
         self.counts.tokens += len(request.new_ids) - text.tokens
         text.tokens = len(request.new_ids)
         if request.finish_reason is not None:
             del self._texts[request]
+            self.counts.rows -= 1
             text.reply.put(text.index, self._served.piece(request, "".join(text.pieces)))
             if not text.reply.open:
                 self._write(text.reply.record())
-        self._tell()
+        self._hear(self.counts)
 
     def _requests(self) -> Iterator[Request]:
         """Of lines that can be answered; all others are, meanwhile."""
@@ -115,7 +117,7 @@ class BatchJob:
                 requests = self._prepare(number, custom_id, found)
             except Exception as error:  # of this line: the others go on
                 self._write(refusal(number, custom_id, _refused(error)))
-                self._tell()
+                self._hear(self.counts)
                 continue
             yield from requests
 
@@ -144,10 +146,6 @@ class BatchJob:
         self._results.write(record)
         self.counts.answered += 1
         self.counts.refused += record["response"]["status_code"] != 200
-
-    def _tell(self) -> None:
-        self.counts.rows = len(self._scheduler.running)
-        self._hear(self.counts)
 
 
 def _refused(error: Exception) -> ApiError:

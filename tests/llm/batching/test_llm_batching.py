@@ -155,6 +155,18 @@ def test_a_result_has_the_shape_of_openais(engine: StreamingEngine, tmp_path: Pa
     assert len(scored) == 4 and all(len(one["top_logprobs"]) == 2 for one in scored)
 
 
+def test_a_line_may_say_what_its_text_is_like(engine: StreamingEngine, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"a": {"enum": ["b", "c"]}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    kind = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    bad = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"type": "thing"}}}
+    wanted = [chat("a", response_format=kind, max_tokens=30), chat("b", response_format=bad)]
+    results = by_line(answer(engine, write(tmp_path / "in", wanted), tmp_path / "out"))
+    assert json.loads(texts(results[1])[0])["a"] in ("b", "c")
+    assert error(results[2])["type"] == "invalid_request_error"
+
+
 GOOD = [json.dumps(one).encode() for one in ("Hi", {"prompt": [5]}, {"messages": HI})]
 BAD = [
     b"not JSON", b"{", b"3", b"null", b"[]", b'"\xff"', b"\x00", b"[" * 3000, b"9" * 5000,
@@ -175,7 +187,7 @@ BAD = [
 BLANK = [b"", b" ", b"\t"]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     st.lists(
         st.sampled_from(GOOD) | st.sampled_from(BAD) | st.sampled_from(BLANK)
@@ -229,7 +241,7 @@ def whole(engine: StreamingEngine, tmp_path_factory: pytest.TempPathFactory) -> 
     return by_line(answer(engine, write(folder / "in", [*CUT, 5, CUT[0]]), folder / "out"))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(0, 25), st.integers(0, 400), st.booleans())
 def test_where_a_run_is_cut_off_the_next_one_goes_on_and_every_line_is_answered_once(
     engine: StreamingEngine, whole: dict[int, Any], after: int, kept: int, torn: bool
