@@ -115,25 +115,13 @@ def answer(args: argparse.Namespace, shard: Shard, results: Results, left: int |
 
 
 def room(args: argparse.Namespace, model: Model) -> dict[str, Any]:
-    """What the engine is to hold, where nobody says: hundreds of rows, if the memory that is free
-    or granted has room for them."""
+    """What the engine is to hold, where nobody says."""
     import torch
 
-    from .. import parse_bytes, plan_checkpoint
-    from ..llm.batching.room import room_for
-    from ..llm.memory.placing import choose_device, choose_dtype
-    from ..llm.opening import Limits
+    from ..llm.batching.room import many_rows
 
-    device = choose_device(args.device)
-    dtype = choose_dtype(device, getattr(torch, args.dtype) if args.dtype else None)
-    machine = plan_checkpoint(model.manifest, device=device).machine
-    free = machine.host_available if machine.unified else machine.device_free[0]
-    for name in ("device_budget", *(["host_budget"] if machine.unified else [])):
-        if (budget := getattr(args, name)) not in (None, "auto"):
-            free = min(free, parse_bytes(name, budget))
-    length = Limits(args.max_length).length(model.config)
-    found = room_for(model.config, dtype, free, length, args.max_batch)
-    return {"max_batch": found.max_batch, "kv_tokens": found.kv_tokens}
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    return many_rows(model, {**vars(args), "device": args.device or None, "dtype": dtype})
 
 
 def show(bar: ProgressBar, counts: Counts, seconds: float) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from layer_streamer import parse_bytes, plan_checkpoint
+
 from ..kv.host import TokenShape
+from ..memory.placing import choose_device, choose_dtype
 from ..models.config import ModelConfig
+from ..opening import Limits, Model
 
 MOST_ROWS, LEAST_ROWS = 256, 8
 """A pass costs the moving of the weights, whatever it computes."""
@@ -38,3 +44,18 @@ def room_for(
     token = TokenShape(config.num_kv_heads, config.head_dim, dtype).nbytes * config.num_layers
     fitting = free // FOR_TOKENS // (token + config.hidden_size * dtype.itemsize)
     return Room(rows, max(min(fitting, rows * min(TOKENS_A_ROW, max_length)), max_length))
+
+
+def many_rows(model: Model, options: Mapping[str, Any]) -> dict[str, int]:
+    """``max_batch`` and ``kv_tokens`` for an engine with these options: many rows, if the memory
+    that is free or granted has room for them. ValueError for an option that makes no sense."""
+    device = choose_device(options.get("device"))
+    dtype = choose_dtype(device, options.get("dtype"))
+    machine = plan_checkpoint(model.manifest, device=device).machine
+    free = machine.host_available if machine.unified else machine.device_free[0]
+    for name in ("device_budget", *(["host_budget"] if machine.unified else [])):
+        if (budget := options.get(name)) not in (None, "auto"):
+            free = min(free, parse_bytes(name, budget))
+    length = Limits(options.get("max_length")).length(model.config)
+    found = room_for(model.config, dtype, free, length, options.get("max_batch"))
+    return {"max_batch": found.max_batch, "kv_tokens": found.kv_tokens}
