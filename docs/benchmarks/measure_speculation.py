@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         timed(engine, None, 4)  # has kernels compiled
         plain, _ = timed(engine, None, 12)
         record = {"engine": args.child, "opened": opened, "plain": plain, "plan": str(engine.plan)}
-        if drafting is not None:
+        if drafting is not None and drafting._sources:
             record |= {"passes": passes(engine, args.turns), "texts": {}}
             _, done = timed(engine, None, NEW + 1)
             ((name, real),) = drafting._sources.items()
