@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layer_streamer.llm.batching.asked import read
 from layer_streamer.llm.batching.lines import Shard
 from layer_streamer.llm.batching.results import Results
+from layer_streamer.llm.serving.api_error import ApiError
 
 
 @given(st.integers(1, 40), st.integers(1, 10**9), st.integers(1, 10**9))
@@ -42,3 +44,9 @@ def test_a_file_of_results_has_one_that_appends_to_it(tmp_path: Path) -> None:
     ):
         Results(tmp_path / "out")
     Results(tmp_path / "out").close()
+
+
+def test_json_that_is_nested_deep_is_refused_for_that() -> None:
+    assert read(b"[" * 64 + b"]" * 64)
+    with pytest.raises(ApiError, match="nested deeper than 64"):
+        read(b"[" * 65 + b"]" * 65)

@@ -167,6 +167,24 @@ def test_a_line_may_say_what_its_text_is_like(engine: StreamingEngine, tmp_path:
     assert error(results[2])["type"] == "invalid_request_error"
 
 
+def test_a_model_is_told_of_the_tools_of_a_line(engine: StreamingEngine, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    wanted = [chat("a", tools=tools), chat("b")]
+    results = by_line(answer(engine, write(tmp_path / "in", wanted), tmp_path / "out"))
+    assert "the prompt has" in error(results[1])["message"], "it is longer than there is room for"
+    assert texts(results[2])
+
+
+def test_a_line_has_its_own_seed_whatever_the_others_have(
+    engine: StreamingEngine, tmp_path: Path
+) -> None:
+    wanted = [chat(f"{i}", seed=5, **SAMPLED) for i in range(3)]
+    source, options = write(tmp_path / "in", wanted), {"seed": 9}
+    results = by_line(answer(engine, source, tmp_path / "out", options=options))
+    expected = engine.generate(HI, max_new_tokens=4, seed=5, **SAMPLED)
+    assert [texts(results[number]) for number in (1, 2, 3)] == [[expected]] * 3
+
+
 GOOD = [json.dumps(one).encode() for one in ("Hi", {"prompt": [5]}, {"messages": HI})]
 BAD = [
     b"not JSON", b"{", b"3", b"null", b"[]", b'"\xff"', b"\x00", b"[" * 3000, b"9" * 5000,
@@ -319,8 +337,8 @@ def test_a_line_that_is_too_long_is_an_error_and_is_not_held(
     monkeypatch.setattr(lines, "MOST_BYTES", 64)
     long = json.dumps("x" * 300).encode()
     (tmp_path / "in").write_bytes(b'"a"\n' + long + b'\n\n"b"\n' + long)
-    for _, line in lines.lines_of(tmp_path / "in"):
-        assert line is None or len(line) <= 64
+    found = list(lines.lines_of(tmp_path / "in"))
+    assert found == [(1, b'"a"\n'), (2, None), (4, b'"b"\n'), (5, None)]
     options = {"max_new_tokens": 2}
     results = by_line(answer(engine, tmp_path / "in", tmp_path / "out", options=options))
     assert sorted(results) == [1, 2, 4, 5]
