@@ -128,7 +128,7 @@ def test_a_tree_may_be_verified_wherever_keys_and_values_are(path: Path, tier: s
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-@pytest.mark.parametrize("tier", ["device", "chunks on the host", "eight bits"])
+@pytest.mark.parametrize("tier", ["device", "chunks on the host"])
 def test_a_tree_may_be_verified_where_layers_have_windows(
     tmp_path: Path, name: str, tier: str
 ) -> None:

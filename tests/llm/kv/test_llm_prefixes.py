@@ -211,6 +211,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), model), model
 
 
+LAST = 6
 TIERS: dict[str, dict[str, Any]] = {
     "device": {},
     "host": {"host_layers": (0, 1, 2)},
@@ -244,13 +245,13 @@ def random_text(dice: random.Random, shared: int) -> list[int]:
 
 
 def passes(runner: Runner, texts: list[list[int]], *, keep: bool) -> torch.Tensor:
-    """Logits of the last 20 tokens of each text, (20, R, V): one by one behind a first pass."""
-    rows = [runner.kv.rows.add(len(ids), ids[:-20] if keep else ()) for ids in texts]
+    """Logits of the LAST tokens of each text, (LAST, R, V): one by one behind a first pass."""
+    rows = [runner.kv.rows.add(len(ids), ids[:-LAST] if keep else ()) for ids in texts]
     pairs = [(row, ids) for row, ids in zip(rows, texts, strict=True) if row is not None]
     assert len(pairs) == len(texts)
-    runner.forward([(row, ids[row.length : len(ids) - 20]) for row, ids in pairs])
+    runner.forward([(row, ids[row.length : len(ids) - LAST]) for row, ids in pairs])
     found = []
-    for at in range(20, 0, -1):
+    for at in range(LAST, 0, -1):
         found.append(runner.forward([(row, [ids[-at]]) for row, ids in pairs]).clone())
         for row, ids in pairs:
             if keep:

@@ -132,8 +132,8 @@ def test_three_texts_of_a_prompt_cost_one_prefill(exact: StreamingEngine) -> Non
 
 
 def test_a_second_turn_computes_what_is_new(exact: StreamingEngine) -> None:
-    first = [(5 * i + 1) % 200 for i in range(2 * BLOCK + 40)]
-    options: dict[str, Any] = {"max_new_tokens": 250, "temperature": 0.0, "return_details": True}
+    first = [(5 * i + 1) % 200 for i in range(3 * BLOCK - 10)]
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0, "return_details": True}
     answer = exact.generate(first, **options)
     turn = [*first, *answer.ids, 7, 7, 7]
     second = exact.generate(turn, **options)
