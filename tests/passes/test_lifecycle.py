@@ -48,10 +48,10 @@ MOMENTS = route_params(
     ),
 )  # fmt: skip
 ROUNDED = route_params(
-    "cpu pools", "direct", "mapped", "two partial", "cuda pools", "cuda mapped", "cuda partial",
+    "cpu pools", "direct", "mapped", "cuda pools", "cuda mapped", "cuda partial",
     slow=(
         "cpu direct", "cpu mapped", "cpu partial", "cpu two", "pools", "arena", "resident",
-        "partial", "two",
+        "partial", "two", "two partial",
     ),
 )  # fmt: skip
 

@@ -148,7 +148,7 @@ def test_drafted_tokens_are_rotated_for_the_lengths_that_they_make(tmp_path: Pat
             drafted(engine, plain, how, temperature=0.0, max_new_tokens=40)
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), new=st.integers(1, 40), stop=st.booleans())
 def test_any_trees_leave_any_text_as_it_is(exact: Any, seed: int, new: int, stop: bool) -> None:
     options: dict[str, Any] = {"temperature": 0.8, "seed": seed, "max_new_tokens": new}

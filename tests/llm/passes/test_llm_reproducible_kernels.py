@@ -23,6 +23,7 @@ INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
 @needs_triton
+@pytest.mark.slow
 def test_tiles_and_attention_of_any_tokens_are_right_in_the_interpreter() -> None:
     run_checks(INTERPRETED, CHECKS)
 
