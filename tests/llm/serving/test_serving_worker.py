@@ -15,8 +15,8 @@ from layer_streamer.llm.serving.asking.order import Order
 from layer_streamer.llm.serving.limits import Limits
 from layer_streamer.llm.serving.metrics import Metrics
 from layer_streamer.llm.serving.working.mailbox import Mailbox
-from layer_streamer.llm.serving.working.pace import Pace
 from layer_streamer.llm.serving.working.pieces import Piece
+from layer_streamer.llm.serving.working.wait_estimate import WaitEstimate
 from layer_streamer.llm.serving.working.worker import Answer, Worker
 
 Check = Callable[[Worker], Awaitable[None]]
@@ -290,7 +290,7 @@ def test_a_worker_whose_loop_is_gone_still_closes_its_engine() -> None:
 def test_when_to_come_back_goes_by_measured_passes(
     seconds: float, passes: int, rows: int, expected: int
 ) -> None:
-    pace = Pace()
+    pace = WaitEstimate()
     assert pace.retry_after(rows) == 1
     pace.hear_pass(seconds)
     pace.hear_text(passes)

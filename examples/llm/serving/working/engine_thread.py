@@ -15,7 +15,7 @@ from .served import Load, Served, Tag
 
 logger = logging.getLogger(__name__)
 
-Events = list[tuple[Tag, Piece]]
+TaggedPieces = list[tuple[Tag, Piece]]
 Command = Callable[[Served], Iterable[tuple[Tag, Piece]]]
 """Something to be done between passes, and what texts are to hear of it."""
 
@@ -24,7 +24,7 @@ Command = Callable[[Served], Iterable[tuple[Tag, Piece]]]
 class Report:
     """What happened since the last one."""
 
-    events: Events = field(default_factory=list)
+    events: TaggedPieces = field(default_factory=list)
     load: Load = field(default_factory=Load)
     commands: int = 0
     """How many were done."""

@@ -14,11 +14,11 @@ from ...errors import PromptTooLongError
 from ..api_error import ApiError, refused
 from ..asking.order import Order
 from ..limits import Limits
-from .engine_thread import EngineThread, Events, Report
+from .engine_thread import EngineThread, Report, TaggedPieces
 from .mailbox import Mailbox
-from .pace import Pace
 from .pieces import Piece
 from .served import Facts, Load, Ready, Served
+from .wait_estimate import WaitEstimate
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ class Worker:
         """The engine is closed, or was never open."""
         self.error: BaseException | None = None
         """What ended it, if that was an error."""
-        self.load, self.pace = Load(), Pace()
+        self.load, self.pace = Load(), WaitEstimate()
 
     def start(self) -> None:
         """Begin to open the engine."""
@@ -136,7 +136,7 @@ class Worker:
 
     def _work(
         self, engine: Served, work: Callable[[Served], T], future: asyncio.Future[T]
-    ) -> Events:
+    ) -> TaggedPieces:
         """In the engine's thread."""
         assert self._loop is not None
         try:
@@ -244,8 +244,8 @@ def _settle(future: asyncio.Future[Any], found: Any, error: Exception | None) ->
         future.set_result(found)
 
 
-def _submit(engine: Served, answer: Answer) -> Events:
-    events: Events = []
+def _submit(engine: Served, answer: Answer) -> TaggedPieces:
+    events: TaggedPieces = []
     for index, ready in enumerate(answer.ready):
         try:
             engine.submit(ready, (answer, index))
@@ -254,7 +254,7 @@ def _submit(engine: Served, answer: Answer) -> Events:
     return events
 
 
-def _cancel(engine: Served, tags: Sequence[tuple[Answer, int]]) -> Events:
+def _cancel(engine: Served, tags: Sequence[tuple[Answer, int]]) -> TaggedPieces:
     for tag in tags:
         engine.cancel(tag)
     return []

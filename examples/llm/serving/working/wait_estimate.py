@@ -10,7 +10,7 @@ LEAST, MOST = 1, 600
 """Seconds, of what is told to a client: longer ones would give up anyway."""
 
 
-class Pace:
+class WaitEstimate:
     """Running means of what was measured. Thread rules: one thread at a time."""
 
     def __init__(self) -> None:
