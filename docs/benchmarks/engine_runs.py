@@ -18,6 +18,7 @@ from measure import describe_machine
 
 from layer_streamer.llm import engine as engine_module
 from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.kv.blocks import BLOCK, round_up
 from layer_streamer.llm.kv.rows import Row
 from layer_streamer.llm.models.model import decoder_layer
 from layer_streamer.llm.passes.attention import fast_kernels
@@ -204,8 +205,12 @@ class ComputeAlone:
         runner, config = self._runner, self._engine.config
         span, device = runner.kv.span(0), runner.kv.device
         size = max(lengths) + new
-        rows = [Row(size, {span: (i * size, size)}, length=n) for i, n in enumerate(lengths)]
-        shape = (size * len(rows), 2, config.num_kv_heads, config.head_dim)
+        each = round_up(size) // BLOCK
+        rows = [
+            Row(size, {span: tuple(range(i * each, (i + 1) * each))}, length=n)
+            for i, n in enumerate(lengths)
+        ]
+        shape = (each * BLOCK * len(rows), 2, config.num_kv_heads, config.head_dim)
         memory = torch.zeros(shape, dtype=torch.bfloat16, device=device)
         batch = pack([(row, [1] * new) for row in rows], self._engine.plan.chunk, device)
         layer = self._engine.model.manifest.layers[0]
