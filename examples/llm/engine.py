@@ -237,8 +237,13 @@ class StreamingEngine:
     def __enter__(self) -> StreamingEngine:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            self.close()
+        except Exception as later:  # after an error of a device, all that follows fails, too
+            if error is None:
+                raise
+            error.add_note(str(later))
 
     def _start(
         self,

@@ -16,6 +16,7 @@ from layer_streamer import CheckpointError, LayerStreamer
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.errors import UnsupportedModelError
 from layer_streamer.llm.opening import Model
+from layer_streamer.llm.scheduling.scheduler import Scheduler
 
 TUNED: dict[str, Any] = {
     "n_gpu": 1, "n_cpu_pinned": 0, "n_cpu": 2, "batch_gpu": 1, "batch_cpu_pinned": 1,
@@ -72,3 +73,17 @@ def test_that_a_context_is_short_is_said_once_a_call(path: Path) -> None:
     with StreamingEngine(path, device="cpu", max_length=8, notify=said.append) as engine:
         engine.generate([[1, 2], [3, 4], [5]], max_new_tokens=100)
     assert said == ["the context has room for 6 new tokens"]
+
+
+def test_an_error_within_is_raised_and_one_of_closing_is_a_note_on_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Scheduler) -> None:
+        raise RuntimeError("the device is lost")
+
+    engine = StreamingEngine(path, device="cpu", max_length=64)
+    with monkeypatch.context() as patched, pytest.raises(KeyError) as caught, engine:
+        patched.setattr(Scheduler, "close", fail)
+        raise KeyError("mine")
+    assert caught.value.__notes__ == ["the device is lost"]
+    engine.close()
