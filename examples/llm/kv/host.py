@@ -20,7 +20,7 @@ before the next pass began counts only up to the first of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
@@ -32,6 +32,7 @@ from .int8 import Int8Rows
 from .moves import Move, moved_places
 from .pinned import GrowingMemory
 from .rows import Row, Span
+from .tokens import Tokens
 from .transfers import Pair, Transfers
 
 PAGE = 4096
@@ -74,27 +75,27 @@ class Fetch:
     """What the copier's thread has brought for a layer."""
 
     slot: Slot
-    lengths: Mapping[int, int] | None
-    """By row's uid, up to which token; None: the slot could not be touched."""
+    tokens: Tokens | None
+    """Of which rows, up to which; None: the slot could not be touched."""
     passes: int
     """How many had begun when it was begun."""
 
     def there(self, row: Row, passes: int) -> int:
         """Up to which token a row is there in a pass, which is that of so many: what has moved
         before that pass began, and after it was fetched, is not."""
-        length = (self.lengths or {}).get(row.uid, 0)
+        length = 0 if self.tokens is None else self.tokens.ends.get(row.uid, 0)
         moved_from = None if self.passes == passes else row.moved_from
         return length if moved_from is None else min(length, moved_from)
 
 
 @dataclass(slots=True, eq=False)
 class HostLayer:
-    """One layer's home. ``rows`` is replaced by the caller's thread and read by the copier's."""
+    """One layer's home. ``tokens`` is replaced by the caller's thread and read by the copier's."""
 
     span: Span
     memory: GrowingMemory
-    rows: tuple[tuple[Row, int], ...] = field(default=())
-    """The rows to prefetch, and up to which token they are here."""
+    tokens: Tokens = field(default_factory=lambda: Tokens(()))
+    """What to prefetch: of each row, what is here."""
 
 
 class HostTier:
@@ -130,6 +131,10 @@ class HostTier:
         self._work: torch.Tensor | None = None
         self._calls = self._passes = 0
         self._fetched: dict[int, Fetch] = {}
+        self._present = Tokens(())
+        """Of the pass's rows, what each layer has as the pass begins."""
+        self._sent: tuple[Tokens, Tokens] | None = None
+        """What each layer sends home, and what is there then."""
         self._barrier, self._home = transfers.event(), transfers.event()
         self.late_nbytes = 0
         """Bytes that had not been prefetched, of all passes."""
@@ -158,19 +163,16 @@ class HostTier:
             return
         slot, passes = self._slots[self._calls % len(self._slots)], self._passes
         self._calls += 1
-        lengths = None
+        tokens = None
         if not slot.in_use:
             # The second is also behind what the pass before sent home of this layer: the slot was
             # given back no earlier, and the way home is one stream.
             self._transfers.wait(self._barrier, stream)
             self._transfers.wait(slot.drained, stream)
-            rows = [(row, length) for row, length in layer.rows if not row.dropped]
-            parts = once((row, 0, length) for row, length in rows)
-            pairs = (pair for part in parts for pair in self._inward(layer, slot, *part))
+            tokens = layer.tokens.of_rows_left()
             # The streamer lets the pass wait for all that is on this stream by now.
-            self._transfers.copy(pairs, stream)
-            lengths = {row.uid: length for row, length in rows}
-        self._fetched[layer_idx] = Fetch(slot, lengths, passes)
+            self._transfers.copy(self._inward(layer, slot, tokens), stream)
+        self._fetched[layer_idx] = Fetch(slot, tokens, passes)
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Before a pass over these rows begins, of which each layer gets its present length."""
@@ -178,9 +180,9 @@ class HostTier:
         # In this order: whoever sees a slot free has the barrier to wait for.
         for slot in self._slots:
             slot.in_use = False
-        present = tuple((row, row.length) for row in rows)
+        self._present, self._sent = Tokens((row, 0, row.length) for row in rows), None
         for layer in self._layers.values():
-            layer.rows = present
+            layer.tokens = self._present
         self._passes += 1  # last: what sees it fetches these rows, as they are now
 
     def open(self, layer_idx: int, rows: Sequence[Row]) -> torch.Tensor:
@@ -188,23 +190,26 @@ class HostTier:
         layer, fetch = self._layers[layer_idx], self._fetched[layer_idx]
         slot, current = fetch.slot, self._transfers.current()
         slot.in_use = True
-        late = once((row, fetch.there(row, self._passes), row.length) for row in rows)
-        missing = [pair for part in late for pair in self._inward(layer, slot, *part)]
-        if missing:
+        late = [(row, fetch.there(row, self._passes), row.length) for row in rows]
+        if any(first < end for _, first, end in late):
+            missing = list(self._inward(layer, slot, Tokens(late)))
             # It has come home: the copier's stream, which this one follows, has waited for it.
             self._transfers.copy(missing, current)
             self.late_nbytes += sum(source.nbytes for _, source in missing)
         if self._codec is None:
             return self._token.view(slot.raw)
         assert self._work is not None
-        for first, end in self._coded(layer, once((row, 0, row.length) for row in rows)):
+        for first, end in self._coded(layer, self._present):
             self._codec.decode(self._tokens(slot)[first:end], self._work[first:end])
         return self._work
 
     def close_layer(self, layer_idx: int, batch: Sequence[tuple[Row, int]]) -> None:
         """The pass has appended so many tokens to each row: send them home."""
         layer, slot = self._layers[layer_idx], self._fetched[layer_idx].slot
-        new = [(row, row.length, row.length + number) for row, number in batch]
+        if self._sent is None:
+            grown = [(row, row.length, row.length + number) for row, number in batch]
+            self._sent = Tokens(grown), Tokens((row, 0, end) for row, _, end in grown)
+        new, then = self._sent
         if self._codec is not None:
             assert self._work is not None
             for first, end in self._coded(layer, new):
@@ -212,17 +217,12 @@ class HostTier:
         transfers = self._transfers
         transfers.record(slot.used, transfers.current())
         transfers.wait(slot.used, transfers.back)
-        for row, first, end in new:
-            for place, number in row.places(layer.span, first, end):
-                layer.memory.reach(place * self.token_nbytes, (place + number) * self.token_nbytes)
-        pairs = [
-            (home, here)
-            for row, first, end in new
-            for here, home in self._inward(layer, slot, row, first, end)
-        ]
+        for place, number in new.runs(layer.span):
+            layer.memory.reach(place * self.token_nbytes, (place + number) * self.token_nbytes)
+        pairs = ((home, here) for here, home in self._inward(layer, slot, new))
         transfers.copy(pairs, transfers.back)
         transfers.record(slot.drained, transfers.back)
-        layer.rows = tuple((row, end) for row, _, end in new)
+        layer.tokens = then
         slot.in_use = False
 
     def move(self, moves: Sequence[Move]) -> None:
@@ -246,11 +246,9 @@ class HostTier:
         for layer in self._layers.values():
             layer.memory.close()
 
-    def _inward(
-        self, layer: HostLayer, slot: Slot, row: Row, first: int, end: int
-    ) -> Iterator[Pair]:
-        """Copies of a row's tokens from first to end: (in the slot, at home)."""
-        for place, number in row.places(layer.span, first, end):
+    def _inward(self, layer: HostLayer, slot: Slot, tokens: Tokens) -> Iterator[Pair]:
+        """Copies of rows' tokens: (in the slot, at home)."""
+        for place, number in tokens.runs(layer.span):
             start = place * self.token_nbytes
             for i, j in layer.memory.pieces(start, start + number * self.token_nbytes):
                 yield slot.raw[i:j], layer.memory.memory[i:j]
@@ -258,25 +256,8 @@ class HostTier:
     def _tokens(self, slot: Slot) -> torch.Tensor:
         return slot.raw.view(self._places, self.token_nbytes)
 
-    def _coded(
-        self, layer: HostLayer, parts: Sequence[tuple[Row, int, int]]
-    ) -> Iterator[tuple[int, int]]:
+    def _coded(self, layer: HostLayer, tokens: Tokens) -> Iterator[tuple[int, int]]:
         """Places of rows' tokens, a few at a time."""
-        for row, first, end in parts:
-            for place, number in row.places(layer.span, first, end):
-                for offset in range(place, place + number, CODED):
-                    yield offset, min(offset + CODED, place + number)
-
-
-def once(parts: Iterable[tuple[Row, int, int]]) -> list[tuple[Row, int, int]]:
-    """(row, first, end) of tokens, without those at the begin of a row that it has in common with
-    one before it, whose part has them."""
-    found: list[tuple[Row, int, int]] = []
-    for row, begin, end in parts:
-        first = begin
-        for other, start, stop in found:
-            if start <= first:
-                first = max(first, min(row.common(other), stop))
-        if first < end:
-            found.append((row, first, end))
-    return found
+        for place, number in tokens.runs(layer.span):
+            for offset in range(place, place + number, CODED):
+                yield offset, min(offset + CODED, place + number)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, count, islice, takewhile
+from itertools import accumulate, count, islice
 
 from .blocks import BLOCK, free_blocks, round_up
 from .prefixes import Prefixes
@@ -105,14 +105,6 @@ class Row:
     def holds(self, span: Span, first: int, end: int) -> bool:
         """True if the positions from first to end can lie in the span at the same time."""
         return span.ring is None or end - first <= self.size(span)
-
-    def common(self, other: Row) -> int:
-        """How many of its first places are the other row's, too."""
-        if not self.known or not other.known:
-            return 0
-        (mine,), (its,) = self.blocks.values(), other.blocks.values()
-        same = takewhile(lambda both: both[0] == both[1], zip(mine, its, strict=False))
-        return BLOCK * sum(1 for _ in same)
 
     def intact(self, length: int) -> bool:
         """True if what a query at position ``length`` sees has not been overwritten."""

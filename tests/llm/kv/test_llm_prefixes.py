@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layer_streamer.llm.kv.blocks import BLOCK
-from layer_streamer.llm.kv.host import once
 from layer_streamer.llm.kv.rows import Row, Rows, make_spans
+from layer_streamer.llm.kv.tokens import Part, once
 from layer_streamer.llm.passes.runner import Chunking, Runner
 
 
@@ -154,7 +154,7 @@ def test_blocks_of_rows_that_run_are_not_given_to_others() -> None:
     rows.note(first, text(1, 2))
     assert rows.add(2 * BLOCK) is None
     second = rows.add(3 * BLOCK, text(1, 2, 3)[:-1])
-    assert second is not None and second.common(first) == 2 * BLOCK
+    assert second is not None and second.length == 2 * BLOCK
     rows.drop(first)
     assert rows.add(BLOCK) is None, "the other row has them still"
 
@@ -203,6 +203,33 @@ def test_what_rows_have_in_common_is_copied_once() -> None:
     ]  # fmt: skip
     assert once([(first, 0, 300), (second, 0, 600)]) == [(first, 0, 300), (second, 300, 600)]
     assert once([(first, 100, 600), (second, 0, 600)])[1] == (second, 0, 600)
+    apart = [(first, 500, 600), (second, 0, 300), (first, 0, 600)]
+    assert once(apart)[2] == (first, 300, 600), "what lies between was not brought"
+
+
+@given(st.data())
+def test_of_parts_every_place_travels_and_none_twice_where_all_begin_at_the_begin(data) -> None:
+    rows = of(12)
+    parts = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        prompt = text(*data.draw(st.sampled_from([(1, 2), (1, 2, 3), (1, 3), ()])), rest=9)
+        row = rows.add(len(prompt), prompt)
+        assert row is not None
+        row.length = len(prompt)
+        rows.note(row, prompt)
+        begin = data.draw(st.sampled_from([0, 0, 100, 300, 500]))
+        parts.append((row, begin, max(begin, data.draw(st.integers(0, len(prompt))))))
+    (span,) = rows.spans
+
+    def places(parts: Iterable[Part]) -> list[int]:
+        runs = [run for row, first, end in parts for run in row.places(span, first, end)]
+        return [place for first, count in runs for place in range(first, first + count)]
+
+    found = places(once(parts))
+    assert set(found) == set(places(parts))
+    if not any(begin for _, begin, _ in parts):
+        assert len(found) == len(set(found))
+    assert places(once(parts[:1])) == places(parts[:1])
 
 
 @pytest.fixture(scope="module")
