@@ -32,7 +32,7 @@ import torch
 from measure import describe_machine
 
 from layer_streamer import LayerStreamer
-from layer_streamer.llm.memory.plan import Wishes
+from layer_streamer.llm.memory.wishes import Wishes
 from layer_streamer.llm.opening import Limits, Model, open_runner, place, plan_memory
 from layer_streamer.llm.passes.runner import Runner
 from layer_streamer.llm.text.tokenizer import chat_ids

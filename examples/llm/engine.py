@@ -15,7 +15,8 @@ from layer_streamer import LayerStreamer
 from .constraints.vocabulary import Vocabulary
 from .drafts.opening import Wanted
 from .errors import TELLING, one_line_errors
-from .memory.plan import MemoryPlan, Wishes
+from .memory.plan import MemoryPlan
+from .memory.wishes import Wishes
 from .models.config import id_set
 from .models.rope_config import rotated_alike
 from .opening import Limits, Model, model_of, place

@@ -21,11 +21,12 @@ from .kv.blocks import round_up
 from .kv.cache import KVCache, KVLayout
 from .memory.footprint import Footprint, Needs
 from .memory.placing import choose_device, choose_dtype
-from .memory.plan import MemoryPlan, Planner, Wishes
+from .memory.plan import MemoryPlan, Planner
+from .memory.wishes import Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory, refuse_by_config
 from .models.config import ModelConfig
 from .models.names import WeightNames, known_layers, weight_names
-from .passes.decode import captured_rows
+from .passes.decode import MOST_ROWS, MOST_ROWS_STREAMED, captured_rows
 from .passes.runner import Chunking, Runner
 from .passes.ways import obstacle
 from .text.sampling_options import Sampling
@@ -184,7 +185,11 @@ def plan_memory(
     memory = device if device.type == "cpu" else torch.device("meta")
     kernels = triton_serves(device)
     scratch = Unpacker(memory, dtype, model.names.widest(dtype), kernels=kernels)
-    names, most = model.names, captured_rows(device, model.config)
+    names = model.names
+    most, streamed = (
+        0 if limits.reproducible else min(captured_rows(device, model.config, n), limits.max_batch)
+        for n in (MOST_ROWS, MOST_ROWS_STREAMED)
+    )
     statics = [*names.head_parts, names.norm, *([names.rope_factors] if names.rope_factors else [])]
     static_nbytes = sum(model.manifest.static[name].nbytes for name in statics)
     if not wishes.options["tail"]:
@@ -198,7 +203,8 @@ def plan_memory(
         int8=limits.kv_int8,
         packed_nbytes=scratch.nbytes,
         static_nbytes=static_nbytes,
-        captured_rows=min(0 if limits.reproducible else most, limits.max_batch),
+        captured_rows=most,
+        captured_rows_streamed=streamed,
         reproducible=limits.reproducible,
         draft_nbytes=draft_nbytes,
     )
@@ -253,7 +259,8 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
         streamer = LayerStreamer.from_checkpoint(model.manifest, on_copy=on_copy, **plan.options)
         if kv.host is not None:
             kv.host.allocate(streamer.plan.placement.device_slots[0].count)
-        captured = needs.captured_rows if plan.captures else 0
+        captured = needs.captured_rows_streamed if plan.captures_layers else 0
+        captured = needs.captured_rows if plan.captures else captured
         chunking = Chunking(
             plan.chunk,
             group_rows=device.type != "cpu",

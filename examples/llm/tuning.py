@@ -14,7 +14,7 @@ from typing import Any
 from layer_streamer import LayerStreamer, StreamerError
 
 from .engine import StreamingEngine
-from .memory.plan import Wishes
+from .memory.wishes import Wishes
 from .models.config import ModelConfig
 from .opening import Limits, Model, place, plan_memory
 from .request import Request

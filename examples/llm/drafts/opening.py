@@ -15,7 +15,8 @@ from layer_streamer import LayerStreamer
 from ..kernels.triton_support import triton_serves
 from ..kv.rows import Row
 from ..memory.footprint import Footprint, Needs
-from ..memory.plan import MemoryPlan, Wishes
+from ..memory.plan import MemoryPlan
+from ..memory.wishes import Wishes
 from ..opening import Limits, Model, open_runner, place, plan_memory
 from ..passes.decode import captured_rows
 from ..passes.runner import Chunking, Runner
@@ -94,7 +95,7 @@ class ModelPlan:
         for close in (runner.kv.close, runner.close, runner.streamer.close):
             closing.callback(close)
         steps = Steps(runner, shared.pace, self.vocab)
-        if runner.decoder is not None:
+        if runner.captures_passes:
             steps.warm_up()
         return ModelDraft(runner, steps, self.max_length)
 
@@ -119,7 +120,7 @@ class SelfPlan:
         runner = Runner(held, config, self.own.names, target.kv, dtype=dtype, chunking=chunking)
         closing.callback(runner.close)
         steps = Steps(runner, shared.pace, config.vocab_size)
-        if runner.decoder is not None:
+        if runner.captures_passes:
             steps.warm_up()
         return SelfDraft(steps, target.kv.rows, shared.rows)
 

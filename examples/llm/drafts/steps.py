@@ -102,7 +102,7 @@ class Steps:
         logits are no numbers."""
         runner = self._runner
         ids = [min(token, self._vocab - 1) for token in ids]  # for those it has not, any other
-        captured = runner.decoder is not None and len(ids) <= CAUGHT_UP
+        captured = runner.captures_passes and len(ids) <= CAUGHT_UP
         for part in [[one] for one in ids] if captured else [list(ids)]:
             logits = runner.forward([(row, part)])
         with torch.inference_mode():

@@ -13,7 +13,7 @@ from ..kv.rows import Span, make_spans
 from ..models.config import ModelConfig
 from ..passes.embedding import NUM_STAGES, PAGE, STAGE_NBYTES
 from ..passes.row_attention import GATHER_NBYTES
-from ..passes.splits import STATS, block_of, splits_of
+from ..passes.splits import STATS, block_of, fewer_splits, splits_of
 from ..passes.ways import tiles_nbytes
 
 FLOAT = 4
@@ -44,6 +44,8 @@ class Needs:
     """Tensors that stay on the device beside the layers: norms, scales of the head."""
     captured_rows: int = 0
     """Rows up to which passes that decode may be captured; 0: none are."""
+    captured_rows_streamed: int = 0
+    """The same of what each layer computes, where something streams."""
     draft_nbytes: int = 0
     """All that what drafts takes on the device."""
     reproducible: bool = False
@@ -113,14 +115,24 @@ class Footprint:
     def captured(self) -> int:
         """What captured passes keep beside all that: their temporaries, in a pool of their own, the
         parts of their attention, and their logits. 0: none may be captured."""
+        return self._captured(self.needs.captured_rows, fewer=False)
+
+    def captured_layers(self) -> int:
+        """The same of layers that are captured one by one, where something streams."""
+        int8 = self.needs.int8
+        return self._captured(0 if int8 else self.needs.captured_rows_streamed, fewer=True)
+
+    def _captured(self, rows: int, *, fewer: bool) -> int:
         config, needs = self.config, self.needs
-        if not needs.captured_rows:
+        if not rows:
             return 0
         splits = splits_of(needs.kv_tokens, block_of(config.head_dim, needs.dtype))
-        parts = FLOAT * config.num_heads * splits * (config.head_dim + STATS)
+        parts = rows * splits
+        if fewer:
+            parts = max(size * fewer_splits(splits, size) for size in range(1, rows + 1))
+        part = FLOAT * config.num_heads * (config.head_dim + STATS)
         head = config.vocab_size * (2 * needs.dtype.itemsize + FLOAT)
-        row = self._token_temporaries() + parts + head
-        return needs.captured_rows * row + CAPTURED_FRAGMENTS
+        return rows * (self._token_temporaries() + head) + parts * part + CAPTURED_FRAGMENTS
 
     def logits(self) -> int:
         """Of one token a row and of drafts, and what it takes to draw from one."""

@@ -8,7 +8,7 @@ while the budget lasts; what is left is the streamer's, for layers that stay the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,17 @@ from layer_streamer import Manifest, Plan, format_bytes, parse_bytes, plan_check
 
 from .footprint import Footprint
 from .plan_table import table
+from .wishes import Wishes
 
 CHUNKS = (2048, 1024, 512, 256)
 """Tokens a chunk that are tried, if none were asked for; fewer take less memory."""
 NUM_DEVICE_SLOTS = (2, 1)
 """n_gpu, likewise."""
-KV_TIERS = ("auto", "device", "host")
 MARGIN, LEAST_MARGIN = 10, 512 << 20
 """What is left of free memory where nobody named a budget: a tenth, and at least so much."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wishes:
-    """What the user asked for; None: what suits."""
-
-    kv: str = "auto"
-    """Where keys and values live: "auto", "device" or "host"."""
-    prefill_chunk: int | None = None
-    device_budget: int | str | None = None
-    host_budget: int | str | None = None
-    reserve_bytes: int | str = 0
-    """Of ``device_budget``, the caller's part."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """The streamer's."""
-
-    def __post_init__(self) -> None:
-        if self.kv not in KV_TIERS:
-            raise ValueError(f"kv={self.kv!r}: must be one of {', '.join(KV_TIERS)}")
+LAUNCHED_NBYTES = 128 << 20
+"""What a fast link (PCIe 5) brings while Python launches a layer's kernels: if more has to be moved
+for each layer, launches are hidden."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +60,11 @@ class MemoryPlan:
     def captures(self) -> bool:
         """True: nothing streams, and passes that decode are captured in CUDA graphs."""
         return "captured passes" in self.device
+
+    @property
+    def captures_layers(self) -> bool:
+        """True: something streams, and what layers compute in passes that decode is captured."""
+        return "captured layers" in self.device
 
     @property
     def reserve_nbytes(self) -> int:
@@ -219,18 +208,33 @@ class Planner:
         return replace(plan, options=options, host_budget=budget)
 
     def _with_captured(self, plan: MemoryPlan) -> MemoryPlan:
-        """The plan with room for captured passes, if everything else is then on the device, too."""
-        nbytes = self._footprint.captured()
-        if not nbytes or plan.host_layers or self._wishes.device_budget is None:
+        """The plan with room for captured passes, if everything else is then on the device, too,
+        or for captured layers, if less streams than hides their launches."""
+        if self._wishes.device_budget is None:
             return plan
-        larger = replace(plan, device={**plan.device, "captured passes": nbytes})
+        if not plan.host_layers:
+            larger = self._larger(plan, "captured passes", self._footprint.captured())
+            if larger is not None and set(self._preview(**larger.options).tiers) == {"device"}:
+                return replace(larger, options=plan.options)
+        larger = self._larger(plan, "captured layers", self._footprint.captured_layers())
+        if larger is None:
+            return plan
+        preview = self._preview(**larger.options)
+        sizes = zip(preview.sizes, preview.tiers, strict=True)
+        moved = sum(size.copy_nbytes for size, tier in sizes if tier != "device")
+        hidden = moved > plan.num_layers * LAUNCHED_NBYTES
+        return plan if hidden else replace(larger, options=plan.options)
+
+    def _larger(self, plan: MemoryPlan, part: str, nbytes: int) -> MemoryPlan | None:
+        """The plan with one part more, and the streamer's budget without it; None: it takes none,
+        or there is no room for it."""
+        larger = replace(plan, device={**plan.device, part: nbytes})
         assert plan.device_budget is not None
-        if larger.device_nbytes > plan.device_budget:
-            return plan
+        if not nbytes or larger.device_nbytes > plan.device_budget:
+            return None
         options = dict(plan.options)
         self._grant(options, larger)
-        tiers = self._preview(**options).tiers
-        return larger if set(tiers) == {"device"} else plan
+        return replace(larger, options=options)
 
     def _grant(self, options: dict[str, Any], plan: MemoryPlan) -> None:
         """Give the streamer its part of the device's budget."""

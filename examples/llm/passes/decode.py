@@ -1,53 +1,54 @@
-"""Passes in which every row takes one token, over a model of which nothing streams.
+"""Passes in which every row takes one token, captured.
 
 Where the GPU computes a layer faster than Python launches its kernels, launching is what takes the
 time. Such a pass is launched once for each number of rows, captured in a CUDA graph, and replayed:
-what differs from pass to pass, tokens, positions and places, is in device memory.
+what differs from pass to pass, tokens, positions and places, is in device memory. Where nothing
+streams that is the whole pass. Where layers do, or their keys and values, it is what each computes,
+once for each place where the layer has been handed out: slots are few, and taken in turn.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 
 from ..kernels.triton_support import triton_serves
 from ..kv.cache import KVCache
-from ..kv.rows import BlockTable, Row, Span
+from ..kv.rows import BlockTable, Row
 from ..models.config import ModelConfig
 from ..models.rope import Rotary
 from ..models.rope_config import Rope
 from .batch import Batch, Chunk, Entry
+from .decode_attention import DecodeAttention
 from .graphs import Graphs
 from .layers import Layers
-from .splits import STATS, block_of, fits_kernels, splits_of
-
-if TYPE_CHECKING:
-    from ..kernels.decode_launching import Look
+from .splits import STATS, block_of, fewer_splits, fits_kernels, splits_of
 
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 8
-"""Rows up to which passes are captured: with more, the work outgrows the launches."""
+"""Rows up to which whole passes are captured: with more, the work outgrows the launches."""
+MOST_ROWS_STREAMED = 64
+"""The same where something streams: Python then launches copies, too."""
+MOST_GRAPHS = 1024
+"""Captures of layers; whatever would need more is launched. Each takes some device memory."""
 
 
-def captured_rows(device: torch.device, config: ModelConfig) -> int:
-    """Rows up to which passes may be captured on this device; 0: none can be."""
+def captured_rows(device: torch.device, config: ModelConfig, most: int = MOST_ROWS) -> int:
+    """Rows, up to ``most``, up to which passes may be captured on this device; 0: none can be."""
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     served = device.type == "cuda" and fits_kernels(*heads) and triton_serves(device)
-    return MOST_ROWS if served else 0
+    return most if served else 0
 
 
 def obstacle(streamer: Layers, kv: KVCache, config: ModelConfig) -> str | None:
     """Why no pass over this model can be captured; None: those that decode can."""
     if len(streamer.devices) > 1:
         return "layers are on several devices"
-    if set(streamer.plan.tiers) != {"device"}:
-        return "layers are streamed"
-    if kv.host is not None:
-        return "keys and values are in host memory"
+    if kv.host is not None and kv.layout.int8:
+        return "keys and values are kept in eight bits"
     if not fits_kernels(config.num_heads, config.num_kv_heads, config.head_dim):
         return "its heads are too wide for the kernels"
     return None if triton_serves(kv.device) else "Triton does not serve the device"
@@ -56,16 +57,27 @@ def obstacle(streamer: Layers, kv: KVCache, config: ModelConfig) -> str | None:
 class Decoder:
     """Does the passes in which every row takes one token.
 
-    ``steps`` are what a pass of the streamer has handed out, all of it resident on the device;
-    empty until there was one. So scales have been checked, in that pass. On a GPU, passes are
-    captured; on a CPU, where Triton's interpreter serves, they are only launched.
+    None are done before one of the streamer has ended, in which scales have been checked. On a GPU
+    passes are captured; on a CPU, where Triton's interpreter serves, they are only launched.
     """
 
     def __init__(
-        self, config: ModelConfig, kv: KVCache, rotary: Rotary, *, rows: int, interleaved: bool
+        self,
+        config: ModelConfig,
+        kv: KVCache,
+        rotary: Rotary,
+        *,
+        rows: int,
+        interleaved: bool,
+        whole: bool,
     ) -> None:
-        """``rows``: the most that are taken. ``interleaved``: see ``rope.rotate``."""
+        """``rows``: the most that are taken. ``interleaved``: see ``rope.rotate``. ``whole``:
+        nothing streams."""
+        self.whole, self.ready = whole, False
         self.steps: Sequence[tuple[int, Mapping[str, torch.Tensor]]] = ()
+        """What a pass of the streamer has handed out, if all of it is resident on the device."""
+        self.widths: dict[int, int] = {}
+        """By tail step, how many logits it gives."""
         self.passes = 0
         """How many have been done here."""
         self._config, self._rotary, self._rows = config, rotary, rows
@@ -78,29 +90,42 @@ class Decoder:
         block = block_of(config.head_dim, kv.layout.dtype)
         most = kv.layout.tokens
         splits = {s: splits_of(min(s.window or most, most), block) for s in self._spans}
-        lines = rows * config.num_heads * max(splits.values())
+        sizes = [rows] if whole else range(1, rows + 1)
+        parts = max(size * self._parts(n, size) for n in splits.values() for size in sizes)
+        lines = config.num_heads * parts
         with torch.inference_mode(False):
             self._numbers = torch.zeros(rows, 3, dtype=torch.long, device=device)
             self._blocks = torch.zeros(rows, self._table.width, dtype=torch.int32, device=device)
             self._last = torch.arange(rows, device=device)
             self._logits = torch.empty(rows, config.vocab_size, dtype=torch.float32, device=device)
+            self.normed_RD = torch.empty(
+                rows, config.hidden_size, dtype=kv.layout.dtype, device=device
+            )
             self._sums = torch.empty(lines * config.head_dim, dtype=torch.float32, device=device)
             self._stats = torch.empty(lines * STATS, dtype=torch.float32, device=device)
         self._block, self._splits = block, splits
         self._graphs = Graphs(device) if device.type == "cuda" else None
+        self._ropes = {config.rope(i): i for i in reversed(range(config.num_layers))}
+        self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
 
     def takes(self, entries: Sequence[Entry]) -> bool:
-        """True: ``forward`` can do this pass."""
-        if not self.steps or len(entries) > self._rows:
+        """True: this pass can be done."""
+        if not self.ready or len(entries) > self._rows:
             return False
         if self._graphs is not None and self._graphs.failed:
             return False
         return all(len(ids) == 1 for _, ids in entries)
 
     def fill(self, entries: Sequence[Entry]) -> Batch:
-        """What the pass needs to know, brought to where its launches look for it."""
+        """What the pass needs to know, brought to where its launches look for it.
+
+        Captures of layers are many: those of 64 rows serve 33, too, of which the last is computed
+        as often as there are rows to fill up, to the same result.
+        """
         rows = [row for row, _ in entries]
+        more = 0 if self.whole else min(1 << (len(rows) - 1).bit_length(), self._rows) - len(rows)
         values = [[row.length, line, row.length + 1] for line, row in enumerate(rows)]
+        values += values[-1:] * more
         numbers = self._numbers[: len(values)]
         # From pageable memory, which the driver has read when this returns.
         numbers.copy_(torch.tensor(values, device="cpu"), non_blocking=True)
@@ -109,8 +134,9 @@ class Decoder:
             self._blocks[: len(lines)].copy_(lines, non_blocking=True)
             self._filled = rows
         chunk = Chunk(0, (), numbers[:, 0], numbers[:, 2])
-        ids = torch.tensor([int(ids[0]) for _, ids in entries], device="cpu")
-        return Batch(ids, tuple((row, 1) for row in rows), (chunk,), self._last[: len(rows)])
+        tokens = [int(ids[0]) for _, ids in entries]
+        ids = torch.tensor(tokens + tokens[-1:] * more, device="cpu")
+        return Batch(ids, tuple((row, 1) for row in rows), (chunk,), self._last[: len(ids)])
 
     def attention(self, batch: Batch) -> DecodeAttention:
         """How the rows of a pass look back."""
@@ -123,16 +149,19 @@ class Decoder:
                 blocks=self._blocks,
                 column=self._table.columns[span],
                 window=span.window,
-                splits=self._splits[span],
+                splits=self._parts(self._splits[span], len(batch.ids)),
                 block=self._block,
                 sums=self._sums,
                 stats=self._stats,
             )
             for span in self._spans
         }
-        return DecodeAttention(
+        found = DecodeAttention(
             self._config, self._rotary, batch, looks, interleaved=self._interleaved
         )
+        if not self.whole:
+            found.tables = self._rotations(batch)
+        return found
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Where a pass writes them, (R, V): the same memory in every pass."""
@@ -145,52 +174,34 @@ class Decoder:
             work()
         elif not self._graphs.run(len(batch.ids), work):
             return None
+        return self.finish(batch)
+
+    def launch(self, size: int, key: Hashable, work: Callable[[], None]) -> None:
+        """Do ``work`` of a part of a pass over so many rows, which ``key`` tells from all others of
+        other addresses."""
+        graphs, key = self._graphs, (size, key)
+        full = graphs is not None and len(graphs) >= MOST_GRAPHS and key not in graphs
+        if graphs is None or graphs.failed or full or not graphs.run(key, work):
+            work()
+
+    def finish(self, batch: Batch) -> torch.Tensor:
+        """The logits of a pass that has been done, (rows, V)."""
         self.passes += 1
-        return self.logits(batch).clone()
+        return self._logits[: len(batch.rows)].clone()
 
+    def _parts(self, splits: int, size: int) -> int:
+        """To how many a row's positions are shared out in a pass over so many rows."""
+        return splits if self.whole else fewer_splits(splits, size)
 
-class DecodeAttention:
-    """The attention of one pass in any layer: rotates, stores and looks back by kernels."""
-
-    rotates = True
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        rotary: Rotary,
-        batch: Batch,
-        looks: Mapping[Span, Look],
-        *,
-        interleaved: bool,
-    ) -> None:
-        self._config, self._rotary, self._looks = config, rotary, looks
-        (self._chunk,) = batch.chunks
-        self._interleaved = interleaved
-        self._tables: dict[Rope, torch.Tensor] = {}
-
-    def __call__(
-        self,
-        layer_idx: int,
-        span: Span,
-        memory: torch.Tensor,
-        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """As ``RowAttention``, of queries and keys that have not been rotated."""
-        from ..kernels.decode_launching import launch_attention, launch_rotate_and_store
-
-        look, table = self._looks[span], self._table(layer_idx)
-        turned_THE = launch_rotate_and_store(
-            qkv, table, memory, look, interleaved=self._interleaved
-        )
-        scale = self._config.attention_scale
-        return launch_attention(turned_THE, memory, look, scale).transpose(0, 1)
-
-    def _table(self, layer_idx: int) -> torch.Tensor:
-        rope = self._config.rope(layer_idx)
-        if rope not in self._tables:
-            positions, lengths = self._chunk.positions, self._chunk.lengths
-            self._tables[rope] = self._rotary.rows(layer_idx, positions, lengths)
-        return self._tables[rope]
+    def _rotations(self, batch: Batch) -> dict[Rope, torch.Tensor]:
+        """The rotations of a pass, by kind: each where it is in every pass of so many tokens."""
+        (chunk,) = batch.chunks
+        for rope, layer_idx in self._ropes.items():
+            table = self._rotary.rows(layer_idx, chunk.positions, chunk.lengths)
+            kept = self._tables.setdefault((rope, chunk.count), table)
+            if kept is not table:
+                kept.copy_(table)
+        return {rope: self._tables[rope, chunk.count] for rope in self._ropes}
 
 
 def open_decoder(
@@ -207,6 +218,8 @@ def open_decoder(
         return None
     problem = obstacle(streamer, kv, config)
     if problem is not None:
-        logger.info("decoding goes layer by layer: %s", problem)
+        logger.info("no passes are captured: %s", problem)
         return None
-    return Decoder(config, kv, rotary, rows=rows, interleaved=interleaved)
+    whole = set(streamer.plan.tiers) == {"device"} and kv.host is None
+    rows = min(rows, kv.layout.tokens)
+    return Decoder(config, kv, rotary, rows=rows, interleaved=interleaved, whole=whole)

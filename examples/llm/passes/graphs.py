@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -31,7 +32,7 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self.failed = False
         """True: something could not be captured, and nothing more is to be run here."""
@@ -39,7 +40,10 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, key: int, work: Callable[[], None]) -> bool:
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
+    def run(self, key: Hashable, work: Callable[[], None]) -> bool:
         """Do ``work``, which only launches: by its graph, or for the first time, whereupon it is
         captured. False: it failed, and must be done otherwise.
 
@@ -61,6 +65,8 @@ class Graphs:
 
     def _give_up(self, error: Exception) -> None:
         self.failed = True
+        with suppress(Exception):  # of a device that is lost
+            torch.cuda.synchronize()  # others may be under way
         self._graphs.clear()
         # What broke a capture off is followed by an error of its end.
         cause = error.__context__ or error
@@ -81,7 +87,7 @@ class Graphs:
         finally:
             current.wait_stream(stream)
 
-    def _capture(self, key: int, work: Callable[[], None]) -> None:
+    def _capture(self, key: Hashable, work: Callable[[], None]) -> None:
         graph = torch.cuda.CUDAGraph()
         # A capture that fails leaves its stream the current one, but for the outer context.
         with torch.cuda.stream(torch.cuda.current_stream()):

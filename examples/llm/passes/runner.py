@@ -62,7 +62,8 @@ class Runner:
 
     Memory on the device: one residual stream for as many tokens as ``kv`` holds, which each layer
     updates in place, and the temporaries of one chunk. With ``decoder``, that of captured passes,
-    too: these are no passes of the streamer, whose ``last_pass`` knows nothing of them.
+    too: where nothing streams, these are no passes of the streamer, whose ``last_pass`` knows
+    nothing of them.
     """
 
     def __init__(
@@ -151,6 +152,11 @@ class Runner:
         """True: a draft may be a tree; False: a chain only."""
         return self._ways.takes_trees
 
+    @property
+    def captures_passes(self) -> bool:
+        """True: one that decodes is captured as a whole, and costs what its tokens do."""
+        return self.decoder is not None and self.decoder.whole
+
     def repeat(self, entries: Sequence[Entry], around: Callable[[Step, Batch, Any], Step]) -> None:
         """A pass of the streamer that leaves the rows as they are, for who looks at it: its step
         is ``around(step, batch, x_ND)``, where x_ND are the residuals before it."""
@@ -185,16 +191,21 @@ class Runner:
             self.streamer.run_pass(x_ND, around(step, batch, x_ND))
             self._check.end()
         if self.decoder is not None:
-            self.decoder.steps = step.steps
+            self.decoder.steps, self.decoder.ready = step.steps, True
         return step
 
     def _decode(self, entries: Sequence[Entry]) -> torch.Tensor | None:
-        """The logits of a pass that needs no streamer; None: this one has to be streamed."""
+        """The logits of a pass that is captured; None: this one is not."""
         decoder = self.decoder
         if decoder is None or not decoder.takes(entries):
             return None
         batch = decoder.fill(entries)
         embedded_ND = self._begin(batch)
+        if not decoder.whole:
+            step = RunnerStep(self, batch, [decoder.attention(batch)], decoder.logits(batch))
+            step.capture(decoder)
+            self.streamer.run_pass(embedded_ND, step)
+            return decoder.finish(batch)
 
         def launch() -> None:
             step = RunnerStep(self, batch, [decoder.attention(batch)], decoder.logits(batch))
@@ -227,21 +238,25 @@ class Runner:
         """All tokens through one layer, chunk by chunk, in place."""
         layer = self.streamer.manifest.layers[layer_idx]
         own = (self._unpacker, self._check, self._ways.arithmetic)
-        weights = StepWeights(tensors, layer, self.names, *own)
         span, memory = self.kv.span(layer_idx), self.kv.open(layer_idx)
-        for chunk, attention in zip(run.batch.chunks, run.attentions, strict=True):
-            if layer_idx == 0 and chunk.first:
-                self.embed(run.batch, chunk, x_ND)
-            x_TD = x_ND[chunk.first : chunk.first + chunk.count]
-            table = None if attention.rotates else run.table(chunk, layer_idx)
-            decoder_layer(
-                x_TD,
-                weights,
-                self.config,
-                table,
-                lambda i, *qkv, attention=attention: attention(i, span, memory, qkv),
-                out=x_TD,
-            )
+
+        def work() -> None:
+            weights = StepWeights(tensors, layer, self.names, *own)
+            for chunk, attention in zip(run.batch.chunks, run.attentions, strict=True):
+                if layer_idx == 0 and chunk.first:
+                    self.embed(run.batch, chunk, x_ND)
+                x_TD = x_ND[chunk.first : chunk.first + chunk.count]
+                table = None if attention.rotates else run.table(chunk, layer_idx)
+                decoder_layer(
+                    x_TD,
+                    weights,
+                    self.config,
+                    table,
+                    lambda i, *qkv, attention=attention: attention(i, span, memory, qkv),
+                    out=x_TD,
+                )
+
+        run.launch(layer_idx, (memory, *tensors.values()), work)
         self.kv.close_layer(layer_idx)
 
     def attention(self, chunk: Chunk) -> Attention:

@@ -12,7 +12,10 @@ from .batch import Batch, Chunk
 from .ways import Attention
 
 if TYPE_CHECKING:
+    from .decode import Decoder
     from .runner import Runner
+
+Work = Callable[[], None]
 
 
 class RunnerStep:
@@ -36,12 +39,18 @@ class RunnerStep:
         self._runner, self._last, self._on_layer = runner, last, on_layer
         self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
         self._filled = 0
+        self._widths: dict[int, int] = {}
+        self._decoder: Decoder | None = None
+
+    def capture(self, decoder: Decoder) -> None:
+        """What layers compute is captured, and replayed."""
+        self._decoder, self._widths = decoder, decoder.widths
 
     def __call__(
         self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int
     ) -> torch.Tensor:
         runner = self._runner
-        if runner.decoder is not None:
+        if runner.captures_passes:
             self.steps.append((layer_idx, tensors))
         last_layer = runner.config.num_layers - 1
         if layer_idx <= last_layer:
@@ -49,22 +58,42 @@ class RunnerStep:
                 self._on_layer(layer_idx)
             runner.layer(x_ND, tensors, layer_idx, self)
             if layer_idx == last_layer and runner.head_is_loaded:
-                self._add_logits(self._normed(x_ND), {})
+                self._add_logits(self._normed(x_ND), {}, layer_idx + 1)
             return x_ND
         if layer_idx == last_layer + 1:
             x_ND = self._normed(x_ND)
-        self._add_logits(x_ND, tensors)
+        self._add_logits(x_ND, tensors, layer_idx)
         return x_ND
+
+    def launch(self, layer_idx: int, addresses: Sequence[torch.Tensor], work: Work) -> None:
+        """Do what a step computes, whose operands are at these addresses, and else where they are
+        in every pass."""
+        if self._decoder is None:
+            work()
+        else:
+            key = (layer_idx, *(tensor.data_ptr() for tensor in addresses))
+            self._decoder.launch(len(self.batch.ids), key, work)
 
     def _normed(self, x_ND: torch.Tensor) -> torch.Tensor:
         """What the head gets of the tokens whose logits are wanted."""
-        return self._runner.final_norm(x_ND if self._last is None else x_ND[self._last])
+        normed = self._runner.final_norm(x_ND if self._last is None else x_ND[self._last])
+        if self._decoder is None:
+            return normed
+        return self._decoder.normed_RD[: len(normed)].copy_(normed)
 
-    def _add_logits(self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _add_logits(
+        self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], step: int
+    ) -> None:
         """Those of the next piece of the vocabulary."""
-        piece = self._runner.head(x_ND, tensors, self._filled)
-        self.logits[:, self._filled : self._filled + piece.shape[1]] = piece
-        self._filled += piece.shape[1]
+        first = self._filled
+
+        def work() -> None:
+            piece = self._runner.head(x_ND, tensors, first)
+            self.logits[:, first : first + piece.shape[1]] = piece
+            self._widths[step] = piece.shape[1]
+
+        self.launch(step, tuple(tensors.values()), work)
+        self._filled = first + self._widths[step]
 
     def table(self, chunk: Chunk, layer_idx: int) -> torch.Tensor:
         """The rotation of a chunk, computed once for all layers that share it."""

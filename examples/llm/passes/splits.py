@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-MOST_SPLITS = 64
+MOST_SPLITS, LEAST_SPLITS = 64, 8
 WIDEST_HEAD, MOST_SHARING = 256, 64
 """What a program's registers hold: numbers of a head, query heads of a key-value head."""
 STATS = 2
@@ -25,3 +25,8 @@ def block_of(width: int, dtype: torch.dtype) -> int:
 def splits_of(positions: int, block: int) -> int:
     """Parts for tokens that see up to so many positions: enough programs to fill a GPU."""
     return min(MOST_SPLITS, -(-positions // block))
+
+
+def fewer_splits(splits: int, rows: int) -> int:
+    """Of these, as many as so many rows that decode together need to fill a GPU."""
+    return max(min(splits, LEAST_SPLITS), splits // rows)

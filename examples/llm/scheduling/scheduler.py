@@ -62,7 +62,7 @@ class Scheduler:
         without what was kept, since its length decides how it is computed. At most ``max_waiting``
         requests wait."""
         self._runner, self._alike, self._clock = runner, alike, clock
-        self.drafting = drafting if runner.decoder is None else None
+        self.drafting = None if runner.captures_passes else drafting
         self.max_waiting = max_waiting
         self.places = Places(runner.kv.rows, alike)
         self._passes, self._allowance = RowPasses(runner), Allowance()

@@ -33,13 +33,23 @@ NAMES = ["llama-one-kv-head", "qwen2-window", "gemma3_text"] if FEW else list(CA
 PROMPTS = (23, 50)
 
 
+STREAMS: dict[str, dict[str, Any]] = {
+    "everything": {"device_budget": None, "n_gpu": 1, "host_layers": (0, 1, 2)},
+    "some layers": {"device_budget": "460KiB", "n_gpu": 0, "n_cpu_pinned": 1},
+    "all layers": {"device_budget": None, "n_gpu": 2},
+    "keys and values of one layer": {"host_layers": (1,)},
+}
+"""By what streams, how it is opened."""
+
+
 @contextmanager
 def opened(path: Path, config: Any, *, rows: int, **options: Any) -> Iterator[Runner]:
-    """A runner of which nothing streams, with passes of up to ``rows`` rows captured."""
-    options = {"tokens": 512, "max_rows": 2, "device_budget": "1GiB"} | options
+    """A runner of which nothing streams, unless ``options`` say so, with passes of up to ``rows``
+    rows captured."""
+    given = {"tokens": 512, "max_rows": 2, "device_budget": "1GiB"} | options
     chunking = Chunking(tokens=64, group_rows=True, captured_rows=rows)
-    with open_runner(path, config, device=DEVICE, chunking=chunking, **options) as runner:
-        assert set(runner.streamer.plan.tiers) == {"device"} or "device_budget" not in options
+    with open_runner(path, config, device=DEVICE, chunking=chunking, **given) as runner:
+        assert set(runner.streamer.plan.tiers) == {"device"} or "device_budget" in options
         yield runner
 
 
@@ -150,24 +160,76 @@ def test_what_is_not_one_token_of_a_few_rows_is_streamed(llama: tuple[Path, Any]
         assert [row.length for row in rows] == [7, 3, 2]
 
 
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"device_budget": "320KiB", "n_gpu": 0, "n_cpu_pinned": 1}, "layers are streamed"),
-        ({"host_layers": (1,)}, "keys and values are in host memory"),
-    ],
-)
-def test_where_something_streams_nothing_is_captured_and_a_line_says_so(
-    llama: tuple[Path, Any], caplog: Any, options: dict[str, Any], why: str
+@pytest.mark.parametrize("streams", list(STREAMS)[:2] if FEW else STREAMS)
+def test_where_something_streams_each_layer_gives_what_it_does_uncaptured(
+    llama: tuple[Path, Any], streams: str
+) -> None:
+    options = {"max_rows": 3, "tokens": 768, **STREAMS[streams]}
+    prompts, found = [IDS[:23], IDS[1:51], IDS[2:9]], []
+    for rows in (0, 4):  # three are padded to four
+        with opened(*llama, rows=rows, **options) as runner:
+            logits, captured = decode(runner, prompts, 4)
+            assert captured == rows and not runner.captures_passes
+            tiers = set(runner.streamer.plan.tiers)
+            assert len(tiers) == (2 if streams == "some layers" else 1)
+            assert ("device" in tiers) == (streams not in ("everything", "all layers"))
+            found.append(logits)
+    assert relative_error(found[1], found[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("seed", range(1 if FEW else 4 if interpreted() else 20))
+def test_rows_come_and_go_over_layers_that_are_captured_one_by_one(
+    tmp_path: Path, seed: int
+) -> None:
+    model = zoo_model("qwen2-window")
+    path, config = tiny_checkpoint(tmp_path, model), model_config(model.config)
+    options = {"tokens": 768, "max_rows": 3, "device_budget": None, "host_layers": (0, 2)}
+    count, histories = 12 if FEW else 60, []
+    for rows in (0, 3):
+        with opened(path, config, rows=rows, **options) as runner:
+            histories.append(history(runner, seed, count))
+            captured = passes(runner)
+    assert 0 < captured < len(histories[0])
+    for found, expected in zip(histories[1], histories[0], strict=True):
+        assert relative_error(found, expected) <= TOLERANCE
+
+
+def test_a_captured_layer_that_fails_leaves_the_rows_as_they_were(
+    llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = STREAMS["everything"]
+    with opened(*llama, rows=0, **options) as runner:
+        expected, _ = decode(runner, [[5, 6, 7]], 2)
+    with opened(*llama, rows=1, **options) as runner:
+        row = runner.kv.rows.add(5)
+        assert row is not None and runner.decoder is not None
+        found = [runner.forward([(row, [5, 6, 7])])]
+        for token in (IDS[0], IDS[1]):
+            launch = runner.decoder.launch
+
+            def fails(size: int, key: Any, work: Any, launch: Any = launch) -> None:
+                launch(size, key, work)
+                if key[0] == 1:
+                    raise RuntimeError("the second layer")
+
+            with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="second"):
+                patched.setattr(runner.decoder, "launch", fails)
+                runner.forward([(row, [token])])
+            found.append(runner.forward([(row, [token])]))
+        assert passes(runner) == 2
+    assert relative_error(torch.cat(found).cpu(), expected) <= TOLERANCE
+
+
+def test_where_keys_are_kept_in_eight_bits_nothing_is_captured_and_a_line_says_so(
+    llama: tuple[Path, Any], caplog: Any
 ) -> None:
     caplog.set_level(logging.INFO)
-    chunking = Chunking(captured_rows=3)
-    options = {"device_budget": "1GiB", "tokens": 256} | options
-    with open_runner(*llama, device=DEVICE, chunking=chunking, **options) as runner:
+    options = {"host_layers": (1,), "int8": True}
+    with opened(*llama, rows=3, **options) as runner:
         decode(runner, [[5, 6]], 2)
         assert runner.decoder is None
-    assert [r.getMessage() for r in caplog.records if "layer by layer" in r.getMessage()] == [
-        f"decoding goes layer by layer: {why}"
+    assert [r.getMessage() for r in caplog.records if "are captured" in r.getMessage()] == [
+        "no passes are captured: keys and values are kept in eight bits"
     ]
 
 

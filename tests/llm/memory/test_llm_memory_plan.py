@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from fake_device import FakeDevice
 
 from layer_streamer import preview
 from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.memory import plan as planning
 from layer_streamer.llm.memory.footprint import Footprint, Needs
-from layer_streamer.llm.memory.plan import MemoryPlan, Planner, Wishes
+from layer_streamer.llm.memory.plan import MemoryPlan, Planner
 from layer_streamer.llm.memory.plan_table import device_parts, host_parts
+from layer_streamer.llm.memory.wishes import Wishes
 from layer_streamer.llm.opening import Limits, Model, place, plan_memory
 
 MIB = 1 << 20
@@ -130,14 +133,17 @@ def test_int8_takes_less_of_the_host(path: Path, gpu: FakeDevice) -> None:
     assert eighth.host["keys and values"] < 0.3 * whole.host["keys and values"]
 
 
-def captured_plan(path: Path, captured_rows: int = 8, **wishes: Any) -> MemoryPlan:
+NEEDS = Needs(
+    kv_tokens=4096, max_batch=8, dtype=torch.float32, device_type="cuda", int8=False,
+    packed_nbytes=0, captured_rows=8, captured_rows_streamed=8,
+)  # fmt: skip
+
+
+def captured_plan(path: Path, rows: int = 8, **wishes: Any) -> MemoryPlan:
     """The plan for a GPU on which passes may be captured."""
     model = Model.read(path, print)
-    options, dtype = place(model, "cpu", None, {})
-    needs = Needs(
-        kv_tokens=4096, max_batch=8, dtype=dtype, device_type="cuda", int8=False,
-        packed_nbytes=0, captured_rows=captured_rows,
-    )  # fmt: skip
+    options, _ = place(model, "cpu", None, {})
+    needs = replace(NEEDS, captured_rows=rows, captured_rows_streamed=rows)
     footprint = Footprint(model.config, needs)
     return Planner(path, footprint, Wishes(options=options, **wishes)).make()
 
@@ -168,6 +174,30 @@ def test_captured_passes_have_room_exactly_where_nothing_streams(
         streamer = preview.plan_checkpoint(path, **found.options)
         assert (set(streamer.tiers) == {"device"}) or not captures
         assert found.reserve_nbytes + streamer.placement.device_bytes[0] <= budget
+
+
+@pytest.mark.parametrize("wishes", [{"kv": "host"}, {"kv": "device"}, {"kv": "auto"}], ids=str)
+def test_captured_layers_have_room_where_little_streams(
+    path: Path, gpu: FakeDevice, monkeypatch: pytest.MonkeyPatch, wishes: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"prefill_chunk": 256, **wishes}
+    with pytest.raises(ValueError) as caught:
+        captured_plan(path, device_budget=1, **options)
+    tight = least(str(caught.value)) + (0 if wishes["kv"] == "device" else 4 * MIB)
+    bare = captured_plan(path, device_budget=tight, **options)
+    assert not (bare.captures or bare.captures_layers), "there is no room for it"
+    nbytes = Footprint(Model.read(path, print).config, NEEDS).captured_layers()
+    enough = tight + nbytes + (256 << 10)  # another slot for layers
+    found = captured_plan(path, device_budget=enough, **options)
+    assert found.captures_layers != found.captures
+    assert wishes["kv"] == "auto" or found.device["captured layers"] == nbytes
+    assert not captured_plan(path, 0, device_budget=enough, **options).captures_layers
+    assert found.options["reserve_bytes"] == found.reserve_nbytes
+    # The same, if each layer were large, or the link slow.
+    monkeypatch.setattr(planning, "LAUNCHED_NBYTES", 0)
+    slow = captured_plan(path, device_budget=enough, **options)
+    streams = set(found.streamer.tiers) != {"device"}
+    assert slow.captures_layers == (found.captures_layers and not streams)
 
 
 BUDGETS: tuple[dict[str, Any], ...] = (

@@ -15,6 +15,7 @@ from paths import ENGINE
 from triton_runs import needs_triton, run_checks, run_together
 
 from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.passes.runner_step import RunnerStep
 
 CHECKS = ["decode_kernels_against_torch.py", "decode_against_streamed.py"]
 
@@ -84,6 +85,36 @@ def test_rows_that_end_at_different_times_get_the_ids_of_streamed_passes(path: P
 
 @needs_triton
 @gpu
+@pytest.mark.parametrize("layers", [False, True], ids=["keys and values", "layers as well"])
+def test_where_something_streams_captured_layers_give_the_ids_of_others(
+    path: Path, layers: bool
+) -> None:
+    options: dict[str, Any] = {"max_batch": 12, "kv_tokens": 12 * 256, "kv": "host"}
+    if layers:
+        with engine(path, **options) as running:  # the least that it needs, and nothing to spare
+            options["device_budget"] = running.plan.device_nbytes
+    with engine(path, **(options | {"device_budget": None})) as plain:
+        expected, more = ids(plain, PROMPTS), ids(plain, PROMPTS * 3)
+        drawn = ids(plain, PROMPTS, seed=3, temperature=1.0)
+        assert captured(plain) == 0
+    with engine(path, **options) as running:
+        assert running.plan.captures_layers and not running.plan.captures
+        assert (set(running.streamer.plan.tiers) == {"device"}) != layers
+        assert "captured layers" in str(running.plan)
+        for _ in range(2):
+            assert ids(running, PROMPTS) == expected
+        assert captured(running) == 2 * 63, "all but the prompts' passes"
+        assert ids(running, PROMPTS * 3) == more, "rows enter as others leave"
+        assert ids(running, PROMPTS, seed=3, temperature=1.0) == drawn
+        decoder = running._runner.decoder
+        assert decoder is not None and decoder._graphs is not None
+        assert not decoder._graphs.failed
+        most = 5 * 9 * running.streamer.num_steps
+        assert 0 < len(decoder._graphs) <= most, "of 1 to 16 rows, in few slots"
+
+
+@needs_triton
+@gpu
 def test_sampling_and_kept_rows_are_as_with_streamed_passes(path: Path) -> None:
     found = []
     for budget in (None, "1GiB"):
@@ -99,9 +130,10 @@ def test_sampling_and_kept_rows_are_as_with_streamed_passes(path: Path) -> None:
 
 @needs_triton
 @gpu
-def test_closing_returns_all_that_captured_passes_took(path: Path) -> None:
+@pytest.mark.parametrize("kv", ["device", "host"])
+def test_closing_returns_all_that_captured_passes_took(path: Path, kv: str) -> None:
     def left() -> tuple[int, int]:
-        with engine(path) as running:
+        with engine(path, kv=kv) as running:
             ids(running, PROMPTS)
             assert captured(running)
         del running
@@ -112,6 +144,38 @@ def test_closing_returns_all_that_captured_passes_took(path: Path) -> None:
 
     first = left()  # what libraries keep is taken once
     assert [left() for _ in range(3)] == [first] * 3
+
+
+@needs_triton
+@gpu
+def test_a_layer_whose_capture_breaks_off_is_launched_as_all_others_are(
+    path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(path, device_budget=None, kv="host") as plain:
+        expected = ids(plain, PROMPTS)
+    with engine(path, kv="host") as running:
+        seen, layer = [], running._runner.layer
+
+        def waits(x: Any, tensors: Any, layer_idx: int, run: Any) -> None:
+            def launch(idx: int, addresses: Any, work: Any) -> None:
+                def both() -> None:
+                    work()
+                    if idx == 1:
+                        seen.append(idx)
+                        torch.cuda.synchronize()  # which a capture does not allow
+
+                RunnerStep.launch(run, idx, addresses, both)
+
+            run.launch = launch
+            layer(x, tensors, layer_idx, run)
+
+        monkeypatch.setattr(running._runner, "layer", waits)
+        assert ids(running, PROMPTS) == expected
+        assert captured(running) == 1, "the first was done to its end"
+        assert ids(running, PROMPTS) == expected
+    torch.cuda.empty_cache()
+    messages = [r.getMessage() for r in caplog.records if "could not be captured" in r.getMessage()]
+    assert len(messages) == 1 and "\n" not in messages[0] and seen
 
 
 @needs_triton
@@ -144,9 +208,10 @@ def test_a_capture_that_breaks_off_leaves_everything_as_it_was(path: Path, caplo
 
 @needs_triton
 @gpu
+@pytest.mark.parametrize("kv", ["device", "host"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_peak_with_captures_of_any_number_of_rows_stays_inside_the_plan(
-    tmp_path: Path, dtype: torch.dtype
+    tmp_path: Path, dtype: torch.dtype, kv: str
 ) -> None:
     model = tiny_model(
         "qwen2", hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, vocab_size=64000,
@@ -158,7 +223,7 @@ def test_the_peak_with_captures_of_any_number_of_rows_stays_inside_the_plan(
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
     options = {"dtype": dtype, "max_length": 4096, "kv_tokens": 8 * 4096, "device_budget": budget}
-    with engine(path, **options) as running:
+    with engine(path, kv=kv, **options) as running:
         for rows in (1, 8, 3, 5, 2, 7, 4, 6):
             prompts = [[2 + i] * 3000 for i in range(rows)]
             ids(running, prompts, max_new_tokens=4)

@@ -47,7 +47,7 @@ def streamed(rows: Sequence[Taken]) -> float:
 class SimulatedRunner:
     """What a Scheduler asks of a runner."""
 
-    decoder = None
+    captures_passes = False
 
     def __init__(
         self,
