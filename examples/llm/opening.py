@@ -26,8 +26,9 @@ from .memory.wishes import Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory, refuse_by_config
 from .models.config import ModelConfig
 from .models.names import WeightNames, known_layers, weight_names
+from .passes.chunking import Chunking
 from .passes.decode import MOST_ROWS, MOST_ROWS_STREAMED, captured_rows
-from .passes.runner import Chunking, Runner
+from .passes.runner import Runner
 from .passes.ways import obstacle
 from .text.sampling_options import Sampling
 from .threads import leave_a_core

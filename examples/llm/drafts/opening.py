@@ -18,8 +18,9 @@ from ..memory.footprint import Footprint, Needs
 from ..memory.plan import MemoryPlan
 from ..memory.wishes import Wishes
 from ..opening import Limits, Model, open_runner, place, plan_memory
+from ..passes.chunking import Chunking
 from ..passes.decode import captured_rows
-from ..passes.runner import Chunking, Runner
+from ..passes.runner import Runner
 from ..weights.dequant import Unpacker
 from .drafter import Drafter
 from .drafting import Drafting

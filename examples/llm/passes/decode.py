@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import takewhile
 
 import torch
 
@@ -79,7 +80,7 @@ class Decoder:
         self.widths: dict[int, int] = {}
         """By tail step, how many logits it gives."""
         self.passes = 0
-        """How many have been done here."""
+        """How many have been done, at least in part, here."""
         self._config, self._rotary, self._rows = config, rotary, rows
         self._interleaved = interleaved
         device = kv.device
@@ -108,13 +109,18 @@ class Decoder:
         self._ropes = {config.rope(i): i for i in reversed(range(config.num_layers))}
         self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
 
-    def takes(self, entries: Sequence[Entry]) -> bool:
-        """True: this pass can be done."""
-        if not self.ready or len(entries) > self._rows:
-            return False
-        if self._graphs is not None and self._graphs.failed:
-            return False
-        return all(len(ids) == 1 for _, ids in entries)
+    def takes(self, entries: Sequence[Entry]) -> int:
+        """How many of the first rows of a pass can be done here."""
+        if not self.ready or (self._graphs is not None and self._graphs.failed):
+            return 0
+        count = len(list(takewhile(lambda entry: len(entry[1]) == 1, entries)))
+        if self.whole:
+            return count if count == len(entries) <= self._rows else 0
+        return min(count, self._rows)
+
+    def size(self, rows: int) -> int:
+        """How many residuals so many rows take."""
+        return rows if self.whole else min(1 << (rows - 1).bit_length(), self._rows)
 
     def fill(self, entries: Sequence[Entry]) -> Batch:
         """What the pass needs to know, brought to where its launches look for it.
@@ -123,7 +129,7 @@ class Decoder:
         as often as there are rows to fill up, to the same result.
         """
         rows = [row for row, _ in entries]
-        more = 0 if self.whole else min(1 << (len(rows) - 1).bit_length(), self._rows) - len(rows)
+        more = self.size(len(rows)) - len(rows)
         values = [[row.length, line, row.length + 1] for line, row in enumerate(rows)]
         values += values[-1:] * more
         numbers = self._numbers[: len(values)]
@@ -174,7 +180,8 @@ class Decoder:
             work()
         elif not self._graphs.run(len(batch.ids), work):
             return None
-        return self.finish(batch)
+        self.passes += 1
+        return self.logits(batch).clone()
 
     def launch(self, size: int, key: Hashable, work: Callable[[], None]) -> None:
         """Do ``work`` of a part of a pass over so many rows, which ``key`` tells from all others of
@@ -183,11 +190,6 @@ class Decoder:
         full = graphs is not None and len(graphs) >= MOST_GRAPHS and key not in graphs
         if graphs is None or graphs.failed or full or not graphs.run(key, work):
             work()
-
-    def finish(self, batch: Batch) -> torch.Tensor:
-        """The logits of a pass that has been done, (rows, V)."""
-        self.passes += 1
-        return self._logits[: len(batch.rows)].clone()
 
     def _parts(self, splits: int, size: int) -> int:
         """To how many a row's positions are shared out in a pass over so many rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,36 +20,16 @@ from ..weights.scale_check import ScaleCheck
 from ..weights.weights import StepWeights, norm_weight
 from .attention import fast_kernels
 from .batch import Batch, Chunk, Entry, pack
+from .chunking import Chunking
 from .decode import open_decoder
 from .embedding import Embedding
 from .layers import Layers
 from .runner_step import RunnerStep
+from .section import Section
 from .ways import Attention, fastest, reproducible
 
 Step = Callable[[torch.Tensor, Mapping[str, torch.Tensor], int], torch.Tensor]
 """What the streamer calls for each layer of a pass."""
-
-DEFAULT_CHUNK = 2048
-"""Tokens that go through a layer at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunking:
-    """How the tokens of a pass are taken."""
-
-    tokens: int = DEFAULT_CHUNK
-    """At a time through a layer, which bounds its temporaries."""
-    group_rows: bool = False
-    """Attend to rows that decode together: for devices where a call costs more than its work."""
-    captured_rows: int = 0
-    """Passes in which up to so many rows take one token each go through ``decode``, where
-    nothing streams."""
-    reproducible: bool = False
-    """A token's result is the same bits, whatever shares its pass: no rows are grouped."""
-
-    def __post_init__(self) -> None:
-        if self.reproducible and self.captured_rows:
-            raise ValueError("captured passes compute by few tokens: they are not reproducible")
 
 
 class Runner:
@@ -131,14 +111,15 @@ class Runner:
         if count > self.most_tokens:
             raise ValueError(f"{count} tokens in one pass: room is for {self.most_tokens}")
         self.kv.begin([(row, len(ids)) for row, ids in entries])
+        wanted = None if drafts is None else [1 + len(draft) for draft in drafts]
+        if every_position:
+            wanted = [len(ids) for _, ids in entries]
         with torch.inference_mode():
-            logits = self._decode(entries) if on_layer is None else None
+            captured = 0 if self.decoder is None or on_layer else self.decoder.takes(entries)
+            logits = self._replay(entries) if captured and self.captures_passes else None
             if logits is None:
-                wanted = None if drafts is None else [1 + len(draft) for draft in drafts]
-                if every_position:
-                    wanted = [len(ids) for _, ids in entries]
-                step = self._stream(entries, wanted=wanted, drafts=drafts, on_layer=on_layer)
-                logits = step.logits
+                sections = self._sections(entries, wanted, drafts, captured=captured)
+                logits = self._stream(sections, on_layer=on_layer)
         self.kv.end()
         return logits
 
@@ -162,65 +143,91 @@ class Runner:
         is ``around(step, batch, x_ND)``, where x_ND are the residuals before it."""
         self.kv.begin([(row, len(ids)) for row, ids in entries])
         with torch.inference_mode():
-            self._stream(entries, on_layer=None, around=around)
+            self._stream(self._sections(entries), around=around)
 
     def close(self) -> None:
         """Let go of the layers, after the streamer has been closed. Idempotent."""
         self.decoder = None
         self._embedding.close()
 
-    def _stream(
+    def _sections(
         self,
         entries: Sequence[Entry],
-        *,
         wanted: Sequence[int] | None = None,
         drafts: Sequence[Tree] | None = None,
-        on_layer: Callable[[int], object] | None,
-        around: Callable[[Step, Batch, Any], Step] = lambda step, batch, x_ND: step,
-    ) -> RunnerStep:
-        """A pass of the streamer."""
-        with fast_kernels(self.kv.device):
-            batch = pack(entries, self._chunking.tokens, self.kv.device, wanted, drafts)
-            attentions = [self.attention(chunk) for chunk in batch.chunks]
-            logits = torch.empty(
-                len(batch.last), self.config.vocab_size, dtype=torch.float32, device=self.kv.device
+        *,
+        captured: int = 0,
+    ) -> list[Section]:
+        """A pass's tokens by how they are computed: those of the first rows may be ``captured``."""
+        found, first, decoder = list[Section](), 0, self.decoder
+        others = sum(len(ids) for _, ids in entries[captured:])
+        if decoder is not None and captured:
+            first = decoder.size(captured)
+            if self.captures_passes or first + others > self.most_tokens:
+                captured = first = 0
+            else:
+                batch = decoder.fill(entries[:captured])
+                found.append(Section(batch, [decoder.attention(batch)], captured=True))
+        if entries[captured:]:
+            batch = pack(
+                entries[captured:],
+                self._chunking.tokens,
+                self.kv.device,
+                None if wanted is None else wanted[captured:],
+                None if drafts is None else drafts[captured:],
             )
-            last = None if len(batch.last) == len(batch.ids) else batch.last
-            step = RunnerStep(self, batch, attentions, logits, last=last, on_layer=on_layer)
-            x_ND = self._begin(batch)
-            self.streamer.run_pass(x_ND, around(step, batch, x_ND))
-            self._check.end()
-        if self.decoder is not None:
-            self.decoder.steps, self.decoder.ready = step.steps, True
-        return step
+            attentions = [self.attention(chunk) for chunk in batch.chunks]
+            found.append(Section(batch, attentions, first))
+        return found
 
-    def _decode(self, entries: Sequence[Entry]) -> torch.Tensor | None:
-        """The logits of a pass that is captured; None: this one is not."""
+    def _stream(
+        self,
+        sections: Sequence[Section],
+        *,
+        on_layer: Callable[[int], object] | None = None,
+        around: Callable[[Step, Batch, Any], Step] = lambda step, batch, x_ND: step,
+    ) -> torch.Tensor:
+        """A pass of the streamer: its logits."""
+        decoder, last = self.decoder, sections[-1]
+        count = sum(section.count for section in sections)
+        with fast_kernels(self.kv.device):
+            if decoder is not None and last.captured:
+                logits = decoder.logits(last.batch)
+            else:
+                shape = (count, self.config.vocab_size)
+                logits = torch.empty(shape, dtype=torch.float32, device=self.kv.device)
+            step = RunnerStep(self, sections, logits, on_layer=on_layer)
+            x_ND = self._begin(sections)
+            self.streamer.run_pass(x_ND, around(step, last.batch, x_ND))
+            self._check.end()
+        if decoder is not None:
+            decoder.passes += sections[0].captured
+            decoder.steps, decoder.ready = step.steps, True
+        return logits[:count].clone() if last.captured else logits
+
+    def _replay(self, entries: Sequence[Entry]) -> torch.Tensor | None:
+        """The logits of a pass that is captured as a whole; None: it failed."""
         decoder = self.decoder
-        if decoder is None or not decoder.takes(entries):
-            return None
+        assert decoder is not None
         batch = decoder.fill(entries)
-        embedded_ND = self._begin(batch)
-        if not decoder.whole:
-            step = RunnerStep(self, batch, [decoder.attention(batch)], decoder.logits(batch))
-            step.capture(decoder)
-            self.streamer.run_pass(embedded_ND, step)
-            return decoder.finish(batch)
+        embedded_ND = self._begin([Section(batch, ())])
 
         def launch() -> None:
-            step = RunnerStep(self, batch, [decoder.attention(batch)], decoder.logits(batch))
+            section = Section(batch, [decoder.attention(batch)])
+            step = RunnerStep(self, [section], decoder.logits(batch))
             x_ND = embedded_ND
             for layer_idx, tensors in decoder.steps:
                 x_ND = step(x_ND, tensors, layer_idx)
 
         return decoder.forward(batch, launch)
 
-    def _begin(self, batch: Batch) -> torch.Tensor:
-        """The residual stream with its first chunk as the first layer gets it. The others follow
-        one by one, so that the device computes while their rows are gathered."""
-        x_ND = self._stream_ND[: len(batch.ids)]
-        for chunk in batch.chunks[:1]:
-            self.embed(batch, chunk, x_ND)
+    def _begin(self, sections: Sequence[Section]) -> torch.Tensor:
+        """The residual stream with each section's first chunk as the first layer gets it. The
+        others follow one by one, so that the device computes while their rows are gathered."""
+        last = sections[-1]
+        x_ND = self._stream_ND[: last.first + len(last.batch.ids)]
+        for section in sections:
+            self.embed(section.batch, section.batch.chunks[0], section.part(x_ND))
         return x_ND
 
     def embed(self, batch: Batch, chunk: Chunk, x_ND: torch.Tensor) -> None:
@@ -240,12 +247,13 @@ class Runner:
         own = (self._unpacker, self._check, self._ways.arithmetic)
         span, memory = self.kv.span(layer_idx), self.kv.open(layer_idx)
 
-        def work() -> None:
+        def compute(section: Section) -> None:
             weights = StepWeights(tensors, layer, self.names, *own)
-            for chunk, attention in zip(run.batch.chunks, run.attentions, strict=True):
+            own_ND, chunks = section.part(x_ND), section.batch.chunks
+            for chunk, attention in zip(chunks, section.attentions, strict=True):
                 if layer_idx == 0 and chunk.first:
-                    self.embed(run.batch, chunk, x_ND)
-                x_TD = x_ND[chunk.first : chunk.first + chunk.count]
+                    self.embed(section.batch, chunk, own_ND)
+                x_TD = own_ND[chunk.first : chunk.first + chunk.count]
                 table = None if attention.rotates else run.table(chunk, layer_idx)
                 decoder_layer(
                     x_TD,
@@ -256,7 +264,9 @@ class Runner:
                     out=x_TD,
                 )
 
-        run.launch(layer_idx, (memory, *tensors.values()), work)
+        for section in run.sections:
+            addresses = (memory, *tensors.values())
+            run.launch(section, layer_idx, addresses, partial(compute, section))
         self.kv.close_layer(layer_idx)
 
     def attention(self, chunk: Chunk) -> Attention:

@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..models.rope_config import Rope
-from .batch import Batch, Chunk
-from .ways import Attention
+from .batch import Chunk
+from .section import Section
 
 if TYPE_CHECKING:
-    from .decode import Decoder
     from .runner import Runner
-
-Work = Callable[[], None]
 
 
 class RunnerStep:
@@ -24,27 +21,25 @@ class RunnerStep:
     def __init__(
         self,
         runner: Runner,
-        batch: Batch,
-        attentions: Sequence[Attention],
+        sections: Sequence[Section],
         logits: torch.Tensor,
         *,
-        last: torch.Tensor | None = None,
         on_layer: Callable[[int], object] | None = None,
     ) -> None:
-        """``attentions``, one for each chunk. ``logits`` are to be filled: those of the tokens in
-        ``last``; None: of all."""
-        self.batch, self.attentions, self.logits = batch, attentions, logits
+        """``logits`` are to be filled: of those that are wanted of each section, in their order;
+        where all is captured, of what fills it up, too."""
+        self.sections, self.logits = sections, logits
         self.steps: list[tuple[int, Mapping[str, torch.Tensor]]] = []
         """What has been handed out, for a decoder; nobody else may look at it any more."""
-        self._runner, self._last, self._on_layer = runner, last, on_layer
+        self._runner, self._on_layer = runner, on_layer
+        self._captured = sections[0] if len(sections) == 1 and sections[0].captured else None
+        """If it is all of the pass, the head is captured, too."""
         self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
         self._filled = 0
         self._widths: dict[int, int] = {}
-        self._decoder: Decoder | None = None
-
-    def capture(self, decoder: Decoder) -> None:
-        """What layers compute is captured, and replayed."""
-        self._decoder, self._widths = decoder, decoder.widths
+        if self._captured is not None:
+            assert runner.decoder is not None
+            self._widths = runner.decoder.widths
 
     def __call__(
         self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int
@@ -65,21 +60,30 @@ class RunnerStep:
         self._add_logits(x_ND, tensors, layer_idx)
         return x_ND
 
-    def launch(self, layer_idx: int, addresses: Sequence[torch.Tensor], work: Work) -> None:
-        """Do what a step computes, whose operands are at these addresses, and else where they are
-        in every pass."""
-        if self._decoder is None:
+    def launch(
+        self,
+        section: Section | None,
+        layer_idx: int,
+        addresses: Sequence[torch.Tensor],
+        work: Callable[[], None],
+    ) -> None:
+        """Do what a step computes of a section; None: of no captured one. Its operands are at these
+        addresses, and else where they are in every pass."""
+        decoder = self._runner.decoder
+        if section is None or not section.captured or decoder is None:
             work()
         else:
             key = (layer_idx, *(tensor.data_ptr() for tensor in addresses))
-            self._decoder.launch(len(self.batch.ids), key, work)
+            decoder.launch(len(section.batch.ids), key, work)
 
     def _normed(self, x_ND: torch.Tensor) -> torch.Tensor:
         """What the head gets of the tokens whose logits are wanted."""
-        normed = self._runner.final_norm(x_ND if self._last is None else x_ND[self._last])
-        if self._decoder is None:
-            return normed
-        return self._decoder.normed_RD[: len(normed)].copy_(normed)
+        runner, captured = self._runner, self._captured
+        if captured is not None and runner.decoder is not None:
+            normed = runner.final_norm(captured.part(x_ND))
+            return runner.decoder.normed_RD[: len(normed)].copy_(normed)
+        wanted = [section.wanted(x_ND) for section in self.sections]
+        return runner.final_norm(wanted[0] if len(wanted) == 1 else torch.cat(wanted))
 
     def _add_logits(
         self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], step: int
@@ -92,7 +96,7 @@ class RunnerStep:
             self.logits[:, first : first + piece.shape[1]] = piece
             self._widths[step] = piece.shape[1]
 
-        self.launch(step, tuple(tensors.values()), work)
+        self.launch(self._captured, step, tuple(tensors.values()), work)
         self._filled = first + self._widths[step]
 
     def table(self, chunk: Chunk, layer_idx: int) -> torch.Tensor:

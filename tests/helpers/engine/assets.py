@@ -22,7 +22,8 @@ from layer_streamer.llm.kv.cache import KVCache, KVLayout
 from layer_streamer.llm.metadata import metadata_directory
 from layer_streamer.llm.models.config import ModelConfig, model_config
 from layer_streamer.llm.models.names import weight_names
-from layer_streamer.llm.passes.runner import Chunking, Runner
+from layer_streamer.llm.passes.chunking import Chunking
+from layer_streamer.llm.passes.runner import Runner
 from layer_streamer.llm.text.tokenizer import chat_ids, raw_ids
 
 GOLDEN = json.loads((ROOT / "tests/data/smollm2.json").read_text())

@@ -17,7 +17,7 @@ from zoo import IDS, reference, zoo_model
 from layer_streamer.llm.kernels import fixed_products
 from layer_streamer.llm.kernels.triton_support import interpreted
 from layer_streamer.llm.metadata import load_config
-from layer_streamer.llm.passes.runner import Chunking
+from layer_streamer.llm.passes.chunking import Chunking
 from layer_streamer.llm.passes.token_attention import TokenAttention
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")

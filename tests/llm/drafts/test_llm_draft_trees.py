@@ -31,7 +31,8 @@ from layer_streamer.llm.drafts.tree import ROOT, Tree
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.kv.moves import Move
 from layer_streamer.llm.metadata import load_config
-from layer_streamer.llm.passes.runner import Chunking, Runner
+from layer_streamer.llm.passes.chunking import Chunking
+from layer_streamer.llm.passes.runner import Runner
 
 WINDOWS = ["mistral", "gemma3_text", "qwen2-window"]
 TIERS: dict[str, dict[str, Any]] = {

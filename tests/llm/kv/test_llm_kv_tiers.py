@@ -12,7 +12,8 @@ from assets import open_runner, relative_error, tiny_checkpoint, tiny_model
 
 from layer_streamer.llm.kv import rows as rows_module
 from layer_streamer.llm.kv.rows import Row
-from layer_streamer.llm.passes.runner import Chunking, Runner
+from layer_streamer.llm.passes.chunking import Chunking
+from layer_streamer.llm.passes.runner import Runner
 
 VOCABULARY = 512
 WINDOW = {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 1}

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from layer_streamer.llm.kv.blocks import BLOCK
 from layer_streamer.llm.kv.rows import Row, Rows, make_spans
 from layer_streamer.llm.kv.tokens import Part, once
-from layer_streamer.llm.passes.runner import Chunking, Runner
+from layer_streamer.llm.passes.chunking import Chunking
+from layer_streamer.llm.passes.runner import Runner
 
 
 def text(*kinds: int, rest: int = 0) -> list[int]:

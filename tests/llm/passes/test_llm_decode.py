@@ -157,14 +157,14 @@ def test_a_layer_whose_capture_breaks_off_is_launched_as_all_others_are(
         seen, layer = [], running._runner.layer
 
         def waits(x: Any, tensors: Any, layer_idx: int, run: Any) -> None:
-            def launch(idx: int, addresses: Any, work: Any) -> None:
+            def launch(section: Any, idx: int, addresses: Any, work: Any) -> None:
                 def both() -> None:
                     work()
                     if idx == 1:
                         seen.append(idx)
                         torch.cuda.synchronize()  # which a capture does not allow
 
-                RunnerStep.launch(run, idx, addresses, both)
+                RunnerStep.launch(run, section, idx, addresses, both)
 
             run.launch = launch
             layer(x, tensors, layer_idx, run)

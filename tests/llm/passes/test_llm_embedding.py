@@ -16,8 +16,9 @@ from layer_streamer.llm.kv.transfers import HostTransfers
 from layer_streamer.llm.memory.footprint import Footprint, Needs
 from layer_streamer.llm.models.config import model_config
 from layer_streamer.llm.passes import embedding as embedding_module
+from layer_streamer.llm.passes.chunking import Chunking
 from layer_streamer.llm.passes.embedding import Embedding
-from layer_streamer.llm.passes.runner import Chunking, Runner
+from layer_streamer.llm.passes.runner import Runner
 from layer_streamer.llm.weights.dequant import Unpacker, Widest
 from layer_streamer.llm.weights.packed import Packed
 from layer_streamer.llm.weights.weights import embed_tokens
@@ -154,7 +155,8 @@ def test_logits_are_those_with_all_rows_gathered_before_the_first_layer(
 
 
 def gather_before(runner: Runner) -> None:
-    def begin(batch: Any) -> torch.Tensor:
+    def begin(sections: Any) -> torch.Tensor:
+        (batch,) = (section.batch for section in sections)
         x_ND = runner._stream_ND[: len(batch.ids)]
         x_ND.copy_(
             embed_tokens(

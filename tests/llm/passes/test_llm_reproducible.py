@@ -22,7 +22,8 @@ from zoo import CASES, IDS, reference, zoo_model
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.passes.aligned_attention import KEYS
-from layer_streamer.llm.passes.runner import Chunking, Runner
+from layer_streamer.llm.passes.chunking import Chunking
+from layer_streamer.llm.passes.runner import Runner
 from layer_streamer.llm.weights.arithmetic import TILE, Reproducible, multiply_tiles
 
 LENGTH = 150

@@ -17,7 +17,8 @@ from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.passes import row_attention
 from layer_streamer.llm.passes.attention import window_mask
 from layer_streamer.llm.passes.batch import pack
-from layer_streamer.llm.passes.runner import Chunking, Runner
+from layer_streamer.llm.passes.chunking import Chunking
+from layer_streamer.llm.passes.runner import Runner
 
 TOLERANCE, STEPS = 1e-5, 32
 LENGTHS = (50, 23, 1)

@@ -1,0 +1,27 @@
+"""How the tokens of a pass are taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_CHUNK = 2048
+"""Tokens that go through a layer at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunking:
+    """How the tokens of a pass are taken."""
+
+    tokens: int = DEFAULT_CHUNK
+    """At a time through a layer, which bounds its temporaries."""
+    group_rows: bool = False
+    """Attend to rows that decode together: for devices where a call costs more than its work."""
+    captured_rows: int = 0
+    """Passes in which up to so many rows take one token each go through ``decode``, where
+    nothing streams."""
+    reproducible: bool = False
+    """A token's result is the same bits, whatever shares its pass: no rows are grouped."""
+
+    def __post_init__(self) -> None:
+        if self.reproducible and self.captured_rows:
+            raise ValueError("captured passes compute by few tokens: they are not reproducible")

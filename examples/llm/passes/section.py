@@ -1,0 +1,40 @@
+"""Tokens of a pass that are computed in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .batch import Batch
+from .ways import Attention
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Section:
+    """They lie together among the pass's residuals."""
+
+    batch: Batch
+    attentions: Sequence[Attention]
+    """One for each chunk."""
+    first: int = 0
+    """Where they begin."""
+    captured: bool = False
+    """What layers compute of them is captured; those behind the rows' only fill up."""
+
+    def part(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Its part of a pass's residuals."""
+        return x_ND[self.first : self.first + len(self.batch.ids)]
+
+    @property
+    def count(self) -> int:
+        """How many logits are wanted."""
+        return len(self.batch.rows if self.captured else self.batch.last)
+
+    def wanted(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """The residuals of which logits are wanted."""
+        x_ND, batch = self.part(x_ND), self.batch
+        if self.captured:
+            return x_ND[: len(batch.rows)]
+        return x_ND if len(batch.last) == len(x_ND) else x_ND[batch.last]
