@@ -34,13 +34,18 @@ def place_of(position: tl.tensor, blocks: tl.tensor, PLACES: tl.constexpr) -> tl
 
 @triton.jit
 def places_of(
-    positions: tl.tensor, blocks: tl.tensor, WINDOW: tl.constexpr, PLACES: tl.constexpr
+    first: tl.tensor,
+    blocks: tl.tensor,
+    WINDOW: tl.constexpr,
+    PLACES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """The same of some that follow one another: without a window in one block, and in no ring."""
+    """Where BLOCK positions from ``first`` on are: without a window in one block, in no ring."""
+    offset = tl.arange(0, BLOCK)
     if WINDOW:
-        return place_of(positions, blocks, PLACES)
-    block = tl.load(blocks + 1 + tl.min(positions, axis=0) // PLACES)
-    return block.to(tl.int64) * PLACES + positions % PLACES
+        return place_of(first + offset, blocks, PLACES)
+    block = tl.load(blocks + 1 + first // PLACES)
+    return block.to(tl.int64) * PLACES + first % PLACES + offset
 
 
 @triton.jit
@@ -132,7 +137,7 @@ def attend_part(  # noqa: PLR0913 - a kernel has no records
         for first in range(begin, end, BLOCK):
             position = first + tl.arange(0, BLOCK)
             there = position < end
-            place = places_of(position, blocks, WINDOW, PLACES)
+            place = places_of(first, blocks, WINDOW, PLACES, BLOCK)
             at = memory + place[:, None] * (2 * groups * WIDTH) + column[None, :]
             inside = there[:, None] & (column < WIDTH)[None, :]
             keys = tl.load(at, mask=inside, other=0)
