@@ -17,7 +17,7 @@ from starlette.responses import Response
 from ..errors import EngineError
 from .api_error import ApiError, of_findings
 from .asking.bodies import ChatBody, CompletionBody, DetokenizeBody, EmbeddingsBody, TokenizeBody
-from .asking.order import Order, inputs_of, messages_of, order_of_chat, order_of_completion
+from .asking.order import inputs_of, messages_of, order_of_chat, order_of_completion
 from .asking.tooling import fitted, texts_of
 from .calls.families import family_of
 from .guarding.guard import Guard
@@ -26,7 +26,7 @@ from .limits import Limits
 from .metrics import Metrics
 from .page import page
 from .replying.answering import Reply
-from .replying.event_stream import EventStream, has_left
+from .replying.event_stream import EventStream, unless_left
 from .replying.replies import Envelope, Json, embeddings_document, models
 from .replying.sse import to_json
 from .replying.writers import ChatWriter, PlainWriter
@@ -67,10 +67,13 @@ class Api:
         reply = Reply(answer, writer, Envelope("text_completion", facts.name), order.n)
         return await self._reply(reply, body, request)
 
-    async def embeddings(self, body: EmbeddingsBody) -> Response:
+    async def embeddings(self, body: EmbeddingsBody, request: Request) -> Response:
         """A vector of each input."""
+        return await unless_left(self._embed(body), request.receive)
+
+    async def _embed(self, body: EmbeddingsBody) -> Response:
         engine, inputs = self._worker.engine, inputs_of(body)
-        self._limits.check(Order(inputs))
+        self._limits.check_inputs(inputs)
         prompts = await self._worker.prepare(
             lambda: [engine.tokenize(one, special=True) for one in inputs]
         )
@@ -124,18 +127,14 @@ class Api:
             options = body.stream_options
             reply.usage_asked = options is not None and bool(options.include_usage)
             return EventStream(reply.stream(self._limits.ping_seconds), leave, self._limits)
-        whole = asyncio.ensure_future(reply.whole())
-        gone = asyncio.ensure_future(has_left(request.receive))
+
+        async def whole() -> Response:
+            return document(await reply.whole())
+
         try:
-            await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not whole.done():
-                return Response(status_code=499)  # which nobody reads
-            return document(whole.result())
+            return await unless_left(whole(), request.receive)
         finally:
             leave()
-            for task in (whole, gone):
-                task.cancel()
-            await asyncio.wait({whole, gone})
 
 
 def _owner(request: Request) -> str:

@@ -22,6 +22,8 @@ class Limits:
     """Texts of one prompt."""
     max_texts: int = 64
     """Of one request: its prompts times n."""
+    max_inputs: int = 2048
+    """Of one request for embeddings, as OpenAI has it."""
     max_prompt: int = 1 << 20
     """Characters of one prompt, or tokens: more than any context that is granted is a waste of the
     tokenizer's time."""
@@ -44,6 +46,13 @@ class Limits:
             raise refused("prompt", f"{order.count} texts: at most {self.max_texts} a request")
         for prompt in order.prompts:
             self.check_prompt(prompt)
+
+    def check_inputs(self, inputs: Sequence[Any]) -> None:
+        """ApiError for more of them than vectors are made of at a time, or for one too long."""
+        if len(inputs) > self.max_inputs:
+            raise refused("input", f"{len(inputs)} inputs: at most {self.max_inputs} a request")
+        for one in inputs:
+            self.check_prompt(one)
 
     def check_prompt(self, prompt: Any) -> None:
         """ApiError for one that is too long to be looked at."""

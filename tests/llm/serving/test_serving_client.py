@@ -154,6 +154,16 @@ def test_embeddings_come_as_they_are_asked_for(server: Running, how: Any) -> Non
         server.client().embeddings.create(model="m", input="a" * 2000)
 
 
+def test_as_many_embeddings_come_at_a_time_as_openai_gives(server: Running) -> None:
+    create = server.client().embeddings.create
+    texts = [chr(97 + number % 26) for number in range(2048)]
+    made = create(model="m", input=texts, encoding_format="float")
+    assert [one.embedding[0] - 1 for one in made.data] == [ord(text) for text in texts]
+    with pytest.raises(openai.BadRequestError, match="2049 inputs") as caught:
+        create(model="m", input=["a"] * 2049)
+    assert caught.value.param == "input"
+
+
 def test_models_are_listed(server: Running) -> None:
     (model,) = server.client().models.list().data
     assert (model.id, model.object, model.owned_by) == ("scripted", "model", "layer-streamer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -209,6 +210,35 @@ def test_what_is_counted_is_told(server: Running) -> None:
     assert float(lines['layer_streamer_texts_total{reason="stop"}']) >= 1
     assert float(lines["layer_streamer_kv_tokens"]) == 4096
     assert float(lines['layer_streamer_replies_total{status="200"}']) >= 1
+
+
+class OneVectorAtATime(ScriptedServed):
+    """Waits before each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made, self.asked, self.goes_on = 0, threading.Event(), threading.Event()
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[float]]:
+        for _ in prompts:
+            self.made += 1
+            self.asked.set()
+            assert self.goes_on.wait(60)
+            yield [1.0]
+
+
+def test_a_client_that_leaves_is_made_no_more_vectors_for() -> None:
+    engine = OneVectorAtATime()
+    with serving(engine) as running:
+        with running.connect() as wire:
+            data = json.dumps({"input": ["a"] * 99}).encode()
+            wire.sendall(
+                head("POST", "/v1/embeddings", JSON, f"content-length: {len(data)}") + data
+            )
+            assert engine.asked.wait(60)
+        wait_for(lambda: not running.worker._pending)
+        engine.goes_on.set()
+        assert running.post(CHAT, HI)[0] == 200 and engine.made == 1
 
 
 def test_while_the_model_opens_health_says_so_and_orders_are_refused() -> None:

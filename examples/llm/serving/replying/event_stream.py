@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -19,6 +20,19 @@ async def has_left(receive: Receive) -> None:
     """Returns when the client has."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_left(making: Coroutine[Any, Any, Response], receive: Receive) -> Response:
+    """A whole reply, of which the making is cancelled when the client leaves."""
+    whole = asyncio.ensure_future(making)
+    gone = asyncio.ensure_future(has_left(receive))
+    try:
+        await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return whole.result() if whole.done() else Response(status_code=499)  # which nobody reads
+    finally:
+        for task in (whole, gone):
+            task.cancel()
+        await asyncio.wait({whole, gone})
 
 
 class EventStream(Response):
