@@ -244,7 +244,7 @@ def test_keys_write_lines_and_reach_all_there_is(page: Page, server: Running) ->
 @pytest.mark.parametrize(("width", "dark"), LOOKS)
 def test_nothing_is_cut_off_and_all_can_be_read(page: Page, width: int, dark: bool) -> None:
     engine = Lines()
-    name, where = "a-name-" + "that-is-long-" * 8, {"device": 5 << 30, "host": 0, "disk": 1 << 40}
+    name, where = "a-name-" + "that-is-long-" * 8, {"disk": 1 << 40, "host": 0, "device": 5 << 20}
     engine.facts = replace(engine.facts, name=name, where=where, max_length=9999)
     with serving(engine) as running:
         page.look(width, 800, dark=dark)
@@ -260,5 +260,6 @@ def test_nothing_is_cut_off_and_all_can_be_read(page: Page, width: int, dark: bo
             box = f"document.querySelector('{place}').getBoundingClientRect()"
             left, right = page.run(f"[{box}.left, {box}.right]")
             assert 0 <= left < right <= width, place
+        assert page.text("#where") == "5 MiB on the device · 1024.0 GiB on disk"
         said = "document.querySelector('#said')"
         assert page.run(f"{said}.scrollHeight - {said}.scrollTop - {said}.clientHeight") < 2
