@@ -19,7 +19,6 @@ from .command import at_least, require_server, say
 from .engine_options import add_engine, add_language_model, open_engine, read_model
 
 if TYPE_CHECKING:
-    from ..llm.serving.guarding.keys import Keys
     from ..llm.serving.streamed import StreamedEngine
 
 HOST, PORT = "127.0.0.1", 8000
@@ -57,7 +56,6 @@ def run(args: argparse.Namespace) -> None:
 
     keys = Keys.read(args.api_key_file)
     check_bind(args.host, keys)
-    check_lookup(args, keys)
     limits = Limits(max_waiting=args.max_waiting, drain_seconds=float(args.drain_seconds))
     metrics = Metrics()
     with bind(args.host, args.port) as listening:
@@ -71,13 +69,6 @@ def run(args: argparse.Namespace) -> None:
             worker.close()
     if worker.error is not None:
         raise worker.error
-
-
-def check_lookup(args: argparse.Namespace, keys: Keys) -> None:
-    """ValueError where what one client has sent would be drafted for another: how fast a text comes
-    would tell of it."""
-    if args.lookup and len(keys) > 1:
-        raise ValueError("--lookup: not with several API keys: it remembers the texts of all")
 
 
 def open_served(args: argparse.Namespace, url: str) -> StreamedEngine:

@@ -47,11 +47,12 @@ def test_a_key_is_not_shown_that_cannot_be_one(
     assert "missing" in failed(capsys, "model", "--api-key-file", str(tmp_path / "missing"))
 
 
-def test_lookup_is_not_shared_by_clients_with_different_keys(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_lookup_goes_with_several_keys(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(ENVIRONMENT, "sk-0123456789 sk-abcdefghij")
-    assert "--lookup" in failed(capsys, "model", "--lookup")
+    line = failed(capsys, str(tmp_path / "no-such"), "--port", "0", "--lookup")
+    assert "no-such" in line and "--lookup" not in line
 
 
 def test_a_model_that_cannot_be_opened_ends_the_command_with_its_error(

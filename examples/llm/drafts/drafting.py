@@ -44,19 +44,22 @@ class Drafting:
         sources: Mapping[str, Drafter],
         pace: Pace | None = None,
         rows: dict[int, Row] | None = None,
+        salts: dict[int, bytes] | None = None,
         *,
         trees: bool = True,
         logits: int | None = None,
     ) -> None:
         """``sources``: drafters by what they are called, the most trusted first; without ``pace``
         they are asked in that order, for all that there is room for. ``rows``: has, while they are
-        drafted for, the rows of the model's cache by their keys. ``trees`` False: passes look
+        drafted for, the rows of the model's cache by their keys, and ``salts`` what their requests
+        have of them. ``trees`` False: passes look
         at chains only, of a tree at its first branch. ``logits``: of how many tokens a pass has
         room for the logits, those that rows without a draft need among them; None: of any."""
         self._held: dict[int, Held] = {}
         self._forced = Forced(self._held)
         self._sources, self._pace, self._trees, self._logits = sources, pace, trees, logits
         self._in_cache = {} if rows is None else rows
+        self._salts = {} if salts is None else salts
         self._worths = {name: Worth(pace or Pace()) for name in sources}
         self._spent: dict[int, float] = {}
         """Seconds that a row's draft took to make, by the row's key."""
@@ -77,6 +80,7 @@ class Drafting:
             most = min(each, request.room)
             if most > 0 and request.row is not None:
                 self._in_cache[request.uid] = request.row
+                self._salts[request.uid] = request.salt
                 if not self._force(request, most) and chosen:
                     self._draft(request, most)
 
@@ -108,6 +112,7 @@ class Drafting:
         """The row has ended."""
         self._spent.pop(request.uid, None)
         self._in_cache.pop(request.uid, None)
+        self._salts.pop(request.uid, None)
         self._held.pop(request.uid, None)
         for source in self._sources.values():
             try:

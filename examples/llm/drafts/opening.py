@@ -68,6 +68,8 @@ class Shared:
     pace: Pace
     rows: dict[int, Row]
     """Of the model's cache, by the keys that drafters hear."""
+    salts: dict[int, bytes]
+    """Of the rows' requests, likewise: nothing of one is to show in drafts of another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +148,14 @@ def open_drafting(
 ) -> Drafting:
     """What asks all that is wanted, and what constraints leave no choice in; ``closing`` returns
     its memory."""
-    shared, sources = Shared(Pace(), {}), dict[str, Drafter]()
+    shared, sources = Shared(Pace(), {}, {}), dict[str, Drafter]()
     if wanted.lookup:
-        sources["lookup"] = Lookup()
+        sources["lookup"] = Lookup(salts=shared.salts)
     if plan is not None:
         sources[plan.name] = plan.open(target, shared, closing)
     logits = needs.max_batch + needs.drafted
-    return Drafting(sources, shared.pace, shared.rows, trees=target.takes_trees, logits=logits)
+    kept = (shared.pace, shared.rows, shared.salts)
+    return Drafting(sources, *kept, trees=target.takes_trees, logits=logits)
 
 
 def _plan_self(target: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype) -> SelfPlan:
