@@ -21,6 +21,11 @@ class PromptTooLongError(StreamerError, ValueError):
     """The prompt leaves no room for a single token in the context that was granted."""
 
 
+class ConstraintError(StreamerError, ValueError):
+    """A schema, a regular expression or a grammar is wrong, and where; or no text of this model's
+    tokenizer can be held to any."""
+
+
 class NotFiniteError(StreamerError, ValueError):
     """A row's logits are not numbers: names the pass, and the first layer whose output was not."""
 

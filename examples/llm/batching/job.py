@@ -8,17 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layer_streamer import StreamerError
-
 from ..engine import StreamingEngine
-from ..errors import PromptTooLongError
 from ..request import Request
 from ..scheduling.client import Client
 from ..serving.api_error import ApiError
+from ..serving.asking.refusals import refusal_of
 from ..serving.asking.tooling import fitted
 from ..serving.replying.answering import error_of
 from ..serving.streamed import StreamedEngine
-from .asked import Manner, asked_of, id_of, read
+from .asked import Asked, Manner, asked_of, id_of, read
 from .lines import lines_of
 from .reply import Reply, refusal, reply_to
 from .results import Results, digest
@@ -109,14 +107,18 @@ class BatchJob:
             if number in self._results:
                 self._results.check(number, custom_id)
                 continue
+            asked = None
             try:
                 if isinstance(found, ApiError):
                     raise found
                 if repeated:
                     raise ApiError(400, "custom_id: an earlier line has it", param="custom_id")
-                requests = self._prepare(number, custom_id, found)
+                asked = self._asked(number, found)
+                requests = self._prepare(number, custom_id, asked)
             except Exception as error:  # of this line: the others go on
-                self._write(refusal(number, custom_id, _refused(error)))
+                order = None if asked is None else asked.order
+                told = refusal_of(error, order) or error_of(error)
+                self._write(refusal(number, custom_id, told))
                 self._hear(self.counts)
                 continue
             yield from requests
@@ -130,11 +132,14 @@ class BatchJob:
         self._ids.add(key)
         return len(self._ids) == before
 
-    def _prepare(self, number: int, custom_id: str | None, found: Any) -> list[Request]:
-        asked, facts = asked_of(found, number, self._manner), self._served.facts
+    def _asked(self, number: int, found: Any) -> Asked:
+        asked = asked_of(found, number, self._manner)
         if asked.is_chat:
-            asked.order = fitted(asked.order, facts.template)
-        ready = self._served.prepare(asked.order)
+            asked.order = fitted(asked.order, self._served.facts.template)
+        return asked
+
+    def _prepare(self, number: int, custom_id: str | None, asked: Asked) -> list[Request]:
+        facts, ready = self._served.facts, self._served.prepare(asked.order)
         envelope, writer = reply_to(asked, ready, facts.name, facts.template)
         opened = set(range(len(ready)))
         reply = Reply(number, custom_id, envelope, writer, asked.order.n, opened)
@@ -146,12 +151,3 @@ class BatchJob:
         self._results.write(record)
         self.counts.answered += 1
         self.counts.refused += record["response"]["status_code"] != 200
-
-
-def _refused(error: Exception) -> ApiError:
-    """What is wrong with a line, before anything is computed of it."""
-    if isinstance(error, PromptTooLongError):
-        return ApiError(400, str(error), code="context_length_exceeded")
-    if isinstance(error, ValueError | StreamerError):
-        return ApiError(400, str(error), code="invalid_value")
-    return error_of(error)

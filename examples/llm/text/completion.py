@@ -11,7 +11,7 @@ from ..constraints.constraint import Schema, constraint_of
 from ..constraints.matcher import Matcher
 from ..constraints.vocabulary import Vocabulary
 from ..drafts.drafted import Drafted
-from ..errors import RowsError
+from ..errors import ConstraintError, RowsError
 from ..request import Event, Request
 from .logprobs import MOST, TokenLogprob
 from .sampling_options import Sampling, merge_options, whole
@@ -119,10 +119,13 @@ class Asked:
         object.__setattr__(self, "top_logprobs", top)
 
     def matcher(self, vocabulary: Callable[[], Vocabulary]) -> Matcher | None:
-        """What the rows' texts are held to. ValueError in one line for what is wrong with it;
+        """What the rows' texts are held to. ConstraintError in one line for what is wrong with it;
         ImportError with the extra that it takes."""
-        constraint = constraint_of(self.schema, self.regex, self.grammar)
-        return None if constraint is None else Matcher.of(constraint, vocabulary())
+        try:
+            constraint = constraint_of(self.schema, self.regex, self.grammar)
+            return None if constraint is None else Matcher.of(constraint, vocabulary())
+        except ValueError as error:
+            raise ConstraintError(str(error)) from error
 
 
 def complete(request: Request, pieces: Sequence[str]) -> Completion:

@@ -28,6 +28,10 @@ NOT_OF_CLIENTS = {
 """Of ``apply_chat_template``: a template is a program, and the others say what is made of it."""
 
 
+Constraints = dict[str, tuple[str, Any]]
+"""What a text must follow, by the fields that say so: the engine's option, and its value."""
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """Texts to be made of prompts: ``n`` of each."""
@@ -38,6 +42,8 @@ class Order:
     """``generate``'s, by its names."""
     template_options: Mapping[str, Any] = field(default_factory=dict)
     n: int = 1
+    constraint_field: str = ""
+    """Of the request, which says what texts are held to."""
     tools: Sequence[Mapping[str, Any]] = ()
     """That may be called, as OpenAI's API writes them."""
     forced: bool = False
@@ -64,18 +70,16 @@ def order_of_chat(body: ChatBody, owner: str = "") -> Order:
     options = _options(body) | {"max_new_tokens": limit}
     if body.logprobs:
         options |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
-    constraint = _constraint(body) | _format(body)
-    if len(constraint) > 1:
-        raise refused(next(iter(constraint)), "only one of such may be given")
+    named, constraint = _one(_constraints(body) | _format(body))
     forced = bool(tools) and body.tool_choice not in (None, "auto")
     if constraint and tools:
         raise refused("tools", "not together with a text that is constrained")
     if forced:
-        name = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
-        constraint = {"schema": forced_schema(tools, name, several=several_calls(body))}
+        named, constraint = _calls(tools, body)
     return Order(
         prompts=[messages_of(body.messages)],
         options=options | constraint,
+        constraint_field=named,
         template_options=_template_options(body, tools),
         n=body.n or 1,
         tools=tools,
@@ -92,12 +96,11 @@ def order_of_completion(body: CompletionBody, owner: str = "") -> Order:
     options = _options(body) | {"max_new_tokens": body.max_tokens or DEFAULT_COMPLETION}
     if body.logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": body.logprobs}
-    constraint = _constraint(body)
-    if len(constraint) > 1:
-        raise refused(next(iter(constraint)), "only one of such may be given")
+    named, constraint = _one(_constraints(body))
     return Order(
         prompts=prompt if several else [prompt],
         options=options | constraint,
+        constraint_field=named,
         n=body.n or 1,
         ignore_eos=bool(body.ignore_eos),
         owner=owner,
@@ -172,32 +175,52 @@ def _options(body: Sampled) -> dict[str, Any]:
     return found
 
 
-def _constraint(body: Sampled) -> dict[str, Any]:
+def _constraints(body: Sampled) -> Constraints:
     """What the text must follow, by the names that vLLM has for it, or llama.cpp."""
     named = dict(body.structured_outputs or {})
-    found = {
-        "schema": [body.guided_json, named.pop("json", None)],
-        "regex": [body.guided_regex, named.pop("regex", None)],
-        "grammar": [body.grammar, body.guided_grammar, named.pop("grammar", None)],
+    found: Constraints = {
+        "guided_json": ("schema", body.guided_json),
+        "guided_regex": ("regex", body.guided_regex),
+        "grammar": ("grammar", body.grammar),
+        "guided_grammar": ("grammar", body.guided_grammar),
     }
+    for name, kind in (("json", "schema"), ("regex", "regex"), ("grammar", "grammar")):
+        found[f"structured_outputs.{name}"] = kind, named.pop(name, None)
     if named := {name: value for name, value in named.items() if value is not None}:
         raise refused("structured_outputs", f"{next(iter(named))[:40]!r} is not served here")
-    given = [(kind, value) for kind, values in found.items() for value in values if value]
-    for kind, value in given:
+    found = {name: one for name, one in found.items() if one[1] not in (None, "")}
+    for name, (kind, value) in found.items():
         if not isinstance(value, dict if kind == "schema" and not isinstance(value, str) else str):
-            raise refused("structured_outputs", f"{kind} must be text")
-    if len(given) > 1:
-        raise refused(given[1][0], "only one of such may be given")
-    return dict(given)
+            raise refused(name, "must be text")
+    return found
 
 
-def _format(body: ChatBody) -> dict[str, Any]:
+def _format(body: ChatBody) -> Constraints:
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return {}
     if wanted.json_schema is None or wanted.type == "json_object":
-        return {"schema": {"type": "object"}}
-    return {"schema": wanted.json_schema.schema_}
+        return {"response_format": ("schema", {"type": "object"})}
+    return {"response_format": ("schema", wanted.json_schema.schema_)}
+
+
+def _one(found: Constraints) -> tuple[str, dict[str, Any]]:
+    """The one constraint's field and option; ApiError for several."""
+    if len(found) > 1:
+        raise refused(list(found)[1], "only one of such may be given")
+    for name, (kind, value) in found.items():
+        return name, {kind: value}
+    return "", {}
+
+
+def _calls(tools: Sequence[Mapping[str, Any]], body: ChatBody) -> tuple[str, dict[str, Any]]:
+    """Of a text that is nothing but calls, likewise."""
+    choice, told = body.tool_choice, "tools"
+    name = choice.function.name if isinstance(choice, NamedTool) else None
+    names = [tool["function"]["name"] for tool in tools]
+    if name is not None or len(names) == 1:
+        told = f"tools[{names.index(name or names[0])}].function.parameters"
+    return told, {"schema": forced_schema(tools, name, several=several_calls(body))}
 
 
 def _template_options(body: ChatBody, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

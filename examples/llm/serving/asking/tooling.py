@@ -25,12 +25,14 @@ def fitted(order: Order, template: str | None) -> Order:
         options["skip_special_tokens"] = False
     if family != "generic":
         return replace(order, options=options)
+    field = order.constraint_field
     if not order.forced:
-        options["schema"] = generic_schema(order.tools)
+        options["schema"], field = generic_schema(order.tools), "tools"
     words = instructions(order.tools, forced=order.forced)
     template_options = {k: v for k, v in order.template_options.items() if k != "tools"}
     prompts = [_told(messages, words) for messages in order.prompts]
-    return replace(order, prompts=prompts, options=options, template_options=template_options)
+    order = replace(order, prompts=prompts, options=options, constraint_field=field)
+    return replace(order, template_options=template_options)
 
 
 def _told(messages: Sequence[Mapping[str, Any]], words: str) -> list[Mapping[str, Any]]:

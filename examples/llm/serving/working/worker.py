@@ -10,9 +10,9 @@ from typing import Any, Protocol, TypeVar
 
 from layer_streamer import StreamerError
 
-from ...errors import PromptTooLongError
 from ..api_error import ApiError, refused
 from ..asking.order import Order
+from ..asking.refusals import refusal_of
 from ..limits import Limits
 from .engine_thread import EngineThread, Report, TaggedPieces
 from .mailbox import Mailbox
@@ -103,7 +103,7 @@ class Worker:
         self._check_queue(engine, count)
         self._accepted += count
         try:
-            ready = await self.prepare(lambda: engine.prepare(order))
+            ready = await self.prepare(lambda: engine.prepare(order), order)
             _ = self.engine  # it may be about to close by now
         except BaseException:
             self._accepted -= count
@@ -115,14 +115,16 @@ class Worker:
         self._thread.do(lambda engine: _submit(engine, answer))
         return answer
 
-    async def prepare(self, work: Callable[[], T]) -> T:
-        """Something for the tokenizer, off the loop. ApiError for what is wrong with a prompt."""
+    async def prepare(self, work: Callable[[], T], order: Order | None = None) -> T:
+        """Something for the tokenizer, off the loop. ApiError for what is wrong with a prompt, or
+        with the order that it is of."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
-        except PromptTooLongError as error:
-            raise ApiError(400, str(error), code="context_length_exceeded") from error
-        except (ValueError, StreamerError, ImportError) as error:
-            raise ApiError(400, str(error), code="invalid_value") from error
+        except Exception as error:
+            refusal = refusal_of(error, order)
+            if refusal is None:
+                raise
+            raise refusal from error
 
     async def run(self, work: Callable[[Served], T]) -> T:
         """Something for the engine, between two passes; what it raises."""
