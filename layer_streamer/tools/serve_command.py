@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--alias", metavar="NAME", help="of the model, for clients (default: the file's)")
     waiting_help = "texts that may wait for a row (64); more are told when to come back"
     add("--max-waiting", type=at_least(0), default=64, metavar="N", help=waiting_help)
+    open_help = "connections open at a time (512), one for each request that waits or is answered"
+    add("--max-connections", type=at_least(16), default=512, metavar="N", help=open_help)
     add("--embeddings", action="store_true", help="answer /v1/embeddings, too")
     drain_help = "for which texts may go on when the server is to end (60)"
     add("--drain-seconds", type=at_least(0), default=60, metavar="S", help=drain_help)
@@ -56,7 +58,11 @@ def run(args: argparse.Namespace) -> None:
 
     keys = Keys.read(args.api_key_file)
     check_bind(args.host, keys)
-    limits = Limits(max_waiting=args.max_waiting, drain_seconds=float(args.drain_seconds))
+    limits = Limits(
+        max_waiting=args.max_waiting,
+        max_connections=args.max_connections,
+        drain_seconds=float(args.drain_seconds),
+    )
     metrics = Metrics()
     with bind(args.host, args.port) as listening:
         host = f"[{args.host}]" if ":" in args.host else args.host

@@ -29,6 +29,8 @@ class Limits:
     tokenizer's time."""
     max_waiting: int = 64
     """Texts that wait for a row."""
+    max_connections: int = 512
+    """Open at a time."""
     body_seconds: float = 60.0
     """Within which a body has to come."""
     send_seconds: float = 120.0
@@ -37,6 +39,11 @@ class Limits:
     """After which a silent stream says that it is alive."""
     drain_seconds: float = 60.0
     """For which texts may go on when the server is to end."""
+
+    @property
+    def max_answered(self) -> int:
+        """Requests that are answered at a time: some connections are left for /health."""
+        return self.max_connections - max(self.max_connections // 16, 1)
 
     def check(self, order: Order) -> None:
         """ApiError for an order that asks for too much. Nothing has been tokenised by then."""

@@ -1,84 +1,26 @@
-"""The server around an app: connections that hang are cut, and it ends in good order."""
+"""The server around an app, which ends in good order."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .connection import Connection
 from .limits import Limits
-from .replying.event_stream import ABORT
 from .working.worker import Worker
 
-HEAD_SECONDS = 20.0
-"""Within which the head of a request has to come."""
-REST_SECONDS = 60.0
-"""Within which the rest of a reply has to be read."""
 KEEP_ALIVE_SECONDS = 5
+BACKLOG = 128
+"""Connections that are accepted in one go, before any is looked at, and that wait to be."""
 CUT_SECONDS = 5
 """For which a server that has ended waits for connections to close."""
-
-
-class Connection(H11Protocol):
-    """One that is closed if no request comes, or only the beginning of one."""
-
-    _head: asyncio.TimerHandle | None = None
-    _rest: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The first head has to come."""
-        super().connection_made(transport)  # type: ignore[arg-type]
-        self._await_head()
-
-    def data_received(self, data: bytes) -> None:
-        """More of a request, or of several."""
-        super().data_received(data)
-        self._await_head()
-
-    def handle_events(self) -> None:
-        """Whoever answers may close the connection at once."""
-        super().handle_events()
-        if self.scope is not None:
-            extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
-            extensions[ABORT] = self.transport.abort
-
-    def on_response_complete(self) -> None:
-        """What is not read of it does not keep a connection that is to close."""
-        super().on_response_complete()
-        if self._rest is not None:
-            self._rest.cancel()
-        self._rest = self.loop.call_later(REST_SECONDS, self._abort_unread)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
-        self._stop()
-        if self._rest is not None:
-            self._rest.cancel()
-        super().connection_lost(exc)
-
-    def _abort_unread(self) -> None:
-        if self.transport.is_closing():
-            self.transport.abort()
-
-    def _await_head(self) -> None:
-        """Give a head its time, from its first byte on; between requests uvicorn's own applies."""
-        waits = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
-        if not waits or self.transport.is_closing():
-            self._stop()
-        elif self._head is None:
-            self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
-
-    def _stop(self) -> None:
-        if self._head is not None:
-            self._head.cancel()
-            self._head = None
 
 
 class Server(uvicorn.Server):
@@ -87,10 +29,11 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, worker: Worker, limits: Limits, **options: Any) -> None:
         """``options``: uvicorn's, such as host and port."""
+        http: Any = partial(Connection, limits=limits)
         config = uvicorn.Config(
-            app, http=Connection, ws="none", lifespan="on", log_config=None, access_log=False,
+            app, http=http, ws="none", lifespan="on", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=CUT_SECONDS, **options,
+            timeout_graceful_shutdown=CUT_SECONDS, backlog=BACKLOG, **options,
         )  # fmt: skip
         super().__init__(config)
         self._worker, self._limits = worker, limits

@@ -87,7 +87,7 @@ def test_a_reader_that_stands_still_is_cut_off_and_stalls_nobody() -> None:
 def test_a_whole_reply_that_is_not_read_does_not_keep_its_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("layer_streamer.llm.serving.server.REST_SECONDS", 0.1)
+    monkeypatch.setattr("layer_streamer.llm.serving.connection.REST_SECONDS", 0.1)
     words = "x" * 6_000_000
     limits = Limits(max_prompt=1 << 26)
     engine = ScriptedServed(length=10**8)
@@ -164,7 +164,7 @@ def test_two_requests_in_one_go_are_answered_in_their_order(server: Running) -> 
 
 
 def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layer_streamer.llm.serving.server.HEAD_SECONDS", 0.05)
+    monkeypatch.setattr("layer_streamer.llm.serving.connection.HEAD_SECONDS", 0.05)
     with serving() as running:
         for before, beginning in ((b"", b""), (b"", b"GET /hea"), (KEPT, b"GET /hea")):
             with running.connect() as wire, suppress(ConnectionResetError):

@@ -11,7 +11,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..api_error import ApiError
 from ..limits import Limits
 from ..replying.sse import to_json
-from .guard import Guard, check_depth
+from .guard import OPEN, Guard, check_depth
+
+FULL = "layer_streamer.full"
+"""In a request's extensions: as many others are being answered as may be at a time."""
 
 
 def error_reply(error: ApiError) -> Response:
@@ -57,6 +60,11 @@ class Guarded:
             headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
         try:
             owner = self._guard.check(scope["method"], scope["path"], headers)
+            if scope.get("extensions", {}).get(FULL) and scope["path"] not in OPEN:
+                raise ApiError(
+                    503, "too many requests at a time: try again", code="connections",
+                    headers={"retry-after": "1"},
+                )  # fmt: skip
             if scope["method"] == "POST":
                 receive = replay(await self._body(headers, receive), receive)
         except ApiError as error:
