@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layer_streamer.llm.constraints.schema import Nodes, parts_of, read_schema, refer
 from layer_streamer.llm.serving.calls.families import family_of, new_call_id, parser_of
 from layer_streamer.llm.serving.calls.forced import forced_schema
 from layer_streamer.llm.serving.calls.found import Call
@@ -185,6 +186,37 @@ def test_schemas_of_forced_calls_name_each_tool_with_its_parameters() -> None:
     one = forced_schema(TOOLS, "find", several=True)
     assert one["properties"]["arguments"] == TOOLS[1]["function"]["parameters"]
     assert forced_schema(TOOLS, None, several=False) == several["items"]
+
+
+def refers(name: str) -> dict[str, Any]:
+    """A tool whose schema refers to its own parts, and to itself."""
+    parameters = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:{name}",
+        "type": "object", "required": ["unit"], "additionalProperties": False,
+        "properties": {"unit": {"$ref": "#/$defs/Unit"}, "inner": {"$ref": "#"}},
+        "$defs": {"Unit": {"enum": [f"{name} 1", f"{name} 2"]}},
+    }  # fmt: skip
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize("tools", [[refers("f")], [refers("f"), refers("g")]])
+def test_what_a_tools_schema_refers_to_goes_with_it(tools: list[dict[str, Any]]) -> None:
+    before = json.dumps(tools)
+    for schema in (
+        forced_schema(tools, None, several=True), forced_schema(tools, None, several=False),
+        forced_schema(tools, "f", several=True), generic_schema(tools),
+    ):  # fmt: skip
+        pending, units, names = [("", schema)], set(), set()
+        for pointer, part in pending:
+            if "$ref" in part:
+                _, target = refer(schema, pointer, part["$ref"])
+                assert target.get("required") == ["unit"] or "enum" in target
+                units |= {unit[0] for unit in target.get("enum", [])}
+            names |= {part["const"]} if "const" in part else set()
+            pending += [(pointer + at, inner) for at, inner in parts_of(part)]
+        assert units == names
+        assert Nodes(read_schema(schema)).depth
+    assert json.dumps(tools) == before
 
 
 def test_a_model_that_knows_no_tools_is_told_of_them() -> None:

@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
+from ...constraints.schema import parts_of
 from .found import Call, Found, call_of, read_json
 
 
-def call_schema(tools: Sequence[Mapping[str, Any]], name: str | None = None) -> dict[str, Any]:
-    """The JSON schema of a call of one of the tools, or of the one of that name."""
+def call_schema(
+    tools: Sequence[Mapping[str, Any]], name: str | None = None, *, at: str = ""
+) -> dict[str, Any]:
+    """The JSON schema of a call of one of the tools, or of the one of that name; ``at``: where it
+    will stand in another one, as a pointer."""
     known = [tool["function"] for tool in tools]
-    calls = [
-        {
+    known = [function for function in known if name in (None, function["name"])]
+    calls = []
+    for number, function in enumerate(known):
+        there = f"{at}/anyOf/{number}" if len(known) > 1 else at
+        parameters = function.get("parameters") or {"type": "object"}
+        call = {
             "type": "object",
             "properties": {
                 "name": {"const": function["name"]},
-                "arguments": function.get("parameters") or {"type": "object"},
+                "arguments": moved(parameters, f"{there}/properties/arguments"),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for function in known
-        if name in (None, function["name"])
-    ]
+        calls.append(call)
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+def moved(schema: Mapping[str, Any], pointer: str) -> dict[str, Any]:
+    """A schema that is to stand there in another one: what it refers to goes with it."""
+    found = {k: v for k, v in deepcopy(dict(schema)).items() if k not in ("$id", "$schema")}
+    waiting = [found]
+    while waiting:
+        part = waiting.pop()
+        reference = part.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            part["$ref"] = f"#{pointer}{reference[1:]}"
+        waiting += [inner for _, inner in parts_of(part)]
+    return found
 
 
 def forced_schema(
@@ -32,10 +52,9 @@ def forced_schema(
 ) -> dict[str, Any]:
     """That of a text that is nothing but calls: one if a name was asked for, or if only one may
     be; else a list."""
-    call = call_schema(tools, name)
     if name is not None or not several:
-        return call
-    return {"type": "array", "items": call, "minItems": 1}
+        return call_schema(tools, name)
+    return {"type": "array", "items": call_schema(tools, at="/items"), "minItems": 1}
 
 
 class Forced:

@@ -22,7 +22,8 @@ _ESCAPES = re.compile(r'(?:\\u[0-9a-fA-F]{4})+|\\["\\/bfnrt]')
 
 def generic_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the text is held to."""
-    return {"anyOf": [_object("tool_call", call_schema(tools)), _object("response", _TEXT)]}
+    call = call_schema(tools, at="/anyOf/0/properties/tool_call")
+    return {"anyOf": [_object("tool_call", call), _object("response", _TEXT)]}
 
 
 _TEXT = {"type": "string"}
