@@ -211,7 +211,7 @@ class StreamingEngine:
             tokenizer=self.tokenizer if self._has_text(bool(asked.stop)) else None,
             notify=self._notify,
             stop_ids=self._stop_ids(),
-            matcher=asked.matcher(lambda: self._vocabulary),
+            matcher=asked.matcher(lambda: self.vocabulary),
         ).requests(prompts)
 
     def embed(self, prompts: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
@@ -267,7 +267,8 @@ class StreamingEngine:
             return False
 
     @cached_property
-    def _vocabulary(self) -> Vocabulary:
+    def vocabulary(self) -> Vocabulary:
+        """What constraints are compiled for; its errors are those of :class:`Vocabulary`."""
         return Vocabulary(self.tokenizer, self.config.vocab_size, self._stop_ids())
 
     def _stop_ids(self) -> frozenset[int]:

@@ -59,6 +59,11 @@ class Constraint:
         """A text of a context-free grammar: in llguidance's Lark, whose first rule is ``start``, or
         in GBNF, whose first rule is ``root``."""
         lark, is_gbnf = as_lark(grammar)
+        return cls.of_lark(lark, is_gbnf=is_gbnf)
+
+    @classmethod
+    def of_lark(cls, lark: str, *, is_gbnf: bool = False) -> Constraint:
+        """Likewise, of a grammar that is known to be within bounds."""
         # Bare, one that begins with a brace would be taken for this form, which knows no bounds.
         text = json.dumps({"grammars": [{"lark_grammar": lark}]})
         return cls("grammar", text, is_gbnf=is_gbnf)

@@ -29,6 +29,7 @@ class Matcher:
     def __init__(self, automaton: Any, vocabulary: Vocabulary, kind: str) -> None:
         """``automaton``: llguidance's, in no error; ``kind`` names it in errors."""
         self._automaton, self._vocabulary, self._kind = automaton, vocabulary, kind
+        self.acts = True
         self._count = 0
         self._consumed = 0
         """Tokens that the automaton has: those accepted, but for one that ends the text."""
@@ -107,6 +108,15 @@ class Matcher:
             self.allowed()  # by which an end shows that is not seen before
         elif self._automaton.is_accepting():
             self._complete = self._count
+
+    def lead(self, text: bytes) -> bool:
+        """Begin behind this text, however the tokenizer cuts it; False, and of no use any more, if
+        no text begins so."""
+        tokens = self._vocabulary.cut(text)
+        taken: int = self._automaton.try_consume_tokens(tokens)
+        self._count, self._consumed = taken, taken
+        self._complete = self._allowed = None
+        return taken == len(tokens) and not self._automaton.is_error()
 
     def rollback(self, count: int) -> None:
         """The last so many accepted tokens are none. ValueError for more than there are."""

@@ -46,6 +46,21 @@ class Vocabulary:
         """llguidance's, of a constraint; it may be in error."""
         return llguidance().LLMatcher(self._tokens, constraint.text, log_level=0, limits=limits())
 
+    def spelled(self, token: int) -> bytes:
+        """The bytes of a token; nothing of one that the tokenizer lacks."""
+        known = 0 <= token < self.most
+        return bytes(self._tokens.decode_bytes([token])) if known else b""
+
+    def cut(self, text: bytes) -> list[int]:
+        """Its tokens."""
+        found: list[int] = self._tokens.tokenize_bytes(text)
+        return found
+
+    def special(self, text: str) -> int | None:
+        """The special token that is written so, if there is one: no grammar means it by text."""
+        found = self.cut(text.encode())
+        return found[0] if len(found) == 1 and self._tokens.is_special_token(found[0]) else None
+
     def allowed(self, automaton: Any) -> tuple[Allowed, bool]:
         """Which tokens may go on with a text, (size,), and whether it may end. Of an automaton that
         is then in error, neither: what leads nowhere offers an end, too."""

@@ -122,9 +122,10 @@ class Drafting:
 
     def _force(self, request: Request, most: int) -> bool:
         """The draft of what has to follow, if anything has to."""
-        if request.sampler.constraint is None:
+        constraint = request.sampler.constraint
+        if constraint is None or not constraint.acts:
             return False
-        self._held[request.uid] = request.sampler.constraint
+        self._held[request.uid] = constraint
         request.draft, request.source = self._ask(self._forced, request, most), GRAMMAR
         return bool(request.draft)
 

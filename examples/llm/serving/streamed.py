@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from ..constraints.lazy import LazyMatcher
+from ..constraints.matcher import Matcher
 from ..engine import StreamingEngine
 from ..errors import one_line_errors
 from ..request import Request
@@ -14,8 +16,9 @@ from ..scheduling.events import Events
 from ..text.logprobs import TokenLogprob
 from ..text.tokenizer import raw_ids, rendered_ids
 from .asking.order import Order
+from .calls.begun import matcher_of
 from .calls.families import family_of
-from .replying.reasoning import OPENING
+from .replying.reasoning import OPENING, ReasoningSplitter, thinks
 from .token_text import TokenTexts
 from .working.pieces import Account, Piece, ScoredToken
 from .working.served import Facts, Load, Ready, Tag
@@ -66,15 +69,28 @@ class StreamedEngine:
         options = dict(order.options)
         options["max_new_tokens"] = min(options["max_new_tokens"], left)
         rows = [one for one in ids for _ in range(order.n)]
-        found = []
+        begun, found = self._begun(order), list[Ready]()
         for prompt, request in zip(rows, self._engine.requests(rows, **options), strict=True):
             if request.error is not None:
                 raise request.error
             if order.ignore_eos:
                 request.stop_ids = frozenset()
             request.salt = order.owner.encode()
-            found.append(Ready(prompt, request, self._thinks_first(prompt)))
+            ready = Ready(prompt, request, self._thinks_first(prompt))
+            if begun is not None and order.call_form is not None:
+                mark, heard = order.call_form.mark, answers(self.facts.template, ready)
+                held = LazyMatcher(begun, self._engine.vocabulary, mark, heard)
+                request.sampler.constraint = held
+            found.append(ready)
         return found
+
+    def _begun(self, order: Order) -> Matcher | None:
+        """What calls are held to that texts begin by themselves; None: nothing."""
+        if order.call_form is None:
+            return None
+        with suppress(ValueError, ImportError):  # they are read, then, and free
+            return matcher_of(order.call_form, order.tools, self._engine.vocabulary)
+        return None
 
     def tokenize(self, prompt: Any, *, special: bool) -> Sequence[int]:
         """Ids of a text or of messages."""
@@ -158,6 +174,14 @@ class StreamedEngine:
         """By the step that a pass is bound by."""
         last = self._engine.streamer.last_pass
         return None if last is None else last.share_of_limit(last.bound_by)
+
+
+def answers(template: str | None, ready: Ready) -> Callable[[str], str]:
+    """Gives of a text, which comes piece by piece, what is no reasoning."""
+    if not thinks(template):
+        return lambda text: text
+    splitter = ReasoningSplitter(inside=ready.inside_reasoning)
+    return lambda text: splitter.push(text)[1]
 
 
 def _warm_up(engine: StreamingEngine, template: str | None) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from ..drafts.tree import ROOT, Tree
 from .logprobs import measure, read
-from .sampling import Sampler, as_choice, choose_tokens
+from .sampling import Sampler, choose_tokens
 
 Followed = list[int | Exception]
 """A row's tokens, the last of them perhaps what its sampler raised in its place. Empty: its logits
@@ -61,10 +61,10 @@ def _follow(
         try:
             takes = sampler.takes_likeliest
             token = ahead[1][1 + node] if takes else int(sampler.choose(logits_CV[1 + node]))
+            choice = sampler.take(token)
         except Exception as error:  # of this row: the others go on
             tokens.append(error)
             break
-        choice = as_choice(token)
         tokens.append(choice)
         node = None if isinstance(choice, Exception) else draft.child(node, choice)
     return tokens

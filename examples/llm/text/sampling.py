@@ -25,6 +25,10 @@ NONE_LEFT = -1
 class Constraining(Protocol):
     """What a row's text is held to, which knows the tokens that were chosen so far."""
 
+    @property
+    def acts(self) -> bool:
+        """False: any token may follow the last one."""
+
     def mask(self, scores_V: torch.Tensor) -> torch.Tensor:
         """Scores with those of tokens that may not follow at -inf. Errors are the row's."""
 
@@ -77,7 +81,11 @@ class Sampler:
     def takes_likeliest(self) -> bool:
         """True if the choice is the largest logit, as the model gave it."""
         plain = self.sampling.temperature == 0 and not self._penalties.act
-        return plain and self.constraint is None
+        return plain and not self._is_held
+
+    @property
+    def _is_held(self) -> bool:
+        return self.constraint is not None and self.constraint.acts
 
     def see(self, ids: Iterable[int]) -> None:
         """Tokens of the prompt, which the repetition penalty counts; before the first choice."""
@@ -85,19 +93,24 @@ class Sampler:
 
     def choose(self, logits_V: torch.Tensor) -> torch.Tensor:
         """The next token, a scalar on the logits' device, which stay as they are; NONE_LEFT where
-        all are ruled out. Nothing waits for the device, but with a constraint, which has to know
-        the token."""
-        scores = logits_V.float()
-        if self.constraint is not None:
+        all are ruled out. Nothing waits for the device; :meth:`take` is to be called with it."""
+        scores, held = logits_V.float(), self._is_held
+        if self.constraint is not None and held:
             scores = self.constraint.mask(scores)
         scores = self._penalties.apply(scores)
         token = scores.argmax() if self.sampling.temperature == 0 else self._draw(scores)
         self._penalties.count(token)
-        if self._penalties.bans or self.constraint is not None:
+        if self._penalties.bans or held:
             token = torch.where(scores.max() > -math.inf, token, NONE_LEFT)
-        if self.constraint is not None and int(token) != NONE_LEFT:
-            self.constraint.accept(int(token))
         return token
+
+    def take(self, token: int) -> int | Exception:
+        """The token that was chosen, which the constraint has to know, before the next one is;
+        ValueError in the place of none. What the constraint raises is the row's."""
+        choice = as_choice(token)
+        if self.constraint is not None and isinstance(choice, int):
+            self.constraint.accept(choice)
+        return choice
 
     def _draw(self, scores_V: torch.Tensor) -> torch.Tensor:
         """One uniform number, looked up in the running sum of the probabilities."""
@@ -170,14 +183,21 @@ def choose_tokens(logits_RV: torch.Tensor, samplers: Sequence[Sampler]) -> list[
     tokens = both[: count * 8].view(torch.int64).tolist()
     largest = both[count * 8 : count * 12].view(torch.float32).tolist()
     found: list[Choice] = [
-        failed.get(i, as_choice(tokens[i])) if math.isfinite(largest[i]) else None
-        for i in range(count)
+        (failed.get(i) or _taken(sampler, tokens[i])) if math.isfinite(largest[i]) else None
+        for i, sampler in enumerate(samplers)
     ]
     for i, numbers in zip(asking, _numbers(both[first:], widths), strict=True):
         choice = found[i]
         if isinstance(choice, int):
             samplers[i].logprobs.append(read(choice, numbers.tolist()))
     return found
+
+
+def _taken(sampler: Sampler, token: int) -> Choice:
+    try:
+        return sampler.take(token)
+    except Exception as error:  # of this row: the others go on
+        return error
 
 
 def as_choice(token: int) -> int | Exception:

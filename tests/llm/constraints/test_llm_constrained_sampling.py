@@ -14,6 +14,8 @@ from layer_streamer.llm.text.sampling import Sampler, Sampling, choose_tokens
 class Refusing:
     """A constraint that nothing satisfies."""
 
+    acts = True
+
     def mask(self, scores_V: torch.Tensor) -> torch.Tensor:
         raise ValueError("nothing may follow")
 
@@ -49,7 +51,7 @@ def test_no_temperature_and_no_logits_let_another_token_through(
     for _ in range(100):
         logits = torch.randn(VOCABULARY, generator=dice) * size
         logits[ord("x") : ord("z")] = -torch.inf
-        assert int(sampler.choose(logits)) in b"xyz"
+        assert sampler.take(int(sampler.choose(logits))) in (*b"xyz",)
 
 
 def test_a_row_with_a_constraint_does_not_take_the_models_likeliest_token() -> None:
@@ -65,6 +67,6 @@ def test_a_row_that_is_held_draws_one_number_a_token_as_others_do() -> None:
     free = Sampler(sampling, seed=7)
     logits = torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(3))
     logits[3, 128:] = -torch.inf  # bytes that are characters by themselves
-    found = [int(held.choose(row)) for row in logits]
+    found = [held.take(int(held.choose(row))) for row in logits]
     assert bytes(found[:3]) == b"abc"
     assert found[3] == [int(free.choose(row)) for row in logits][3]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..api_error import refused
+from ..calls.begun import CallForm
 from ..calls.forced import forced_schema
 from .bodies import ChatBody, CompletionBody, EmbeddingsBody, Message, NamedTool, Sampled, Tool
 
@@ -48,6 +49,8 @@ class Order:
     """That may be called, as OpenAI's API writes them."""
     forced: bool = False
     """The text is nothing but calls."""
+    call_form: CallForm | None = None
+    """What calls look like that the text may begin by itself; None: nothing holds them to it."""
     ignore_eos: bool = False
     owner: str = ""
     """Who asks: nothing of one is shown to another, be it by how long something takes."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..calls.begun import form_of
 from ..calls.families import family_of, parser_of, shows_special
 from ..calls.generic import generic_schema, instructions
 from ..replying.choice_text import ChoiceText
@@ -24,7 +25,8 @@ def fitted(order: Order, template: str | None) -> Order:
     if shows_special(family) and not order.forced:
         options["skip_special_tokens"] = False
     if family != "generic":
-        return replace(order, options=options)
+        form = None if order.forced else form_of(family, template)
+        return replace(order, options=options, call_form=form)
     field = order.constraint_field
     if not order.forced:
         options["schema"], field = generic_schema(order.tools), "tools"

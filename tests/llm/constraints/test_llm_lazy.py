@@ -1,0 +1,191 @@
+"""A text that is free up to a mark, held behind it, and free again."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from byte_model import byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+from layer_streamer.llm.constraints.lazy import LazyMatcher
+from layer_streamer.llm.constraints.matcher import Matcher
+from layer_streamer.llm.constraints.vocabulary import Vocabulary
+from layer_streamer.llm.drafts.tree import Tree
+from layer_streamer.llm.serving.calls.begun import CallForm, form_of, matcher_of
+from layer_streamer.llm.text.following import follow
+from layer_streamer.llm.text.sampling import Sampler, Sampling
+
+HERMES, LIST = CallForm("<tool_call>", "</tool_call>"), CallForm("[TOOL_CALLS]", is_list=True)
+UNIT = {"enum": ["celsius", "kelvin"]}
+TOOLS: list[dict[str, Any]] = [
+    {"function": {"name": "heat", "parameters": {
+        "type": "object", "properties": {"unit": {"$ref": "#/$defs/Unit"}}, "required": ["unit"],
+        "additionalProperties": False, "$defs": {"Unit": UNIT}}}},
+    {"function": {"name": "wait", "parameters": {
+        "type": "object", "properties": {"long": {"type": "boolean"}}, "required": ["long"],
+        "additionalProperties": False}}},
+]  # fmt: skip
+ARGUMENTS = [("heat", {"unit": "celsius"}), ("heat", {"unit": "kelvin"}),
+             ("wait", {"long": True}), ("wait", {"long": False})]  # fmt: skip
+JOINED = 'll>\n{"name": '
+
+
+def vocabulary(*added: str) -> Vocabulary:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
+    return Vocabulary(tokenizer, len(tokenizer), [257])
+
+
+PLAIN = vocabulary()
+MARKED = vocabulary("<tool_call>", "</tool_call>")
+WIDE = vocabulary(JOINED)
+
+
+def lazy(known: Vocabulary, form: CallForm = HERMES, tools: Any = TOOLS) -> LazyMatcher:
+    matcher = matcher_of(form, tools, known)
+    assert matcher is not None
+    return LazyMatcher(matcher, known, form.mark)
+
+
+def written(known: Vocabulary, held: LazyMatcher, begin: bytes, seed: int = 0) -> bytes:
+    """The text that random scores make of a beginning, while it is held."""
+    sampler = Sampler(Sampling(temperature=1.0), seed=seed, constraint=held)
+    dice, text = torch.Generator().manual_seed(seed), begin
+    for token in known.cut(begin):
+        sampler.take(token)
+    while held.acts:
+        token = sampler.take(int(sampler.choose(torch.randn(known.size, generator=dice))))
+        assert isinstance(token, int)
+        text += known.spelled(token)
+    return text
+
+
+@pytest.mark.parametrize("known", [PLAIN, MARKED], ids=["letters", "one token"])
+def test_a_call_that_has_begun_is_one_of_a_known_tool(known: Vocabulary) -> None:
+    found = []
+    for seed in range(12):
+        text = written(known, lazy(known), b"Well. <tool_call>", seed).decode()
+        before, _, rest = text.partition("<tool_call>")
+        assert before == "Well. " and rest.endswith("</tool_call>")
+        call = json.loads(rest.removesuffix("</tool_call>"))
+        assert list(call) == ["name", "arguments"]
+        found.append((call["name"], call["arguments"]))
+    assert all(one in ARGUMENTS for one in found) and len({name for name, _ in found}) == 2
+
+
+def test_calls_in_a_list_are_of_known_tools() -> None:
+    for seed in range(6):
+        text = written(PLAIN, lazy(PLAIN, LIST), b"[TOOL_CALLS]", seed).decode()
+        calls = json.loads(text.removeprefix("[TOOL_CALLS]").partition("<|im_end|>")[0])
+        assert calls and all((call["name"], call["arguments"]) in ARGUMENTS for call in calls)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from([*"<tool_ca>", "<tool_", "tool_call>", "a", "é", "<<", "\n"])))
+def test_a_text_is_held_from_its_mark_on_and_never_before(pieces: Sequence[str]) -> None:
+    held, text = lazy(PLAIN), b""
+    for byte in "".join(pieces).encode():
+        held.accept(byte)
+        text += bytes([byte])
+        if b"<tool_call>" in text:
+            assert held.acts == text.endswith(b"<tool_call>")
+            return
+        assert not held.acts and not held.forced() and not held.ends_at(len(text))
+
+
+@pytest.mark.parametrize("known", [PLAIN, MARKED], ids=["letters", "one token"])
+def test_behind_a_call_the_text_is_free_and_another_may_begin(known: Vocabulary) -> None:
+    held = lazy(known)
+    text = written(known, held, b"<tool_call>")
+    text = written(known, held, b" and then <tool_call>")
+    assert b"</tool_call>" in text and not held.acts
+    free = torch.randn(known.size)
+    assert held.mask(free) is free
+
+
+def test_a_token_that_goes_beyond_the_mark_is_the_beginning_of_the_call() -> None:
+    held = lazy(WIDE)
+    for token in [*b"<tool_ca", WIDE.cut(JOINED.encode())[-1]]:
+        held.accept(token)
+    assert WIDE.spelled(WIDE.size - 1) == JOINED.encode() and held.acts
+    assert bytes(held.forced()) == b'"'
+    for byte in b'"wait", "arguments": {"long": true}}</tool_call>':
+        held.accept(byte)
+    assert not held.acts
+
+
+@pytest.mark.parametrize("rest", ["x", "[", '{"nane', " " * 9, "\n{}"])
+def test_what_no_call_begins_with_is_free_text(rest: str) -> None:
+    known = vocabulary(f">{rest}")
+    held = lazy(known)
+    for token in [*b"<tool_call", known.size - 1]:
+        held.accept(token)
+    assert known.spelled(known.size - 1).decode() == f">{rest}" and not held.acts
+
+
+def test_a_free_text_costs_no_mask_and_takes_the_likeliest_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = lazy(PLAIN)
+
+    def computed(*_: Any) -> Any:
+        raise AssertionError
+
+    for name in ("mask", "allowed", "forced", "accept"):
+        monkeypatch.setattr(Matcher, name, computed)
+    sampler = Sampler(constraint=held)
+    for byte in b"It is <tool> and _call> and more.":
+        assert sampler.takes_likeliest
+        assert sampler.take(byte) == byte
+        assert held.forced() == []
+
+
+def test_what_a_draft_takes_across_the_mark_is_what_comes_without_it() -> None:
+    text = [*b'a<tool_call>\n{"name": "wait", "arguments": {"long": true}}</tool_call>b']
+    for seed in range(4):
+        draw = random.Random(seed)
+        dice = torch.Generator().manual_seed(seed)
+        logits = torch.randn(len(text) + 1, PLAIN.size, generator=dice)
+        for place, token in enumerate(text):
+            logits[place, token] += 9 * (draw.random() < 0.97)
+        alone, sampler = [], Sampler(constraint=lazy(PLAIN))
+        for row in logits:
+            ((token,),) = follow(row[None], [sampler], [Tree()])
+            alone.append(token)
+            if alone != text[: len(alone)]:
+                break
+        (together,) = follow(logits, [Sampler(constraint=lazy(PLAIN))], [Tree.chain(text)])
+        assert together == alone
+
+
+def test_a_schema_that_cannot_be_compiled_leaves_its_arguments_free_and_the_others_held() -> None:
+    odd = {"function": {"name": "odd", "parameters": {"properties": {"a": {"type": "nonsense"}}}}}
+    held = lazy(PLAIN, tools=[TOOLS[1], odd])
+    for byte in b'<tool_call>{"name": "odd", "arguments": {"any": [1]}}</tool_call>':
+        held.accept(byte)
+    assert not held.acts
+    for byte in b'<tool_call>{"name": "wait", "arguments": {"':
+        held.accept(byte)
+    assert bytes(held.forced()).startswith(b'long"')
+
+
+def test_a_text_that_can_no_longer_be_followed_is_free_and_no_error() -> None:
+    held = lazy(PLAIN)
+    for byte in b"<tool_call>":
+        held.accept(byte)
+    held.accept(ord("x"))  # which no sampler would have chosen
+    assert not held.acts
+
+
+def test_only_forms_that_a_grammar_can_say_are_held() -> None:
+    assert form_of("hermes", "") == HERMES
+    assert form_of("mistral", "[TOOL_CALLS] [") == LIST
+    assert form_of("mistral", "[TOOL_CALLS]name[ARGS]") is None
+    assert [form_of(family, "") for family in ("coder", "llama", "generic")] == [None] * 3
