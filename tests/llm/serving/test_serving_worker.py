@@ -14,8 +14,9 @@ from layer_streamer.llm.serving.api_error import ApiError
 from layer_streamer.llm.serving.asking.order import Order
 from layer_streamer.llm.serving.limits import Limits
 from layer_streamer.llm.serving.metrics import Metrics
+from layer_streamer.llm.serving.working.engine_thread import Report
 from layer_streamer.llm.serving.working.mailbox import Mailbox
-from layer_streamer.llm.serving.working.pieces import Piece
+from layer_streamer.llm.serving.working.pieces import Account, Piece
 from layer_streamer.llm.serving.working.wait_estimate import WaitEstimate
 from layer_streamer.llm.serving.working.worker import Answer, Worker
 
@@ -295,3 +296,33 @@ def test_when_to_come_back_goes_by_measured_passes(
     pace.hear_pass(seconds)
     pace.hear_text(passes)
     assert pace.retry_after(rows) == expected
+
+
+def ends(worker: Worker) -> dict[str, float]:
+    """Texts by what ended them, as they are counted."""
+    lines = worker._hear.text().decode().splitlines()  # type: ignore[attr-defined]
+    found = [
+        line.rpartition(" ") for line in lines if line.startswith("layer_streamer_texts_total")
+    ]
+    return {name.split('"')[1]: float(value) for name, _, value in found if float(value)}
+
+
+def test_a_text_that_ends_when_it_has_been_left_is_counted_once() -> None:
+    async def check(worker: Worker) -> None:
+        answer = await worker.answer(Order(["a b"]))
+        worker.leave(answer)
+        last = Piece("a", 1, [], "stop", Account(1, 1))
+        worker._hear_report(Report(events=[((answer, 0), last)]))
+        assert ends(worker) == {"cancelled": 1}
+
+    run(ScriptedServed(gate=True), check)
+
+
+def test_texts_that_the_end_of_the_server_cuts_off_are_counted() -> None:
+    async def check(worker: Worker) -> None:
+        answer = await worker.answer(Order(["a b"], n=2))
+        await worker.drain(0)
+        worker.leave(answer)
+        assert ends(worker) == {"error": 2}
+
+    run(ScriptedServed(gate=True), check)

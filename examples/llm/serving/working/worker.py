@@ -211,10 +211,10 @@ class Worker:
             tokens = sum(piece.tokens for _, piece in report.events)
             self._hear.hear_pass(report.seconds, tokens)
         for (answer, index), piece in report.events:
-            if piece.ends:
-                self._hear.hear_end(piece)
-                if piece.account is not None:
-                    self.pace.hear_text(piece.account.passes)
+            if piece.account is not None:
+                self.pace.hear_text(piece.account.passes)
+            if piece.ends and answer in self._answers and index in answer.mailbox.open:
+                self._hear.hear_end(piece)  # of one that was left, that has been told
             answer.mailbox.put(index, piece)
         if report.ended:
             self.status, self.error, self._engine = "ended", report.error, None
@@ -227,6 +227,8 @@ class Worker:
             _settle(future, None, error)
         for answer in list(self._answers):
             tags = [(answer, index) for index in answer.mailbox]
+            for _ in tags:
+                self._hear.hear_end(Piece(error=error))
             answer.mailbox.fail(error)
             self._cancel(tags)
 
