@@ -33,7 +33,7 @@ MOST_ROWS = 8
 """Rows up to which whole passes are captured: with more, the work outgrows the launches."""
 MOST_ROWS_STREAMED = 64
 """The same where something streams: Python then launches copies, too."""
-MOST_GRAPHS = 1024
+MOST_GRAPHS = 512
 """Captures of layers; whatever would need more is launched. Each takes some device memory."""
 
 
