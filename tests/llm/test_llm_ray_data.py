@@ -11,7 +11,7 @@ import pytest
 from byte_model import byte_model
 
 from layer_streamer import ReadError
-from layer_streamer.llm.ray_data import RESULTS, AnswerRows
+from layer_streamer.llm.ray_data import RESULTS, AnswerLines, AnswerRows
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "max_length": 64}
 ANSWERS = {"max_new_tokens": 4}
@@ -100,3 +100,30 @@ def test_many_rows_share_the_passes_where_nobody_says_how_many(path: Path) -> No
         "Hi", max_new_tokens=1
     )
     found.close()
+
+
+def test_a_line_has_the_text_of_its_number_however_lines_are_cut_into_batches(path: Path) -> None:
+    answers = {"max_new_tokens": 4, "temperature": 1, "seed": 3}
+    lines = AnswerLines(path, names=("asked", "said"), answers=answers, **OPTIONS)
+    column = objects(*[b'{"asked": "Hi"}', b'{"said": [{"role": "user", "content": "Hi"}]}'] * 3)
+    rows = np.arange(7, 13)
+    whole = lines({"row": rows, "line": column})
+    assert [*whole] == ["row", *RESULTS] and whole["row"].tolist() == rows.tolist()
+    assert len(set(whole["text"])) > 1
+    parts = [lines({"row": rows[at], "line": column[at]}) for at in (slice(0, 1), slice(1, 6))]
+    for name in RESULTS:
+        assert np.concatenate([part[name] for part in parts]).tolist() == whole[name].tolist()
+    with pytest.raises(ValueError, match="rows of a batch must be one after the other"):
+        lines({"row": np.array([7, 9]), "line": column[:2]})
+    lines.close()
+
+
+def test_a_bad_line_is_its_own_error(path: Path) -> None:
+    lines = AnswerLines(path, answers=ANSWERS, **OPTIONS)
+    bad = (b"", b"[1]", b'"Hi"', b"{}", b"\xff{}", b'{"prompt": "Hi"', b"[" * 99_999,
+           b'{"prompt": "Hi", "messages": []}', b'{"prompt": {"a": 1}}')  # fmt: skip
+    good = b'\xef\xbb\xbf{"prompt": "Hi"}\r\n'
+    found = lines({"row": np.arange(len(bad) + 1), "line": objects(*bad, good)})
+    assert [bool(error) for error in found["error"]] == [*[True] * len(bad), False]
+    assert all("\n" not in error for error in found["error"]) and found["text"][-1] != ""
+    lines.close()
