@@ -79,8 +79,9 @@ def token_bias(text: str) -> tuple[str, float]:
     return token, float(bias)
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """How the engine is opened: groups of the help."""
+def add_engine(parser: argparse.ArgumentParser, *, here: bool = True) -> None:
+    """How the engine is opened: groups of the help. ``here``: it is one, in this process, which can
+    be looked at."""
     group = parser.add_argument_group("the engine (docs/llm.md)")
     add, one = group.add_argument, at_least(1)
     add("--device", metavar="D", help="a torch device; default: the GPU if there is one")
@@ -97,8 +98,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("--draft", metavar="MODEL", help=draft_help)
     same_help = "the same text to the bit, with and without drafts, alone and in a batch"
     add("--reproducible", action="store_true", default=None, help=same_help)
-    add("--plan", action="store_true", help="say first where everything will be")
-    add("--timeline", type=Path, metavar="FILE", help="save the last pass for ui.perfetto.dev")
+    if here:
+        add("--plan", action="store_true", help="say first where everything will be")
+        add("--timeline", type=Path, metavar="FILE", help="save the last pass for ui.perfetto.dev")
     add_streamer_options(parser)
 
 
