@@ -19,7 +19,6 @@ from layer_streamer.llm.serving.guarding.guard import Guard
 from layer_streamer.llm.serving.guarding.keys import Keys
 from layer_streamer.llm.serving.streamed import StreamedEngine
 
-langchain = pytest.importorskip("langchain_openai", reason="pip install '.[test-serve]' has it")
 pytestmark = pytest.mark.slow
 
 CALL = '{"tool_call":{"name":"find","arguments":{"number":7}}}'
@@ -54,6 +53,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
+def langchain() -> Any:
+    """Its package, which takes a while to import."""
+    return pytest.importorskip("langchain_openai", reason="pip install '.[test-serve]' has it")
+
+
 def of(running: Running, **options: Any) -> dict[str, Any]:
     """What says where a client is to ask."""
     url = f"{running.url}/v1"
@@ -61,7 +65,7 @@ def of(running: Running, **options: Any) -> dict[str, Any]:
 
 
 def chat(running: Running, **options: Any) -> Any:
-    return langchain.ChatOpenAI(**of(running, temperature=0, max_tokens=200, **options))
+    return langchain().ChatOpenAI(**of(running, temperature=0, max_tokens=200, **options))
 
 
 def test_an_answer_and_a_stream_of_langchain_are_the_models_own_text(small: Running) -> None:
@@ -168,7 +172,7 @@ def test_logprobs_stop_and_options_of_others_reach_the_engine() -> None:
 
 def test_plain_completions_of_langchain_continue_texts() -> None:
     with serving() as running:
-        client = langchain.OpenAI(**of(running))
+        client = langchain().OpenAI(**of(running))
         assert client.invoke("a b") == "a b " and client.batch(["c", "d e"]) == ["c ", "d e "]
         assert "".join(client.stream("a b c")) == "a b c "
 
@@ -194,7 +198,7 @@ def test_vectors_of_langchain_are_the_models_from_texts_or_from_ids(
     )  # fmt: skip
     monkeypatch.setattr(tiktoken, "encoding_for_model", lambda name: own)
     texts = [f"text é {number}" for number in range(100)]
-    client = langchain.OpenAIEmbeddings(**of(small, check_embedding_ctx_length=ids))
+    client = langchain().OpenAIEmbeddings(**of(small, check_embedding_ctx_length=ids))
     found = client.embed_documents(texts)
     plain = small.client().embeddings.create(model="m", input=texts, encoding_format="float")
     expected = [one.embedding for one in plain.data]
@@ -211,4 +215,4 @@ def test_vectors_can_be_awaited(small: Running) -> None:
         assert not np.allclose(several[1], one, atol=1e-3)
         await client.async_client._client.close()
 
-    asyncio.run(main(langchain.OpenAIEmbeddings(**of(small, check_embedding_ctx_length=False))))
+    asyncio.run(main(langchain().OpenAIEmbeddings(**of(small, check_embedding_ctx_length=False))))
