@@ -66,6 +66,11 @@ def of_findings(found: Sequence[Mapping[str, Any]], sent: Any) -> ApiError:
     kind = str(told["type"])
     code = CODES.get(kind, "invalid_type" if _of_type(told) else "invalid_value")
     message = " ".join(str(told["msg"]).removeprefix("Value error, ").split())
+    field, _, rest = message.partition(": ")
+    if (
+        param is None and isinstance(sent, Mapping) and field in sent
+    ):  # fields that do not go together
+        param, message = field, rest
     return ApiError(400, f"{param}: {message}" if param else message, param=param, code=code)
 
 

@@ -198,7 +198,7 @@ def _tell_errors(app: FastAPI) -> None:
     async def of_body(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         found = [{**one, "loc": one["loc"][1:]} for one in error.errors()]
-        if not error.body or found[0]["type"] == "json_invalid":
+        if error.body in (None, b"") or found[0]["type"] == "json_invalid":
             return error_reply(ApiError(400, "the body is not JSON", code="invalid_json"))
         return error_reply(of_findings(found, error.body))
 

@@ -61,10 +61,13 @@ def completion(**fields: Any) -> Any:
         ({"temperature": "hot"}, "temperature", "invalid_type"),
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"temperature": float("nan")}, "temperature", "invalid_value"),
-        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"top_p": -0.1}, "top_p", "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
         ({"n": True}, "n", "invalid_type"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": -2}, "max_tokens", "invalid_value"),
         ({"max_completion_tokens": 1.5}, "max_completion_tokens", "invalid_type"),
         ({"stop": ["a", ""]}, "stop[1]", "invalid_value"),
         ({"stop": ["a"] * 17}, "stop", "invalid_value"),
@@ -132,6 +135,12 @@ def test_both_names_of_the_limit_are_one() -> None:
     assert chat(max_tokens=7, max_completion_tokens=7).options["max_new_tokens"] == 7
     assert chat().options["max_new_tokens"] == 1024
     assert completion().options["max_new_tokens"] == 16
+
+
+def test_what_llama_cpp_calls_no_limit_and_the_likeliest_alone_is_taken() -> None:
+    for order in (chat(max_tokens=-1), completion(max_tokens=-1), chat(max_completion_tokens=-1)):
+        assert order.options["max_new_tokens"] > 1 << 30  # the engine has its own limit
+    assert 0 < chat(top_p=0).options["top_p"] < 1e-6
 
 
 def test_options_reach_the_engine_by_its_names() -> None:

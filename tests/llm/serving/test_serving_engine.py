@@ -86,6 +86,16 @@ def test_a_stream_has_the_text_of_the_whole_reply_in_whole_characters(small: Run
     assert chunks[-1]["timings"]["predicted_n"] == 24
 
 
+def test_a_text_without_a_limit_fills_the_room_and_no_share_is_the_likeliest(
+    small: Running,
+) -> None:
+    long = {"prompt": "a" * 750, "max_tokens": -1, "temperature": 1, "top_p": 0}
+    found = reply(small, PLAIN, long)
+    assert found["usage"]["total_tokens"] == 768
+    likeliest = reply(small, PLAIN, long | {"temperature": 0, "top_p": 1})
+    assert found["choices"][0]["text"] == likeliest["choices"][0]["text"]
+
+
 def test_n_texts_are_those_of_seeds_one_after_the_other(small: Running) -> None:
     body = {"prompt": "ab", "temperature": 1, "max_tokens": 6}
     several = reply(small, PLAIN, body | {"n": 3, "seed": 4})

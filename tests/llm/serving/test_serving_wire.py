@@ -194,6 +194,16 @@ def test_the_description_is_there_and_names_every_path(server: Running) -> None:
             "/detokenize"} <= set(json.loads(body)["paths"])  # fmt: skip
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/embeddings", "/detokenize"])
+def test_an_object_without_what_must_be_there_is_told_what(server: Running, path: str) -> None:
+    status, body = server.post(path, {})
+    found = error(body)
+    assert status == 400 and found["code"] == "missing_required_parameter"
+    assert found["param"] in ("messages", "prompt", "input", "tokens")
+    for empty in (b"", b"null"):
+        assert error(server.post(path, empty)[1])["code"] == "invalid_json"
+
+
 def test_tokens_and_texts_go_to_and_fro(server: Running) -> None:
     status, body = server.post("/tokenize", {"content": "hé", "add_special": True})
     assert status == 200 and json.loads(body) == {"tokens": [1, 104, 233], "count": 3}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MOST_STOPS = 16
 Token = Annotated[int, Field(ge=0)]
@@ -16,6 +16,16 @@ Text = Annotated[str, Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _some(count: int) -> int:
+    if count == 0:
+        raise ValueError("must be at least 1, or -1 for as many as there is room for")
+    return count
+
+
+Count = Annotated[int, Field(ge=-1), AfterValidator(_some)]
+"""Tokens of an answer; clients of llama.cpp and LM Studio send -1."""
 
 
 class Body(BaseModel):
@@ -48,9 +58,9 @@ class StreamOptions(Body):
 class Sampled(Body):
     """What chats and plain completions share."""
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Share | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
     seed: int | None = None
@@ -157,7 +167,7 @@ class ChatBody(Sampled):
         "web_search_options": (), "chat_template": (), "best_of": (1,), "echo": (False,),
     }  # fmt: skip
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
@@ -218,6 +228,7 @@ class EmbeddingsBody(Body):
 class TokenizeBody(Body):
     """POST /tokenize: a text, or messages."""
 
+    REFUSED: ClassVar[dict[str, tuple[Any, ...]]] = {"with_pieces": (False,)}
     content: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special: bool | None = None

@@ -16,6 +16,9 @@ DEFAULT_TOKENS = 1024
 """Of an answer, where nobody says how many: a row takes places for all of them."""
 DEFAULT_COMPLETION = 16
 """As OpenAI has it."""
+ALL_THERE_IS_ROOM_FOR = 1 << 31
+LEAST_SHARE = 1e-9
+"""For a ``top_p`` of 0, with which OpenAI and llama.cpp take the likeliest token."""
 SAME_NAME = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "seed",
@@ -69,7 +72,7 @@ class Order:
 def order_of_chat(body: ChatBody, owner: str = "") -> Order:
     """ApiError for what cannot be had together."""
     tools = [] if body.tool_choice == "none" else [tool_of(tool) for tool in body.tools or ()]
-    limit = body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS
+    limit = _limit(body.max_completion_tokens or body.max_tokens, DEFAULT_TOKENS)
     options = _options(body) | {"max_new_tokens": limit}
     if body.logprobs:
         options |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
@@ -96,7 +99,8 @@ def order_of_completion(body: CompletionBody, owner: str = "") -> Order:
     """ApiError for what cannot be had together."""
     prompt: Any = body.prompt
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)
-    options = _options(body) | {"max_new_tokens": body.max_tokens or DEFAULT_COMPLETION}
+    limit = _limit(body.max_tokens, DEFAULT_COMPLETION)
+    options = _options(body) | {"max_new_tokens": limit}
     if body.logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": body.logprobs}
     named, constraint = _one(_constraints(body))
@@ -166,9 +170,15 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
+def _limit(asked: int | None, default: int) -> int:
+    return ALL_THERE_IS_ROOM_FOR if asked == -1 else asked or default
+
+
 def _options(body: Sampled) -> dict[str, Any]:
     """What was said of sampling."""
     found = {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
+    if body.top_p == 0:
+        found["top_p"] = LEAST_SHARE
     if body.top_k is not None:
         found["top_k"] = max(body.top_k, 0)  # -1 is all, to vLLM
     if body.stop:

@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
 
+from layer_streamer import __version__
+
 from ..calls.families import new_call_id
 from ..working.pieces import Account, ScoredToken
 from .choice_text import Delta
 
 Json = dict[str, Any]
+FINGERPRINT = f"layer-streamer-{__version__}"
+"""Of what makes the texts: one seed gives one text as long as it is the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Envelope:
     def _document(self, kind: str, choices: Sequence[Json], more: Json) -> Json:
         return {
             "id": self.id, "object": kind, "created": self.created, "model": self.model,
-            "choices": list(choices), **more,
+            "system_fingerprint": FINGERPRINT, "choices": list(choices), **more,
         }  # fmt: skip
 
     def calls(self, delta: Delta, first: int | None = None) -> list[Json]:
