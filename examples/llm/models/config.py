@@ -13,24 +13,14 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..weights.quantization import Quantization, read_quantization
+from .families import FAMILIES, Family
+from .families.family import FULL, SLIDING
 from .rope_config import Rope, context_length, rope_of
 
 __all__ = ["ModelConfig", "UnsupportedModelError", "check_model_type", "id_set", "model_config"]
 
-ACTIVATIONS = {
-    "llama": "silu",
-    "mistral": "silu",
-    "qwen2": "silu",
-    "qwen3": "silu",
-    "gemma3_text": "gelu_pytorch_tanh",
-}
-"""The models that the engine computes, each with the one activation that it has."""
-
-ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
-FEED_FORWARD = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 ENCODERS = ("electra", "mpnet", "esm", "longformer", "big_bird", "ernie", "clip", "siglip", "vit")
 """Models that read and do not write, beside all whose name has "bert" in it."""
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +28,7 @@ class ModelConfig:
     """The numbers of one model, and where it differs from a plain LLaMA."""
 
     model_type: str
-    """One of ACTIVATIONS."""
+    """One of FAMILIES."""
     num_layers: int
     hidden_size: int
     ffn_size: int
@@ -82,24 +72,9 @@ class ModelConfig:
         return self.ropes[layer_idx]
 
     @property
-    def activation(self) -> str:
-        """ "silu" or "gelu_pytorch_tanh"."""
-        return ACTIVATIONS[self.model_type]
-
-    @property
-    def head_norms(self) -> bool:
-        """True: each head of queries and keys is normed before it is rotated."""
-        return self.model_type in ("qwen3", "gemma3_text")
-
-    @property
-    def output_norms(self) -> bool:
-        """True: what attention and feed-forward give is normed before it is added."""
-        return self.model_type == "gemma3_text"
-
-    @property
-    def zero_centered_norms(self) -> bool:
-        """True: a norm multiplies by 1 + its weight, in float32."""
-        return self.model_type == "gemma3_text"
+    def family(self) -> Family:
+        """What is so in all models of its type."""
+        return FAMILIES[self.model_type]
 
 
 def model_config(hf_config: Any) -> ModelConfig:
@@ -107,7 +82,8 @@ def model_config(hf_config: Any) -> ModelConfig:
     :func:`config_fields`, or one itself. UnsupportedModelError if the engine cannot compute it."""
     model_type = str(hf_config.model_type)
     check_model_type(model_type)
-    _refuse_variants(hf_config, model_type)
+    family = FAMILIES[model_type]
+    _refuse_variants(hf_config, family)
     heads = int(hf_config.num_attention_heads)
     kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads)
@@ -116,9 +92,9 @@ def model_config(hf_config: Any) -> ModelConfig:
             f"{heads} heads over {kv_heads} key-value heads of width {head_dim}: "
             "heads must divide evenly and have an even width"
         )
-    types = _layer_types(hf_config, model_type)
-    gemma = model_type == "gemma3_text"
-    ropes = {kind: rope_of(hf_config, kind if gemma else None) for kind in set(types)}
+    types = _layer_types(hf_config, family)
+    by_kind = family.ropes_by_kind
+    ropes = {kind: rope_of(hf_config, kind if by_kind else None) for kind in set(types)}
     window = getattr(hf_config, "sliding_window", None)
     return ModelConfig(
         model_type=model_type,
@@ -130,16 +106,15 @@ def model_config(hf_config: Any) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=int(hf_config.vocab_size),
         norm_eps=float(hf_config.rms_norm_eps),
-        # Gemma 3 names the context that its scaling has made.
         max_positions=context_length(
-            () if gemma else ropes.values(), int(hf_config.max_position_embeddings)
+            () if by_kind else ropes.values(), int(hf_config.max_position_embeddings)
         ),
         tied_head=bool(hf_config.tie_word_embeddings),
-        windows=tuple(int(window) if t == LAYER_TYPES[1] and window else None for t in types),
+        windows=tuple(int(window) if t == SLIDING and window else None for t in types),
         ropes=tuple(ropes[t] for t in types),
-        attention_scale=float(hf_config.query_pre_attn_scalar if gemma else head_dim) ** -0.5,
-        embed_scale=float(hf_config.hidden_size) ** 0.5 if gemma else 1.0,
-        biased=_biased(hf_config, model_type),
+        attention_scale=family.attention_scale(hf_config, head_dim),
+        embed_scale=family.embed_scale(hf_config),
+        biased=family.biased(hf_config),
         eos_ids=id_set(getattr(hf_config, "eos_token_id", None)),
         quantization=read_quantization(getattr(hf_config, "quantization_config", None)),
         part_of=getattr(hf_config, "part_of", None),
@@ -150,7 +125,7 @@ def model_config(hf_config: Any) -> ModelConfig:
 def check_model_type(model_type: str, fields: Mapping[str, Any] = MappingProxyType({})) -> None:
     """UnsupportedModelError for an architecture that the engine does not compute; ``fields`` are
     those of its config.json, which may tell what it is."""
-    if model_type in ACTIVATIONS:
+    if model_type in FAMILIES:
         return
     what = ""
     if fields.get("is_encoder_decoder"):
@@ -162,7 +137,7 @@ def check_model_type(model_type: str, fields: Mapping[str, Any] = MappingProxyTy
     elif fields.get("part_of"):
         what = f", the text part of a {fields['part_of']} model"
     raise UnsupportedModelError(
-        f"model type {model_type!r} is not supported{what} (only {', '.join(ACTIVATIONS)})"
+        f"model type {model_type!r} is not supported{what} (only {', '.join(FAMILIES)})"
     )
 
 
@@ -173,9 +148,9 @@ def id_set(ids: int | list[int] | None) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def _refuse_variants(hf_config: Any, model_type: str) -> None:
-    field = "hidden_activation" if model_type == "gemma3_text" else "hidden_act"
-    activation, expected = getattr(hf_config, field), ACTIVATIONS[model_type]
+def _refuse_variants(hf_config: Any, family: Family) -> None:
+    field, expected = family.activation_field, family.activation
+    activation = getattr(hf_config, field)
     if activation != expected:
         raise UnsupportedModelError(f"{field}={activation!r} is not supported (only {expected!r})")
     for field in (
@@ -189,43 +164,32 @@ def _refuse_variants(hf_config: Any, model_type: str) -> None:
         raise UnsupportedModelError("is_causal=False is not supported: tokens see later ones")
 
 
-def _layer_types(hf_config: Any, model_type: str) -> list[str]:
-    """One of LAYER_TYPES for each layer."""
+def _layer_types(hf_config: Any, family: Family) -> list[str]:
+    """The kind of each layer."""
     num_layers = int(hf_config.num_hidden_layers)
-    # transformers gives every layer of these two the window, or none, whatever else is written.
-    fixed = {"llama": [LAYER_TYPES[0]] * num_layers, "mistral": [LAYER_TYPES[1]] * num_layers}
     types = getattr(hf_config, "layer_types", None)
-    types = fixed[model_type] if types is None else list(types)
+    fixed = None if family.only_kind is None else [family.only_kind] * num_layers
+    types = fixed if types is None and fixed is not None else list(types or ())
     for kind in types:
-        if kind not in LAYER_TYPES:
+        if kind not in (FULL, SLIDING):
             raise UnsupportedModelError(
-                f"layer type {kind!r} is not supported (only {', '.join(LAYER_TYPES)})"
+                f"layer type {kind!r} is not supported (only {FULL}, {SLIDING})"
             )
     if len(types) != num_layers:
         raise UnsupportedModelError(
             f"layer_types names {len(types)} layers, num_hidden_layers is {num_layers}"
         )
-    return fixed.get(model_type, types)
+    return types if fixed is None else fixed
 
 
 def _notes(hf_config: Any, types: list[str]) -> Iterator[str]:
     """Of windows that a config names for layers which have none, or the other way round."""
-    model_type, window = hf_config.model_type, getattr(hf_config, "sliding_window", None)
-    if model_type == "llama" and window:
-        yield f"sliding_window={window} is not used: every layer of a llama model sees all tokens"
+    family, window = FAMILIES[hf_config.model_type], getattr(hf_config, "sliding_window", None)
+    name = family.model_type
+    if family.only_kind == FULL and window:
+        yield f"sliding_window={window} is not used: every layer of a {name} model sees all tokens"
     named = getattr(hf_config, "layer_types", None)
     if named is not None and list(named) != types:
-        yield f"layer_types is not used: all layers of a {model_type} model are alike"
-    if model_type in ("qwen2", "qwen3") and LAYER_TYPES[1] in types and not window:
+        yield f"layer_types is not used: all layers of a {name} model are alike"
+    if family.only_kind is None and SLIDING in types and not window:
         yield "layer_types names windows, but there is no sliding_window: layers see all tokens"
-
-
-def _biased(hf_config: Any, model_type: str) -> frozenset[str]:
-    if model_type == "qwen2":
-        return frozenset(ATTENTION[:3])
-    modules: tuple[str, ...] = ()
-    if getattr(hf_config, "attention_bias", False):
-        modules += ATTENTION
-    if getattr(hf_config, "mlp_bias", False):
-        modules += FEED_FORWARD
-    return frozenset(modules)

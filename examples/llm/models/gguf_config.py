@@ -12,26 +12,23 @@ from typing import Any
 from layer_streamer import Manifest
 
 from ..errors import UnsupportedModelError
-from .config_fields import GEMMA3_PATTERN
+from .families import FAMILIES
+from .gguf_keys import GgufKeys
 from .rope_config import check_rope_types, yarn_magnitude
 
-MODEL_TYPES = {
-    "llama": "llama",
-    "mistral": "mistral",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma3": "gemma3_text",
-}
-"""GGUF's names of architectures, and those of transformers."""
-
-GEMMA3_27B_LAYERS = 62
-"""Of the Gemma 3 models, this one scales attention by hidden_size / num_heads. Files do not say."""
+BY_ARCHITECTURE = {family.gguf: family for family in FAMILIES.values()}
+"""The types of models, by GGUF's names."""
 
 
 def gguf_config(manifest: Manifest) -> dict[str, Any]:
     """What config.json would say; UnsupportedModelError for a model the engine cannot compute."""
-    keys = _Keys(manifest)
-    model_type = MODEL_TYPES[keys.architecture]
+    keys = GgufKeys(manifest)
+    if keys.architecture not in BY_ARCHITECTURE:
+        raise UnsupportedModelError(
+            f"{manifest.path}: architecture {keys.architecture!r} is not supported "
+            f"(only {', '.join(BY_ARCHITECTURE)})"
+        )
+    family = BY_ARCHITECTURE[keys.architecture]
     heads = keys.integer("attention.head_count")
     hidden = keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", hidden // max(1, heads))
@@ -43,7 +40,7 @@ def gguf_config(manifest: Manifest) -> dict[str, Any]:
     if not keys.get("attention.causal", True):
         raise keys.refusal("attention.causal", "an encoder generates no text")
     config: dict[str, Any] = {
-        "model_type": model_type,
+        "model_type": family.model_type,
         "num_hidden_layers": keys.integer("block_count") - keys.integer("nextn_predict_layers", 0),
         "hidden_size": hidden,
         "intermediate_size": keys.integer("feed_forward_length"),
@@ -63,56 +60,18 @@ def gguf_config(manifest: Manifest) -> dict[str, Any]:
     config["attention_bias"] = any(name.startswith("attn_") and "bias" in name for name in layer)
     config["mlp_bias"] = any(name.startswith("ffn_") and "bias" in name for name in layer)
     window = keys.integer("attention.sliding_window", 0)
-    if model_type == "gemma3_text":
-        return config | _gemma3(keys, config, window)
-    if model_type in ("qwen2", "qwen3"):
-        return config | {"use_sliding_window": False}
-    if window or model_type == "mistral":
-        return config | {"model_type": "mistral", "sliding_window": window or None}
-    return config
+    return config | family.from_gguf(keys, config, window)
 
 
 def window_note(manifest: Manifest) -> str | None:
     """What to tell people about a file whose model may have a window that the file leaves out."""
     architecture = manifest.metadata.get("general.architecture")
-    if architecture not in ("llama", "mistral", "gemma3"):
+    family = BY_ARCHITECTURE.get(str(architecture))
+    if family is None or not family.gguf_has_window:
         return None
     if manifest.metadata.get(f"{architecture}.attention.sliding_window"):
         return None
     return f"{manifest.path.name} names no sliding window: every layer sees the whole context"
-
-
-class _Keys:
-    """The metadata below the name of the architecture."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self._metadata, self._path = manifest.metadata, manifest.path
-        self.architecture = str(manifest.metadata.get("general.architecture"))
-        if self.architecture not in MODEL_TYPES:
-            raise UnsupportedModelError(
-                f"{manifest.path}: architecture {self.architecture!r} is not supported "
-                f"(only {', '.join(MODEL_TYPES)})"
-            )
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._metadata.get(f"{self.architecture}.{key}", default)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.refusal(key, "a single whole number is needed")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.refusal(key, "a number is needed")
-        return float(value)
-
-    def refusal(self, key: str, reason: str) -> UnsupportedModelError:
-        name = f"{self.architecture}.{key}"
-        found = "is missing" if self.get(key) is None else f"is {self.get(key)!r}"
-        return UnsupportedModelError(f"{self._path}: metadata {name} {found}: {reason}")
 
 
 def _vocab_size(manifest: Manifest) -> int:
@@ -127,7 +86,7 @@ def _eos_ids(metadata: Mapping[str, Any]) -> list[int]:
     return sorted({int(metadata[name]) for name in names if name in metadata})
 
 
-def _rope(keys: _Keys) -> dict[str, Any]:
+def _rope(keys: GgufKeys) -> dict[str, Any]:
     rope: dict[str, Any] = {
         "rope_type": "default",
         "rope_theta": keys.number("rope.freq_base", 1e4),
@@ -149,26 +108,3 @@ def _rope(keys: _Keys) -> dict[str, Any]:
             "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
         }
     return rope
-
-
-def _gemma3(keys: _Keys, config: Mapping[str, Any], window: int) -> dict[str, Any]:
-    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    scalar = config["head_dim"]
-    if layers == GEMMA3_27B_LAYERS:
-        scalar = hidden // config["num_attention_heads"]
-    local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 1e4)}
-    period = keys.get("attention.sliding_window_pattern", GEMMA3_PATTERN)
-    if isinstance(period, int):
-        slides = [(i + 1) % max(1, period) != 0 for i in range(layers)]
-    else:  # an array, one truth for each layer
-        slides = [bool(value) for value in period.load()]
-    return {
-        "query_pre_attn_scalar": scalar,
-        "sliding_window": window or None,
-        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
-        "rope_parameters": {
-            "full_attention": config["rope_parameters"],
-            "sliding_attention": local,
-        },
-        "final_logit_softcapping": keys.get("final_logit_softcapping"),
-    }

@@ -38,15 +38,15 @@ def decoder_layer(
     rotates by itself. The result is written to ``out``, if given, which may be x_TD; else x_TD is
     not changed.
     """
-    names = BLOCK_NORMS[config.output_norms]
+    names = BLOCK_NORMS[config.family.output_norms]
     eps, arithmetic = config.norm_eps, weights.arithmetic
     normed = arithmetic.rms_norm(x_TD, weights.norm(names[0]), eps)
     added = self_attention(normed, weights, config, table_2TE, attention)
-    if config.output_norms:
+    if config.family.output_norms:
         added = arithmetic.rms_norm(added, weights.norm("post_attention_layernorm"), eps)
     x_TD, normed = arithmetic.add_rms_norm(x_TD, added, weights.norm(names[1]), eps)
     added = feed_forward(normed, weights, config)
-    if config.output_norms:
+    if config.family.output_norms:
         added = arithmetic.rms_norm(added, weights.norm("post_feedforward_layernorm"), eps)
     return torch.add(x_TD, added, out=out)
 
@@ -63,7 +63,7 @@ def feed_forward(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) 
     """down(activation(gate(x)) * up(x))."""
     gate_TF = weights.linear(x_TD, "mlp.gate_proj")
     up_TF = weights.linear(x_TD, "mlp.up_proj")
-    gated_TF = weights.arithmetic.gated(gate_TF, up_TF, config.activation)
+    gated_TF = weights.arithmetic.gated(gate_TF, up_TF, config.family.activation)
     return weights.linear(gated_TF, "mlp.down_proj")
 
 
@@ -83,7 +83,7 @@ def self_attention(
             y = weights.arithmetic.rms_norm(y, weight, config.norm_eps)
         return y.view(len(x_TD), -1, config.head_dim).transpose(0, 1)
 
-    q_HTE, k_GTE = (heads(name, normed=config.head_norms) for name in "qk")
+    q_HTE, k_GTE = (heads(name, normed=config.family.head_norms) for name in "qk")
     if table_2TE is not None:
         interleaved = weights.interleaved_rope
         q_HTE, k_GTE = rotate_both(q_HTE, k_GTE, table_2TE, interleaved=interleaved)

@@ -101,7 +101,7 @@ def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
     """Names for this checkpoint; UnsupportedModelError if its tensors are not the config's."""
     gguf = manifest.format == "gguf"
     outside = Outside(manifest, config)
-    known = GGUF_MODULES | (GGUF_OUTPUT_NORMS if config.output_norms else {})
+    known = GGUF_MODULES | (GGUF_OUTPUT_NORMS if config.family.output_norms else {})
     modules = {name: known[name] if gguf else name for name in weight_shapes(config)}
     norm, factors = outside.norm(), outside.rope_factors()
     if manifest.num_layers != config.num_layers:
@@ -121,8 +121,8 @@ def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
         head=head.key,
         rope_factors=factors,
         modules=modules,
-        interleaved_rope=gguf and config.model_type in ("llama", "mistral"),
-        norm_offset=(0.0 if gguf else 1.0) if config.zero_centered_norms else None,
+        interleaved_rope=gguf and config.family.permuted_in_gguf,
+        norm_offset=(0.0 if gguf else 1.0) if config.family.zero_centered_norms else None,
         embedding_matrix=embedding,
         head_matrix=head,
         layers=tuple(layers),
@@ -158,9 +158,9 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
-    if config.head_norms:
+    if config.family.head_norms:
         shapes |= {"self_attn.q_norm": (width,), "self_attn.k_norm": (width,)}
-    if config.output_norms:
+    if config.family.output_norms:
         shapes |= {"pre_feedforward_layernorm": (hidden,), "post_feedforward_layernorm": (hidden,)}
     return shapes
 

@@ -41,7 +41,7 @@ class Outside:
 
     def rope_factors(self) -> str | None:
         """Divisors of the rotary frequencies, which files of LLaMA models may have."""
-        name, llama = "rope_freqs.weight", self._config.model_type in ("llama", "mistral")
+        name, llama = "rope_freqs.weight", self._config.family.permuted_in_gguf
         if not (self._gguf and llama and name in self._static):
             return None
         self._check_vector(name, self._config.head_dim // 2)

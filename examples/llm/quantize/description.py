@@ -15,15 +15,6 @@ from .grouping import quantization_config
 from .layers import Recipe
 from .shards import as_json, name_of
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
-"""What other engines look for in a config; a GGUF file does not say it."""
-
 
 def description(model: Model, recipe: Recipe) -> dict[str, bytes]:
     """The files beside the weights, config.json last."""
@@ -49,7 +40,7 @@ def _config(model: Model, recipe: Recipe) -> dict[str, Any]:
     for name in ("part_of", "num_nextn_predict_layers"):  # what is not written with it
         fields.pop(name, None)
     fields["tie_word_embeddings"] = model.names.head == model.names.embedding
-    fields.setdefault("architectures", [ARCHITECTURES[model.config.model_type]])
+    fields.setdefault("architectures", [model.config.family.architecture])
     dtype = name_of(recipe.dtype)
     if "torch_dtype" in fields:  # the older name of the same
         fields["torch_dtype"] = dtype

@@ -119,9 +119,13 @@ def test_windows_are_those_that_transformers_applies(tmp_path, model_type, field
 
 def test_what_gemma_3_adds_to_a_layer_is_read():
     config = model_config(zoo_config("gemma3_text"))
-    assert config.activation == "gelu_pytorch_tanh" and config.embed_scale == 8.0
+    assert config.family.activation == "gelu_pytorch_tanh" and config.embed_scale == 8.0
     assert config.attention_scale == pytest.approx(20**-0.5)
-    assert config.head_norms and config.output_norms and config.zero_centered_norms
+    assert (
+        config.family.head_norms
+        and config.family.output_norms
+        and config.family.zero_centered_norms
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from layer_streamer.llm.metadata import load_config
-from layer_streamer.llm.models.config import ACTIVATIONS, UnsupportedModelError, model_config
-from layer_streamer.llm.models.config_fields import DEFAULTS, config_fields
+from layer_streamer.llm.models.config import UnsupportedModelError, model_config
+from layer_streamer.llm.models.config_fields import config_fields
+from layer_streamer.llm.models.families import FAMILIES
 
 PUBLISHED = {
     "llama-2-7b": {
@@ -79,15 +80,15 @@ def test_published_configs_are_read_as_transformers_reads_them(tmp_path: Path, n
     assert load_config(tmp_path) == theirs(PUBLISHED[name])
 
 
-@pytest.mark.parametrize("model_type", ACTIVATIONS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_a_file_leaves_out_has_the_values_of_transformers(model_type: str) -> None:
     fields = {"model_type": model_type}
     assert model_config(config_fields(fields)) == theirs(fields)
     hf_config = AutoConfig.for_model(model_type)
     computed = {"head_dim", "num_key_value_heads", "sliding_window"}
-    for name in set(DEFAULTS[model_type]) - computed:
+    for name in set(FAMILIES[model_type].defaults) - computed:
         if hasattr(hf_config, name):  # hidden_act is called otherwise in Gemma 3
-            assert DEFAULTS[model_type][name] == getattr(hf_config, name), name
+            assert FAMILIES[model_type].defaults[name] == getattr(hf_config, name), name
 
 
 THETAS = st.sampled_from([None, 10_000, 20_000.0])
@@ -132,7 +133,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "torch_dtype": st.just("bfloat16"),
 }
 CONFIGS = st.one_of(
-    st.fixed_dictionaries({"model_type": st.sampled_from(sorted(ACTIVATIONS))}, optional=FIELDS),
+    st.fixed_dictionaries({"model_type": st.sampled_from(sorted(FAMILIES))}, optional=FIELDS),
     st.fixed_dictionaries(
         {"model_type": st.just("gemma3_text")},
         optional=FIELDS | dict.fromkeys(("rope_scaling", "rope_parameters"), ROPES | BY_KIND),

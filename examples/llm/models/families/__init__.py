@@ -1,0 +1,19 @@
+"""The types of models that the engine computes, a file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .family import Family
+from .gemma3 import GEMMA3
+from .llama import LLAMA
+from .mistral import MISTRAL
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+
+__all__ = ["FAMILIES", "Family"]
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3)
+}
+"""By transformers' name."""
