@@ -1,0 +1,34 @@
+"""Scripts of docs/benchmarks, each run on a tiny model: what they lean on is not public."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from assets import tiny_checkpoint, tiny_model
+from paths import ROOT
+
+
+@pytest.mark.slow
+def test_serving_is_measured_on_a_cpu_too(tmp_path: Path) -> None:
+    path = tiny_checkpoint(
+        tmp_path, tiny_model("qwen2", max_position_embeddings=1024, vocab_size=8192)
+    )
+    out = tmp_path / "out.jsonl"
+    found = subprocess.run(
+        [
+            *(sys.executable, ROOT / "docs/benchmarks/measure_serving.py", path, out),
+            *("--device", "cpu", "--rows", "1,3", "--row-tokens", "256", "--prompt", "700"),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-2000:]
+    record = json.loads(out.read_text())
+    assert [one["rows"] for one in record["decode"]] == [1, 3]
+    assert [sum(one["parts"]) for one in record["arrivals"]] == [700, 700]
+    assert "3 rows:" in found.stdout and "error None" in found.stdout
