@@ -222,8 +222,9 @@ class Planner:
         preview = self._preview(**larger.options)
         sizes = zip(preview.sizes, preview.tiers, strict=True)
         moved = sum(size.copy_nbytes for size, tier in sizes if tier != "device")
+        streams = bool(moved or plan.host_layers)
         hidden = moved > plan.num_layers * LAUNCHED_NBYTES
-        return plan if hidden else replace(larger, options=plan.options)
+        return replace(larger, options=plan.options) if streams and not hidden else plan
 
     def _larger(self, plan: MemoryPlan, part: str, nbytes: int) -> MemoryPlan | None:
         """The plan with one part more, and the streamer's budget without it; None: it takes none,

@@ -200,6 +200,22 @@ def test_captured_layers_have_room_where_little_streams(
     assert slow.captures_layers == (found.captures_layers and not streams)
 
 
+def test_where_nothing_streams_there_is_room_for_whole_passes_or_for_none(
+    path: Path, gpu: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = Footprint(Model.read(path, print).config, NEEDS).captured_layers()
+    whole = layers + 16 * MIB  # as if there were many heads
+    monkeypatch.setattr(Footprint, "captured", lambda self: whole)
+    options: dict[str, Any] = {"prefill_chunk": 256}
+    roomy = captured_plan(path, device_budget="2GiB", **options)
+    sizes = [size.device_nbytes for size in roomy.streamer.sizes]
+    resident = roomy.device_nbytes - roomy.device["layers"] - whole + sum(sizes) + MIB
+    for budget, captures in ((resident + whole, True), (resident + layers, False)):
+        found = captured_plan(path, device_budget=budget, **options)
+        assert set(found.streamer.tiers) == {"device"}
+        assert (found.captures, found.captures_layers) == (captures, False)
+
+
 BUDGETS: tuple[dict[str, Any], ...] = (
     {"device_budget": "24MiB", "prefill_chunk": 256},
     {"device_budget": "24MiB", "prefill_chunk": 256, "kv": "host", "host_budget": "1GiB"},
