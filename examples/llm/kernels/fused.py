@@ -128,6 +128,19 @@ def multiply_tiles(x_TD: torch.Tensor, w_ND: torch.Tensor, out_TN: torch.Tensor)
         _kernels("fixed_products").launch_tiles(x_TD, w_ND, out_TN)
 
 
+def multiply_alike(
+    packed: Packed, x_TD: torch.Tensor, bias_N: torch.Tensor | None
+) -> torch.Tensor | None:
+    """x times a packed matrix, plus a bias, in such tiles, without unpacking it to memory; None:
+    that is not served, whatever the tokens. Only where Triton serves."""
+    tiles = _kernels("tiles")
+    if not tiles.multiplies(packed, x_TD):
+        return None
+    with current(x_TD):
+        found: torch.Tensor = tiles.multiply(packed, x_TD, bias_N=bias_N, alike=True)
+    return found
+
+
 def kernel_rotates(x_HTE: torch.Tensor, table_2TE: torch.Tensor) -> bool:
     """True: ``rotate_heads`` serves."""
     if not x_HTE.is_cuda or x_HTE.stride(-1) != 1 or table_2TE.stride(-1) != 1:

@@ -100,15 +100,18 @@ def multiply(
     x_TD: torch.Tensor,
     shape: Shape | None = None,
     bias_N: torch.Tensor | None = None,
+    *,
+    alike: bool = False,
 ) -> torch.Tensor:
     """x times the transposed matrix, plus a bias: (T, rows), in the dtype of x.
 
-    Where columns are split, the sums of their shares take up to 8 MiB for 64 tokens.
+    The sums of columns that are split take up to 8 MiB for 64 tokens. ``alike``: none are, and all
+    programs are of one size, so that neither the tokens nor the rows at a time decide a bit.
     """
     tokens, rows = len(x_TD), packed.rows
-    at_once = min(max(triton.next_power_of_2(tokens), min(SHAPES)), max(SHAPES))
+    at_once, splits = (max(SHAPES), 1) if alike else _fastest(tokens, packed)
     own = shape or SHAPES[at_once]
-    step, splits = own.step or STEPS[packed.format], splits_of(rows, packed.width)
+    step = own.step or STEPS[packed.format]
     y_TN = x_TD.new_empty(tokens, rows)
     bias, sums = y_TN if bias_N is None else bias_N, y_TN
     if splits > 1:
@@ -140,11 +143,23 @@ def multiply(
         **EXACT,
     )
     if splits > 1:
-        count, biased = y_TN.numel(), bias_N is not None
-        tile_products.add_splits[(triton.cdiv(count, SUMS_BLOCK),)](
-            sums, bias, y_TN, rows, count, BIAS=biased, SPLITS=splits, BLOCK=SUMS_BLOCK
-        )
+        _add_shares(sums, bias_N, y_TN)
     return y_TN
+
+
+def _add_shares(sums: torch.Tensor, bias_N: torch.Tensor | None, y_TN: torch.Tensor) -> None:
+    """y = the sum of the shares' (splits, T, rows), plus a bias."""
+    bias, biased = (y_TN, False) if bias_N is None else (bias_N, True)
+    count, rows = y_TN.numel(), y_TN.shape[1]
+    tile_products.add_splits[(triton.cdiv(count, SUMS_BLOCK),)](
+        sums, bias, y_TN, rows, count, BIAS=biased, SPLITS=len(sums), BLOCK=SUMS_BLOCK
+    )
+
+
+def _fastest(tokens: int, packed: Packed) -> tuple[int, int]:
+    """Tokens of a program, and into how many shares columns go."""
+    at_once = min(max(triton.next_power_of_2(tokens), min(SHAPES)), max(SHAPES))
+    return at_once, splits_of(packed.rows, packed.width)
 
 
 def _parts(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...], int]:

@@ -96,13 +96,19 @@ class Reproducible:
         of the kernel."""
         self._on_cpu = device.type == "cpu"
         self._multiply: Callable[[Tensor, Tensor, Tensor], None] = multiply_tiles
-        if triton_serves(device):
+        self._kernels = triton_serves(device)
+        if self._kernels:
             self._multiply = fused.multiply_tiles
 
     def project(
         self, x_TD: Tensor, packed: Packed, unpacker: Unpacker, bias_N: Tensor | None = None
     ) -> Tensor:
-        y_TN, x_TD = x_TD.new_empty(x_TD.shape[0], packed.rows), x_TD.contiguous()
+        x_TD = x_TD.contiguous()
+        if self._kernels and packed.format not in FLOATS:
+            found = fused.multiply_alike(packed, x_TD, bias_N)
+            if found is not None:
+                return found
+        y_TN = x_TD.new_empty(x_TD.shape[0], packed.rows)
         for start, end, rows_ND in _float_blocks(packed, unpacker):
             self._multiply(x_TD, rows_ND, y_TN[:, start:end])
         return y_TN if bias_N is None else y_TN.add_(bias_N)

@@ -174,6 +174,21 @@ def test_tokens_beside_others_change_no_bit(name):
         assert torch.equal(product(packed, x[:tokens]), every[:tokens])
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "ct4, split", "ct4, channel"])
+def test_alike_neither_the_tokens_nor_the_rows_at_a_time_decide_a_bit(name):
+    packed = MATRICES[name]
+    first = packed.rows // 2 - packed.rows // 2 % 2
+    parts = {part: whole[first:] for part, whole in packed.parts.items()}
+    piece = replace(packed, rows=packed.rows - first, parts=parts, first_row=first)
+    for dtype in DTYPES:
+        x = random_x(70, packed.width, dtype)
+        every = product(packed, x, alike=True)
+        for some in (slice(0, 1), slice(69, 70), slice(3, 20)):
+            assert torch.equal(product(packed, x[some].clone(), alike=True), every[some])
+        assert torch.equal(product(piece, x[:5].clone(), alike=True), every[:5, first:])
+        check_product(packed, x[:5].clone(), alike=True)
+
+
 @compiled
 @pytest.mark.parametrize("shape", [(3584, 18944), (5120, 27648), (5120, 5120)])
 @pytest.mark.parametrize("kind", tiles.STEPS)
