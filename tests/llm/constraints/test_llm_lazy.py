@@ -19,10 +19,13 @@ from layer_streamer.llm.constraints.matcher import Matcher
 from layer_streamer.llm.constraints.vocabulary import Vocabulary
 from layer_streamer.llm.drafts.tree import Tree
 from layer_streamer.llm.serving.calls.begun import CallForm, form_of, matcher_of
+from layer_streamer.llm.serving.calls.coder import Coder
+from layer_streamer.llm.serving.calls.found import Call, overlap
+from layer_streamer.llm.serving.calls.tagged import VALUE_END
 from layer_streamer.llm.text.following import follow
 from layer_streamer.llm.text.sampling import Sampler, Sampling
 
-HERMES, LIST = CallForm("<tool_call>", "</tool_call>"), CallForm("[TOOL_CALLS]", is_list=True)
+HERMES, LIST, CODER = (form_of(family, "") for family in ("hermes", "mistral", "coder"))
 UNIT = {"enum": ["celsius", "kelvin"]}
 TOOLS: list[dict[str, Any]] = [
     {"function": {"name": "heat", "parameters": {
@@ -48,20 +51,25 @@ MARKED = vocabulary("<tool_call>", "</tool_call>")
 WIDE = vocabulary(JOINED)
 
 
-def lazy(known: Vocabulary, form: CallForm = HERMES, tools: Any = TOOLS) -> LazyMatcher:
+def lazy(known: Vocabulary, form: CallForm | None = HERMES, tools: Any = TOOLS) -> LazyMatcher:
+    assert form is not None
     matcher = matcher_of(form, tools, known)
     assert matcher is not None
     return LazyMatcher(matcher, known, form.mark)
 
 
 def written(known: Vocabulary, held: LazyMatcher, begin: bytes, seed: int = 0) -> bytes:
-    """The text that random scores make of a beginning, while it is held."""
+    """The text that random scores make of a beginning, while it is held; what would go on for ever
+    is likely to end."""
     sampler = Sampler(Sampling(temperature=1.0), seed=seed, constraint=held)
     dice, text = torch.Generator().manual_seed(seed), begin
     for token in known.cut(begin):
         sampler.take(token)
     while held.acts:
-        token = sampler.take(int(sampler.choose(torch.randn(known.size, generator=dice))))
+        assert len(text) < 10_000
+        scores = torch.randn(known.size, generator=dice)
+        scores[VALUE_END[overlap(text.decode("latin-1"), (VALUE_END,))].encode()[0]] += 9
+        token = sampler.take(int(sampler.choose(scores)))
         assert isinstance(token, int)
         text += known.spelled(token)
     return text
@@ -70,7 +78,7 @@ def written(known: Vocabulary, held: LazyMatcher, begin: bytes, seed: int = 0) -
 @pytest.mark.parametrize("known", [PLAIN, MARKED], ids=["letters", "one token"])
 def test_a_call_that_has_begun_is_one_of_a_known_tool(known: Vocabulary) -> None:
     found = []
-    for seed in range(12):
+    for seed in range(5):
         text = written(known, lazy(known), b"Well. <tool_call>", seed).decode()
         before, _, rest = text.partition("<tool_call>")
         assert before == "Well. " and rest.endswith("</tool_call>")
@@ -81,13 +89,13 @@ def test_a_call_that_has_begun_is_one_of_a_known_tool(known: Vocabulary) -> None
 
 
 def test_calls_in_a_list_are_of_known_tools() -> None:
-    for seed in range(6):
+    for seed in range(2):
         text = written(PLAIN, lazy(PLAIN, LIST), b"[TOOL_CALLS]", seed).decode()
         calls = json.loads(text.removeprefix("[TOOL_CALLS]").partition("<|im_end|>")[0])
         assert calls and all((call["name"], call["arguments"]) in ARGUMENTS for call in calls)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from([*"<tool_ca>", "<tool_", "tool_call>", "a", "é", "<<", "\n"])))
 def test_a_text_is_held_from_its_mark_on_and_never_before(pieces: Sequence[str]) -> None:
     held, text = lazy(PLAIN), b""
@@ -185,7 +193,56 @@ def test_a_text_that_can_no_longer_be_followed_is_free_and_no_error() -> None:
 
 
 def test_only_forms_that_a_grammar_can_say_are_held() -> None:
-    assert form_of("hermes", "") == HERMES
     assert form_of("mistral", "[TOOL_CALLS] [") == LIST
     assert form_of("mistral", "[TOOL_CALLS]name[ARGS]") is None
-    assert [form_of(family, "") for family in ("coder", "llama", "generic")] == [None] * 3
+    assert [form_of(family, "") for family in ("llama", "generic")] == [None] * 2
+
+
+PAINT = {"function": {"name": "paint", "parameters": {
+    "type": "object", "required": ["colour", "count", "size"], "properties": {
+        "colour": {"type": "string", "enum": ["red", "blue"]},
+        "count": {"type": "integer", "minimum": 1, "maximum": 12},
+        "why": {"type": "string"}, "size": {"type": "array", "maxItems": 2, "items": {
+            "$ref": "#/$defs/Side"}}, "any/~": {"type": "object", "additionalProperties": False},
+    }, "$defs": {"Side": {"enum": [1, 2]}}}}}  # fmt: skip
+
+
+def test_a_call_in_tags_has_what_is_required_and_of_its_type() -> None:
+    names = set()
+    for seed in range(6):
+        text = written(PLAIN, lazy(PLAIN, CODER, [PAINT, *TOOLS]), b"<tool_call>", seed)
+        (call,) = Coder([PAINT, *TOOLS]).push(text.decode("utf-8", "replace"))
+        assert isinstance(call, Call)
+        names.add(call.name)
+        given = json.loads(call.arguments)
+        if call.name != "paint":
+            continue
+        assert given["colour"] in ("red", "blue") and 1 <= given["count"] <= 12
+        assert set(given["size"]) <= {1, 2} and given.get("any/~", {}) == {}
+        assert isinstance(given.get("why", ""), str)
+    assert "paint" in names and len(names) > 1
+
+
+def test_a_text_in_tags_may_have_anything_in_it_but_its_end() -> None:
+    held = lazy(PLAIN, CODER, [{"function": {"name": "f", "parameters": {
+        "properties": {"a": {"type": "string"}}, "required": ["a"]}}}])  # fmt: skip
+    value = '<b>"é\n\n</parameter>'
+    call = f"<tool_call>\n<function=f>\n<parameter=a>\n{value}\n</function>\n</tool_call>"
+    for place, byte in enumerate(call.encode()):
+        assert held.acts == (place >= len("<tool_call>"))
+        held.accept(byte)
+    assert not held.acts
+    for byte in b"<tool_call><":
+        held.accept(byte)
+    assert bytes(held.forced()) == b"function=f>\n<parameter=a>\n"
+
+
+@pytest.mark.parametrize("key", ["a>b", "a\nb", "", "<"])
+def test_a_parameter_that_tags_cannot_name_leaves_its_tool_free(key: str) -> None:
+    odd = {"function": {"name": "f", "parameters": {"properties": {key: {}}, "required": [key]}}}
+    held = lazy(PLAIN, CODER, [odd])
+    call = b"<tool_call><function=f>\n<parameter=x>\n1\n</parameter>\n</function></tool_call>"
+    for place, byte in enumerate(call):
+        assert held.acts == (place >= len("<tool_call>"))
+        held.accept(byte)
+    assert not held.acts

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ...constraints.constraint import Constraint
 from ...constraints.matcher import Matcher
-from ...constraints.schema import read_schema
 from ...constraints.vocabulary import Vocabulary
 from .forced import call_schema
 from .hermes import CLOSING, OPENING
 from .mistral import MARK
-
-AS_WRITTEN = {
-    "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True,
-}  # fmt: skip
-"""As templates show calls to models, whatever else a schema asks for."""
-SPACE = r"/[ \n]{0,4}/"
+from .tagged import SPACE, as_json, tagged_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +22,20 @@ class CallForm:
     """How a family writes calls behind a mark, if a grammar can say it."""
 
     mark: str
+    grammar: Callable[[Sequence[Mapping[str, Any]]], str]
+    """In Lark, of calls of these tools; ValueError for what is beyond a bound."""
     closing: str = ""
     """What follows a call."""
-    is_list: bool = False
-    """Several calls, as one list."""
 
 
 def form_of(family: str, template: str | None) -> CallForm | None:
     """None: its calls are read, but not held to anything."""
     if family == "hermes":
-        return CallForm(OPENING, CLOSING)
+        return CallForm(OPENING, _object, CLOSING)
+    if family == "coder":
+        return CallForm(OPENING, tagged_calls, CLOSING)
     if family == "mistral" and "[ARGS]" not in (template or ""):
-        return CallForm(MARK, is_list=True)
+        return CallForm(MARK, _list)
     return None
 
 
@@ -66,15 +62,17 @@ def _sound(form: CallForm, tool: Mapping[str, Any], vocabulary: Vocabulary) -> M
 def _compiled(
     form: CallForm, tools: Sequence[Mapping[str, Any]], vocabulary: Vocabulary
 ) -> Matcher:
-    if form.is_list:
-        items = call_schema(tools, at="/items")
-        schema: dict[str, Any] = {"type": "array", "items": items, "minItems": 1}
-    else:
-        schema = call_schema(tools)
-    document = read_schema(schema) | {"x-guidance": AS_WRITTEN}
-    lark = f"start: {SPACE} %json {json.dumps(document)}"
+    lark = form.grammar(tools)
     if form.closing:
         special = vocabulary.special(form.closing)
-        closing = json.dumps(form.closing) if special is None else f"<[{special}]>"
-        lark += f" {SPACE} {closing}"
+        lark += f" {SPACE} {json.dumps(form.closing) if special is None else f'<[{special}]>'}"
     return Matcher.of(Constraint.of_lark(lark), vocabulary)
+
+
+def _object(tools: Sequence[Mapping[str, Any]]) -> str:
+    return f"start: {SPACE} {as_json(call_schema(tools))}"
+
+
+def _list(tools: Sequence[Mapping[str, Any]]) -> str:
+    calls = {"type": "array", "items": call_schema(tools, at="/items"), "minItems": 1}
+    return f"start: {SPACE} {as_json(calls)}"
