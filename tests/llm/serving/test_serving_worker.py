@@ -107,6 +107,7 @@ def test_a_queue_that_is_full_says_when_to_come_back() -> None:
             await worker.answer(Order(["late"]))
         assert caught.value.status == 429 and int(caught.value.headers["retry-after"]) >= 1
         assert len(engine.orders) == 3, "it was tokenised first"
+        await until(lambda: worker.load.waiting + worker.load.rows == 3)
         worker.leave(held[1])
         await until(lambda: worker.load.waiting + worker.load.rows == 2)
         await worker.answer(Order(["now"]))
