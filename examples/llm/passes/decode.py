@@ -107,7 +107,7 @@ class Decoder:
         self._block, self._splits = block, splits
         self._graphs = Graphs(device) if device.type == "cuda" else None
         self._ropes = {config.rope(i): i for i in reversed(range(config.num_layers))}
-        self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
+        self._rotated: dict[tuple[Rope, int], torch.Tensor] = {}
 
     def takes(self, entries: Sequence[Entry]) -> int:
         """How many of the first rows of a pass can be done here."""
@@ -200,10 +200,10 @@ class Decoder:
         (chunk,) = batch.chunks
         for rope, layer_idx in self._ropes.items():
             table = self._rotary.rows(layer_idx, chunk.positions, chunk.lengths)
-            kept = self._tables.setdefault((rope, chunk.count), table)
+            kept = self._rotated.setdefault((rope, chunk.count), table)
             if kept is not table:
                 kept.copy_(table)
-        return {rope: self._tables[rope, chunk.count] for rope in self._ropes}
+        return {rope: self._rotated[rope, chunk.count] for rope in self._ropes}
 
 
 def open_decoder(
