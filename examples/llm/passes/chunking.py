@@ -17,8 +17,7 @@ class Chunking:
     group_rows: bool = False
     """Attend to rows that decode together: for devices where a call costs more than its work."""
     captured_rows: int = 0
-    """Passes in which up to so many rows take one token each go through ``decode``, where
-    nothing streams."""
+    """Up to so many rows that take one token go through ``decode``."""
     reproducible: bool = False
     """A token's result is the same bits, whatever shares its pass: no rows are grouped."""
 

@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 
 
 class DecodeAttention:
-    """The attention of one pass in any layer: rotates, stores and looks back by kernels.
-
-    ``tables``, by kind of rotation, are those of the pass's tokens that are known; others are
-    computed where they are needed.
-    """
-
-    tables: dict[Rope, torch.Tensor]
+    """The attention of one pass in any layer: rotates, stores and looks back by kernels."""
 
     rotates = True
 
@@ -40,7 +34,8 @@ class DecodeAttention:
         self._config, self._rotary, self._looks = config, rotary, looks
         (self._chunk,) = batch.chunks
         self._interleaved = interleaved
-        self.tables = {}
+        self.tables: dict[Rope, torch.Tensor] = {}
+        """Rotations of the pass's tokens, by kind, as far as they are known."""
 
     def __call__(
         self,
