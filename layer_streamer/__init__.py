@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .checkpoint.formats import read_manifest
     from .checkpoint.json_file import read_json
     from .checkpoint.manifest import LayerSpec, Manifest, TensorSpec
+    from .devices.pieces import copy_pieces
     from .errors import (
         CheckpointChangedError,
         CheckpointError,
@@ -60,6 +61,7 @@ __all__ = [
     "TensorSpec",
     "TuneError",
     "cache_path",
+    "copy_pieces",
     "format_bytes",
     "parse_bytes",
     "plan_checkpoint",
@@ -74,6 +76,7 @@ _PLACES = {
     **dict.fromkeys(("LayerSpec", "Manifest", "TensorSpec"), "checkpoint.manifest"),
     **dict.fromkeys(("format_bytes", "parse_bytes"), "planning.budget"),
     "Plan": "planning.plan",
+    "copy_pieces": "devices.pieces",
     "cache_path": "machine.cache",
     "plan_checkpoint": "preview",
     "LayerStreamer": "streamer",

@@ -12,12 +12,33 @@ import logging
 from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 logger = logging.getLogger(__name__)
 
 HOST_TO_DEVICE = 1
 """cudaMemcpyHostToDevice."""
+EITHER_WAY = 4
+"""cudaMemcpyDefault: from the addresses."""
+IN_STREAM_ORDER = 1
+"""cudaMemcpySrcAccessOrderStream."""
+BESIDE_COMPUTE = 1
+"""cudaMemcpyFlagPreferOverlapWithCompute: the copy engines are to do it."""
+BATCHES_SINCE = 13
+"""Major version of CUDA whose cudaMemcpyBatchAsync has the parameters that are passed here."""
+
+
+class CopyAttributes(ctypes.Structure):
+    """cudaMemcpyAttributes, of CUDA 13's cuda_runtime_api.h; hints of places are left at none."""
+
+    _fields_ = (
+        ("order", ctypes.c_int),
+        ("source_place", ctypes.c_int * 2),
+        ("to_place", ctypes.c_int * 2),
+        ("flags", ctypes.c_uint),
+    )
 
 
 class Runtime:
@@ -31,6 +52,14 @@ class Runtime:
         self._wait.argtypes = [handle, handle, ctypes.c_uint]
         self._memcpy = library.cudaMemcpyAsync
         self._memcpy.argtypes = [handle, handle, count, ctypes.c_int, handle]
+        self._memcpy_batch = None
+        if cuda_version() >= BATCHES_SINCE:
+            self._memcpy_batch = library.cudaMemcpyBatchAsync
+            self._memcpy_batch.argtypes = [
+                *[handle] * 3, count, handle, handle, count, handle,
+            ]  # fmt: skip
+            self._attributes = CopyAttributes(order=IN_STREAM_ORDER, flags=BESIDE_COMPUTE)
+            self._first = ctypes.c_size_t(0)
         self._describe = library.cudaGetErrorString
         self._describe.restype = ctypes.c_char_p
 
@@ -47,17 +76,46 @@ class Runtime:
         to, from_, nbytes = dst.data_ptr(), src.data_ptr(), dst.nbytes
         self._check(self._memcpy(to, from_, nbytes, HOST_TO_DEVICE, stream.cuda_stream))
 
+    def copy_all(
+        self,
+        to: npt.NDArray[np.int64],
+        from_: npt.NDArray[np.int64],
+        nbytes: npt.NDArray[np.int64],
+        stream: Any,
+    ) -> None:
+        """Enqueue copies between addresses of the device and of page-locked memory, in any order
+        among themselves, on ``stream``."""
+        handle = stream.cuda_stream
+        if not nbytes.any():
+            return
+        if self._memcpy_batch is None or not handle:  # the default stream takes no batches
+            for i, j, n in zip(to.tolist(), from_.tolist(), nbytes.tolist(), strict=True):
+                self._check(self._memcpy(i, j, n, EITHER_WAY, handle))
+            return
+        # In memory of their own, one after the other; the call has read them at its return. A
+        # batch may hold nothing empty.
+        some = nbytes > 0
+        numbers = [np.ascontiguousarray(values[some]) for values in (to, from_, nbytes)]
+        addresses = [values.ctypes.data for values in numbers]
+        attributes, first = ctypes.byref(self._attributes), ctypes.byref(self._first)
+        self._check(self._memcpy_batch(*addresses, len(numbers[0]), attributes, first, 1, handle))
+
     def _check(self, code: int) -> None:
         if code:
             raise RuntimeError(f"CUDA error {code}: {self._describe(code).decode()}")
 
 
+def cuda_version() -> int:
+    """Major version of the CUDA that torch was built for; 0: none."""
+    return int((torch.version.cuda or "0").split(".")[0])
+
+
 @cache
 def load_runtime() -> Runtime | None:
     """The runtime of torch's CUDA version; None where there is none to be had (ROCm)."""
-    if torch.version.cuda is None:
+    if not cuda_version():
         return None
-    name = f"libcudart.so.{torch.version.cuda.split('.')[0]}"
+    name = f"libcudart.so.{cuda_version()}"
     try:
         # By this name the loader finds the library that torch has loaded.
         return Runtime(ctypes.PyDLL(name))

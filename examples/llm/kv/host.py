@@ -33,7 +33,7 @@ from .moves import Move, moved_places
 from .pinned import GrowingMemory
 from .rows import Row, Span
 from .tokens import Tokens
-from .transfers import Pair, Transfers
+from .transfers import Transfers
 
 PAGE = 4096
 CODED = 4096
@@ -171,7 +171,7 @@ class HostTier:
             self._transfers.wait(slot.drained, stream)
             tokens = layer.tokens.of_rows_left()
             # The streamer lets the pass wait for all that is on this stream by now.
-            self._transfers.copy(self._inward(layer, slot, tokens), stream)
+            self._copy(layer, tokens, to=slot.raw, source=layer.memory.memory, stream=stream)
         self._fetched[layer_idx] = Fetch(slot, tokens, passes)
 
     def begin(self, rows: Sequence[Row]) -> None:
@@ -192,10 +192,10 @@ class HostTier:
         slot.in_use = True
         late = [(row, fetch.there(row, self._passes), row.length) for row in rows]
         if any(first < end for _, first, end in late):
-            missing = list(self._inward(layer, slot, Tokens(late)))
             # It has come home: the copier's stream, which this one follows, has waited for it.
-            self._transfers.copy(missing, current)
-            self.late_nbytes += sum(source.nbytes for _, source in missing)
+            self.late_nbytes += self._copy(
+                layer, Tokens(late), to=slot.raw, source=layer.memory.memory, stream=current
+            )
         if self._codec is None:
             return self._token.view(slot.raw)
         assert self._work is not None
@@ -217,10 +217,8 @@ class HostTier:
         transfers = self._transfers
         transfers.record(slot.used, transfers.current())
         transfers.wait(slot.used, transfers.back)
-        for place, number in new.runs(layer.span):
-            layer.memory.reach(place * self.token_nbytes, (place + number) * self.token_nbytes)
-        pairs = ((home, here) for here, home in self._inward(layer, slot, new))
-        transfers.copy(pairs, transfers.back)
+        layer.memory.reach(new.runs(layer.span) * self.token_nbytes)
+        self._copy(layer, new, to=layer.memory.memory, source=slot.raw, stream=transfers.back)
         transfers.record(slot.drained, transfers.back)
         layer.tokens = then
         slot.in_use = False
@@ -246,18 +244,29 @@ class HostTier:
         for layer in self._layers.values():
             layer.memory.close()
 
-    def _inward(self, layer: HostLayer, slot: Slot, tokens: Tokens) -> Iterator[Pair]:
-        """Copies of rows' tokens: (in the slot, at home)."""
-        for place, number in tokens.runs(layer.span):
-            start = place * self.token_nbytes
-            for i, j in layer.memory.pieces(start, start + number * self.token_nbytes):
-                yield slot.raw[i:j], layer.memory.memory[i:j]
+    def _copy(
+        self,
+        layer: HostLayer,
+        tokens: Tokens,
+        *,
+        to: torch.Tensor,
+        source: torch.Tensor,
+        stream: Any,
+    ) -> int:
+        """Enqueue copies of rows' tokens between their places in a slot and at home: bytes."""
+        pieces = layer.memory.pieces(tokens.runs(layer.span) * self.token_nbytes)
+        if layer.memory.refused:
+            pairs = ((to[i : i + n], source[i : i + n]) for i, n in pieces.tolist())
+            self._transfers.copy(pairs, stream)
+        else:
+            self._transfers.copy_pieces(to, source, pieces, stream)
+        return int(pieces[:, 1].sum())
 
     def _tokens(self, slot: Slot) -> torch.Tensor:
         return slot.raw.view(self._places, self.token_nbytes)
 
     def _coded(self, layer: HostLayer, tokens: Tokens) -> Iterator[tuple[int, int]]:
         """Places of rows' tokens, a few at a time."""
-        for place, number in tokens.runs(layer.span):
+        for place, number in tokens.runs(layer.span).tolist():
             for offset in range(place, place + number, CODED):
                 yield offset, min(offset + CODED, place + number)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import mmap
 import sys
-from bisect import bisect_right, insort
-from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 logger = logging.getLogger(__name__)
+
+Numbers = npt.NDArray[np.int64]
 
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 """Linux's flag: no swap is set aside for what is never touched."""
@@ -23,6 +25,8 @@ MADV_WIPEONFORK = 18
 """Of Linux: a forked child sees zeros, so that no copy-on-write moves pages under a transfer."""
 REGISTER_PORTABLE = 1
 """cudaHostRegisterPortable."""
+LOCKED_AT_ONCE = 4 << 20
+"""Bytes up to which threads are not worth their start."""
 HUGE_ARENA = 64 << 20
 """Arenas from this size on ask for huge pages, of which each takes 2 MiB at once."""
 
@@ -42,9 +46,10 @@ class GrowingMemory:
         self._advise()
         with torch.inference_mode(False):
             self.memory = torch.from_numpy(np.frombuffer(self._mapping, dtype=np.uint8))
-        self._reached = [False] * (len(self._mapping) // block_nbytes)
-        self._borders: list[int] = []
-        """Where each segment that was taken as one begins, in order: no copy may cross one."""
+        self._reached = np.zeros(len(self._mapping) // block_nbytes, dtype=bool)
+        self._borders = np.zeros(0, dtype=np.int64)
+        """Where each segment that was taken as one begins, in order: no copy may cross one. It is
+        replaced as a whole, for other threads that read it."""
         self._locked: list[int] = []
         """Those of them that are page-locked."""
         self._pins = device.type == "cuda"
@@ -52,16 +57,22 @@ class GrowingMemory:
     @property
     def nbytes(self) -> int:
         """Bytes that have been taken."""
-        return sum(self._reached) * self._block
+        return int(self._reached.sum()) * self._block
 
     @property
-    def pinned(self) -> bool:
-        """True unless page-locking has been refused, or is not needed (on a CPU)."""
-        return self._pins
+    def refused(self) -> bool:
+        """True: what a device is to copy from is not page-locked."""
+        return self._device.type == "cuda" and not self._pins
 
-    def reach(self, start: int, end: int) -> None:
-        """Take the blocks of these bytes that have not been taken yet."""
-        first, last = start // self._block, -(-end // self._block)
+    def reach(self, runs: Numbers) -> None:
+        """Take the blocks of runs of bytes, (first, count) each, that have not been taken yet."""
+        firsts, lasts = runs[:, 0] // self._block, -(-runs.sum(1) // self._block)
+        missing = np.append(0, np.cumsum(~self._reached))
+        wanted = missing[lasts] > missing[firsts]
+        for first, last in zip(firsts[wanted].tolist(), lasts[wanted].tolist(), strict=True):
+            self._reach(first, last)
+
+    def _reach(self, first: int, last: int) -> None:
         while first < last:
             if self._reached[first]:
                 first += 1
@@ -72,14 +83,18 @@ class GrowingMemory:
             self._take(first, after)
             first = after
 
-    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The bytes from start to end, cut where page-locked segments meet."""
-        index = bisect_right(self._borders, start)
-        while index < len(self._borders) and self._borders[index] < end:
-            yield start, self._borders[index]
-            start = self._borders[index]
-            index += 1
-        yield start, end
+    def pieces(self, runs: Numbers) -> Numbers:
+        """Runs of bytes, (first, count) each, cut where page-locked segments meet: (n, 2)."""
+        borders, starts, ends = self._borders, runs[:, 0], runs.sum(1)
+        before = np.searchsorted(borders, starts, side="right")
+        counts = np.searchsorted(borders, ends) - before
+        if not counts.any():
+            return runs
+        found = []
+        for start, end, index, count in zip(starts, ends, before, counts, strict=True):
+            cuts = [start, *borders[index : index + count], end]
+            found += [(first, after - first) for first, after in pairwise(cuts)]
+        return np.array(found, dtype=np.int64)
 
     def close(self) -> None:
         """Give the page locks back; no copy may be under way. Idempotent."""
@@ -91,9 +106,10 @@ class GrowingMemory:
         offset, nbytes = first * self._block, (after - first) * self._block
         # Noted first: an interrupt in between leaves memory that is not locked, which only costs
         # time, and never a lock that is not given back.
-        insort(self._borders, offset)
-        self._reached[first:after] = [True] * (after - first)
-        self.memory[offset : offset + nbytes].zero_()  # by several threads; locking uses one
+        self._borders = np.sort(np.append(self._borders, offset))
+        self._reached[first:after] = True
+        if nbytes > LOCKED_AT_ONCE:  # by several threads; locking takes its pages with one
+            self.memory[offset : offset + nbytes].zero_()
         if self._pins:
             self._locked.append(offset)
             if not self._register(offset, nbytes):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
 
 from .blocks import BLOCK
 from .rows import Row, Span
 
+Numbers = npt.NDArray[np.int64]
 Part = tuple[Row, int, int]
 """Of a row, the tokens from one to another."""
 
@@ -21,14 +25,15 @@ class Tokens:
         self._parts = tuple(parts)
         self.ends: Mapping[int, int] = {row.uid: end for row, _, end in self._parts}
         """By row's uid, up to which token."""
-        self._runs: dict[Span, Sequence[tuple[int, int]]] = {}
+        self._runs: dict[Span, Numbers] = {}
 
-    def runs(self, span: Span) -> Sequence[tuple[int, int]]:
-        """(place, count) of those that lie together, each place once."""
+    def runs(self, span: Span) -> Numbers:
+        """(place, count) of those that lie together, each place once: (n, 2), int64."""
         found = self._runs.get(span)
         if found is None:
             parts = once(self._parts)
-            found = [run for row, first, end in parts for run in row.places(span, first, end)]
+            runs = [run for row, first, end in parts for run in row.places(span, first, end)]
+            found = np.array(runs, dtype=np.int64).reshape(-1, 2)
             self._runs[span] = found
         return found
 

@@ -7,6 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
+from layer_streamer import copy_pieces
+
+from .tokens import Numbers
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Where to, where from."""
 
@@ -37,6 +41,12 @@ class Transfers(Protocol):
 
     def copy(self, pairs: Iterable[Pair], stream: Any) -> None:
         """Enqueue copies on ``stream``."""
+
+    def copy_pieces(
+        self, to: torch.Tensor, source: torch.Tensor, pieces: Numbers, stream: Any
+    ) -> None:
+        """Enqueue copies of bytes between page-locked memory and the device, to where they are in
+        the source: (first, count) each, (n, 2)."""
 
     def finish(self) -> None:
         """Block until all transfers have been done."""
@@ -69,6 +79,11 @@ class CudaTransfers:
             for to, source in pairs:
                 to.copy_(source, non_blocking=True)
 
+    def copy_pieces(
+        self, to: torch.Tensor, source: torch.Tensor, pieces: Numbers, stream: Any
+    ) -> None:
+        copy_pieces(to, pieces[:, 0], source, pieces[:, 0], pieces[:, 1], stream)
+
     def finish(self) -> None:
         torch.cuda.synchronize(self._device)
 
@@ -96,6 +111,11 @@ class HostTransfers:
     def copy(self, pairs: Iterable[Pair], stream: Any) -> None:
         for to, source in pairs:
             to.copy_(source)
+
+    def copy_pieces(
+        self, to: torch.Tensor, source: torch.Tensor, pieces: Numbers, stream: Any
+    ) -> None:
+        copy_pieces(to, pieces[:, 0], source, pieces[:, 0], pieces[:, 1])
 
     def finish(self) -> None:
         return

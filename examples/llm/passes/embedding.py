@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from ..kv.pinned import GrowingMemory
@@ -107,7 +108,7 @@ class _Stage:
 
     def __init__(self, nbytes: int, device: torch.device, transfers: Transfers) -> None:
         self.memory = GrowingMemory(nbytes, PAGE, device)
-        self.memory.reach(0, nbytes)
+        self.memory.reach(np.array([[0, nbytes]]))
         self.sent = transfers.event()
         """After the copies from here."""
         self.end = 0

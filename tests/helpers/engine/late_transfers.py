@@ -7,8 +7,10 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from fake_device import FakeDevice
 
+from layer_streamer.llm.kv.tokens import Numbers
 from layer_streamer.llm.kv.transfers import Pair
 
 
@@ -53,6 +55,11 @@ class LateTransfers:
             for to, source in pairs:
                 self.device.copy(to, source)
                 self._interrupt()
+
+    def copy_pieces(
+        self, to: torch.Tensor, source: torch.Tensor, pieces: Numbers, stream: Any
+    ) -> None:
+        self.copy([(to[i : i + n], source[i : i + n]) for i, n in pieces.tolist()], stream)
 
     def finish(self) -> None:
         self.device.drain()

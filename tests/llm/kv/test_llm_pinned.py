@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,20 +15,24 @@ PAGE = 4096
 CPU = torch.device("cpu")
 
 
+def reach(memory: GrowingMemory, start: int, end: int) -> None:
+    memory.reach(np.array([[start, end - start]]))
+
+
 def test_nothing_is_taken_before_it_is_reached_and_nothing_twice():
     memory = GrowingMemory(100 * PAGE, 2 * PAGE, CPU)
     assert memory.nbytes == 0
-    memory.reach(PAGE, PAGE + 1)
+    reach(memory, PAGE, PAGE + 1)
     assert memory.nbytes == 2 * PAGE
     memory.memory[PAGE] = 7
-    memory.reach(0, 5 * PAGE)
+    reach(memory, 0, 5 * PAGE)
     assert memory.nbytes == 6 * PAGE
     assert memory.memory[PAGE] == 7, "what was there is kept"
 
 
 def test_more_may_be_promised_than_the_machine_has():
     memory = GrowingMemory(1 << 44, 1 << 20, CPU)
-    memory.reach((1 << 44) - PAGE, 1 << 44)
+    reach(memory, (1 << 44) - PAGE, 1 << 44)
     assert memory.nbytes == 1 << 20
 
 
@@ -38,15 +43,19 @@ reaches = st.lists(st.tuples(st.integers(0, 63), st.integers(1, 8)), min_size=1,
 def test_pieces_cover_the_bytes_in_order_and_cross_no_segment(steps, data):
     memory, taken = GrowingMemory(64 * PAGE, PAGE, CPU), set()
     for first, count in steps:
-        memory.reach(first * PAGE, min(first + count, 64) * PAGE)
+        reach(memory, first * PAGE, min(first + count, 64) * PAGE)
         taken |= set(range(first, min(first + count, 64)))
     start = data.draw(st.sampled_from(sorted(taken)))
     end = start
     while end in taken:
         end += 1
-    pieces = list(memory.pieces(start * PAGE + 5, end * PAGE - 3))
+    middle = (start + end) * PAGE // 2
+    runs = [(start * PAGE + 5, middle), (middle, end * PAGE - 3)]
+    found = memory.pieces(np.array([(first, last - first) for first, last in runs]))
+    pieces = [(first, first + count) for first, count in found.tolist()]
     assert pieces[0][0] == start * PAGE + 5 and pieces[-1][1] == end * PAGE - 3
     assert all(a[1] == b[0] for a, b in pairwise(pieces))
+    assert all(first < last for first, last in pieces)
     for first, last in pieces:
         assert not any(first < border < last for border in memory._borders)
 
@@ -104,9 +113,10 @@ def test_a_head_of_which_a_number_is_not_finite_comes_back_as_nan(bad):
 @pytest.mark.gpu
 def test_memory_that_is_reached_is_page_locked_piece_by_piece():
     memory = GrowingMemory(64 * PAGE, PAGE, torch.device("cuda"))
-    memory.reach(0, 3 * PAGE)
-    memory.reach(3 * PAGE, 5 * PAGE)
-    assert memory.pinned and memory.memory[: 5 * PAGE].is_pinned()
-    assert list(memory.pieces(0, 5 * PAGE)) == [(0, 3 * PAGE), (3 * PAGE, 5 * PAGE)]
+    reach(memory, 0, 3 * PAGE)
+    reach(memory, 3 * PAGE, 5 * PAGE)
+    assert not memory.refused and memory.memory[: 5 * PAGE].is_pinned()
+    pieces = memory.pieces(np.array([[0, 5 * PAGE]]))
+    assert pieces.tolist() == [[0, 3 * PAGE], [3 * PAGE, 2 * PAGE]]
     memory.close()
     assert not memory.memory[:PAGE].is_pinned()

@@ -299,14 +299,13 @@ def test_a_shared_beginning_travels_once(model: tuple[Path, Any]) -> None:
         passes(runner, [ids], keep=True)
         host = runner.kv.host
         assert host is not None
-        pairs = host._transfers.copy
+        copy = host._transfers.copy_pieces
 
-        def count(given: Any, stream: Any) -> None:
-            given = list(given)
-            sent.append(sum(source.nbytes for _, source in given))
-            pairs(given, stream)
+        def count(to: Any, source: Any, pieces: Any, stream: Any) -> None:
+            sent.append(int(pieces[:, 1].sum()))
+            copy(to, source, pieces, stream)
 
-        host._transfers.copy = count  # type: ignore[method-assign]
+        host._transfers.copy_pieces = count  # type: ignore[method-assign]
         for copies in (1, 3):
             sent.clear()
             passes(runner, [ids] * copies, keep=True)
