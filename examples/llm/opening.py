@@ -17,7 +17,7 @@ from layer_streamer import CheckpointError, LayerStreamer, Manifest, TensorSpec,
 from .generation_config import read_generation_config
 from .hub import find_model
 from .kernels.triton_support import triton_serves
-from .kv.blocks import round_up
+from .kv.blocks import BLOCK, round_up
 from .kv.cache import KVCache, KVLayout
 from .memory.footprint import Footprint, Needs
 from .memory.placing import choose_device, choose_dtype
@@ -206,6 +206,7 @@ def plan_memory(
         static_nbytes=static_nbytes,
         captured_rows=most,
         captured_rows_streamed=streamed,
+        captured_part=BLOCK if limits.max_batch > 1 else 0,
         reproducible=limits.reproducible,
         draft_nbytes=draft_nbytes,
     )
@@ -266,6 +267,7 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
             plan.chunk,
             group_rows=device.type != "cpu",
             captured_rows=captured,
+            captured_part=min(needs.captured_part, plan.chunk) if plan.captures_layers else 0,
             reproducible=needs.reproducible,
         )
         return Runner(streamer, model.config, model.names, kv, dtype=needs.dtype, chunking=chunking)

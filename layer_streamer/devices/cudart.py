@@ -60,6 +60,7 @@ class Runtime:
             ]  # fmt: skip
             self._attributes = CopyAttributes(order=IN_STREAM_ORDER, flags=BESIDE_COMPUTE)
             self._first = ctypes.c_size_t(0)
+        self._forget = library.cudaGetLastError
         self._describe = library.cudaGetErrorString
         self._describe.restype = ctypes.c_char_p
 
@@ -102,6 +103,7 @@ class Runtime:
 
     def _check(self, code: int) -> None:
         if code:
+            self._forget()  # or the next launch that torch checks would raise it, too
             raise RuntimeError(f"CUDA error {code}: {self._describe(code).decode()}")
 
 

@@ -84,6 +84,12 @@ class Library:
         self.cudaEventRecord = lambda *_: 0
         self.cudaStreamWaitEvent = lambda *_: 0
         self.cudaGetErrorString = lambda code: b"out of luck"
+        self.forgotten = 0
+
+        def forget() -> None:
+            self.forgotten += 1
+
+        self.cudaGetLastError = forget
 
 
 def runtime_of(library: Library, version: int, monkeypatch: pytest.MonkeyPatch) -> cudart.Runtime:
@@ -118,13 +124,28 @@ def test_without_batches_and_on_the_default_stream_pieces_go_one_by_one(
 def test_a_refused_batch_is_an_error_that_says_what_cuda_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runtime = runtime_of(Library(code=1), 13, monkeypatch)
+    library = Library(code=1)
+    runtime = runtime_of(library, 13, monkeypatch)
     with pytest.raises(RuntimeError, match="CUDA error 1: out of luck"):
         runtime.copy_all(*PIECES, SimpleNamespace(cuda_stream=77))
+    assert library.forgotten == 1
 
 
 def test_the_attributes_are_as_large_as_the_runtimes() -> None:
     assert ctypes.sizeof(cudart.CopyAttributes) == 24
+
+
+@pytest.mark.gpu
+def test_after_a_refused_copy_the_next_kernel_is_clean() -> None:
+    home = torch.zeros(64, dtype=torch.uint8).pin_memory()
+    there = torch.zeros(64, dtype=torch.uint8, device="cuda")
+    runtime = cudart.load_runtime()
+    assert runtime is not None
+    nowhere = np.array([1 << 60])
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        runtime.copy_all(nowhere, nowhere, np.array([16]), torch.cuda.Stream())
+    copy_pieces(there, np.array([0]), home, np.array([0]), np.array([64]))
+    assert torch.ones(3, device="cuda").sum().item() == 3
 
 
 @pytest.mark.gpu

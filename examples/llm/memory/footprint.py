@@ -46,6 +46,8 @@ class Needs:
     """Rows up to which passes that decode may be captured; 0: none are."""
     captured_rows_streamed: int = 0
     """The same of what each layer computes, where something streams."""
+    captured_part: int = 0
+    """Tokens of a prompt's part that is captured beside these; 0: none is."""
     draft_nbytes: int = 0
     """All that what drafts takes on the device."""
     reproducible: bool = False
@@ -119,8 +121,14 @@ class Footprint:
 
     def captured_layers(self) -> int:
         """The same of layers that are captured one by one, where something streams."""
-        int8 = self.needs.int8
-        return self._captured(0 if int8 else self.needs.captured_rows_streamed, fewer=True)
+        config, needs = self.config, self.needs
+        rows = 0 if needs.int8 else needs.captured_rows_streamed
+        if not rows:
+            return 0
+        # Of a part: queries, keys, values and what is mixed of them, beside what a half makes.
+        heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+        token = needs.dtype.itemsize * (6 * config.hidden_size + heads + 2 * config.ffn_size)
+        return self._captured(rows, fewer=True) + needs.captured_part * token
 
     def _captured(self, rows: int, *, fewer: bool) -> int:
         config, needs = self.config, self.needs

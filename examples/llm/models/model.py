@@ -38,17 +38,9 @@ def decoder_layer(
     rotates by itself. The result is written to ``out``, if given, which may be x_TD; else x_TD is
     not changed.
     """
-    names = BLOCK_NORMS[config.family.output_norms]
-    eps, arithmetic = config.norm_eps, weights.arithmetic
-    normed = arithmetic.rms_norm(x_TD, weights.norm(names[0]), eps)
-    added = self_attention(normed, weights, config, table_2TE, attention)
-    if config.family.output_norms:
-        added = arithmetic.rms_norm(added, weights.norm("post_attention_layernorm"), eps)
-    x_TD, normed = arithmetic.add_rms_norm(x_TD, added, weights.norm(names[1]), eps)
-    added = feed_forward(normed, weights, config)
-    if config.family.output_norms:
-        added = arithmetic.rms_norm(added, weights.norm("post_feedforward_layernorm"), eps)
-    return torch.add(x_TD, added, out=out)
+    qkv = attention_inputs(x_TD, weights, config, table_2TE)
+    mixed_HTE = attention(weights.layer_idx, *qkv)
+    return attended(x_TD, mixed_HTE, weights, config, out=out)
 
 
 BLOCK_NORMS = {
@@ -67,17 +59,18 @@ def feed_forward(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) 
     return weights.linear(gated_TF, "mlp.down_proj")
 
 
-def self_attention(
+def attention_inputs(
     x_TD: torch.Tensor,
     weights: StepWeights,
     config: ModelConfig,
     table_2TE: torch.Tensor | None,
-    attention: Attention,
-) -> torch.Tensor:
-    """Queries, keys and values of T tokens, and what attention makes of them."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer up to its attention: queries (H, T, E), keys and values (G, T, E)."""
+    norm = weights.norm(BLOCK_NORMS[config.family.output_norms][0])
+    normed_TD = weights.arithmetic.rms_norm(x_TD, norm, config.norm_eps)
 
     def heads(name: str, *, normed: bool = False) -> torch.Tensor:
-        y = weights.linear(x_TD, f"self_attn.{name}_proj").view(-1, config.head_dim)
+        y = weights.linear(normed_TD, f"self_attn.{name}_proj").view(-1, config.head_dim)
         if normed:
             weight = weights.norm(f"self_attn.{name}_norm")
             y = weights.arithmetic.rms_norm(y, weight, config.norm_eps)
@@ -87,5 +80,25 @@ def self_attention(
     if table_2TE is not None:
         interleaved = weights.interleaved_rope
         q_HTE, k_GTE = rotate_both(q_HTE, k_GTE, table_2TE, interleaved=interleaved)
-    mixed_HTE = attention(weights.layer_idx, q_HTE, k_GTE, heads("v"))
-    return weights.linear(mixed_HTE.transpose(0, 1).flatten(1), "self_attn.o_proj")
+    return q_HTE, k_GTE, heads("v")
+
+
+def attended(
+    x_TD: torch.Tensor,
+    mixed_HTE: torch.Tensor,
+    weights: StepWeights,
+    config: ModelConfig,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A layer from its attention's mixed values on. What ``out`` gets is written last."""
+    arithmetic, eps = weights.arithmetic, config.norm_eps
+    added = weights.linear(mixed_HTE.transpose(0, 1).flatten(1), "self_attn.o_proj")
+    if config.family.output_norms:
+        added = arithmetic.rms_norm(added, weights.norm("post_attention_layernorm"), eps)
+    norm = weights.norm(BLOCK_NORMS[config.family.output_norms][1])
+    x_TD, normed_TD = arithmetic.add_rms_norm(x_TD, added, norm, eps)
+    added = feed_forward(normed_TD, weights, config)
+    if config.family.output_norms:
+        added = arithmetic.rms_norm(added, weights.norm("post_feedforward_layernorm"), eps)
+    return torch.add(x_TD, added, out=out)

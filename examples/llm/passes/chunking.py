@@ -18,6 +18,9 @@ class Chunking:
     """Attend to rows that decode together: for devices where a call costs more than its work."""
     captured_rows: int = 0
     """Up to so many rows that take one token go through ``decode``."""
+    captured_part: int = 0
+    """Tokens of prompts that go through a layer at a time beside captured rows, captured but for
+    their attention; 0: as all others."""
     reproducible: bool = False
     """A token's result is the same bits, whatever shares its pass: no rows are grouped."""
 

@@ -22,6 +22,8 @@ from ..models.config import ModelConfig
 from ..models.rope import Rotary
 from ..models.rope_config import Rope
 from .batch import Batch, Chunk, Entry
+from .captured_part import CapturedPart
+from .chunking import Chunking
 from .decode_attention import DecodeAttention
 from .graphs import Graphs
 from .layers import Layers
@@ -68,13 +70,17 @@ class Decoder:
         kv: KVCache,
         rotary: Rotary,
         *,
-        rows: int,
+        chunking: Chunking,
         interleaved: bool,
         whole: bool,
     ) -> None:
-        """``rows``: the most that are taken. ``interleaved``: see ``rope.rotate``. ``whole``:
-        nothing streams."""
+        """``interleaved``: see ``rope.rotate``. ``whole``: nothing streams."""
         self.whole, self.ready = whole, False
+        device, rows = kv.device, min(chunking.captured_rows, kv.layout.tokens)
+        self.part: CapturedPart | None = None
+        """For prompts beside rows whose layers are captured one by one."""
+        if chunking.captured_part and not whole:
+            self.part = CapturedPart(config, chunking.captured_part, kv.layout.dtype, device)
         self.steps: Sequence[tuple[int, Mapping[str, torch.Tensor]]] = ()
         """What a pass of the streamer has handed out, if all of it is resident on the device."""
         self.widths: dict[int, int] = {}
@@ -83,7 +89,6 @@ class Decoder:
         """How many have been done, at least in part, here."""
         self._config, self._rotary, self._rows = config, rotary, rows
         self._interleaved = interleaved
-        device = kv.device
         self._spans = kv.rows.spans
         self._table = BlockTable(self._spans)
         self._filled: list[Row] = []
@@ -184,8 +189,8 @@ class Decoder:
         return self.logits(batch).clone()
 
     def launch(self, size: int, key: Hashable, work: Callable[[], None]) -> None:
-        """Do ``work`` of a part of a pass over so many rows, which ``key`` tells from all others of
-        other addresses."""
+        """Do ``work`` of a step of a pass over so many rows (0: of ``part``), which ``key`` tells
+        from all others of other addresses."""
         graphs, key = self._graphs, (size, key)
         full = graphs is not None and len(graphs) >= MOST_GRAPHS and key not in graphs
         if graphs is None or graphs.failed or full or not graphs.run(key, work):
@@ -212,16 +217,16 @@ def open_decoder(
     kv: KVCache,
     rotary: Rotary,
     *,
-    rows: int,
+    chunking: Chunking,
     interleaved: bool,
 ) -> Decoder | None:
-    """A decoder for up to so many rows, where one can serve; where not, a line says why."""
-    if not rows:
+    """A decoder for as many rows as are to be captured, where one can serve; where not, a line says
+    why."""
+    if not chunking.captured_rows:
         return None
     problem = obstacle(streamer, kv, config)
     if problem is not None:
         logger.info("no passes are captured: %s", problem)
         return None
     whole = set(streamer.plan.tiers) == {"device"} and kv.host is None
-    rows = min(rows, kv.layout.tokens)
-    return Decoder(config, kv, rotary, rows=rows, interleaved=interleaved, whole=whole)
+    return Decoder(config, kv, rotary, chunking=chunking, interleaved=interleaved, whole=whole)

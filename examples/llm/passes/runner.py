@@ -83,7 +83,7 @@ class Runner:
             config,
             kv,
             self._rotary,
-            rows=self._chunking.captured_rows,
+            chunking=self._chunking,
             interleaved=names.interleaved_rope,
         )
         matrix = names.embedding_matrix
@@ -169,15 +169,16 @@ class Runner:
                 batch = decoder.fill(entries[:captured])
                 found.append(Section(batch, [decoder.attention(batch)], captured=True))
         if entries[captured:]:
+            part = decoder.part if decoder is not None and captured else None
             batch = pack(
                 entries[captured:],
-                self._chunking.tokens,
+                self._chunking.tokens if part is None else part.tokens,
                 self.kv.device,
                 None if wanted is None else wanted[captured:],
                 None if drafts is None else drafts[captured:],
             )
             attentions = [self.attention(chunk) for chunk in batch.chunks]
-            found.append(Section(batch, attentions, first))
+            found.append(Section(batch, attentions, first, in_parts=part is not None))
         return found
 
     def _stream(
@@ -255,14 +256,14 @@ class Runner:
                     self.embed(section.batch, chunk, own_ND)
                 x_TD = own_ND[chunk.first : chunk.first + chunk.count]
                 table = None if attention.rotates else run.table(chunk, layer_idx)
-                decoder_layer(
-                    x_TD,
-                    weights,
-                    self.config,
-                    table,
-                    lambda i, *qkv, attention=attention: attention(i, span, memory, qkv),
-                    out=x_TD,
-                )
+
+                def look(i: int, *qkv: Any, attention: Attention = attention) -> torch.Tensor:
+                    return attention(i, span, memory, qkv)
+
+                if section.in_parts and table is not None and run.part.takes(chunk.count):
+                    run.part.compute(x_TD, weights, table, look, run.halves(layer_idx, tensors))
+                else:
+                    decoder_layer(x_TD, weights, self.config, table, look, out=x_TD)
 
         for section in run.sections:
             addresses = (memory, *tensors.values())

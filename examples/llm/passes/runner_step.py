@@ -9,6 +9,7 @@ import torch
 
 from ..models.rope_config import Rope
 from .batch import Chunk
+from .captured_part import CapturedPart, Launch
 from .section import Section
 
 if TYPE_CHECKING:
@@ -75,6 +76,20 @@ class RunnerStep:
         else:
             key = (layer_idx, *(tensor.data_ptr() for tensor in addresses))
             decoder.launch(len(section.batch.ids), key, work)
+
+    @property
+    def part(self) -> CapturedPart:
+        """Where sections that go in parts are computed."""
+        decoder = self._runner.decoder
+        assert decoder is not None and decoder.part is not None
+        return decoder.part
+
+    def halves(self, layer_idx: int, tensors: Mapping[str, torch.Tensor]) -> Launch:
+        """How the halves of a layer with these weights are done for a part."""
+        decoder = self._runner.decoder
+        assert decoder is not None
+        addresses = tuple(tensor.data_ptr() for tensor in tensors.values())
+        return lambda half, work: decoder.launch(0, (half, layer_idx, *addresses), work)
 
     def _normed(self, x_ND: torch.Tensor) -> torch.Tensor:
         """What the head gets of the tokens whose logits are wanted."""

@@ -20,6 +20,8 @@ class Section:
     """One for each chunk."""
     first: int = 0
     """Where they begin."""
+    in_parts: bool = False
+    """Layers compute their chunks as a ``CapturedPart``."""
     captured: bool = False
     """What layers compute of them is captured; those behind the rows' only fill up."""
 

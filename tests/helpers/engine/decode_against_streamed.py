@@ -44,11 +44,13 @@ STREAMS: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def opened(path: Path, config: Any, *, rows: int, **options: Any) -> Iterator[Runner]:
+def opened(
+    path: Path, config: Any, *, rows: int, part: int = 0, **options: Any
+) -> Iterator[Runner]:
     """A runner of which nothing streams, unless ``options`` say so, with passes of up to ``rows``
-    rows captured."""
+    rows captured, and prompts beside them in parts."""
     given = {"tokens": 512, "max_rows": 2, "device_budget": "1GiB"} | options
-    chunking = Chunking(tokens=64, group_rows=True, captured_rows=rows)
+    chunking = Chunking(tokens=64, group_rows=True, captured_rows=rows, captured_part=part)
     with open_runner(path, config, device=DEVICE, chunking=chunking, **given) as runner:
         assert set(runner.streamer.plan.tiers) == {"device"} or "device_budget" in options
         yield runner
@@ -188,10 +190,18 @@ def test_rows_come_and_go_over_layers_that_are_captured_one_by_one(
     model = zoo_model("qwen2-window")
     path, config = tiny_checkpoint(tmp_path, model), model_config(model.config)
     options = {"tokens": 768, "max_rows": 3, "device_budget": None, "host_layers": (0, 2)}
-    count, histories, beside = 9 if FEW else 60, [], []
+    count, histories, beside, halves = 9 if FEW else 60, [], [], set()
     for rows in (0, 2):
-        with opened(path, config, rows=rows, **options) as runner:
+        with opened(path, config, rows=rows, part=4, **options) as runner:
             stream = runner._stream
+            if runner.decoder is not None:
+                launch = runner.decoder.launch
+
+                def heed(size: int, key: Any, work: Any, launch: Any = launch) -> None:
+                    halves.add((size, key[0]))
+                    launch(size, key, work)
+
+                runner.decoder.launch = heed  # type: ignore[method-assign]
 
             def note(sections: Any, stream: Any = stream, **given: Any) -> torch.Tensor:
                 beside.append(len(sections))
@@ -202,6 +212,7 @@ def test_rows_come_and_go_over_layers_that_are_captured_one_by_one(
             captured = passes(runner)
     assert 0 < captured < len(histories[0])
     assert 2 in beside, "some rows were captured beside others that were not"
+    assert {(0, "before"), (0, "after")} <= halves, "and these in parts"
     for found, expected in zip(histories[1], histories[0], strict=True):
         assert relative_error(found, expected) <= TOLERANCE
 

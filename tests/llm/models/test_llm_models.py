@@ -75,19 +75,20 @@ def test_a_bias_left_out_shows(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
 def test_a_norm_of_heads_after_the_rotation_shows(tmp_path, monkeypatch, name):
-    def wrong(x, weights, config, table, attention):
+    def wrong(x, weights, config, table):
+        normed = plain_rms_norm(x, weights.norm("input_layernorm"), config.norm_eps)
+
         def heads(part: str) -> torch.Tensor:
-            y = weights.linear(x, f"self_attn.{part}_proj")
+            y = weights.linear(normed, f"self_attn.{part}_proj")
             return y.view(len(y), -1, config.head_dim).transpose(0, 1)
 
         def turned(part: str) -> torch.Tensor:
             y = rotate(heads(part), table, interleaved=False)
             return plain_rms_norm(y, weights.norm(f"self_attn.{part}_norm"), config.norm_eps)
 
-        mixed = attention(weights.layer_idx, turned("q"), turned("k"), heads("v"))
-        return weights.linear(mixed.transpose(0, 1).flatten(1), "self_attn.o_proj")
+        return turned("q"), turned("k"), heads("v")
 
-    monkeypatch.setattr(model_functions, "self_attention", wrong)
+    monkeypatch.setattr(model_functions, "attention_inputs", wrong)
     assert mutated_error(tmp_path, name) > VISIBLE
 
 
