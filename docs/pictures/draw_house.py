@@ -28,6 +28,7 @@ ROWS = (
     ("passes",),
     ("transport",),
     ("devices",),
+    ("experts",),
     ("planning",),
     ("checkpoint",),
     ("machine",),
@@ -36,6 +37,7 @@ COLORS = {
     "tools": "#d9e2ec", "llm": "#d9e2ec", "tuner": "#d9e2ec", "measuring": "#d9e2ec",
     "doctor": "#d9e2ec", "modules": "#f7d9a8",
     "passes": "#f7d9a8", "transport": "#a8d8b9", "devices": "#a8d8b9", "planning": "#bcdff5",
+    "experts": "#bcdff5",
     "checkpoint": "#bcdff5", "machine": "#bcdff5",
 }  # fmt: skip
 WIDTH, HEIGHT, GAP = 12.0, 0.86, 0.16
@@ -85,7 +87,7 @@ def draw() -> None:
     mpl.rcParams["svg.hashsalt"] = "layer-streamer"  # the same picture, the same file
     mpl.rcParams["svg.fonttype"] = "none"
     mpl.rcParams["font.family"] = "sans-serif"
-    figure, ax = plt.subplots(figsize=(12.6, 11.3))
+    figure, ax = plt.subplots(figsize=(12.6, 12.2))
     for number, row in enumerate(ROWS):
         y = (len(ROWS) - number) * (HEIGHT + GAP)
         width = (WIDTH - GAP * (len(row) - 1)) / len(row)

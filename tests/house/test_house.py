@@ -21,8 +21,9 @@ from layer_streamer.planning.settings import RING_CHUNKS, Settings
 
 LIBRARY = ROOT / "layer_streamer"
 WINGS = (
-    "errors", "progress", "machine", "checkpoint", "planning", "devices", "transport", "passes",
-    "assembly", "preview", "streamer", "modules", "measuring", "doctor", "tuner", "llm", "tools",
+    "errors", "progress", "machine", "checkpoint", "planning", "experts", "devices", "transport",
+    "passes", "assembly", "preview", "streamer", "modules", "measuring", "doctor", "tuner", "llm",
+    "tools",
 )  # fmt: skip
 """Folders and files of the library. Each imports only what stands before it; tuner and llm, which
 stand side by side, know nothing of each other."""

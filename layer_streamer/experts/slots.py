@@ -1,0 +1,76 @@
+"""Which expert is in which slot of a pool. Pure: what fills the slots asks this first."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from .policies import Key, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """Where experts are, or will be once their slots are filled."""
+
+    slots: tuple[int, ...]
+    """Of each expert that was asked for, in order."""
+    missing: tuple[int, ...]
+    """Places in that order of those whose slots are yet to be filled; the others are hits."""
+
+
+class SlotTable:
+    """The slots of one pool, by expert. For one thread."""
+
+    def __init__(self, count: int, policy: Policy) -> None:
+        self._count, self._policy = count, policy
+        self._slots = dict[Key, int]()
+        self._free = list(range(count))
+
+    def __len__(self) -> int:
+        """How many slots there are."""
+        return self._count
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._slots
+
+    def place(self, keys: Sequence[Key], busy: Collection[int] = ()) -> Placing:
+        """A slot for each of ``keys``, which differ: where it is, else a free one, else that of an
+        expert that goes. None of ``keys`` goes, and no slot that is ``busy`` is given anew.
+
+        ConfigError if that leaves too few slots; then nothing has been placed.
+        """
+        needed = set(keys)
+        taken = {*busy}.difference(self._slots[key] for key in needed if key in self._slots)
+        if len(needed) > self._count - len(taken):
+            raise ConfigError(
+                f"{len(needed)} experts at once, {self._count} slots, {len(taken)} of them busy"
+            )
+        slots, missing = [], []
+        for at, key in enumerate(keys):
+            if key not in self._slots:
+                missing.append(at)
+                self._slots[key] = self._make_room(needed, taken)
+            self._policy.touch(key)
+            slots.append(self._slots[key])
+        return Placing(tuple(slots), tuple(missing))
+
+    def drop(self, key: Key) -> None:
+        """What is in the slot of ``key`` is not that expert, as after a read that failed."""
+        if key in self._slots:
+            self._policy.victim(key.__eq__)
+            self._free.append(self._slots.pop(key))
+
+    def clear(self) -> None:
+        """Nothing is in any slot."""
+        self._policy.reset()
+        self._slots.clear()
+        self._free = list(range(self._count))
+
+    def _make_room(self, needed: Collection[Key], busy: Collection[int]) -> int:
+        for at, slot in enumerate(self._free):
+            if slot not in busy:
+                return self._free.pop(at)
+        gone = self._policy.victim(lambda key: key not in needed and self._slots[key] not in busy)
+        assert gone is not None, "there are as many slots as were counted"
+        return self._slots.pop(gone)

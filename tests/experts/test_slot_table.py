@@ -1,0 +1,72 @@
+"""The slots of a pool: whoever is asked for has one of its own, and keeps it while it is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layer_streamer.errors import ConfigError
+from layer_streamer.experts.policies import POLICIES, Key, PolicyName, make_policy
+from layer_streamer.experts.slots import SlotTable
+
+KEYS = [(layer, expert) for layer in range(2) for expert in range(6)]
+STEPS = st.lists(
+    st.tuples(
+        st.lists(st.sampled_from(KEYS), max_size=6, unique=True),
+        st.frozensets(st.integers(0, 5), max_size=4),
+    ),
+    max_size=20,
+)
+
+
+@given(steps=STEPS, name=st.sampled_from(POLICIES), data=st.data())
+def test_every_expert_has_a_slot_of_its_own_and_only_a_hit_needs_no_filling(
+    steps: list[Any], name: PolicyName, data: st.DataObject
+) -> None:
+    table, inside = SlotTable(6, make_policy(name, 6, 2)), dict[int, Key]()
+    for keys, busy in steps:
+        before = dict(inside)
+        try:
+            placed = table.place(keys, busy)
+        except ConfigError:
+            assert len(keys) > 6 - len(busy - {s for s, key in before.items() if key in keys})
+        else:
+            assert len(set(placed.slots)) == len(keys) == len(placed.slots)
+            for at, (key, slot) in enumerate(zip(keys, placed.slots, strict=True)):
+                assert (before.get(slot) == key) == (at not in placed.missing)
+                assert slot not in busy or at not in placed.missing
+                inside[slot] = key
+        if data.draw(st.booleans()) and inside:
+            slot = data.draw(st.sampled_from(sorted(inside)))
+            table.drop(inside.pop(slot))
+        assert {key for key in KEYS if key in table} == set(inside.values())
+
+
+def test_more_experts_at_once_than_slots_change_nothing() -> None:
+    table = SlotTable(3, make_policy("lru", 3, 2))
+    table.place(KEYS[:3])
+    with pytest.raises(ConfigError, match="3 experts at once, 3 slots, 1 of them busy"):
+        table.place(KEYS[2:5], busy={0})
+    with pytest.raises(ConfigError, match="4 experts at once, 3 slots, 0 of them busy"):
+        table.place(KEYS[:4])
+    assert table.place(KEYS[:3]).missing == ()
+
+
+def test_a_dropped_expert_is_missing_when_it_is_asked_for_again() -> None:
+    table = SlotTable(3, make_policy("segmented", 3, 2))
+    first = table.place(KEYS[:3]).slots
+    table.drop(KEYS[1])
+    table.drop(KEYS[1])
+    again = table.place(KEYS[:3])
+    assert (again.slots, again.missing) == (first, (1,))
+
+
+def test_a_cleared_table_is_as_a_new_one() -> None:
+    table = SlotTable(4, make_policy("lfu", 4, 2))
+    first = [table.place(KEYS[at : at + 3]) for at in range(5)]
+    table.clear()
+    assert not any(key in table for key in KEYS)
+    assert [table.place(KEYS[at : at + 3]) for at in range(5)] == first
