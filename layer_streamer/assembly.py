@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from .checkpoint.formats import as_manifest
 from .checkpoint.manifest import Manifest
@@ -13,6 +14,8 @@ from .devices.device import Device
 from .machine.hostmem import available_host_bytes
 from .machine.limits import MachineLimits, load_limits
 from .machine.threads import note_too_many_threads
+from .passes.expert_opening import Layers, open_store, slots_nbytes, take_out
+from .passes.expert_store import ExpertStore
 from .passes.statics import Statics
 from .planning.layout import Layout, Step, plan_steps
 from .planning.placement import Rates
@@ -35,28 +38,39 @@ def read_headers(path: str | Path | Manifest, layer_pattern: str | None) -> Mani
     return manifest
 
 
-def assemble(
-    manifest: Manifest, devices: Sequence[Device], settings: Settings
-) -> tuple[Pipeline, Statics, Listener | None]:
-    """An open pipeline, its threads not yet started; the tensors beside it; who listens to it.
+class Assembled(NamedTuple):
+    """What a streamer is made of; the pipeline's threads are not yet started."""
 
-    The caller holds the listener: the pipeline, which its threads hold, does not.
-    """
+    pipeline: Pipeline
+    statics: Statics
+    experts: ExpertStore | None
+    listener: Listener | None
+    """Held by the streamer: the pipeline, which its threads hold, does not."""
+
+
+def assemble(manifest: Manifest, devices: Sequence[Device], settings: Settings) -> Assembled:
+    """Look at the machine, plan, and build."""
     listener = None
     if (on_copy := settings.asked["on_copy"]) is not None:
         listener = Listener(on_copy)
         settings = settings.but(on_copy=listener.weakly())
+    dense, experts = take_out(manifest, settings)
     files = OpenFiles(manifest.files)
     try:
-        steps, layouts, plan = _plan(manifest, devices, settings, files, {})
+        steps, layouts, plan = _plan(dense, devices, _beside(experts, settings), files, {})
         if plan.machine.unified and "disk" in plan.tiers:
             note_too_many_threads()
         pipeline = Pipeline(steps, layouts, files, devices, settings, plan)
+        try:
+            store = open_store(experts, pipeline, settings)
+        except BaseException:
+            pipeline.close()
+            raise
         statics = Statics(manifest, pipeline.loader, settings.asked["dtype"])
     except BaseException:
         files.close()
         raise
-    return pipeline, statics, listener
+    return Assembled(pipeline, statics, store, listener)
 
 
 def draw_plan(
@@ -69,11 +83,20 @@ def draw_plan(
 
     ``given``: rates in bytes a second to go by instead of measured ones: "read", "copy".
     """
+    dense, experts = take_out(manifest, settings)
     files = OpenFiles(manifest.files)
     try:
-        return _plan(manifest, devices, settings, files, given)[-1]
+        return _plan(dense, devices, _beside(experts, settings), files, given)[-1]
     finally:
         files.close()
+
+
+def _beside(experts: Layers, settings: Settings) -> Settings:
+    """What is planned for the rest of the model, beside experts' slots."""
+    if not experts or settings.asked["device_budget"] is None:
+        return settings
+    (reserved,) = settings.reserves(1)
+    return settings.but(reserve_bytes=reserved + slots_nbytes(experts, settings))
 
 
 def _plan(

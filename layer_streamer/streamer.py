@@ -16,6 +16,7 @@ from .devices.accelerator import open_device, open_devices
 from .errors import ClosedError
 from .passes.caller import Caller
 from .passes.claims import Claims
+from .passes.expert_store import ExpertReport
 from .passes.inputs import LayerFn
 from .passes.statics import sum_by_device
 from .passes.sweep import Opened, Sweep, run_layers, sweep
@@ -97,13 +98,15 @@ class LayerStreamer:
     def _open(self, manifest: Manifest, settings: Settings) -> None:
         self.manifest = manifest
         self._devices = open_devices(settings.asked["device"])
-        pipeline, statics, self._listener = assemble(manifest, self._devices, settings)
+        pipeline, statics, experts, self._listener = assemble(manifest, self._devices, settings)
         # Before the threads start: from here on, whatever comes, what is open gets closed.
         self._close_pipeline = weakref.finalize(self, pipeline.close_unheld)
         self._plan, self._memory, self._sizes = pipeline.plan, pipeline.memory, statics.sizes
         self._last_pass: PassReport | None = None
         show = bool(settings.asked["track_progress"])
-        self._parts: Opened | None = Opened(pipeline, Caller(pipeline), statics, Claims(), show)
+        self._parts: Opened | None = Opened(
+            pipeline, Caller(pipeline, experts), statics, experts, Claims(), show
+        )
         pipeline.start()
 
     @property
@@ -159,6 +162,13 @@ class LayerStreamer:
         parts.pipeline.check_process()
         return parts.caller.report()
 
+    @property
+    def last_experts(self) -> ExpertReport | None:
+        """What became of the experts that the last finished pass asked for; None without
+        ``experts="demand"``."""
+        store = self._opened().experts
+        return None if store is None else store.last_pass
+
     def run_pass(self, x: X, layer_fn: LayerFn) -> X:
         """One pass: ``x = layer_fn(x, weights, layer_idx)`` for every layer, in order.
 
@@ -166,6 +176,8 @@ class LayerStreamer:
         ``weights`` maps each tensor's name without the layer's prefix to a tensor of the
         manifest's shape and dtype; they are views of a slot and gone when ``layer_fn`` has
         returned, by when all work that reads them must be ordered before the current stream.
+        With ``experts="demand"``, ``weights.experts`` brings those of the layer (None where it has
+        none).
         Those of a layer that is resident on the device (``plan.tiers``) stay as they are, the same
         tensors at the same addresses in every pass, until ``close``.
 

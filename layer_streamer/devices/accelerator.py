@@ -17,7 +17,8 @@ import torch
 from ..errors import ConfigError, StreamerError
 from ..planning.options import DeviceName
 from .cudart import CudaEvent, load_runtime
-from .device import CpuDevice, Device, Event, Stream
+from .device import CpuDevice, Device, Event, Numbers, Pieces, Stream
+from .pieces import copy_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,9 @@ class CudaDevice(AcceleratorDevice):
             self.copy(dst, src)
         else:
             self._runtime.copy(dst, src, stream)
+
+    def copy_pieces(self, to: Pieces, source: Pieces, nbytes: Numbers, stream: Any) -> None:
+        copy_pieces(*to, *source, nbytes, stream)
 
     def current_stream(self) -> Stream:
         return torch.cuda.current_stream(self.torch_device)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..machine.hostmem import available_host_bytes
@@ -18,6 +20,11 @@ from ..machine.hostmem import available_host_bytes
 PIN_SEGMENT = 64 << 30
 NO_GUARD: AbstractContextManager[object] = nullcontext()
 """May be entered again and again, also within itself."""
+
+
+Numbers: TypeAlias = npt.NDArray[np.int64]
+Pieces: TypeAlias = tuple[torch.Tensor, Numbers]
+"""Bytes of memory (uint8), and where in it pieces begin."""
 
 
 class Event(Protocol):
@@ -82,6 +89,13 @@ class Device(Protocol):
     def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         """Enqueue a copy of equal bytes from page-locked memory on the thread's current stream."""
         self.copy(dst, src)
+
+    def copy_pieces(self, to: Pieces, source: Pieces, nbytes: Numbers, stream: Any) -> None:
+        """Enqueue many copies from page-locked memory on ``stream``, in any order. Of devices that
+        copy from mapped files."""
+        (there, to_at), (here, from_at) = to, source
+        for i, j, n in zip(to_at.tolist(), from_at.tolist(), nbytes.tolist(), strict=True):
+            self.copy_pinned(there[i : i + n], here[j : j + n], stream)
 
     def wait_idle(self) -> None:
         """Block until the device has done all work there is."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from .cudart import load_runtime
-
-Numbers = npt.NDArray[np.int64]
+from .device import Numbers
 
 
 def copy_pieces(

@@ -6,6 +6,8 @@ there is no state beside the run's counters: the next pass begins from them.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from ..devices.device import Event, Stream
 from ..errors import ClosedError, StreamerError
 from ..transport.clock import PassClock
@@ -14,6 +16,8 @@ from ..transport.pipeline import Pipeline
 from ..transport.stage import LaneRun, Run
 from ..transport.stats import PassReport
 from ..transport.weights import Weights
+from .expert_store import ExpertStore
+from .layer_experts import LayerExperts, LayerWeights
 
 
 class Caller:
@@ -23,8 +27,10 @@ class Caller:
     on its way to the device, never until it is there: the caller's stream waits for that.
     """
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
+    def __init__(self, pipeline: Pipeline, experts: ExpertStore | None = None) -> None:
+        self._pipeline, self._experts = pipeline, experts
+        self._handed: LayerExperts | None = None
+        """Of the step that is handed out."""
         self._control = pipeline.control
         self._schedule = pipeline.schedule
         self._lanes = pipeline.lanes
@@ -47,6 +53,8 @@ class Caller:
                 lane.copier.avoid(lane.device.current_stream())
         run = self._control.run
         self._schedule.clock(run, run.released).start()
+        if self._experts is not None:
+            self._experts.begin()
 
     def take(self) -> tuple[int, Weights]:
         """The next step's layer index and weights, once its copies are enqueued.
@@ -71,7 +79,13 @@ class Caller:
             raise self._closed()
         run.handed = number + 1
         self._schedule.clock(run, number).compute_begin[index].record(stream)
-        return self._schedule.steps[index].layer_idx, memory.weights_of(index, n, stream)
+        layer_idx = self._schedule.steps[index].layer_idx
+        weights = memory.weights_of(index, n, stream)
+        if self._experts is None:
+            return layer_idx, weights
+        known = layer_idx in self._experts.layers
+        self._handed = LayerExperts(self._experts, layer_idx) if known else None
+        return layer_idx, LayerWeights(weights, self._handed)
 
     def order_after_copy(self, ready: Event, stream: Stream) -> None:
         """Let the caller's stream wait for the slot's copies."""
@@ -84,6 +98,7 @@ class Caller:
         """
         if self._control.closing:
             self._pipeline.check_process()
+        self._give_up_experts()
         run = self._control.run
         number = run.released
         index = self._schedule.index(number)
@@ -100,6 +115,14 @@ class Caller:
                 "of the same memory, which other layers and passes use: change a clone of them"
             )
 
+    def _give_up_experts(self) -> None:
+        """What the step has loaded may be overwritten, once its work is done."""
+        if self._handed is not None:
+            self._handed.end()
+            self._handed = None
+        if self._experts is not None:
+            self._experts.give_up()
+
     def finish(self) -> None:
         """The pass's last step has been given back."""
         run = self._control.run
@@ -107,6 +130,8 @@ class Caller:
         clock.stop()
         self._pipeline.files.check_unchanged()
         self._finished = (clock,)
+        if self._experts is not None:
+            self._experts.finish()
         if self._asking:
             report = clock.report()
             for answers in tuple(self._asking.values()):
@@ -119,6 +144,8 @@ class Caller:
         """
         run = self._control.run
         run.abort()
+        with suppress(StreamerError):  # of a write, which is found again when slots are filled
+            self._give_up_experts()
         if run.handed > run.released:
             index = self._schedule.index(run.released)
             memory = self._lane(index).memory

@@ -14,6 +14,7 @@ from ..transport.pipeline import Pipeline
 from ..transport.weights import Weights
 from .caller import Caller
 from .claims import Claims, Pass
+from .expert_store import ExpertStore
 from .inputs import LayerFn, move
 from .statics import Statics
 
@@ -30,6 +31,7 @@ class Opened(NamedTuple):
     pipeline: Pipeline
     caller: Caller
     statics: Statics
+    experts: ExpertStore | None
     claims: Claims
     track_progress: bool
 

@@ -25,6 +25,8 @@ OnCopy = Callable[[int, object], None]
 ReadMode = Literal["auto", "buffered", "direct", "mapped"]
 """How files are read: "buffered" through the page cache, "direct" past it; "mapped" takes the page
 cache itself for the host's memory; "auto" is what suits the memory there is."""
+Experts = Literal["whole", "demand"]
+"""Which experts of a mixture come to the device: all of a layer, or those that are asked for."""
 Bytes = int | str
 """A number of bytes, or a string such as "6GiB"."""
 DeviceName = Union[str, "torch.device"]
@@ -32,6 +34,7 @@ Door = TypeVar("Door", bound=Callable[..., Any])
 
 MAX_SLOTS = 4096
 MAX_READ_THREADS = 256
+MAX_EXPERT_SLOTS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,11 @@ def _check_reserve(name: str, value: Any) -> None:
 def _check_mode(name: str, value: object) -> None:
     if value not in get_args(ReadMode):
         raise ConfigError(f"{name}={value!r}: must be one of {', '.join(get_args(ReadMode))}")
+
+
+def _check_experts(name: str, value: object) -> None:
+    if value not in get_args(Experts):
+        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(get_args(Experts))}")
 
 
 def _check_names(name: str, value: object) -> None:
@@ -186,6 +194,15 @@ class Options(PoolOptions, MoreOptions, total=False):
     layer_pattern: Annotated[str | None, Option(
         'prefix of a layer\'s tensors with `{i}`, such as `"decoder.block.{i}."`',
         "found", Kind(lambda name, value: None, "PATTERN"),
+    )]  # fmt: skip
+    experts: Annotated[Experts | None, Option(
+        '`"demand"`: of a mixture\'s experts only those that a layer asks for are brought to the '
+        "device; `\"whole\"`: all of them with their layer",
+        "whole", Kind(_check_experts, "HOW"), "whole",
+    )]  # fmt: skip
+    expert_slots: Annotated[int | None, Option(
+        'experts that the device holds, with `experts="demand"`', "none",
+        _number(1, MAX_EXPERT_SLOTS),
     )]  # fmt: skip
     track_progress: Annotated[bool | None, Option(
         "a progress bar over the layers, on stderr", "False", default=False,

@@ -6,7 +6,7 @@ It happens once, by several threads: of layers while a streamer is opened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ import torch
 from ..checkpoint.manifest import TensorSpec
 from ..devices.device import Device
 from ..errors import StreamerError
-from ..planning.layout import PAGE, Layout, Step, align_up, lay_out_resident
+from ..planning.layout import PAGE, Layout, Read, Step, align_up, lay_out_resident
 from .files import OpenFiles
 from .mapped import MappedFiles
 from .memory import Bounces, HostArena, Watch, allocate
@@ -115,16 +115,22 @@ class Loader:
 
     def map_host(self, into: Residents, layouts: Mapping[int, Layout], device: Device) -> bool:
         """Page-lock the files' own pages; False, with nothing kept, where that is refused."""
-        mapped = self._map(layouts, handed_out=False)
+        reads = [read for layout in layouts.values() for read in layout.reads]
+        mapped = self.map_pages(reads, device)
         if mapped is None:
-            return False
-        mapped.populate_all(self.threads, self.on_loaded)
-        if not mapped.pin(device):
             return False
         into.owners.append(mapped)
         for i, layout in layouts.items():
             into.sources[i] = mapped.source(layout, device.pin_segment)
         return True
+
+    def map_pages(self, reads: Iterable[Read], device: Device) -> MappedFiles | None:
+        """The pages of files that some reads cover, page-locked; None where that is refused."""
+        mapped = self._map(reads, handed_out=False)
+        if mapped is None:
+            return None
+        mapped.populate_all(self.threads, self.on_loaded)
+        return mapped if mapped.pin(device) else None
 
     def view_mapped(
         self, into: Residents, layouts: Mapping[int, Layout], steps: Sequence[Step]
@@ -133,7 +139,8 @@ class Loader:
 
         False, with nothing kept, where the system cannot say that a look at them would kill.
         """
-        mapped = self._map(layouts, handed_out=True)
+        reads = [read for layout in layouts.values() for read in layout.reads]
+        mapped = self._map(reads, handed_out=True)
         if mapped is None:
             return False
         for i, layout in layouts.items():
@@ -142,8 +149,7 @@ class Loader:
         into.fault_in = mapped.fault_in
         return True
 
-    def _map(self, layouts: Mapping[int, Layout], *, handed_out: bool) -> MappedFiles | None:
-        reads = [read for layout in layouts.values() for read in layout.reads]
+    def _map(self, reads: Iterable[Read], *, handed_out: bool) -> MappedFiles | None:
         try:
             mapped = MappedFiles(self.files, reads, handed_out=handed_out)
             if handed_out:

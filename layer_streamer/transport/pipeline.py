@@ -195,8 +195,8 @@ class Pipeline:
         """Give back what is not the collector's; an error keeps nothing else from being freed."""
         with ExitStack() as owned:
             slots = [pool.arena for memory in self._memories for pool in memory.host_pools]
-            for owner in (self.files, *self.residents.owners, *slots):
-                owned.callback(owner.close)
+            for close in (self.files.close, *(o.close for o in (*self.residents.owners, *slots))):
+                owned.callback(close)
         self.control.forget_errors()
 
     def _load(self, steps: Sequence[Step], layouts: Sequence[Layout], plan: Plan) -> Plan:

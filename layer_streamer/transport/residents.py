@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from .mapped import MappedFiles
-from .memory import HostArena, Watch
+from .memory import Watch
 from .parts import Extent
 from .pool import Source
 from .weights import Weights
+
+
+class Owner(Protocol):
+    """Of host memory: a HostArena, MappedFiles, or what has some."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def pinned(self) -> bool: ...
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -34,8 +44,8 @@ class Residents:
     """What brings a step's bytes there again."""
     written: set[int] = field(default_factory=set)
     """Steps whose bytes are no longer those of the files, for the caller wrote to them."""
-    owners: list[HostArena | MappedFiles] = field(default_factory=list)
-    """Host memory that the sources lie in; it has page locks to give back."""
+    owners: list[Owner] = field(default_factory=list)
+    """Of host memory that the sources lie in, with page locks to give back."""
     device_nbytes: int = 0
     """Of the steps on devices."""
 

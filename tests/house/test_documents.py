@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from assets import smollm2, smollm2_metadata, tiny_checkpoint, tiny_model
+from checkpoints import write_safetensors
 from paths import PYTHONPATH, ROOT
 
 from layer_streamer.tools.cli import main
@@ -107,6 +108,9 @@ def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         if name != "OUT/..":
             (tmp_path / name).symlink_to(model)
+    mixture = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.rand(8, 32) for e in range(4)}
+    mixture["model.layers.0.mlp.gate.weight"] = torch.rand(4, 32)
+    write_safetensors(tmp_path / "path/to/mixture/model.safetensors", mixture)
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").symlink_to(smollm2())
     (tmp_path / "TEXT").write_text("Some text to calibrate with. " * 20)
     (tmp_path / "questions.jsonl").write_text('{"prompt": "Hi"}\n')

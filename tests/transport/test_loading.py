@@ -121,7 +121,7 @@ def refuse_at(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_host(patch: pytest.MonkeyPatch, number: int) -> None:
     refusing = refuse_at(number, HostArena)
-    for module in ("lane_memory", "memory", "residents"):
+    for module in ("lane_memory", "memory"):
         patch.setattr(f"layer_streamer.transport.{module}.HostArena", refusing)
 
 

@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from layer_streamer.devices.device import Numbers, Pieces
+
 POISON = 0xDB
 
 
@@ -172,6 +174,12 @@ class FakeDevice:
 
     def copy_pinned(self, dst: torch.Tensor, src: torch.Tensor, stream: FakeStream) -> None:
         self.copy(dst, src)
+
+    def copy_pieces(self, to: Pieces, source: Pieces, nbytes: Numbers, stream: FakeStream) -> None:
+        (there, to_at), (here, from_at) = to, source
+        with self.on(stream):
+            for i, j, n in zip(to_at.tolist(), from_at.tolist(), nbytes.tolist(), strict=True):
+                self.copy(there[i : i + n], here[j : j + n])
 
     def _execute_copy(self, dst: torch.Tensor, src: torch.Tensor, arena: int) -> None:
         dst.copy_(src)

@@ -1,0 +1,136 @@
+"""Where experts come from: the files' own pages, page-locked, or reads, as they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..checkpoint.experts import ExpertLayer
+from ..checkpoint.manifest import TensorSpec
+from ..devices.device import Device
+from ..errors import StreamerError
+from ..planning.layout import Read, View
+from ..transport.loader import Loader
+from ..transport.mapped import MappedFiles, Region
+from ..transport.memory import view_tensor
+from ..transport.pool import cut_parts
+from ..transport.residents import Owner
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An expert that is to come to a slot."""
+
+    layer_idx: int
+    expert: int
+    offset: int
+    """Of the slot, in the pool's memory."""
+
+
+class Home(Protocol):
+    """Brings experts to slots."""
+
+    @property
+    def owners(self) -> Sequence[Owner]:
+        """Of host memory with page locks."""
+
+    def bring(self, wanted: Sequence[Wanted], slab: torch.Tensor, stream: Any) -> None:
+        """Have slots filled: by copies that are enqueued on ``stream``, or by its return. Nothing
+        that is enqueued elsewhere uses them any more, once ``stream`` is there."""
+
+
+class MappedExperts:
+    """Pages of the files, page-locked: the page cache is the host's copy. One call enqueues the
+    copies of all experts that are asked for."""
+
+    def __init__(
+        self,
+        mapped: MappedFiles,
+        layers: Mapping[int, ExpertLayer],
+        views: Mapping[int, Sequence[View]],
+        device: Device,
+    ) -> None:
+        """``mapped``: pinned, with all that experts have. ``views``: how a layer's experts lie in a
+        slot."""
+        self.owners: Sequence[Owner] = (mapped,)
+        self._mapped, self._device = mapped, device
+        self._layers, self._views = layers, views
+
+    def bring(self, wanted: Sequence[Wanted], slab: torch.Tensor, stream: Any) -> None:
+        by_region: dict[int, tuple[Region, list[tuple[int, int, int]]]] = {}
+        for one in wanted:
+            for region, piece in self._pieces(one):
+                by_region.setdefault(id(region), (region, []))[1].append(piece)
+        for region, pieces in by_region.values():
+            to, from_, nbytes = np.array(pieces, dtype=np.int64).T
+            self._device.copy_pieces((slab, to), (region.memory, from_), nbytes, stream)
+
+    def _pieces(self, one: Wanted) -> Iterator[tuple[Region, tuple[int, int, int]]]:
+        """(where to in the pool, where from in the region, bytes)."""
+        banks, segment = self._layers[one.layer_idx].banks, self._device.pin_segment
+        for view in self._views[one.layer_idx]:
+            to = one.offset + view.offset
+            for extent in filter(_holds, banks[view.key][one.expert].extents):
+                region = self._mapped.find(extent.path, extent.offset)
+                start = extent.offset - region.offset
+                end = start + extent.nbytes
+                while start < end:  # no copy may cross from one registration to the next
+                    nbytes = min(end - start, segment - start % segment)
+                    yield region, (to, start, nbytes)
+                    start, to = start + nbytes, to + nbytes
+
+
+class ReadExperts:
+    """Files that are read when an expert is asked for, by several threads: to where it is used on a
+    CPU, to a device through page-locked memory. The calling thread waits."""
+
+    owners: Sequence[Owner] = ()
+
+    def __init__(
+        self,
+        loader: Loader,
+        layers: Mapping[int, ExpertLayer],
+        views: Mapping[int, Sequence[View]],
+        device: Device,
+    ) -> None:
+        self._loader, self._device = loader, device
+        self._layers, self._views = layers, views
+
+    def bring(self, wanted: Sequence[Wanted], slab: torch.Tensor, stream: Any) -> None:
+        self.wait_given_up(stream)
+        with self._device.guard():
+            for one in wanted:
+                self._fill(one, slab)
+
+    def wait_given_up(self, stream: Any) -> None:
+        """Block until slots are not used any more: reads would not wait for that."""
+        stream.synchronize()
+
+    def _fill(self, one: Wanted, slab: torch.Tensor) -> None:
+        banks, views = self._layers[one.layer_idx].banks, self._views[one.layer_idx]
+        last = views[-1]
+        (memory,) = cut_parts(slab, [(one.offset, last.offset + last.nbytes)])
+        targets = [(banks[v.key][one.expert], view_tensor(memory, v)) for v in views]
+        try:
+            self._loader.fill(targets, self._device)
+        except StreamerError as error:
+            raise type(error)(f"layer {one.layer_idx}, expert {one.expert}: {error}") from error
+
+
+def expert_reads(layers: Iterable[ExpertLayer]) -> list[Read]:
+    """What files have to be mapped."""
+    return [
+        Read(extent.path, extent.offset, 0, extent.nbytes)
+        for layer in layers
+        for bank in layer.banks.values()
+        for spec in bank
+        for extent in filter(_holds, spec.extents)
+    ]
+
+
+def _holds(extent: TensorSpec) -> bool:
+    return extent.nbytes > 0

@@ -1,0 +1,81 @@
+"""Slots on a device for experts that are alike, and who is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+
+from ..devices.device import Device
+from ..errors import StreamerError
+from ..experts.policies import Policy
+from ..experts.slots import Placing, SlotTable
+from ..planning.layout import View
+from ..transport.memory import Watch, allocate
+
+
+class ExpertPool:
+    """``count`` slots in memory that is taken once. Thread rules: the thread that runs the pass,
+    which may be interrupted anywhere: then the next use begins with empty slots."""
+
+    def __init__(
+        self, views: Sequence[View], slot_nbytes: int, count: int, policy: Policy, device: Device
+    ) -> None:
+        """``views``: the tensors of an expert in its slot of ``slot_nbytes``, a multiple of what
+        aligns them all."""
+        self.slot_nbytes = slot_nbytes
+        self.slab = allocate(count * slot_nbytes, device)
+        self._table = SlotTable(count, policy)
+        self._watch = Watch([self.slab])
+        (handed_out,) = self._watch.memory
+        with torch.inference_mode(False):
+            self.banks = {view.key: _bank(handed_out, view, slot_nbytes, count) for view in views}
+        self._sound = True
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def place(self, keys: Sequence[tuple[int, int]], busy: Collection[int] = ()) -> Placing:
+        """Slots for experts. What is missing has to be brought, and :meth:`filled` said of it,
+        before anything else is asked; else all slots are empty afterwards.
+
+        ConfigError for more than there are.
+        """
+        if not self._sound:
+            self._table.clear()
+        self._sound = False
+        placing = self._table.place(keys, busy)
+        self._sound = not placing.missing
+        return placing
+
+    def filled(self) -> None:
+        """What was missing is on its way."""
+        self._sound = True
+
+    def failed(self, keys: Iterable[tuple[int, int]]) -> None:
+        """These could not be brought: their slots hold nothing."""
+        for key in keys:
+            self._table.drop(key)
+        self._sound = True
+
+    def expire(self) -> None:
+        """Slots are overwritten: a backward that needs what was in them is to raise."""
+        self._watch.expire()
+
+    def check_unwritten(self) -> None:
+        """StreamerError if the caller has written to a bank; then all slots are empty."""
+        if self._watch.written():
+            self._sound = False
+            self._watch.forget()
+            raise StreamerError(
+                "experts' weights were written to, which other passes use: change a clone of them"
+            )
+
+
+def _bank(memory: torch.Tensor, view: View, slot_nbytes: int, count: int) -> torch.Tensor:
+    """One tensor of all slots: (count, ...)."""
+    size = view.dtype.itemsize
+    strides = torch.empty(view.shape, dtype=view.dtype, device="meta").stride()
+    typed = memory.view(view.dtype)
+    shape, steps = (count, *view.shape), (slot_nbytes // size, *strides)
+    return typed.as_strided(shape, steps, view.offset // size)

@@ -1,0 +1,166 @@
+"""The experts of mixtures: those that a pass asks for are brought to slots on the device.
+
+Everything here runs on the thread that runs the pass. Copies go by a stream of their own, which is
+behind all use of a slot that has been given up: a load gives up what the load before it brought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..checkpoint.experts import ExpertLayer
+from ..devices.device import Device, Stream
+from ..errors import ConfigError
+from .expert_home import Home, Wanted
+from .expert_pool import ExpertPool
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertReport:
+    """What became of the experts that a pass asked for."""
+
+    asked: int = 0
+    """Each once a load."""
+    hits: int = 0
+    """Were in a slot."""
+    copied_bytes: int = 0
+    """Of those that were not."""
+
+
+class ExpertStore:
+    """Experts of all layers, in pools of slots.
+
+    Ownership: the thread that runs the pass; an interrupt or an error leaves at worst empty slots.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, ExpertLayer],
+        pools: Mapping[int, ExpertPool],
+        home: Home,
+        device: Device,
+    ) -> None:
+        """``pools``: by layer; layers whose experts are alike share one."""
+        self.layers, self.pools = layers, pools
+        self._home, self._device = home, device
+        self._stream = device.new_stream()
+        self._given_up, self._brought = device.new_event(), device.new_event()
+        self._given_up.record(device.current_stream())
+        self.follow_allocation()
+        self._in_use = False
+        self._report = self.last_pass = ExpertReport()
+
+    @property
+    def device_nbytes(self) -> int:
+        """Of all slots."""
+        return sum({id(pool): pool.slab.nbytes for pool in self.pools.values()}.values())
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self._report = ExpertReport()
+        self.give_up()
+
+    def finish(self) -> None:
+        """A pass has ended."""
+        self.last_pass = self._report
+
+    def give_up(self) -> None:
+        """What was loaded may be overwritten once the work that has been enqueued is done.
+
+        StreamerError if the caller has written to it.
+        """
+        if not self._in_use:
+            return
+        self._given_up.record(self._device.current_stream())
+        self.follow_use()
+        self._in_use = False
+        for pool in self.pools.values():
+            pool.check_unwritten()
+
+    def load(self, layer_idx: int, experts: Sequence[int]) -> tuple[int, ...]:
+        """Slots of experts that differ, which the current stream waits for.
+
+        They are there until the next load, or the end of the hand-out. Raises ConfigError for more
+        than there are slots, what reads raise, naming layer and expert.
+        """
+        layer, pool = self.layers[layer_idx], self.pools[layer_idx]
+        for expert in experts:
+            if not 0 <= expert < layer.num_experts:
+                bound = f"from 0 to {layer.num_experts - 1}"
+                raise ConfigError(f"layer {layer_idx}: expert {expert}: must be {bound}")
+        self.give_up()
+        current = self._device.current_stream()
+        if current == self._stream and not self._device.unified:
+            self._change_stream()
+        keys = [(layer_idx, expert) for expert in experts]
+        try:
+            placing = pool.place(keys)
+        except ConfigError as error:
+            raise ConfigError(f"layer {layer_idx}: {error}: load them in parts") from None
+        self._in_use = True
+        if placing.missing:
+            pool.expire()
+            missing = [keys[i] for i in placing.missing]
+            slots = [placing.slots[i] for i in placing.missing]
+            wanted = [
+                Wanted(*key, slot * pool.slot_nbytes)
+                for key, slot in zip(missing, slots, strict=True)
+            ]
+            try:
+                self._home.bring(wanted, pool.slab, self._stream)
+            except Exception:
+                pool.failed(missing)
+                raise
+            self._brought.record(self._stream)
+            pool.filled()
+        self.order_after_copies(current)
+        found, asked, missed = self._report, len(keys), len(placing.missing)
+        self._report = ExpertReport(
+            found.asked + asked,
+            found.hits + asked - missed,
+            found.copied_bytes + missed * layer.expert_nbytes,
+        )
+        return placing.slots
+
+    def close(self) -> None:
+        """Wait for copies, and give page locks back. Idempotent."""
+        self.wait_copied()
+        for owner in self._home.owners:
+            owner.close()
+
+    def wait_copied(self) -> None:
+        """Block until nothing copies from the host's memory any more."""
+        self._stream.synchronize()
+
+    @property
+    def nbytes(self) -> int:
+        """Of host memory that experts are copied from."""
+        return sum(int(owner.nbytes) for owner in self._home.owners)
+
+    @property
+    def pinned(self) -> bool:
+        """It is page-locked."""
+        return all(owner.pinned for owner in self._home.owners)
+
+    def _change_stream(self) -> None:
+        """Torch deals streams out in turn, and has dealt the caller this one: go on by another."""
+        self._given_up.record(self._stream)
+        self._stream = self._device.new_stream()
+        self.follow_stream()
+
+    def follow_allocation(self) -> None:
+        """The first copies wait for whatever used the slots' memory before it was theirs."""
+        self._given_up.wait(self._stream)
+
+    def follow_use(self) -> None:
+        """Copies wait for the work on what has been given up."""
+        self._given_up.wait(self._stream)
+
+    def follow_stream(self) -> None:
+        """Copies wait for those on the stream before, and for what these wait for."""
+        self._given_up.wait(self._stream)
+
+    def order_after_copies(self, current: Stream) -> None:
+        """The caller's stream waits for all that was brought."""
+        self._brought.wait(current)

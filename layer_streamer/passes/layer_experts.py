@@ -1,0 +1,89 @@
+"""What is handed out of a layer whose experts are brought on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..errors import ConfigError, StreamerError
+from ..transport.weights import Weights
+from .expert_store import ExpertStore
+
+Ids = Sequence[int] | torch.Tensor
+"""Experts of a layer, in any order, each as often as one likes."""
+
+
+class LayerWeights(Weights):
+    """A layer's tensors without those of experts, and these, if it has some."""
+
+    __slots__ = ("experts",)
+
+    def __init__(self, weights: Weights, experts: LayerExperts | None) -> None:
+        super().__init__(weights)
+        self.experts = experts
+
+
+class LayerExperts:
+    """``weights.experts``: the experts of the layer that is handed out, for as long as it is."""
+
+    __slots__ = ("_layer_idx", "_over", "_store")
+
+    def __init__(self, store: ExpertStore, layer_idx: int) -> None:
+        self._store, self._layer_idx, self._over = store, layer_idx, False
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self._store.layers[self._layer_idx].num_experts
+
+    @property
+    def num_slots(self) -> int:
+        """How many can be loaded at once."""
+        return len(self._store.pools[self._layer_idx])
+
+    def load(self, ids: Ids) -> torch.Tensor:
+        """Bring experts to slots: (n,) of int64, the slot of each of ``ids``, on the device.
+
+        Ids that are on a device are waited for. Work on the current stream waits for the copies;
+        slots hold until the next load, or the end of the hand-out. Raises ConfigError for an expert
+        that there is not, and for more than ``num_slots`` different ones (then ``parts`` helps),
+        StreamerError after the hand-out or a write to a bank, what reads raise.
+        """
+        if self._over:
+            raise StreamerError(f"layer {self._layer_idx}: its hand-out has ended")
+        asked = _numbers(ids)
+        experts = sorted(set(asked))
+        where = dict(zip(experts, self._store.load(self._layer_idx, experts), strict=True))
+        slots = torch.tensor([where[expert] for expert in asked], dtype=torch.int64, device="cpu")
+        return slots.to(self._store.pools[self._layer_idx].slab.device, non_blocking=True)
+
+    def bank(self, name: str) -> torch.Tensor:
+        """One tensor of all slots, (num_slots, ...), by the name that experts share without their
+        numbers ("mlp.experts.up_proj.weight"). KeyError, with those that there are."""
+        banks = self._store.pools[self._layer_idx].banks
+        if name not in banks:
+            raise KeyError(f"{name!r}: experts have {', '.join(map(repr, banks))}")
+        return banks[name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the banks."""
+        return tuple(self._store.pools[self._layer_idx].banks)
+
+    def parts(self, ids: Ids) -> Iterator[list[int]]:
+        """The different ones of ``ids`` in ascending order, as many at a time as there are slots,
+        to be loaded one part after the other."""
+        experts = sorted(set(_numbers(ids)))
+        for first in range(0, len(experts), self.num_slots):
+            yield experts[first : first + self.num_slots]
+
+    def end(self) -> None:
+        """The hand-out has ended."""
+        self._over = True
+
+
+def _numbers(ids: Ids) -> list[int]:
+    found: list[int] = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+    if isinstance(ids, torch.Tensor) and ids.dim() != 1:
+        raise ConfigError(f"ids of shape {list(ids.shape)}: must have one dimension")
+    return found
