@@ -29,6 +29,7 @@ GROUPS = {
     "Checkpoints": {
         "inspect": "layers, tensors and their bytes",
         "plan": "where each layer would live; the predicted seconds a pass",
+        "experts": "what slots for a mixture's experts would spare, by a saved trace",
         "bench": "measured passes, beside what the hardware needs",
         "tune": "the fastest settings for this machine",
     },

@@ -107,7 +107,7 @@ TOUCH = st.tuples(st.just("touch"), st.sampled_from(KEYS))
 STAYING = st.frozensets(st.sampled_from(KEYS), max_size=3)
 VICTIM = st.tuples(st.just("victim"), STAYING.map(lambda some: {*KEYS} - some))
 RESET = st.tuples(st.just("reset"), st.just(set[Key]()))
-LONG = st.lists(TOUCH | TOUCH | TOUCH | TOUCH | VICTIM, min_size=20, max_size=60)
+LONG = st.lists(TOUCH | TOUCH | TOUCH | TOUCH | VICTIM, min_size=20, max_size=40)
 EVENTS = st.lists(st.just([]) | LONG | RESET.map(lambda event: [event]), max_size=4).map(
     lambda parts: [event for part in parts for event in part] + [("victim", {*KEYS})] * len(KEYS)
 )
