@@ -87,10 +87,10 @@ def split_experts(layer: LayerSpec) -> tuple[LayerSpec, ExpertLayer | None]:
     if not groups:
         return layer, None
     if len(groups) > 1:
-        first, second, *_ = (group.first for group in groups.values())
+        first, second = (groups[place].first for place in sorted(groups)[:2])
         raise CheckpointError(
-            f"{first.path}: layer {layer.layer_idx}: experts in {len(groups)} places: "
-            f"{', '.join(sorted(groups))} ({first.name!r}, {second.name!r})"
+            f"{first.path}: layer {layer.layer_idx}: experts in {len(groups)} places, such as "
+            f"tensors {first.name!r} and {second.name!r}"
         )
     (group,) = groups.values()
     banks = {name: group.bank(name) for name in sorted({*group.alone, *group.stacked})}

@@ -96,8 +96,7 @@ class TraceWriter:
 
     def _begin(self) -> None:
         """See that what is there is ours, and whole."""
-        found = os.fstat(self._handle)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(os.fstat(self._handle).st_mode):
             raise ConfigError(f"{self.path}: not a regular file")
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,7 +104,7 @@ class TraceWriter:
             raise ConfigError(f"{self.path}: another trace is being recorded there") from None
         except OSError as error:  # some network file systems have no locks
             logger.warning("%s: cannot be locked: %s", self.path, error.strerror)
-        if not found.st_size:
+        if not os.fstat(self._handle).st_size:
             self._write(_line_of({HEAD: VERSION, **asdict(self.header)}), 0)
             return
         there = read_trace(self.path).header

@@ -180,11 +180,16 @@ def test_tensors_stacked_of_different_numbers_of_experts_are_refused() -> None:
 
 
 def test_experts_in_two_places_of_a_layer_are_refused_by_name() -> None:
-    other = {key.replace("mlp", "vision_mlp"): spec for key, spec in alone(3, "w").items()}
+    other = {
+        f"vision.experts.{expert}.w": spec_of(f"vision.experts.{expert}.w") for expert in (0, 1)
+    }
     said = refused({**alone(2, "w"), **other})
-    assert "layer 7: experts in 2 places: mlp.experts., vision_mlp.experts." in said
+    assert said == (
+        "model.safetensors: layer 7: experts in 2 places, such as tensors "
+        f"'{PREFIX}mlp.experts.0.w' and '{PREFIX}vision.experts.0.w'"
+    )
     both = {**alone(2, "w"), "ffn_up_exps.weight": spec_of("ffn_up_exps.weight", (2, 3, 4))}
-    assert "experts in 2 places: ffn_, mlp.experts." in refused(both)
+    assert f"2 places, such as tensors '{PREFIX}ffn_up_exps.weight' and" in refused(both)
 
 
 def test_more_experts_than_any_model_has_are_refused_before_any_is_looked_at() -> None:
