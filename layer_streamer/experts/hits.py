@@ -65,8 +65,11 @@ def count_hits(steps: Iterable[Sequence[Key]], slots: int, policy: Policy) -> in
     A step's experts, which differ, are needed together; a step of more than ``slots`` is taken in
     rounds. The pool is empty at first.
     """
-    table = SlotTable(slots, policy)
-    return sum(len(keys) - len(table.place(keys).missing) for keys in in_rounds(steps, slots))
+    table, hits = SlotTable(slots, policy), 0
+    for keys in in_rounds(steps, slots):
+        hits += len(keys) - len(table.place(keys).missing)
+        table.settle()
+    return hits
 
 
 def most_hits(steps: Sequence[Sequence[Key]], slots: int) -> int:

@@ -20,19 +20,24 @@ class Placing:
 
 
 class SlotTable:
-    """The slots of one pool, by expert. For one thread."""
+    """The slots of one pool, by expert. For one thread.
+
+    Nothing counts as being in its slot that may not be: what was placed is there from
+    :meth:`settle` on. Where an error or an interrupt, at whatever bytecode, has kept that from
+    being called, or has left the table between two states, the next call finds all slots empty.
+    """
 
     def __init__(self, count: int, policy: Policy) -> None:
         self._count, self._policy = count, policy
-        self._slots = dict[Key, int]()
-        self._free = list(range(count))
+        self._settled = False
+        self.clear()
 
     def __len__(self) -> int:
         """How many slots there are."""
         return self._count
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._slots
+        return self._settled and key in self._slots
 
     def place(self, keys: Sequence[Key], busy: Collection[int] = ()) -> Placing:
         """A slot for each of ``keys``, which differ: where it is, else a free one, else that of an
@@ -40,12 +45,15 @@ class SlotTable:
 
         ConfigError if that leaves too few slots; then nothing has been placed.
         """
+        if not self._settled:
+            self.clear()
         needed = set(keys)
         taken = {*busy}.difference(self._slots[key] for key in needed if key in self._slots)
         if len(needed) > self._count - len(taken):
             raise ConfigError(
                 f"{len(needed)} experts at once, {self._count} slots, {len(taken)} of them busy"
             )
+        self._settled = False
         slots, missing = [], []
         for at, key in enumerate(keys):
             if key not in self._slots:
@@ -55,17 +63,26 @@ class SlotTable:
             slots.append(self._slots[key])
         return Placing(tuple(slots), tuple(missing))
 
+    def settle(self) -> None:
+        """What was placed last is in its slots, or will be before anybody looks."""
+        self._settled = True
+
     def drop(self, key: Key) -> None:
         """What is in the slot of ``key`` is not that expert, as after a read that failed."""
         if key in self._slots:
+            settled = self._settled
+            self._settled = False
             self._policy.victim(key.__eq__)
             self._free.append(self._slots.pop(key))
+            self._settled = settled
 
     def clear(self) -> None:
         """Nothing is in any slot."""
+        self._settled = False
         self._policy.reset()
-        self._slots.clear()
+        self._slots = dict[Key, int]()
         self._free = list(range(self._count))
+        self._settled = True
 
     def _make_room(self, needed: Collection[Key], busy: Collection[int]) -> int:
         for at, slot in enumerate(self._free):

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupter import Interrupt, Interrupter
 
 from layer_streamer.errors import ConfigError
 from layer_streamer.experts.policies import POLICIES, Key, PolicyName, make_policy
-from layer_streamer.experts.slots import SlotTable
+from layer_streamer.experts.slots import Placing, SlotTable
 
 KEYS = [(layer, expert) for layer in range(2) for expert in range(6)]
 STEPS = st.lists(
@@ -39,34 +40,86 @@ def test_every_expert_has_a_slot_of_its_own_and_only_a_hit_needs_no_filling(
                 assert (before.get(slot) == key) == (at not in placed.missing)
                 assert slot not in busy or at not in placed.missing
                 inside[slot] = key
+            table.settle()
         if data.draw(st.booleans()) and inside:
             slot = data.draw(st.sampled_from(sorted(inside)))
             table.drop(inside.pop(slot))
         assert {key for key in KEYS if key in table} == set(inside.values())
 
 
+def place(table: SlotTable, keys: list[Key], busy: Any = ()) -> Placing:
+    placed = table.place(keys, busy)
+    table.settle()
+    return placed
+
+
 def test_more_experts_at_once_than_slots_change_nothing() -> None:
     table = SlotTable(3, make_policy("lru", 3, 2))
-    table.place(KEYS[:3])
+    place(table, KEYS[:3])
     with pytest.raises(ConfigError, match="3 experts at once, 3 slots, 1 of them busy"):
         table.place(KEYS[2:5], busy={0})
     with pytest.raises(ConfigError, match="4 experts at once, 3 slots, 0 of them busy"):
         table.place(KEYS[:4])
-    assert table.place(KEYS[:3]).missing == ()
+    assert place(table, KEYS[:3]).missing == ()
 
 
 def test_a_dropped_expert_is_missing_when_it_is_asked_for_again() -> None:
     table = SlotTable(3, make_policy("segmented", 3, 2))
-    first = table.place(KEYS[:3]).slots
+    first = place(table, KEYS[:3]).slots
     table.drop(KEYS[1])
     table.drop(KEYS[1])
-    again = table.place(KEYS[:3])
+    again = place(table, KEYS[:3])
     assert (again.slots, again.missing) == (first, (1,))
 
 
 def test_a_cleared_table_is_as_a_new_one() -> None:
     table = SlotTable(4, make_policy("lfu", 4, 2))
-    first = [table.place(KEYS[at : at + 3]) for at in range(5)]
+    first = [place(table, KEYS[at : at + 3]) for at in range(5)]
     table.clear()
     assert not any(key in table for key in KEYS)
-    assert [table.place(KEYS[at : at + 3]) for at in range(5)] == first
+    assert [place(table, KEYS[at : at + 3]) for at in range(5)] == first
+
+
+def test_what_was_placed_and_never_settled_is_in_no_slot() -> None:
+    """Its copies may not have been begun."""
+    table = SlotTable(4, make_policy("lru", 4, 2))
+    place(table, KEYS[:2])
+    table.place(KEYS[1:3])
+    assert not any(key in table for key in KEYS)
+    assert place(table, KEYS[:3]).missing == (0, 1, 2)
+    table.place(KEYS[2:5])
+    table.drop(KEYS[3])
+    assert place(table, KEYS[:3]).missing == (0, 1, 2)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_interrupt_at_any_bytecode_leaves_no_hit_that_is_none(name: PolicyName) -> None:
+    steps = [KEYS[0:3], KEYS[2:5], KEYS[0:3], [KEYS[5], KEYS[0]], KEYS[6:9], KEYS[9:12]]
+
+    def use(table: SlotTable, inside: dict[int, Key]) -> None:
+        """As whoever fills the slots does; what is in a slot was written there."""
+        for keys in steps:
+            placed = table.place(keys)
+            for at, (key, slot) in enumerate(zip(keys, placed.slots, strict=True)):
+                if at in placed.missing:
+                    inside[slot] = key
+                assert inside[slot] == key
+            assert len(set(placed.slots)) == len(keys)
+            table.settle()
+        table.drop(KEYS[10])
+        del inside[next(slot for slot, key in inside.items() if key == KEYS[10])]
+        table.clear()
+
+    number, fired = 0, True
+    while fired:
+        table = SlotTable(5, make_policy(name, 5, 2))
+        inside = dict[int, Key]()
+        try:
+            with Interrupter(number, "opcode") as interrupter:
+                use(table, inside)
+        except Interrupt:
+            pass
+        fired = interrupter.fired
+        use(table, inside)
+        number += 1
+    assert number > 500
