@@ -109,6 +109,22 @@ def test_what_lies_side_by_side_is_one_extent_and_another_experts_bytes_end_it()
     assert [(e.path, e.offset, e.nbytes) for e in second] == [(here, 30, 30), (there, 60, 10)]
 
 
+def test_experts_of_gpt_oss_as_it_is_published_have_blocks_scales_and_biases(
+    tmp_path: Path,
+) -> None:
+    layer, shapes = Written(), {"gate_up": (12, 2), "down": (6, 1)}
+    for seed, (name, (rows, blocks)) in enumerate(shapes.items()):
+        key = f"mlp.experts.{name}_proj_"
+        layer.add_stacked(f"{key}blocks", experts_of(5, (rows, blocks, 16), torch.uint8, seed))
+        layer.add_stacked(f"{key}scales", experts_of(5, (rows, blocks), torch.uint8, 5 + seed))
+        layer.add_stacked(f"{key}bias", experts_of(5, (rows,), torch.bfloat16, 9 + seed))
+    layer.add_dense("mlp.router.weight", 5, 8)
+    layer.add_dense("mlp.router.bias", 5)
+    dense, experts = split_experts(layer_of(tmp_path, layer.tensors))
+    assert set(dense.tensors) == layer.dense
+    assert_banks(experts, layer.banks)
+
+
 def test_a_layer_without_experts_is_handed_back_as_it_is() -> None:
     tensors = {"mlp.shared_experts.up_proj.weight": spec_of("mlp.shared_experts.up_proj.weight")}
     layer = LayerSpec(3, tensors)
