@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ..devices.device import Device
 from ..errors import StreamerError
-from ..experts.policies import Policy
+from ..experts.policies import Key, Policy
 from ..experts.slots import Placing, SlotTable
 from ..planning.layout import View
 from ..transport.memory import Watch, allocate
@@ -30,42 +30,35 @@ class ExpertPool:
         (handed_out,) = self._watch.memory
         with torch.inference_mode(False):
             self.banks = {view.key: _bank(handed_out, view, slot_nbytes, count) for view in views}
-        self._sound = True
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def place(self, keys: Sequence[tuple[int, int]], busy: Collection[int] = ()) -> Placing:
-        """Slots for experts. What is missing has to be brought, and :meth:`filled` said of it,
-        before anything else is asked; else all slots are empty afterwards.
+    def place(self, keys: Sequence[Key]) -> Placing:
+        """Slots for experts. What is missing is to be brought, and then :meth:`filled` called, or
+        :meth:`failed`. ConfigError for more than there are slots.
 
-        ConfigError for more than there are.
+        A backward that needs what was in a slot that is filled again is to raise from here on.
         """
-        if not self._sound:
-            self._table.clear()
-        self._sound = False
-        placing = self._table.place(keys, busy)
-        self._sound = not placing.missing
+        placing = self._table.place(keys)
+        if placing.missing:
+            self._watch.expire()
         return placing
 
     def filled(self) -> None:
-        """What was missing is on its way."""
-        self._sound = True
+        """What was placed is in its slots, or on its way."""
+        self._table.settle()
 
-    def failed(self, keys: Iterable[tuple[int, int]]) -> None:
+    def failed(self, keys: Iterable[Key]) -> None:
         """These could not be brought: their slots hold nothing."""
         for key in keys:
             self._table.drop(key)
-        self._sound = True
-
-    def expire(self) -> None:
-        """Slots are overwritten: a backward that needs what was in them is to raise."""
-        self._watch.expire()
+        self._table.settle()
 
     def check_unwritten(self) -> None:
         """StreamerError if the caller has written to a bank; then all slots are empty."""
         if self._watch.written():
-            self._sound = False
+            self._table.clear()
             self._watch.forget()
             raise StreamerError(
                 "experts' weights were written to, which other passes use: change a clone of them"
@@ -76,6 +69,5 @@ def _bank(memory: torch.Tensor, view: View, slot_nbytes: int, count: int) -> tor
     """One tensor of all slots: (count, ...)."""
     size = view.dtype.itemsize
     strides = torch.empty(view.shape, dtype=view.dtype, device="meta").stride()
-    typed = memory.view(view.dtype)
     shape, steps = (count, *view.shape), (slot_nbytes // size, *strides)
-    return typed.as_strided(shape, steps, view.offset // size)
+    return memory.view(view.dtype).as_strided(shape, steps, view.offset // size)

@@ -100,7 +100,6 @@ class ExpertStore:
             raise ConfigError(f"layer {layer_idx}: {error}: load them in parts") from None
         self._in_use = True
         if placing.missing:
-            pool.expire()
             missing = [keys[i] for i in placing.missing]
             slots = [placing.slots[i] for i in placing.missing]
             wanted = [
@@ -113,7 +112,7 @@ class ExpertStore:
                 pool.failed(missing)
                 raise
             self._brought.record(self._stream)
-            pool.filled()
+        pool.filled()
         self.order_after_copies(current)
         found, asked, missed = self._report, len(keys), len(placing.missing)
         self._report = ExpertReport(

@@ -108,7 +108,10 @@ def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         if name != "OUT/..":
             (tmp_path / name).symlink_to(model)
-    mixture = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.rand(8, 32) for e in range(4)}
+    (tmp_path / "path/to/mixture").mkdir()
+    mixture = {
+        f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.rand(8, 32) for e in range(4)
+    }
     mixture["model.layers.0.mlp.gate.weight"] = torch.rand(4, 32)
     write_safetensors(tmp_path / "path/to/mixture/model.safetensors", mixture)
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").symlink_to(smollm2())
