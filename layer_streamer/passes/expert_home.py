@@ -11,8 +11,9 @@ import torch
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.manifest import TensorSpec
-from ..devices.device import Device
+from ..devices.device import Device, Numbers
 from ..errors import StreamerError
+from ..experts.policies import Key
 from ..planning.layout import Read, View
 from ..transport.loader import Loader
 from ..transport.mapped import MappedFiles, Region
@@ -59,22 +60,35 @@ class MappedExperts:
         self.owners: Sequence[Owner] = (mapped,)
         self._mapped, self._device = mapped, device
         self._layers, self._views = layers, views
+        self._known: dict[Key, list[tuple[Region, Numbers]]] = {}
+        """What has been found out of experts, at their first time."""
 
     def bring(self, wanted: Sequence[Wanted], slab: torch.Tensor, stream: Any) -> None:
-        by_region: dict[int, tuple[Region, list[tuple[int, int, int]]]] = {}
+        by_region: dict[int, tuple[Region, list[Numbers]]] = {}
         for one in wanted:
-            for region, piece in self._pieces(one):
-                by_region.setdefault(id(region), (region, []))[1].append(piece)
-        for region, pieces in by_region.values():
-            to, from_, nbytes = np.array(pieces, dtype=np.int64).T
+            key = (one.layer_idx, one.expert)
+            known = self._known.get(key)
+            if known is None:
+                known = self._known[key] = self._pieces(*key)
+            for region, pieces in known:
+                there = pieces + np.array((one.offset, 0, 0))
+                by_region.setdefault(id(region), (region, []))[1].append(there)
+        for region, parts in by_region.values():
+            to, from_, nbytes = np.concatenate(parts).T
             self._device.copy_pieces((slab, to), (region.memory, from_), nbytes, stream)
 
-    def _pieces(self, one: Wanted) -> Iterator[tuple[Region, tuple[int, int, int]]]:
-        """(where to in the pool, where from in the region, bytes)."""
-        banks, segment = self._layers[one.layer_idx].banks, self._device.pin_segment
-        for view in self._views[one.layer_idx]:
-            to = one.offset + view.offset
-            for extent in filter(_holds, banks[view.key][one.expert].extents):
+    def _pieces(self, layer_idx: int, expert: int) -> list[tuple[Region, Numbers]]:
+        """By region: (where to in the slot, where from in the region, bytes), (n, 3)."""
+        found: dict[int, tuple[Region, list[tuple[int, int, int]]]] = {}
+        for region, piece in self._cut(layer_idx, expert):
+            found.setdefault(id(region), (region, []))[1].append(piece)
+        return [(region, np.array(pieces, dtype=np.int64)) for region, pieces in found.values()]
+
+    def _cut(self, layer_idx: int, expert: int) -> Iterator[tuple[Region, tuple[int, int, int]]]:
+        banks, segment = self._layers[layer_idx].banks, self._device.pin_segment
+        for view in self._views[layer_idx]:
+            to = view.offset
+            for extent in filter(_holds, banks[view.key][expert].extents):
                 region = self._mapped.find(extent.path, extent.offset)
                 start = extent.offset - region.offset
                 end = start + extent.nbytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -34,13 +34,17 @@ class ExpertPool:
     def __len__(self) -> int:
         return len(self._table)
 
-    def place(self, keys: Sequence[Key]) -> Placing:
-        """Slots for experts. What is missing is to be brought, and then :meth:`filled` called, or
-        :meth:`failed`. ConfigError for more than there are slots.
+    def __contains__(self, key: Key) -> bool:
+        return key in self._table
+
+    def place(self, keys: Sequence[Key], busy: Collection[int] = ()) -> Placing:
+        """Slots for experts, none of those that are ``busy`` anew. What is missing is to be
+        brought, and then :meth:`filled` called, or :meth:`failed`. ConfigError for more than there
+        are slots.
 
         A backward that needs what was in a slot that is filled again is to raise from here on.
         """
-        placing = self._table.place(keys)
+        placing = self._table.place(keys, busy)
         if placing.missing:
             self._watch.expire()
         return placing

@@ -7,11 +7,13 @@ behind all use of a slot that has been given up: a load gives up what the load b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..checkpoint.experts import ExpertLayer
 from ..devices.device import Device, Stream
 from ..errors import ConfigError
+from ..experts.policies import Key
+from ..experts.slots import Placing
 from .expert_home import Home, Wanted
 from .expert_pool import ExpertPool
 
@@ -25,7 +27,11 @@ class ExpertReport:
     hits: int = 0
     """Were in a slot."""
     copied_bytes: int = 0
-    """Of those that were not."""
+    """Of those that were not, and of those that were hinted at."""
+    hinted: int = 0
+    """Brought because of a hint."""
+    hints_used: int = 0
+    """Of these, now or in an earlier pass, asked for while they were there."""
 
 
 class ExpertStore:
@@ -48,7 +54,9 @@ class ExpertStore:
         self._given_up, self._brought = device.new_event(), device.new_event()
         self._given_up.record(device.current_stream())
         self.follow_allocation()
-        self._in_use = False
+        self._in_use: tuple[ExpertPool, tuple[int, ...]] | None = None
+        """The slots that a load has handed out, until they are given up."""
+        self._hinted = set[Key]()
         self._report = self.last_pass = ExpertReport()
 
     @property
@@ -70,11 +78,11 @@ class ExpertStore:
 
         StreamerError if the caller has written to it.
         """
-        if not self._in_use:
+        if self._in_use is None:
             return
         self._given_up.record(self._device.current_stream())
         self.follow_use()
-        self._in_use = False
+        self._in_use = None
         for pool in self.pools.values():
             pool.check_unwritten()
 
@@ -85,27 +93,67 @@ class ExpertStore:
         than there are slots, what reads raise, naming layer and expert.
         """
         layer, pool = self.layers[layer_idx], self.pools[layer_idx]
-        for expert in experts:
-            if not 0 <= expert < layer.num_experts:
-                bound = f"from 0 to {layer.num_experts - 1}"
-                raise ConfigError(f"layer {layer_idx}: expert {expert}: must be {bound}")
+        keys = self._keys(layer_idx, experts)
         self.give_up()
         current = self._device.current_stream()
         if current == self._stream and not self._device.unified:
             self._change_stream()
-        keys = [(layer_idx, expert) for expert in experts]
         try:
             placing = pool.place(keys)
         except ConfigError as error:
             raise ConfigError(f"layer {layer_idx}: {error}: load them in parts") from None
-        self._in_use = True
-        if placing.missing:
-            missing = [keys[i] for i in placing.missing]
-            slots = [placing.slots[i] for i in placing.missing]
-            wanted = [
-                Wanted(*key, slot * pool.slot_nbytes)
-                for key, slot in zip(missing, slots, strict=True)
-            ]
+        self._in_use = pool, placing.slots
+        self._fill(pool, keys, placing)
+        self.order_after_copies(current)
+        missed, used = len(placing.missing), self._hinted.intersection(keys)
+        self._hinted -= used
+        found = self._report
+        self._report = replace(
+            found,
+            asked=found.asked + len(keys),
+            hits=found.hits + len(keys) - missed,
+            copied_bytes=found.copied_bytes + missed * layer.expert_nbytes,
+            hints_used=found.hints_used + len(used),
+        )
+        return placing.slots
+
+    def hint(self, layer_idx: int, experts: Sequence[int]) -> int:
+        """Bring experts that may be asked for soon, as far as there is room beside what is in use;
+        how many are on their way. Nothing waits for them but the next load."""
+        layer, pool = self.layers[layer_idx], self.pools[layer_idx]
+        used_pool, busy = self._in_use or (pool, ())
+        busy = busy if used_pool is pool else ()
+        keys = [key for key in self._keys(layer_idx, experts) if key not in pool]
+        keys = keys[: (len(pool) - len(busy)) // 2]  # the rest may hold what is wanted as well
+        if not keys:
+            return 0
+        self._fill(pool, keys, pool.place(keys, busy))
+        self._hinted.update(keys)
+        found = self._report
+        self._report = replace(
+            found,
+            hinted=found.hinted + len(keys),
+            copied_bytes=found.copied_bytes + len(keys) * layer.expert_nbytes,
+        )
+        return len(keys)
+
+    def _keys(self, layer_idx: int, experts: Sequence[int]) -> list[Key]:
+        """ConfigError for an expert that the layer does not have."""
+        count = self.layers[layer_idx].num_experts
+        for expert in experts:
+            if not 0 <= expert < count:
+                raise ConfigError(
+                    f"layer {layer_idx}: expert {expert}: must be from 0 to {count - 1}"
+                )
+        return [(layer_idx, expert) for expert in experts]
+
+    def _fill(self, pool: ExpertPool, keys: Sequence[Key], placing: Placing) -> None:
+        """Have what is missing brought, or raise what reads raise, with nothing placed."""
+        missing = [keys[i] for i in placing.missing]
+        offsets = [placing.slots[i] * pool.slot_nbytes for i in placing.missing]
+        if missing:
+            wanted = [Wanted(*key, at) for key, at in zip(missing, offsets, strict=True)]
+            self._hinted.difference_update(missing)
             try:
                 self._home.bring(wanted, pool.slab, self._stream)
             except Exception:
@@ -113,14 +161,6 @@ class ExpertStore:
                 raise
             self._brought.record(self._stream)
         pool.filled()
-        self.order_after_copies(current)
-        found, asked, missed = self._report, len(keys), len(placing.missing)
-        self._report = ExpertReport(
-            found.asked + asked,
-            found.hits + asked - missed,
-            found.copied_bytes + missed * layer.expert_nbytes,
-        )
-        return placing.slots
 
     def close(self) -> None:
         """Wait for copies, and give page locks back. Idempotent."""

@@ -57,6 +57,20 @@ class LayerExperts:
         slots = torch.tensor([where[expert] for expert in asked], dtype=torch.int64, device="cpu")
         return slots.to(self._store.pools[self._layer_idx].slab.device, non_blocking=True)
 
+    def hint(self, ids: Ids, layer: int) -> int:
+        """Bring experts of a ``layer`` (its number in the checkpoint) that may be asked for soon,
+        while this one is computed: as many as half of the slots that are not in use, those named
+        first first. How many are on their way; what is there already is not. With gradients, what
+        was loaded before counts as overwritten.
+
+        Errors as of ``load``; ConfigError for a layer without experts.
+        """
+        if self._over:
+            raise StreamerError(f"layer {self._layer_idx}: its hand-out has ended")
+        if layer not in self._store.layers:
+            raise ConfigError(f"layer={layer}: has no experts")
+        return self._store.hint(layer, list(dict.fromkeys(_numbers(ids))))
+
     def bank(self, name: str) -> torch.Tensor:
         """One tensor of all slots, (num_slots, ...), by the name that experts share without their
         numbers ("mlp.experts.up_proj.weight"). KeyError, with those that there are."""

@@ -72,6 +72,9 @@ class Mixture:
         for part in experts.parts(asked):
             wanted = dice.choices(part, k=len(part)) + part
             slots = experts.load(torch.tensor(wanted) if dice.random() < 0.5 else wanted)
+            if dice.random() < 0.3:  # before this one is computed with
+                soon = [dice.randrange(EXPERTS) for _ in range(dice.randint(0, 4))]
+                experts.hint(soon, layer=dice.randrange(LAYERS))
             for expert, slot in zip(wanted, slots.tolist(), strict=True):
                 for name in NAMES:
                     look = self._look(experts.bank(name)[slot], layer_idx, expert, name)

@@ -26,6 +26,8 @@ from layer_streamer import (
     plan_checkpoint,
 )
 from layer_streamer.devices.device import CpuDevice
+from layer_streamer.experts.hits import count_hits
+from layer_streamer.experts.policies import make_policy
 from layer_streamer.passes.expert_store import ExpertReport, ExpertStore
 
 
@@ -105,6 +107,56 @@ def test_what_is_there_is_not_brought_again(tmp_path: Path, kind: str) -> None:
         assert streamer.last_experts == ExpertReport(4, 0, nbytes)
         check(streamer, expected, asked)
         assert streamer.last_experts == ExpertReport(4, 4, 0)
+
+
+def test_hits_are_those_that_the_simulator_counts(tmp_path: Path) -> None:
+    expected, dice = alone(tmp_path), random.Random(4)
+    for slots in (2, 5, 9):
+        asked_of = [[dice.choices(range(EXPERTS), k=3) for _ in range(LAYERS)] for _ in range(30)]
+        steps = [[(i, e) for e in sorted({*asked[i]})] for asked in asked_of for i in range(LAYERS)]
+        hits = 0
+        with opened(tmp_path, slots=slots) as streamer:
+            for asked in asked_of:
+                check(streamer, expected, asked)
+                assert streamer.last_experts is not None
+                hits += streamer.last_experts.hits
+        assert hits == count_hits(steps, slots, make_policy("segmented", slots, 1))
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_what_was_hinted_at_is_there_when_it_is_asked_for(tmp_path: Path, kind: str) -> None:
+    expected = alone(tmp_path)
+    with opened(tmp_path, kind, LAYERS * EXPERTS) as streamer:
+
+        def step(x: Any, weights: Any, layer_idx: int) -> None:
+            weights.experts.load([1, 2])
+            if layer_idx == 0:
+                assert weights.experts.hint(torch.tensor([4, 4, 1]), layer=1) == 2
+                assert weights.experts.hint([1], layer=1) == 0, "it is there"
+
+        streamer.run_pass(0, step)
+        found = streamer.last_experts
+        assert found is not None and (found.hinted, found.hints_used, found.hits) == (2, 1, 1)
+        check(streamer, expected, [[1], [1, 2, 4], [0]])
+        found = streamer.last_experts
+        assert found is not None and (found.hints_used, found.hits) == (1, 4)
+
+
+def test_a_hint_takes_no_slot_that_is_in_use_and_no_more_than_half_of_the_others(
+    tmp_path: Path,
+) -> None:
+    alone(tmp_path)
+    found: list[int] = []
+    with opened(tmp_path, "mapped", 6) as streamer:
+
+        def step(x: Any, weights: Any, layer_idx: int) -> None:
+            weights.experts.load([0, 1, 2, 3])
+            found.append(weights.experts.hint([4, 5, 6], layer=layer_idx))
+            with pytest.raises(ConfigError, match="layer=7: has no experts"):
+                weights.experts.hint([1], layer=7)
+
+        streamer.run_pass(0, step)
+    assert found == [1, 1, 1]
 
 
 def test_slots_are_all_that_is_taken_and_passes_add_nothing(tmp_path: Path) -> None:
