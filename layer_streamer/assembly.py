@@ -14,7 +14,7 @@ from .devices.device import Device
 from .machine.hostmem import available_host_bytes
 from .machine.limits import MachineLimits, load_limits
 from .machine.threads import note_too_many_threads
-from .passes.expert_opening import Layers, open_store, slots_nbytes, take_out
+from .passes.expert_opening import open_store, take_out
 from .passes.expert_store import ExpertStore
 from .passes.statics import Statics
 from .planning.layout import Layout, Step, plan_steps
@@ -54,10 +54,10 @@ def assemble(manifest: Manifest, devices: Sequence[Device], settings: Settings) 
     if (on_copy := settings.asked["on_copy"]) is not None:
         listener = Listener(on_copy)
         settings = settings.but(on_copy=listener.weakly())
-    dense, experts = take_out(manifest, settings)
+    dense, experts, settings = take_out(manifest, settings, devices[0])
     files = OpenFiles(manifest.files)
     try:
-        steps, layouts, plan = _plan(dense, devices, _beside(experts, settings), files, {})
+        steps, layouts, plan = _plan(dense, devices, settings, files, {})
         if plan.machine.unified and "disk" in plan.tiers:
             note_too_many_threads()
         pipeline = Pipeline(steps, layouts, files, devices, settings, plan)
@@ -83,20 +83,12 @@ def draw_plan(
 
     ``given``: rates in bytes a second to go by instead of measured ones: "read", "copy".
     """
-    dense, experts = take_out(manifest, settings)
+    dense, _, settings = take_out(manifest, settings, devices[0])
     files = OpenFiles(manifest.files)
     try:
-        return _plan(dense, devices, _beside(experts, settings), files, given)[-1]
+        return _plan(dense, devices, settings, files, given)[-1]
     finally:
         files.close()
-
-
-def _beside(experts: Layers, settings: Settings) -> Settings:
-    """What is planned for the rest of the model, beside experts' slots."""
-    if not experts or settings.asked["device_budget"] is None:
-        return settings
-    (reserved,) = settings.reserves(1)
-    return settings.but(reserve_bytes=reserved + slots_nbytes(experts, settings))
 
 
 def _plan(

@@ -11,7 +11,9 @@ from ..checkpoint.manifest import Manifest
 from ..devices.device import Device
 from ..errors import ConfigError
 from ..experts.policies import make_policy
-from ..planning.layout import CASTABLE, View, cast_dtype, lay_out_resident
+from ..planning.budget import format_bytes
+from ..planning.layout import CASTABLE, View, cast_dtype, lay_out_resident, plan_steps
+from ..planning.planner import device_budget_of
 from ..planning.settings import Settings
 from ..transport.pipeline import Pipeline
 from .expert_home import Home, MappedExperts, ReadExperts, expert_reads
@@ -23,15 +25,19 @@ _Alike: TypeAlias = tuple[tuple[View, ...], int]
 """How an expert lies in its slot, and the slot's bytes: layers that agree in it share a pool."""
 
 
-def take_out(manifest: Manifest, settings: Settings) -> tuple[Manifest, Layers]:
-    """The checkpoint without experts that are brought on demand, and these, by layer.
+def take_out(
+    manifest: Manifest, settings: Settings, device: Device
+) -> tuple[Manifest, Layers, Settings]:
+    """The checkpoint without experts that are brought on demand, these by layer, and the settings
+    with the number of their slots, and with a ``device_budget`` for all else.
 
-    ConfigError where there are none, for several devices, and where experts would have to be cast.
+    ConfigError where there are none, or no room, for several devices, and where experts would have
+    to be cast.
     """
     if settings.asked["experts"] != "demand":
         if settings.asked["expert_slots"] is not None:
             raise ConfigError("expert_slots: goes with experts='demand'")
-        return manifest, {}
+        return manifest, {}, settings
     split = [split_experts(layer) for layer in manifest.layers]
     experts = {i: found for i, (_, found) in enumerate(split) if found is not None}
     chosen = settings.asked["layers"]
@@ -41,8 +47,12 @@ def take_out(manifest: Manifest, settings: Settings) -> tuple[Manifest, Layers]:
         raise ConfigError(
             f"experts='demand': {manifest.path} has no experts that are known as such"
         )
-    if settings.asked["expert_slots"] is None:
-        raise ConfigError("experts='demand': expert_slots= has to say how many the device holds")
+    _check(experts, settings)
+    dense = replace(manifest, layers=tuple(layer for layer, _ in split))
+    return dense, experts, _share_out(dense, experts, settings, device)
+
+
+def _check(experts: Layers, settings: Settings) -> None:
     device, dtype = settings.asked["device"], settings.asked["dtype"]
     if isinstance(device, list | tuple) and len(device) > 1:
         raise ConfigError("experts='demand': of several devices, each needs a streamer of its own")
@@ -54,12 +64,39 @@ def take_out(manifest: Manifest, settings: Settings) -> tuple[Manifest, Layers]:
                     f"dtype={dtype}: tensor {bank[0].name!r} is {bank[0].dtype}, and experts that "
                     f"are brought on demand are not cast ({kinds} would be)"
                 )
-    return replace(manifest, layers=tuple(layer for layer, _ in split)), experts
 
 
-def slots_nbytes(experts: Layers, settings: Settings) -> int:
-    """Device memory that their slots take."""
-    return sum(count * alike[1] for alike, count in _counts(experts, settings).items())
+def _share_out(dense: Manifest, experts: Layers, settings: Settings, device: Device) -> Settings:
+    """Slots are what was asked for, else what the budget leaves once all else is resident."""
+    asked, count = settings.asked, settings.asked["expert_slots"]
+    budget = device_budget_of(settings, device.free_bytes())
+    if budget is None:
+        if count is None:
+            raise ConfigError(
+                "experts='demand': expert_slots= or device_budget= has to say how many experts "
+                "the device holds"
+            )
+        return settings
+    if count is None:
+        steps = plan_steps(dense, asked["tail"], asked["layers"])
+        resident = sum(lay_out_resident(step, asked["dtype"])[1] for step in steps)
+        room = budget - sum(settings.reserves(1)) - resident
+        count = sum(layer.num_experts for layer in experts.values())
+        count = min(count, max(1, room * count // _slots_nbytes(experts, count)))
+        while count > 1 and _slots_nbytes(experts, count) > room:
+            count -= 1
+    nbytes = _slots_nbytes(experts, count)
+    if nbytes >= budget:
+        raise ConfigError(
+            f"device_budget={format_bytes(budget)}: {count} slots of experts take "
+            f"{format_bytes(nbytes)} of it, which leaves nothing for the layers"
+        )
+    return settings.but(expert_slots=count, device_budget=budget - nbytes)
+
+
+def _slots_nbytes(experts: Layers, count: int) -> int:
+    """Device memory that so many slots take."""
+    return sum(own * alike[1] for alike, own in _counts(experts, count).items())
 
 
 def open_store(experts: Layers, pipeline: Pipeline, settings: Settings) -> ExpertStore | None:
@@ -69,7 +106,7 @@ def open_store(experts: Layers, pipeline: Pipeline, settings: Settings) -> Exper
     (device,) = pipeline.devices
     with device.guard():
         pools = dict[_Alike, ExpertPool]()
-        for alike, count in _counts(experts, settings).items():
+        for alike, count in _counts(experts, settings.asked["expert_slots"] or 0).items():
             views, nbytes = alike
             pools[alike] = ExpertPool(
                 views, nbytes, count, make_policy("segmented", count, 1), device
@@ -91,10 +128,9 @@ def _open_home(experts: Layers, pipeline: Pipeline, device: Device) -> Home:
     return ReadExperts(pipeline.loader, experts, views, device)
 
 
-def _counts(experts: Layers, settings: Settings) -> dict[_Alike, int]:
+def _counts(experts: Layers, asked: int) -> dict[_Alike, int]:
     """Slots of each kind of experts: as many as were asked for, by how many layers have it; none
     has more than there are experts of it."""
-    asked = settings.asked["expert_slots"] or 0
     there, layers = dict[_Alike, int](), dict[_Alike, int]()
     for layer in experts.values():
         alike = _alike(layer)

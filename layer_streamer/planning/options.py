@@ -201,7 +201,8 @@ class Options(PoolOptions, MoreOptions, total=False):
         "whole", Kind(_check_experts, "HOW"), "whole",
     )]  # fmt: skip
     expert_slots: Annotated[int | None, Option(
-        'experts that the device holds, with `experts="demand"`', "none",
+        'experts that the device holds, with `experts="demand"`; None: as many as `device_budget` '
+        "leaves once all else is there", "None",
         _number(1, MAX_EXPERT_SLOTS),
     )]  # fmt: skip
     track_progress: Annotated[bool | None, Option(

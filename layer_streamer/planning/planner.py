@@ -109,6 +109,11 @@ def _resolve(name: str, budget: Bytes | None, free: int) -> int | None:
     return usable(free) if budget == "auto" else parse_bytes(name, budget)
 
 
+def device_budget_of(settings: Settings, free: int) -> int | None:
+    """What ``device_budget`` says of a device with so many free bytes; None: nothing."""
+    return _resolve("device_budget", settings.asked["device_budget"], free)
+
+
 def _budget_of(
     sizes: Sequence[StepSize], scratch_nbytes: int, machine: Machine, settings: Settings
 ) -> Budget:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from checkpoints import random_tensor, write_safetensors
+from checkpoints import random_tensor, tensor_bytes, write_safetensors
+from fake_device import FakeDevice
+from support import open_checkpoint
+
+from layer_streamer import LayerStreamer
+from layer_streamer.devices.device import CpuDevice
 
 LAYERS, EXPERTS = 3, 7
 UP, DOWN = (11, 34), (34, 11)
@@ -60,3 +67,40 @@ def unlike(directory: Path) -> Experts:
 
 
 LAYOUTS = {"alone": alone, "stacked": stacked, "unlike": unlike}
+
+
+def reading() -> FakeDevice:
+    """A device that cannot copy from mapped files."""
+    device = FakeDevice(1)
+    device.maps_files = False  # type: ignore[misc]
+    return device
+
+
+DEVICES = {"cpu": CpuDevice, "mapped": lambda: FakeDevice(1), "read": reading}
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and tensor_bytes(one) == tensor_bytes(other)
+
+
+def opened(path: Path, kind: str = "cpu", slots: int | None = 3, **options: Any) -> LayerStreamer:
+    given = {"experts": "demand", "expert_slots": slots, "read_threads": 2} | options
+    return open_checkpoint(DEVICES[kind](), path, **given)
+
+
+def check(streamer: LayerStreamer, expected: Experts, asked: Sequence[Sequence[int]]) -> None:
+    """One pass that asks each layer for some experts, and compares their bytes."""
+    device: Any = streamer._devices[0]
+    for layer_idx, weights in streamer.sweep():
+        experts = weights.experts  # type: ignore[attr-defined]
+        if experts is None:
+            continue
+        for part in experts.parts(asked[layer_idx]):
+            slots = experts.load(part).tolist()
+            if isinstance(device, FakeDevice):
+                device.drain()
+            for expert, slot in zip(part, slots, strict=True):
+                for name in experts.names:
+                    wanted = expected[layer_idx, expert, name]
+                    found = experts.bank(name)[slot]
+                    assert found.dtype == wanted.dtype and same_bytes(found, wanted)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import random_tensor, tensor_bytes, tiny_checkpoint, write_safetensors
+from checkpoints import random_tensor, tiny_checkpoint, write_safetensors
 from fake_device import FakeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixtures import EXPERTS, LAYERS, LAYOUTS, Experts, alone, stacked
+from mixtures import (
+    DEVICES,
+    EXPERTS,
+    LAYERS,
+    LAYOUTS,
+    alone,
+    check,
+    opened,
+    same_bytes,
+    stacked,
+)
 from support import open_checkpoint
 
 from layer_streamer import (
@@ -29,44 +38,6 @@ from layer_streamer.devices.device import CpuDevice
 from layer_streamer.experts.hits import count_hits
 from layer_streamer.experts.policies import make_policy
 from layer_streamer.passes.expert_store import ExpertReport, ExpertStore
-
-
-def reading() -> FakeDevice:
-    """A device that cannot copy from mapped files."""
-    device = FakeDevice(1)
-    device.maps_files = False  # type: ignore[misc]
-    return device
-
-
-DEVICES = {"cpu": CpuDevice, "mapped": lambda: FakeDevice(1), "read": reading}
-
-
-def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and tensor_bytes(one) == tensor_bytes(other)
-
-
-def opened(path: Path, kind: str = "cpu", slots: int = 3, **options: Any) -> LayerStreamer:
-    given = {"experts": "demand", "expert_slots": slots, "read_threads": 2} | options
-    return open_checkpoint(DEVICES[kind](), path, **given)
-
-
-def check(streamer: LayerStreamer, expected: Experts, asked: Sequence[Sequence[int]]) -> None:
-    """One pass that asks each layer for some experts, and compares their bytes."""
-    device: Any = streamer._devices[0]
-    for layer_idx, weights in streamer.sweep():
-        experts = weights.experts  # type: ignore[attr-defined]
-        if experts is None:
-            continue
-        for part in experts.parts(asked[layer_idx]):
-            slots = experts.load(part).tolist()
-            if isinstance(device, FakeDevice):
-                device.drain()
-            for expert, slot in zip(part, slots, strict=True):
-                for name in experts.names:
-                    wanted = expected[layer_idx, expert, name]
-                    found = experts.bank(name)[slot]
-                    assert found.dtype == wanted.dtype and same_bytes(found, wanted)
-
 
 asked_of_layers = st.lists(
     st.lists(st.integers(0, EXPERTS - 1), max_size=2 * EXPERTS), min_size=LAYERS, max_size=LAYERS
@@ -157,38 +128,6 @@ def test_a_hint_takes_no_slot_that_is_in_use_and_no_more_than_half_of_the_others
 
         streamer.run_pass(0, step)
     assert found == [1, 1, 1]
-
-
-def test_slots_are_all_that_is_taken_and_passes_add_nothing(tmp_path: Path) -> None:
-    expected = stacked(tmp_path)
-    dice, device = random.Random(0), FakeDevice(3, eager=0.9)
-    taken = []
-    allocate = device.allocate
-    device.allocate = lambda nbytes: taken.append(nbytes) or allocate(nbytes)  # type: ignore
-    options = {"experts": "demand", "expert_slots": 5, "read_threads": 2}
-    with open_checkpoint(device, tmp_path, **options) as streamer:
-        nbytes = sum(
-            -(-t.nbytes // 256) * 256 for (i, e, _), t in expected.items() if (i, e) == (0, 0)
-        )
-        assert 5 * nbytes in taken
-        count, use = len(taken), streamer.memory
-        for _ in range(300):
-            check(streamer, expected, [dice.choices(range(EXPERTS), k=4)] * LAYERS)
-        assert len(taken) == count and streamer.memory == use
-        assert use.device_bytes == sum(taken)
-
-
-def test_a_budget_leaves_room_for_the_slots_of_experts(tmp_path: Path) -> None:
-    alone(tmp_path)
-    device, options = FakeDevice(1), {"experts": "demand", "read_threads": 2}
-    with open_checkpoint(device, tmp_path, **options, expert_slots=2) as streamer:
-        least = streamer.memory.device_bytes
-    with open_checkpoint(
-        FakeDevice(1), tmp_path, **options, expert_slots=2, device_budget=least
-    ) as streamer:
-        assert streamer.memory.device_bytes <= least
-    with pytest.raises(ConfigError, match="device_budget"):
-        open_checkpoint(FakeDevice(1), tmp_path, **options, expert_slots=9, device_budget=least)
 
 
 def test_more_experts_than_slots_are_refused_with_what_helps(tmp_path: Path) -> None:
@@ -342,7 +281,8 @@ def test_closing_in_the_middle_of_a_layer_returns_everything(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"expert_slots": None}, "expert_slots= has to say"),
+        ({"expert_slots": None}, "expert_slots= or device_budget= has to say"),
+        ({"device_budget": 2000}, "3 slots of experts take"),
         ({"experts": "whole"}, "goes with experts='demand'"),
         ({"experts": "some"}, "must be one of whole, demand"),
         ({"expert_slots": 0}, "must be from 1"),

@@ -1,0 +1,64 @@
+"""What slots of experts take, beside all else."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from fake_device import FakeDevice
+from mixtures import EXPERTS, LAYERS, LAYOUTS, alone, check, opened, stacked
+from support import open_checkpoint
+
+from layer_streamer import ConfigError
+
+
+def test_slots_are_all_that_is_taken_and_passes_add_nothing(tmp_path: Path) -> None:
+    expected = stacked(tmp_path)
+    dice, device = random.Random(0), FakeDevice(3, eager=0.9)
+    taken = []
+    allocate = device.allocate
+    device.allocate = lambda nbytes: taken.append(nbytes) or allocate(nbytes)  # type: ignore
+    options = {"experts": "demand", "expert_slots": 5, "read_threads": 2}
+    with open_checkpoint(device, tmp_path, **options) as streamer:
+        nbytes = sum(
+            -(-t.nbytes // 256) * 256 for (i, e, _), t in expected.items() if (i, e) == (0, 0)
+        )
+        assert 5 * nbytes in taken
+        count, use = len(taken), streamer.memory
+        for _ in range(300):
+            check(streamer, expected, [dice.choices(range(EXPERTS), k=4)] * LAYERS)
+        assert len(taken) == count and streamer.memory == use
+        assert use.device_bytes == sum(taken)
+
+
+def test_a_budget_leaves_room_for_the_slots_of_experts(tmp_path: Path) -> None:
+    alone(tmp_path)
+    device, options = FakeDevice(1), {"experts": "demand", "read_threads": 2}
+    with open_checkpoint(device, tmp_path, **options, expert_slots=2) as streamer:
+        least = streamer.memory.device_bytes
+    with open_checkpoint(
+        FakeDevice(1), tmp_path, **options, expert_slots=2, device_budget=least
+    ) as streamer:
+        assert streamer.memory.device_bytes <= least
+    with pytest.raises(ConfigError, match="device_budget"):
+        open_checkpoint(FakeDevice(1), tmp_path, **options, expert_slots=9, device_budget=least)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mapped"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unless_they_are_counted_slots_are_what_a_budget_leaves(
+    tmp_path: Path, layout: str, kind: str
+) -> None:
+    expected = LAYOUTS[layout](tmp_path)
+    held = []
+    for budget in (12_000, 20_000, 1 << 30):
+        with opened(tmp_path, kind, None, device_budget=budget) as streamer:
+            store = streamer._opened().experts
+            assert store is not None
+            check(streamer, expected, [[3, 1]] * LAYERS)
+            assert streamer.memory.device_bytes <= budget
+            pools = {id(pool): pool for pool in store.pools.values()}
+            held.append(sum(map(len, pools.values())))
+            assert set(streamer.plan.tiers) == {"device"}
+    assert held[0] < held[1] <= held[2] == len({(i, e) for i, e, _ in expected})
