@@ -163,6 +163,11 @@ def _plan_self(target: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype
         raise ValueError(
             'draft="self": not with kv="host", since it reads keys and values on the device'
         )
+    if target.config.experts is not None:
+        raise ValueError(
+            f'draft="self": not with a mixture of experts ({target.config.model_type}), of which '
+            "a copy would be as large as all experts: name a smaller model with the same tokenizer"
+        )
     device: torch.device = wishes.options["device"]
     own = own_weights(target.manifest, target.names, dtype)
     memory = device if device.type == "cpu" else torch.device("meta")

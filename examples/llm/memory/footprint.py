@@ -18,6 +18,9 @@ from ..passes.ways import tiles_nbytes
 
 FLOAT = 4
 """Bytes of a float32, in which norms, rotations and logits are computed."""
+SORTED = 6 * 8 + 4 * FLOAT
+"""Of each expert that a token passes: int64 numbers, before and after they are sorted, and what it
+counts."""
 FRAGMENTS = 64 << 20
 """What the device's allocator rounds up and cannot reuse."""
 CAPTURED_FRAGMENTS = 128 << 20
@@ -150,11 +153,20 @@ class Footprint:
     def _token_temporaries(self) -> int:
         """The largest that a token has in a layer at one time."""
         config, size = self.config, self.needs.dtype.itemsize
-        hidden, ffn = config.hidden_size, config.ffn_size
+        hidden, ffn = config.hidden_size, config.widest_ffn
         heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         rounded = 2 * kv if self.needs.int8 else 0
         plain = size * (4 * hidden + 4 * heads + 6 * kv + rounded + 3 * ffn)
-        return plain + FLOAT * max(4 * hidden, 5 * heads)
+        return plain + FLOAT * max(4 * hidden, 5 * heads) + self._routed()
+
+    def _routed(self) -> int:
+        """What a token has beside that in a mixture: logits and shares of all experts, those of
+        the chosen ones and what sorts them. The sum in float32 is where a norm was."""
+        experts = self.config.experts
+        if experts is None:
+            return 0
+        all_of_them = self.needs.dtype.itemsize + 2 * FLOAT
+        return experts.count * all_of_them + experts.per_token * SORTED
 
     def _tables(self) -> int:
         """Cosines and sines of a pass."""

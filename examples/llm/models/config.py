@@ -13,8 +13,9 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..weights.quantization import Quantization, read_quantization
+from .experts import Experts, experts_of
 from .families import FAMILIES, Family
-from .families.family import FULL, SLIDING
+from .families.family import FULL, SLIDING, check
 from .rope_config import Rope, context_length, rope_of
 
 __all__ = ["ModelConfig", "UnsupportedModelError", "check_model_type", "id_set", "model_config"]
@@ -32,7 +33,7 @@ class ModelConfig:
     num_layers: int
     hidden_size: int
     ffn_size: int
-    """Width between the two matrices of the feed-forward block."""
+    """Width between the two matrices of the feed-forward block, in layers without experts."""
     num_heads: int
     num_kv_heads: int
     """Key and value heads; each serves num_heads / num_kv_heads query heads."""
@@ -54,6 +55,10 @@ class ModelConfig:
     """What rows of the embedding are multiplied by."""
     biased: frozenset[str]
     """A layer's modules that have a bias."""
+    experts: Experts | None = None
+    """Of the layers that are mixtures; None: none is."""
+    clip_qkv: float | None = None
+    """How far queries, keys and values are from zero at most; None: as far as they are."""
     eos_ids: frozenset[int]
     """Ids that end a text; more may come from the tokenizer and the generation config."""
     quantization: Quantization | None = None
@@ -70,6 +75,21 @@ class ModelConfig:
     def rope(self, layer_idx: int) -> Rope:
         """The rotation of this layer; layers with equal ones share their angles."""
         return self.ropes[layer_idx]
+
+    def mixture(self, layer_idx: int) -> Experts | None:
+        """The experts of this layer; None: it has one feed-forward block."""
+        found = self.experts
+        return found if found is not None and layer_idx in found.layers else None
+
+    @property
+    def widest_ffn(self) -> int:
+        """Width of the widest feed-forward block of any layer, of an expert or not."""
+        found, widths = self.experts, set[int]()
+        if found is None or len(found.layers) < self.num_layers:
+            widths.add(self.ffn_size)
+        if found is not None:
+            widths |= {found.width, found.shared_width}
+        return max(widths)
 
     @property
     def family(self) -> Family:
@@ -115,6 +135,8 @@ def model_config(hf_config: Any) -> ModelConfig:
         attention_scale=family.attention_scale(hf_config, head_dim),
         embed_scale=family.embed_scale(hf_config),
         biased=family.biased(hf_config),
+        experts=None if family.mixture is None else experts_of(hf_config, family.mixture),
+        clip_qkv=_clip_qkv(hf_config),
         eos_ids=id_set(getattr(hf_config, "eos_token_id", None)),
         quantization=read_quantization(getattr(hf_config, "quantization_config", None)),
         part_of=getattr(hf_config, "part_of", None),
@@ -162,6 +184,14 @@ def _refuse_variants(hf_config: Any, family: Family) -> None:
             raise UnsupportedModelError(f"{field}={getattr(hf_config, field)} is not supported")
     if not getattr(hf_config, "is_causal", True):
         raise UnsupportedModelError("is_causal=False is not supported: tokens see later ones")
+
+
+def _clip_qkv(hf_config: Any) -> float | None:
+    found = getattr(hf_config, "clip_qkv", None)
+    if found is None or not FAMILIES[hf_config.model_type].clips_qkv:
+        return None
+    check("clip_qkv", found, float)
+    return float(found)
 
 
 def _layer_types(hf_config: Any, family: Family) -> list[str]:

@@ -40,6 +40,8 @@ def config_fields(fields: Mapping[str, Any]) -> SimpleNamespace:
     UnsupportedModelError for a field that the engine reads and that is of another type.
     """
     family = FAMILIES[fields["model_type"]]
+    aliases = family.aliases.items()
+    fields = {**fields, **{name: fields[alias] for alias, name in aliases if alias in fields}}
     found = SimpleNamespace(**{**family.defaults, **fields})
     for name, default in family.defaults.items():
         if name == "eos_token_id":

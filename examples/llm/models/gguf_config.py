@@ -12,31 +12,32 @@ from typing import Any
 from layer_streamer import Manifest
 
 from ..errors import UnsupportedModelError
-from .families import FAMILIES
+from .families import FAMILIES, Family
+from .families.mixture import Mixture
 from .gguf_keys import GgufKeys
 from .rope_config import check_rope_types, yarn_magnitude
 
-BY_ARCHITECTURE = {family.gguf: family for family in FAMILIES.values()}
-"""The types of models, by GGUF's names."""
+ARCHITECTURES = tuple(dict.fromkeys(family.gguf for family in FAMILIES.values()))
+"""GGUF's names of the types of models."""
+SOFTMAX = 1
+"""GGUF's number of what router's logits pass before experts are chosen by them."""
 
 
 def gguf_config(manifest: Manifest) -> dict[str, Any]:
     """What config.json would say; UnsupportedModelError for a model the engine cannot compute."""
     keys = GgufKeys(manifest)
-    if keys.architecture not in BY_ARCHITECTURE:
+    if keys.architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{manifest.path}: architecture {keys.architecture!r} is not supported "
-            f"(only {', '.join(BY_ARCHITECTURE)})"
+            f"(only {', '.join(ARCHITECTURES)})"
         )
-    family = BY_ARCHITECTURE[keys.architecture]
+    family = _family(keys)
     heads = keys.integer("attention.head_count")
     hidden = keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", hidden // max(1, heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.integer(key, head_dim) != head_dim:
             raise keys.refusal(key, f"only the width of a head, {head_dim}, is supported")
-    if keys.integer("expert_count", 0):
-        raise keys.refusal("expert_count", "mixtures of experts are not supported")
     if not keys.get("attention.causal", True):
         raise keys.refusal("attention.causal", "an encoder generates no text")
     config: dict[str, Any] = {
@@ -59,19 +60,52 @@ def gguf_config(manifest: Manifest) -> dict[str, Any]:
     layer = manifest.layers[0].tensors if manifest.layers else {}
     config["attention_bias"] = any(name.startswith("attn_") and "bias" in name for name in layer)
     config["mlp_bias"] = any(name.startswith("ffn_") and "bias" in name for name in layer)
+    if family.mixture is not None:
+        config |= _experts(keys, family.mixture, config["intermediate_size"])
     window = keys.integer("attention.sliding_window", 0)
     return config | family.from_gguf(keys, config, window)
 
 
 def window_note(manifest: Manifest) -> str | None:
     """What to tell people about a file whose model may have a window that the file leaves out."""
-    architecture = manifest.metadata.get("general.architecture")
-    family = BY_ARCHITECTURE.get(str(architecture))
-    if family is None or not family.gguf_has_window:
+    keys = GgufKeys(manifest)
+    if keys.architecture not in ARCHITECTURES or not _family(keys).gguf_has_window:
         return None
-    if manifest.metadata.get(f"{architecture}.attention.sliding_window"):
+    if keys.get("attention.sliding_window"):
         return None
     return f"{manifest.path.name} names no sliding window: every layer sees the whole context"
+
+
+def _family(keys: GgufKeys) -> Family:
+    """The type of models of a known architecture: mixtures may share its name with others."""
+    mixed = keys.integer("expert_count", 0) > 0
+    for family in FAMILIES.values():
+        if family.gguf == keys.architecture and (family.mixture is not None) == mixed:
+            return family
+    without = "a mixture of experts" if mixed else "a model without experts"
+    raise keys.refusal("expert_count", f"{without} is not supported of this architecture")
+
+
+def _experts(keys: GgufKeys, mixture: Mixture, ffn: int) -> dict[str, Any]:
+    """What the file says of them, ``ffn`` being the width of a block in layers that have none."""
+    function = keys.get("expert_gating_func", SOFTMAX)
+    if function not in (0, SOFTMAX):  # 0: not said
+        raise keys.refusal("expert_gating_func", f"only a softmax, {SOFTMAX}, is supported")
+    for key in ("expert_weights_scale", "expert_group_count"):
+        if keys.get(key) not in (None, 0, 1):
+            raise keys.refusal(key, "is not supported")
+    used = keys.integer("expert_used_count")
+    found = {mixture.experts: keys.integer("expert_count"), "num_experts_per_tok": used}
+    own = ffn if mixture.width == "intermediate_size" else ffn // max(1, used)
+    found[mixture.width] = keys.integer("expert_feed_forward_length", own)
+    if mixture.shared_width is not None:
+        found[mixture.shared_width] = keys.integer("expert_shared_feed_forward_length", ffn)
+    normed = bool(keys.get("expert_weights_norm", mixture.normed_in_gguf))
+    if mixture.normed is not None:
+        found[mixture.normed] = normed
+    elif not normed:
+        raise keys.refusal("expert_weights_norm", "this architecture's are always normed")
+    return found
 
 
 def _vocab_size(manifest: Manifest) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .modules import ROUTER, SHARED, SHARED_GATE, expert_of
+
 GGUF_MODULES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -24,6 +26,22 @@ GGUF_OUTPUT_NORMS = {
 }
 """The same of models that norm what attention and feed-forward give."""
 
+GGUF_MIXTURE = {
+    ROUTER: "ffn_gate_inp",
+    SHARED_GATE: "ffn_gate_inp_shexp",
+    f"{SHARED}.gate_proj": "ffn_gate_shexp",
+    f"{SHARED}.up_proj": "ffn_up_shexp",
+    f"{SHARED}.down_proj": "ffn_down_shexp",
+}
+"""The same of mixtures of experts, but for the experts."""
+
+GGUF_EXPERTS = {
+    "gate_proj": "ffn_gate_exps",
+    "up_proj": "ffn_up_exps",
+    "down_proj": "ffn_down_exps",
+}
+"""The matrices of experts: those of all of a layer are one tensor."""
+
 GGUF_STATIC = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -33,3 +51,13 @@ GGUF_STATIC = {
 
 GGUF_PARTS = ("v.", "a.", "mm.")
 """Beginnings of what a file may have beside a language model: encoders of images and sound."""
+
+
+def gguf_module(module: str, *, output_norms: bool = False) -> str:
+    """A layer's module in GGUF, by its name in the engine; ``output_norms``: see ``Family``."""
+    found = expert_of(module)
+    if found is not None:
+        return GGUF_EXPERTS[found[1]]
+    if output_norms and module in GGUF_OUTPUT_NORMS:
+        return GGUF_OUTPUT_NORMS[module]
+    return GGUF_MODULES.get(module) or GGUF_MIXTURE[module]

@@ -15,6 +15,7 @@ import torch
 
 from ..weights.weights import StepWeights
 from .config import ModelConfig
+from .feed_forward import feed_forward
 from .rope import rotate_both
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -51,14 +52,6 @@ BLOCK_NORMS = {
 Gemma 3 calls after its place before the feed-forward block: there, attention's output has one."""
 
 
-def feed_forward(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) -> torch.Tensor:
-    """down(activation(gate(x)) * up(x))."""
-    gate_TF = weights.linear(x_TD, "mlp.gate_proj")
-    up_TF = weights.linear(x_TD, "mlp.up_proj")
-    gated_TF = weights.arithmetic.gated(gate_TF, up_TF, config.family.activation)
-    return weights.linear(gated_TF, "mlp.down_proj")
-
-
 def attention_inputs(
     x_TD: torch.Tensor,
     weights: StepWeights,
@@ -70,13 +63,16 @@ def attention_inputs(
     normed_TD = weights.arithmetic.rms_norm(x_TD, norm, config.norm_eps)
 
     def heads(name: str, *, normed: bool = False) -> torch.Tensor:
-        y = weights.linear(normed_TD, f"self_attn.{name}_proj").view(-1, config.head_dim)
+        y = weights.linear(normed_TD, f"self_attn.{name}_proj")
         if normed:
             weight = weights.norm(f"self_attn.{name}_norm")
-            y = weights.arithmetic.rms_norm(y, weight, config.norm_eps)
+            y = weights.arithmetic.rms_norm(y.view(-1, len(weight)), weight, config.norm_eps)
+        if config.clip_qkv is not None:
+            y = y.clamp_(-config.clip_qkv, config.clip_qkv)
         return y.view(len(x_TD), -1, config.head_dim).transpose(0, 1)
 
-    q_HTE, k_GTE = (heads(name, normed=config.family.head_norms) for name in "qk")
+    normed = config.family.head_norms or config.family.width_norms
+    q_HTE, k_GTE = (heads(name, normed=normed) for name in "qk")
     if table_2TE is not None:
         interleaved = weights.interleaved_rope
         q_HTE, k_GTE = rotate_both(q_HTE, k_GTE, table_2TE, interleaved=interleaved)

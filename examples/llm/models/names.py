@@ -21,7 +21,8 @@ from ..weights.packed import FLOATS
 from ..weights.stored import Stored, check_plain
 from ..weights.unused import NEXT_TOKEN_KEYS, refuse_unused
 from .config import ModelConfig
-from .gguf_names import GGUF_MODULES, GGUF_OUTPUT_NORMS
+from .gguf_names import GGUF_EXPERTS, gguf_module
+from .modules import EXPERTS, MATRICES, ROUTER, SHARED, SHARED_GATE, expert_of
 from .outside import Outside
 
 LAYER_STEMS = ("model.", "model.language_model.")
@@ -101,8 +102,7 @@ def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
     """Names for this checkpoint; UnsupportedModelError if its tensors are not the config's."""
     gguf = manifest.format == "gguf"
     outside = Outside(manifest, config)
-    known = GGUF_MODULES | (GGUF_OUTPUT_NORMS if config.family.output_norms else {})
-    modules = {name: known[name] if gguf else name for name in weight_shapes(config)}
+    modules = _module_names(config, gguf=gguf)
     norm, factors = outside.norm(), outside.rope_factors()
     if manifest.num_layers != config.num_layers:
         raise UnsupportedModelError(
@@ -131,6 +131,18 @@ def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
     )
 
 
+def _module_names(config: ModelConfig, *, gguf: bool) -> dict[str, str]:
+    """The modules of all layers: the name in the engine, the name in the checkpoint."""
+    family, found = config.family, dict[str, str]()
+    kinds = {config.mixture(i) is None: i for i in range(config.num_layers)}
+    for module in (name for i in kinds.values() for name in weight_shapes(config, i)):
+        if gguf:
+            found[module] = gguf_module(module, output_norms=family.output_norms)
+        else:
+            found[module] = family.mixture.hub_name(module) if family.mixture else module
+    return found
+
+
 def _summed_up(remarks: Iterable[tuple[str, str]]) -> list[str]:
     """One note for all tensors of which the same is said."""
     by_reason: dict[str, list[str]] = {}
@@ -143,9 +155,9 @@ def _summed_up(remarks: Iterable[tuple[str, str]]) -> list[str]:
     ]
 
 
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every module's weight in a layer."""
-    hidden, ffn, width = config.hidden_size, config.ffn_size, config.head_dim
+def weight_shapes(config: ModelConfig, layer_idx: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every module's weight in a layer, by its name in the engine."""
+    hidden, width = config.hidden_size, config.head_dim
     q, kv = config.num_heads * width, config.num_kv_heads * width
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm": (hidden,),
@@ -154,15 +166,30 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q),
         "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
     }
+    experts = config.mixture(layer_idx)
+    if experts is None:
+        shapes |= _block_shapes("mlp", hidden, config.ffn_size)
+    else:
+        shapes[ROUTER] = (experts.count, hidden)
+        for expert in range(experts.count):
+            shapes |= _block_shapes(f"{EXPERTS}{expert}", hidden, experts.width)
+        if experts.shared_width:
+            shapes |= _block_shapes(SHARED, hidden, experts.shared_width)
+            shapes[SHARED_GATE] = (1, hidden)
     if config.family.head_norms:
         shapes |= {"self_attn.q_norm": (width,), "self_attn.k_norm": (width,)}
+    if config.family.width_norms:
+        shapes |= {"self_attn.q_norm": (q,), "self_attn.k_norm": (kv,)}
     if config.family.output_norms:
         shapes |= {"pre_feedforward_layernorm": (hidden,), "post_feedforward_layernorm": (hidden,)}
     return shapes
+
+
+def _block_shapes(block: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Of a feed-forward block."""
+    gate, up, down = (f"{block}.{matrix}" for matrix in MATRICES)
+    return {gate: (width, hidden), up: (width, hidden), down: (hidden, width)}
 
 
 def _layer_matrices(
@@ -173,14 +200,19 @@ def _layer_matrices(
     finder = Finder(layer.tensors, f"layer {layer.layer_idx}")
     matrices: dict[str, Stored] = {}
     used: set[str] = set()
-    for module, shape in weight_shapes(config).items():
+    for module, shape in weight_shapes(config, layer.layer_idx).items():
         own = modules[module]
         vectors = [f"{own}.bias"] if module in config.biased else []
         if len(shape) == 2:
-            path = f"layers.{layer.layer_idx}.{module}"
-            names = dict.fromkeys(f"{prefix}{path}" for prefix in (stem, *LAYER_STEMS))
+            paths = dict.fromkeys(f"layers.{layer.layer_idx}.{name}" for name in (module, own))
+            names = dict.fromkeys(f"{start}{p}" for start in (stem, *LAYER_STEMS) for p in paths)
             scheme = config.quantization.scheme(*names) if config.quantization else None
-            matrices[module] = finder.find(own, (shape[0], shape[1]), scheme)
+            expert = expert_of(module) if own in GGUF_EXPERTS.values() else None
+            if expert is not None and config.experts is not None:
+                stacked = (config.experts.count, shape[0], shape[1])
+                matrices[module] = finder.find_expert(own, stacked, expert[0])
+            else:
+                matrices[module] = finder.find(own, (shape[0], shape[1]), scheme)
             used.update(matrices[module].keys.values())
         else:
             vectors.append(f"{own}.weight")

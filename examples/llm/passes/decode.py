@@ -43,13 +43,15 @@ def captured_rows(device: torch.device, config: ModelConfig, most: int = MOST_RO
     """Rows, up to ``most``, up to which passes may be captured on this device; 0: none can be."""
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     served = device.type == "cuda" and fits_kernels(*heads) and triton_serves(device)
-    return most if served else 0
+    return most if served and config.experts is None else 0
 
 
 def obstacle(streamer: Layers, kv: KVCache, config: ModelConfig) -> str | None:
     """Why no pass over this model can be captured; None: those that decode can."""
     if len(streamer.devices) > 1:
         return "layers are on several devices"
+    if config.experts is not None:
+        return "which experts compute is known only while a pass runs"
     if kv.host is not None and kv.layout.int8:
         return "keys and values are kept in eight bits"
     if not fits_kernels(config.num_heads, config.num_kv_heads, config.head_dim):

@@ -99,5 +99,5 @@ def tiles_nbytes(config: ModelConfig, device_type: str, dtype: torch.dtype) -> i
     heads, width = config.num_heads, config.head_dim
     if device_type != "cpu":
         return parts_nbytes(heads, width)
-    widest = max(config.hidden_size, config.ffn_size, heads * width)
+    widest = max(config.hidden_size, config.widest_ffn, heads * width)
     return blocks_nbytes(heads, config.num_kv_heads, width) + tile_nbytes(widest, dtype)

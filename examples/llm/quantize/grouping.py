@@ -14,10 +14,15 @@ GROUPS = (128, 64, 32)
 
 def choose_groups(config: ModelConfig, asked: int | None) -> dict[str, int]:
     """The group of every matrix of a layer, by its name in transformers; None: the largest that
-    divides its width. ValueError if it does not divide one."""
+    divides its width. ValueError if it does not divide one, or for a mixture of experts."""
     from ..models.names import weight_shapes  # and with it torch
 
-    widths = {name: shape[1] for name, shape in weight_shapes(config).items() if len(shape) == 2}
+    if config.experts is not None:
+        raise ValueError(
+            f"a {config.model_type} model is a mixture of experts, which is run but not quantized: "
+            "take a checkpoint that is"
+        )
+    widths = {name: shape[1] for name, shape in weight_shapes(config, 0).items() if len(shape) == 2}
     chosen = {}
     for module, width in widths.items():
         fits = [group for group in GROUPS if width % group == 0]

@@ -35,6 +35,8 @@ LEAST_WIDTH = 64
 GELU = "gelu_pytorch_tanh"
 
 Tensor = torch.Tensor
+PerToken = Callable[[Tensor], tuple[Tensor, ...]]
+"""Of tensors with a row for each token, from one of them."""
 
 
 class Arithmetic(Protocol):
@@ -59,6 +61,9 @@ class Arithmetic(Protocol):
     def gated(self, gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
         """activation(gate) * up, perhaps in the memory of ``gate``."""
 
+    def each(self, function: PerToken, x_TD: Tensor) -> tuple[Tensor, ...]:
+        """A function of every token by itself, given all at once."""
+
 
 class Fastest:
     """What is fastest for as many tokens as there are."""
@@ -80,6 +85,9 @@ class Fastest:
         if activation == GELU:
             return F.gelu(gate_TF, approximate="tanh").mul_(up_TF)
         return swiglu(gate_TF, up_TF)
+
+    def each(self, function: PerToken, x_TD: Tensor) -> tuple[Tensor, ...]:
+        return function(x_TD)
 
 
 class Reproducible:
@@ -136,6 +144,12 @@ class Reproducible:
         for token in gate_TF.split(1):
             token.copy_(gate(token))
         return gate_TF.mul_(up_TF)
+
+    def each(self, function: PerToken, x_TD: Tensor) -> tuple[Tensor, ...]:
+        if not self._on_cpu:
+            return function(x_TD)
+        found = zip(*(function(token) for token in x_TD.split(1)), strict=True)
+        return tuple(torch.cat(parts) for parts in found)
 
 
 FASTEST = Fastest()

@@ -7,6 +7,7 @@ column, zero points of symmetric weights, and a shape that is stored as a tensor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from types import MappingProxyType
 
@@ -39,6 +40,13 @@ class Finder:
         self.remarks: list[tuple[str, str]] = []
         """Of tensors that say other than the config and are followed: (name, what was found)."""
 
+    def find_expert(self, module: str, shape: tuple[int, int, int], expert: int) -> Stored:
+        """One of the matrices of a tensor that has those of all experts of a layer."""
+        spec = self._tensors.get(f"{module}.weight")
+        if spec is None:
+            raise UnsupportedModelError(f"{self._place}: tensor {f'{module}.weight'!r} is missing")
+        return replace(self._plain(spec, f"{module}.weight", shape), expert=expert)
+
     def find(self, module: str, shape: tuple[int, int], scheme: Scheme | None) -> Stored:
         """The matrix of a module; UnsupportedModelError if it is missing or not as it should be.
 
@@ -65,9 +73,10 @@ class Finder:
         }  # fmt: skip
         return makers[scheme.kind](module, shape, scheme)
 
-    def _plain(self, spec: TensorSpec, key: str, shape: tuple[int, int]) -> Stored:
-        check_plain(spec, shape)
-        rows, width = shape
+    def _plain(self, spec: TensorSpec, key: str, shape: tuple[int, ...]) -> Stored:
+        is_vector = shape[0] == 1 and len(spec.shape) == 1  # as a matrix of one row may be stored
+        check_plain(spec, shape[1:] if is_vector else shape)
+        rows, width = shape[-2:]
         if spec.ggml_type in BLOCK_TYPES:
             group = BLOCK_TYPES[spec.ggml_type].weights
             return Stored(spec.ggml_type, rows, width, {"raw": key}, "raw", group)

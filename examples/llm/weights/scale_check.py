@@ -26,12 +26,13 @@ class ScaleCheck:
     """
 
     def __init__(self) -> None:
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: set[tuple[str, int, int | None]] = set()
         self._found: list[tuple[TensorSpec, torch.Tensor]] = []
 
-    def see(self, packed: Packed, spec: TensorSpec) -> None:
-        """Look at the scales of a matrix, or of a piece of one, unless they have been seen."""
-        key = (spec.name, packed.first_row)
+    def see(self, packed: Packed, spec: TensorSpec, expert: int | None = None) -> None:
+        """Look at the scales of a matrix, or of a piece of one, unless they have been seen;
+        ``expert``: which of the tensor's matrices it is, if it has several."""
+        key = (spec.name, packed.first_row, expert)
         if key in self._seen:
             return
         self._seen.add(key)

@@ -37,6 +37,8 @@ class Stored:
     zero_offset: int = 0
     scale_shape: tuple[int, ...] | None = None
     """The scale is viewed so; with 1 for many rows it is expanded where the format has none."""
+    expert: int | None = None
+    """Which of several matrices of one tensor this is; None: it has a tensor of its own."""
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -65,7 +67,7 @@ class Stored:
 
     def packed(self, tensors: Mapping[str, torch.Tensor], *, first_row: int = 0) -> Packed:
         """The matrix over these tensors; fewer rows from ``first_row`` on if its own has fewer."""
-        parts = {part: tensors[key] for part, key in self.keys.items()}
+        parts = {part: self._own(tensors[key]) for part, key in self.keys.items()}
         own = parts[self.streamed]
         rows = self.rows if self.transposed else own.shape[0]
         if self.format == "fp8":
@@ -91,6 +93,12 @@ class Stored:
             first_row=first_row,
             zero_offset=self.zero_offset,
         )
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor that is this matrix's, without a copy."""
+        if self.expert is not None:
+            return tensor[self.expert]
+        return tensor.view(1, -1) if self.rows == 1 and tensor.dim() == 1 else tensor
 
 
 def _parts_by_row(kind: str, group_rows: int) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 from layer_streamer import LayerSpec
 
 from ..models.config import ModelConfig
+from ..models.modules import expert_module
 from ..models.names import WeightNames
 from .arithmetic import FASTEST, Arithmetic
 from .dequant import Unpacker
@@ -49,11 +50,15 @@ class StepWeights:
         matrix = self._matrices[module]
         packed = matrix.packed(self._tensors)
         if self._check is not None:
-            self._check.see(packed, self._layer.tensors[matrix.scale_key])
+            self._check.see(packed, self._layer.tensors[matrix.scale_key], matrix.expert)
         bias = None
         if module in self._names.biased:
             bias = self._tensors[f"{self._names.modules[module]}.bias"]
         return self.arithmetic.project(x_TD, packed, self._unpacker, bias)
+
+    def expert(self, x_TD: torch.Tensor, expert: int, matrix: str) -> torch.Tensor:
+        """The same of a matrix of one of the layer's experts, of tokens that pass it."""
+        return self.linear(x_TD, expert_module(expert, matrix))
 
 
 def norm_weight(weight_D: torch.Tensor, names: WeightNames) -> torch.Tensor:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint
 from gguf_models import file_config, write_gguf
-from zoo import CASES, IDS, zoo_model
+from zoo import DENSE, IDS, zoo_model
 
 from layer_streamer.llm.kernels.triton_support import interpreted
 from layer_streamer.llm.models.config import model_config
@@ -30,7 +30,7 @@ DEVICE = "cpu" if interpreted() else "cuda"
 TOLERANCE = 1e-5
 FEW = interpreted() and "EVERY_CASE" not in os.environ
 """The interpreter takes a millisecond for a program: by default it gets few."""
-NAMES = ["llama-one-kv-head", "qwen2-window", "gemma3_text"] if FEW else list(CASES)
+NAMES = ["llama-one-kv-head", "qwen2-window", "gemma3_text"] if FEW else DENSE
 PROMPTS = (23, 50)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ MIXED = {
     "mlp.gate_proj": "Q4_1",
     "mlp.up_proj": "Q5_0",
     "mlp.down_proj": "F32",
+    "mlp.gate": "F32",
+    "mlp.experts.gate_proj": "Q4_1",
+    "mlp.experts.up_proj": "Q5_0",
+    "mlp.experts.down_proj": "Q8_0",
+    "mlp.shared_expert.gate_proj": "F16",
+    "mlp.shared_expert.up_proj": "Q4_1",
+    "mlp.shared_expert.down_proj": "Q8_0",
     "model.embed_tokens": "Q8_0",
     "lm_head": "Q4_1",
 }
@@ -33,7 +41,10 @@ MIXED = {
 STATIC = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+ARCHITECTURES = {
+    "mistral": "llama", "gemma3_text": "gemma3", "mixtral": "llama", "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}  # fmt: skip
 """Where GGUF's name of an architecture is not that of transformers."""
 
 
@@ -50,23 +61,23 @@ def write_gguf(
     add_metadata(writer, config)
     if tokenizer:
         add_tokenizer(writer, config)
-    for name, parameter in model.named_parameters():
+    for name, parameter in stored_parameters(model):
         module, _, kind = name.rpartition(".")
-        values = parameter.detach().numpy()
+        values = parameter.numpy()
         target = _target(module, config)
         key = module if module in STATIC else ".".join(module.split(".")[3:])
         heads = _permuted_heads(config, key)
         shift = float(config.model_type == "gemma3_text" and "norm" in key)
         if heads:
             values = permute(values, heads)
-        quant = MIXED[key] if values.ndim == 2 else "F32"
+        quant = MIXED[key] if values.ndim > 1 else "F32"
         ggml_type = gguf.GGMLQuantizationType[quant]
         packed = gguf.quants.quantize(np.ascontiguousarray(values + shift), ggml_type)
         writer.add_tensor(f"{target}.{kind}", packed, raw_dtype=ggml_type)
         stored = gguf.quants.dequantize(packed, ggml_type).reshape(values.shape) - shift
         if heads:
             stored = unpermute(stored, heads)
-        parameter.data.copy_(torch.from_numpy(np.ascontiguousarray(stored)))
+        parameter.copy_(torch.from_numpy(np.ascontiguousarray(stored)))
     if rope_factors is None and config.rope_parameters.get("rope_type") == "llama3":
         rope, width = rope_of(config), _head_dim(config)
         rope_factors = rope_frequencies(Rope(rope.theta), width) / rope_frequencies(rope, width)
@@ -76,6 +87,21 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def stored_parameters(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each as a file has it: gates apart from what they are stacked with, a gate of one row as a
+    vector."""
+    for name, parameter in model.named_parameters():
+        stem, values = name.removesuffix("gate_up_proj"), parameter.data
+        if stem != name:
+            half = values.shape[1] // 2
+            yield f"{stem}gate_proj.weight", values[:, :half]
+            yield f"{stem}up_proj.weight", values[:, half:]
+        elif ".experts." in name:
+            yield f"{name}.weight", values
+        else:
+            yield name, values[0] if "shared_expert_gate" in name else values
 
 
 def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -90,6 +116,15 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_value_length(_head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_eos_token_id(config.eos_token_id)
+    if hasattr(config, "num_experts_per_tok"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if getattr(config, "clip_qkv", None):
+        writer.add_clamp_kqv(config.clip_qkv)
     rope = config.rope_parameters
     if config.model_type == "gemma3_text":
         local, rope = rope["sliding_attention"], rope["full_attention"]
@@ -142,8 +177,17 @@ def _head_dim(config: Any) -> int:
 def _target(module: str, config: Any) -> str:
     if module in STATIC:
         return STATIC[module]
-    names = GGUF_MODULES | (GGUF_OUTPUT_NORMS if config.model_type == "gemma3_text" else {})
     parts = module.split(".")
+    if parts[3] == "mlp" and hasattr(config, "num_experts_per_tok"):  # by gguf's own names
+        (kind,) = (
+            key
+            for key, name in gguf.MODEL_ARCH_NAMES.items()
+            if name == ARCHITECTURES.get(config.model_type, config.model_type)
+        )
+        found = gguf.get_tensor_name_map(kind, config.num_hidden_layers).get_name(module)
+        assert found is not None
+        return str(found)
+    names = GGUF_MODULES | (GGUF_OUTPUT_NORMS if config.model_type == "gemma3_text" else {})
     return f"blk.{parts[2]}.{names['.'.join(parts[3:])]}"
 
 
@@ -157,7 +201,7 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _permuted_heads(config: Any, key: str) -> int:
-    if config.model_type not in ("llama", "mistral"):
+    if config.model_type not in ("llama", "mistral", "mixtral"):
         return 0
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(key.rpartition(".")[2], 0)

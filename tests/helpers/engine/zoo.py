@@ -21,10 +21,18 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 LLAMA3 = {
@@ -48,6 +56,10 @@ CLASSES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM),
 }
 SHORT = {"max_position_embeddings": 32}
 THETA = {"rope_theta": 10_000.0}
@@ -64,6 +76,9 @@ GEMMA = {
     "rope_parameters": GEMMA_ROPES,
     "tie_word_embeddings": True,
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3}
+SHARED = EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
+NARROW = EXPERTS | {"moe_intermediate_size": 32, "head_dim": 24}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 24},
     "llama-tied": {"head_dim": 24, "tie_word_embeddings": True},
@@ -93,8 +108,29 @@ CASES: dict[str, dict[str, Any]] = {
     "mistral-full": {"head_dim": 24, "sliding_window": None},
     "gemma3_text": GEMMA,
     "gemma3_text-untied": GEMMA | {"tie_word_embeddings": False, "attention_bias": True},
+    "mixtral": {"num_local_experts": 5, "head_dim": 24, "sliding_window": 10},
+    "mixtral-full": {"num_local_experts": 4, "num_experts_per_tok": 1},
+    "qwen2_moe": SHARED,
+    "qwen2_moe-dense": SHARED | {
+        "mlp_only_layers": [1], "norm_topk_prob": True, "qkv_bias": False,
+        "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1,
+    },
+    "qwen3_moe": NARROW | {"norm_topk_prob": True},
+    "qwen3_moe-dense": NARROW | {
+        "decoder_sparse_step": 2, "attention_bias": True, "use_sliding_window": True,
+        "sliding_window": 11,
+    },
+    "olmoe": EXPERTS,
+    "olmoe-clipped": EXPERTS | {
+        "norm_topk_prob": True, "clip_qkv": 1.5, "num_experts_per_tok": 8, "attention_bias": True
+    },
 }  # fmt: skip
 """What each case changes in TINY; its name begins with its model type."""
+
+MIXTURES = [name for name in CASES if name.startswith("mixtral") or "moe" in name]
+"""Of mixtures of experts. A rounding may choose another expert, after which numbers differ by more
+than roundings do: where more is rounded than in float32, one text says nothing of all."""
+DENSE = [name for name in CASES if name not in MIXTURES]
 
 GENERATOR = torch.Generator().manual_seed(7)
 PROMPT, STEPS = 50, 32

@@ -19,13 +19,21 @@ from layer_streamer.llm.models.names import weight_names
 
 GEMMA_FILE = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 24}
 """What GGUF files of Gemma 3 cannot say is as it is in the published models."""
+MIXTURE_FILES = {
+    "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "olmoe": {},
+    "olmoe-clipped": {"norm_topk_prob": False},
+}
+"""Whether what experts count is normed is as it is in these, too."""
 CASES = {
     name: {}
     for name in (
         "llama", "llama-tied", "llama-biases", "llama-llama3", "llama-linear", "qwen2",
         "qwen2-tied", "qwen2-yarn", "qwen3", "qwen3-tied", "qwen3-yarn", "mistral", "mistral-full",
     )
-} | {"gemma3_text": GEMMA_FILE}  # fmt: skip
+} | {"gemma3_text": GEMMA_FILE} | MIXTURE_FILES  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -38,7 +46,7 @@ def test_a_file_gives_the_logits_of_the_model_that_it_holds(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in MIXTURE_FILES])
 def test_bfloat16_of_a_file_is_as_near_to_float32_as_that_of_transformers(tmp_path, name):
     model, path = zoo_model(name, **CASES[name]), tmp_path / "tiny.gguf"
     write_gguf(path, model)
@@ -105,6 +113,9 @@ REQUIRED = {
 EMBEDDING = {"token_embd.weight": SimpleNamespace(shape=(512, 68))}
 
 
+MIXED = {"llama__expert_count": 8, "llama__expert_used_count": 2}
+
+
 def described(tmp_path, static=EMBEDDING, **changes) -> SimpleNamespace:
     """A manifest with this metadata; ``__`` in a key stands for a dot, None leaves a key out."""
     metadata = REQUIRED | {key.replace("__", "."): value for key, value in changes.items()}
@@ -138,7 +149,11 @@ def test_ends_of_texts_turns_and_messages_end_a_text(tmp_path):
         ({"llama__attention__layer_norm_rms_epsilon": None}, "rms_epsilon is missing: a number"),
         ({"llama__rope__dimension_count": 8}, "dimension_count is 8: only the width of a head, 16"),
         ({"llama__attention__value_length": 8}, "value_length is 8: only the width of a head"),
-        ({"llama__expert_count": 8}, "expert_count is 8: mixtures of experts"),
+        ({"llama__expert_count": 8}, "expert_used_count is missing: a single whole"),
+        (MIXED | {"llama__expert_gating_func": 2}, "gating_func is 2: only a softmax, 1, is"),
+        (MIXED | {"llama__expert_weights_scale": 2.5}, "weights_scale is 2.5: is not supported"),
+        (MIXED | {"llama__expert_weights_norm": False}, "norm is False: .* always normed"),
+        ({"general__architecture": "qwen3moe"}, "expert_count is missing: a model without experts"),
         ({"static": {}}, "'token_embd.weight' is missing"),
     ],
 )

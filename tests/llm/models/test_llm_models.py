@@ -6,7 +6,7 @@ import pytest
 import torch
 from assets import edit_weights, relative_error, tiny_checkpoint
 from forward import Forward, open_forward
-from zoo import CASES, CLASSES, reference, stepwise, zoo_model
+from zoo import CASES, CLASSES, DENSE, reference, stepwise, zoo_model
 
 from layer_streamer import read_manifest
 from layer_streamer.llm.kernels.fused import plain_rms_norm
@@ -35,7 +35,7 @@ QUICK = ("llama-llama3", "llama-biases", "qwen2-yarn", "qwen3", "mistral", "gemm
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES]
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in DENSE]
 )
 def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(tmp_path, name):
     path = tiny_checkpoint(tmp_path, zoo_model(name).to(torch.bfloat16))

@@ -30,6 +30,7 @@ def put(name: str, tensor: torch.Tensor):
 
 
 LAYER = "model.layers.1."
+MIXTRAL = LAYER + "block_sparse_moe."
 ATTENTION = LAYER + "self_attn."
 
 
@@ -50,6 +51,16 @@ ATTENTION = LAYER + "self_attn."
         ("llama-biases", put(LAYER + "mlp.up_proj.bias", torch.ones(9)), r"\[9\], .* says \[96\]"),
         ("mistral", drop("model.embed_tokens.weight"), "'model.embed_tokens.weight' is missing"),
         ("gemma3_text", drop(LAYER + "pre_feedforward_layernorm.weight"), "pre_feed.* is missing"),
+        ("mixtral", drop(MIXTRAL + "experts.3.w2.weight"), r"layer 1: .*experts.3.w2.weight' is m"),
+        ("mixtral", drop(MIXTRAL + "gate.weight"), "1: tensor 'block_sparse_moe.gate.weight' is m"),
+        ("olmoe", put(LAYER + "mlp.experts.8.up_proj.weight", torch.ones(96, 64)),
+         "layer 1: tensor 'mlp.experts.8.up_proj.weight' is no part of a olmoe model"),
+        ("qwen3_moe", put(LAYER + "mlp.experts.7.up_proj.weight", torch.ones(96, 64)),
+         r"'model.layers.1.mlp.experts.7.up_proj.weight' has shape \[96, 64\], .* \[32, 64\]"),
+        ("qwen2_moe", put(LAYER + "mlp.gate.weight", torch.ones(7, 64)), r"\[7, 64\], .*\[8, 64\]"),
+        ("qwen2_moe", drop(LAYER + "mlp.shared_expert_gate.weight"), "expert_gate.weight' is miss"),
+        ("qwen2_moe-dense", put(LAYER + "mlp.gate.weight", torch.ones(8, 64)), "is no part of a q"),
+        ("qwen3_moe", put(LAYER + "mlp.up_proj.weight", torch.ones(96, 64)), "is no part of a qw"),
     ],
 )  # fmt: skip
 def test_tensors_that_contradict_the_config_are_named(tmp_path, name, edit, message):
@@ -105,7 +116,7 @@ def test_the_tensors_of_known_models_are_those_that_the_config_asks_for(tmp_path
         for key, shape in tensor_shapes(SHAPES[name])
         if key.startswith(first)
     }
-    shapes = weight_shapes(config)
+    shapes = weight_shapes(config, 0)
     expected = {f"{module}.weight": shape for module, shape in shapes.items()}
     expected |= {f"{module}.bias": shapes[module][:1] for module in config.biased}
     assert found == expected

@@ -17,7 +17,7 @@ from byte_model import byte_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_engine import PROMPTS, drafts_always, make_engine
-from zoo import CASES, IDS, reference, zoo_model
+from zoo import CASES, IDS, MIXTURES, reference, zoo_model
 
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.metadata import load_config
@@ -39,6 +39,7 @@ DRAWN = [
     ("llama", torch.float32, "some on the host"),
     ("gemma3_text", torch.bfloat16, "host"),
     ("mistral", torch.bfloat16, "eight bits"),
+    ("qwen2_moe", torch.float32, "device"),
 ]
 ALL = [(name, dtype, path) for name in CASES for dtype in (torch.float32, torch.bfloat16)
        for path in PATHS if "dynamic" not in name and (name, dtype, path) not in DRAWN]  # fmt: skip
@@ -96,7 +97,7 @@ def check(directory: Path, case: tuple[str, torch.dtype, str], seeds: Sequence[i
         expected = whole(runner)
         for seed in seeds:
             assert torch.equal(torn(runner, seed, (1, 4, 40)[seed % 3]), expected)
-    if case[1] == torch.float32:
+    if case[1] == torch.float32 and not (case[0] in MIXTURES and case[2] == "eight bits"):
         bound = 0.1 if case[2] == "eight bits" else 1e-5
         assert relative_error(expected, reference(zoo_model(case[0]), TEXT)) <= bound
 

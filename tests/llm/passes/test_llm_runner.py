@@ -11,7 +11,7 @@ import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint
 from torch.nn.attention.bias import causal_upper_left
-from zoo import CASES, CLASSES, IDS, reference, zoo_model
+from zoo import CASES, CLASSES, DENSE, IDS, reference, zoo_model
 
 from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.passes import row_attention
@@ -162,7 +162,7 @@ def test_a_gpu_gives_the_logits_of_transformers_row_by_row(tmp_path, name, route
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", DENSE)
 def test_bfloat16_with_tiers_is_as_near_to_float32_as_that_of_transformers(tmp_path, name):
     path = tiny_checkpoint(tmp_path, zoo_model(name).to(torch.bfloat16))
     load = CLASSES[name.partition("-")[0]][1].from_pretrained

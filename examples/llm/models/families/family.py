@@ -6,17 +6,19 @@ A new type is a file like those beside this one, and its name in ``FAMILIES``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 from ...errors import UnsupportedModelError
 from ..gguf_keys import GgufKeys
+from ..modules import MATRICES
+from .mixture import Mixture
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers: those that see all tokens, and those with a window."""
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
-FEED_FORWARD = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+FEED_FORWARD = tuple(f"mlp.{name}" for name in MATRICES)
 
 EVERY: Mapping[str, Any] = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -39,14 +41,15 @@ def one_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
+def attention_biases(config: Any) -> frozenset[str]:
+    """Modules with a bias, by ``attention_bias`` alone."""
+    return frozenset(ATTENTION if getattr(config, "attention_bias", False) else ())
+
+
 def biases_as_said(config: Any) -> frozenset[str]:
     """Modules with a bias, by ``attention_bias`` and ``mlp_bias``."""
-    modules: tuple[str, ...] = ()
-    if getattr(config, "attention_bias", False):
-        modules += ATTENTION
-    if getattr(config, "mlp_bias", False):
-        modules += FEED_FORWARD
-    return frozenset(modules)
+    others = FEED_FORWARD if getattr(config, "mlp_bias", False) else ()
+    return attention_biases(config) | frozenset(others)
 
 
 def check(name: str, value: object, kind: type) -> None:
@@ -74,6 +77,8 @@ class Family:
     """Fields of a config.json that the engine reads, with transformers' values."""
     nullable: frozenset[str]
     """Fields that may be null; each is a whole number otherwise."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of fields, which count before the fields' own, as transformers has it."""
     whole_heads: bool = False
     """hidden_size has to be a multiple of the heads."""
 
@@ -82,10 +87,17 @@ class Family:
     activation_field: str = "hidden_act"
     head_norms: bool = False
     """Each head of queries and keys is normed before it is rotated."""
+    width_norms: bool = False
+    """Queries are normed before they are rotated, and keys, all heads of a token together."""
     output_norms: bool = False
     """What attention and feed-forward give is normed before it is added."""
     zero_centered_norms: bool = False
     """A norm multiplies by 1 + its weight, in float32."""
+
+    clips_qkv: bool = False
+    """Queries, keys and values may be clipped before that, by the field ``clip_qkv``."""
+    mixture: Mixture | None = None
+    """What its layers are beside that; None: no mixtures of experts."""
 
     only_kind: str | None = None
     """The kind of all layers, whatever else a config says, as transformers has it."""

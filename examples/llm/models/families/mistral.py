@@ -9,7 +9,8 @@ from ..gguf_keys import GgufKeys
 from .family import EVERY, SLIDING, Family
 
 
-def _from_gguf(keys: GgufKeys, config: Mapping[str, Any], window: int) -> dict[str, Any]:
+def window_as_said(keys: GgufKeys, config: Mapping[str, Any], window: int) -> dict[str, Any]:
+    """The window that a GGUF file names, if it does."""
     return {"sliding_window": window or None}
 
 
@@ -26,5 +27,5 @@ MISTRAL = Family(
     nullable=frozenset({"head_dim", "sliding_window"}),
     only_kind=SLIDING,
     permuted_in_gguf=True,
-    from_gguf=_from_gguf,
+    from_gguf=window_as_said,
 )  # fmt: skip

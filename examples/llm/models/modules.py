@@ -1,0 +1,22 @@
+"""What the engine calls the modules of a layer that is a mixture of experts, as Qwen does."""
+
+from __future__ import annotations
+
+ROUTER, EXPERTS = "mlp.gate", "mlp.experts."
+SHARED, SHARED_GATE = "mlp.shared_expert", "mlp.shared_expert_gate"
+"""Modules of a layer, in the engine."""
+MATRICES = ("gate_proj", "up_proj", "down_proj")
+"""Of an expert, and of any other block."""
+
+
+def expert_module(expert: int, matrix: str) -> str:
+    """The module of one of an expert's matrices, in the engine."""
+    return f"{EXPERTS}{expert}.{matrix}"
+
+
+def expert_of(module: str) -> tuple[int, str] | None:
+    """The expert that a module is of, and which of its matrices; None: it is of none."""
+    if not module.startswith(EXPERTS):
+        return None
+    expert, _, matrix = module.removeprefix(EXPERTS).partition(".")
+    return int(expert), matrix
