@@ -27,7 +27,7 @@ def packed_tensors(
 
     ValueError if no group divides a matrix.
     """
-    matrices = {name for name in shapes if ".layers." in name and name.endswith("proj.weight")}
+    matrices = {name for name in shapes if _is_packed(name)}
     group = 0 if kind == "fp8" else _group({shapes[name][1] for name in matrices})
     entries: dict[str, Entry] = {}
     fills: dict[str, Fill] = {}
@@ -39,7 +39,18 @@ def packed_tensors(
         parts = _fp8(rows, width) if kind == "fp8" else _ct(rows, width, group, kind)
         for part, entry, filled in parts:
             entries[f"{module}.{part}"], fills[f"{module}.{part}"] = entry, filled
-    return entries, fills, _config(kind, group)
+    routers = {name.split(".", 3)[3].removesuffix(".weight") for name in shapes if _is_router(name)}
+    return entries, fills, _config(kind, group, sorted(routers))
+
+
+def _is_router(name: str) -> bool:
+    return name.endswith(".gate.weight")
+
+
+def _is_packed(name: str) -> bool:
+    """True: a matrix of a layer, but for the router of a mixture of experts."""
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    return ".layers." in name and (last.endswith("proj") or last in ("w1", "w2", "w3"))
 
 
 def _group(widths: set[int]) -> int:
@@ -67,13 +78,16 @@ def _fp8(rows: int, width: int) -> Iterator[tuple[str, Entry, Fill]]:
     yield "weight_scale_inv", scale, Fill("scale", scale.nbytes, "float32", mean)
 
 
-def _config(kind: str, group: int) -> dict[str, Any]:
+def _config(kind: str, group: int, routers: list[str]) -> dict[str, Any]:
+    """``routers``: modules of a layer that are not packed."""
     if kind == "fp8":
         return {
             "quant_method": "fp8",
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
-            "modules_to_not_convert": ["lm_head"],
+            "modules_to_not_convert": ["lm_head", *routers],
             "weight_block_size": [BLOCK, BLOCK],
         }
-    return quantization_config({"Linear": group}, int(kind[2:]))
+    found = quantization_config({"Linear": group}, int(kind[2:]))
+    ignored = [f"re:.*{router.replace('.', '[.]')}$" for router in routers]
+    return found | {"ignore": [*found["ignore"], *ignored]}

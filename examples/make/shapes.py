@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 _QWEN2 = {
@@ -45,6 +46,80 @@ _LLAMA3 = _LLAMA | {
 }
 
 
+_MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 32768,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+_QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 1_000_000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+_OLMOE = {
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "clip_qkv": None,
+    "eos_token_id": 50279,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 4096,
+    "norm_topk_prob": False,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "output_router_logits": False,
+    "pad_token_id": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 10_000.0,
+    "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 50304,
+}
+
+
 def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
     return {
         "hidden_size": hidden,
@@ -76,8 +151,11 @@ SHAPES: dict[str, Mapping[str, Any]] = {
         "vocab_size": 151936,
     },
     "qwen2.5-7b": _QWEN2 | _sizes(3584, 18944, 28, 28, 4) | {"max_window_layers": 28},
+    "olmoe": _OLMOE | _sizes(2048, 1024, 16, 16, 16),
     "llama3-8b": _LLAMA3 | _sizes(4096, 14336, 32, 32, 8),
+    "qwen3-30b-a3b": _QWEN3_MOE | _sizes(2048, 6144, 48, 32, 4),
     "qwen2.5-32b": _QWEN2 | _sizes(5120, 27648, 64, 40, 8),
+    "mixtral-8x7b": _MIXTRAL | _sizes(4096, 14336, 32, 32, 8),
     "llama3-70b": _LLAMA3 | _sizes(8192, 28672, 80, 64, 8),
     "qwen2.5-72b": _QWEN2 | _sizes(8192, 29568, 80, 64, 8),
 }
@@ -97,15 +175,64 @@ def tensor_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, .
 
 
 def _layer_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    for module, rows in {"q_proj": hidden, "k_proj": kv, "v_proj": kv}.items():
+    hidden, kind = config["hidden_size"], config["model_type"]
+    width = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q, kv = width * config["num_attention_heads"], width * config["num_key_value_heads"]
+    for module, rows in {"q_proj": q, "k_proj": kv, "v_proj": kv}.items():
         yield f"self_attn.{module}.weight", (rows, hidden)
-        if config["model_type"] == "qwen2":
+        if kind == "qwen2":
             yield f"self_attn.{module}.bias", (rows,)
-    yield "self_attn.o_proj.weight", (hidden, hidden)
-    yield "mlp.gate_proj.weight", (ffn, hidden)
-    yield "mlp.up_proj.weight", (ffn, hidden)
-    yield "mlp.down_proj.weight", (hidden, ffn)
+    yield "self_attn.o_proj.weight", (hidden, q)
+    if kind in ("qwen3_moe", "olmoe"):
+        q, kv = (width, width) if kind == "qwen3_moe" else (q, kv)
+        yield "self_attn.q_norm.weight", (q,)
+        yield "self_attn.k_norm.weight", (kv,)
+    if kind in EXPERTS:
+        yield from _expert_shapes(config, EXPERTS[kind])
+    else:
+        yield from _block_shapes("mlp", _PROJECTIONS, hidden, config["intermediate_size"])
     yield "input_layernorm.weight", (hidden,)
     yield "post_attention_layernorm.weight", (hidden,)
+
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """What the experts of a type of mixtures are called on the hub."""
+
+    block: str
+    matrices: tuple[str, str, str]
+    """Gate, up, down."""
+    count: str
+    """The config's field with how many a layer has."""
+    width: str
+    """The same of what is between their matrices."""
+
+
+EXPERTS = {
+    "mixtral": Experts(
+        "block_sparse_moe", ("w1", "w3", "w2"), "num_local_experts", "intermediate_size"
+    ),
+    "qwen3_moe": Experts("mlp", _PROJECTIONS, "num_experts", "moe_intermediate_size"),
+    "olmoe": Experts("mlp", _PROJECTIONS, "num_experts", "intermediate_size"),
+}
+"""By type of model."""
+
+
+def _expert_shapes(
+    config: Mapping[str, Any], experts: Experts
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, count = config["hidden_size"], config[experts.count]
+    yield f"{experts.block}.gate.weight", (count, hidden)
+    for expert in range(count):
+        block, width = f"{experts.block}.experts.{expert}", config[experts.width]
+        yield from _block_shapes(block, experts.matrices, hidden, width)
+
+
+def _block_shapes(
+    block: str, matrices: tuple[str, ...], hidden: int, width: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    gate, up, down = (f"{block}.{matrix}.weight" for matrix in matrices)
+    yield from {gate: (width, hidden), up: (width, hidden), down: (hidden, width)}.items()

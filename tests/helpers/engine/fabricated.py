@@ -14,6 +14,15 @@ TINY = {
     "num_key_value_heads": 2, "vocab_size": 500, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 TIED, UNTIED, LLAMA = "tiny-tied", "tiny-untied", "tiny-llama"
+FEW = {"num_experts_per_tok": 2}
+MIXTURES = {
+    "tiny-mixtral": ("mixtral-8x7b", TINY | FEW | {"num_local_experts": 4}),
+    "tiny-qwen3-moe": ("qwen3-30b-a3b", TINY | FEW | {
+        "num_experts": 12, "moe_intermediate_size": 32, "head_dim": 24,
+    }),
+    "tiny-olmoe": ("olmoe", TINY | FEW | {"num_experts": 3, "bos_token_id": None}),
+}  # fmt: skip
+"""Tiny ones of mixtures of experts: the real shape, and what is changed in it."""
 
 
 def add_tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +30,8 @@ def add_tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, TIED, SHAPES["qwen2.5-0.5b"] | TINY)
     monkeypatch.setitem(SHAPES, UNTIED, SHAPES["qwen2.5-7b"] | TINY)
     monkeypatch.setitem(SHAPES, LLAMA, SHAPES["llama3-8b"] | TINY)
+    for name, (shape, changes) in MIXTURES.items():
+        monkeypatch.setitem(SHAPES, name, SHAPES[shape] | changes)
     monkeypatch.setattr(random_values, "MIN_POOL_ELEMENTS", 1 << 16)
 
 

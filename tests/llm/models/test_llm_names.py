@@ -116,7 +116,11 @@ def test_the_tensors_of_known_models_are_those_that_the_config_asks_for(tmp_path
         for key, shape in tensor_shapes(SHAPES[name])
         if key.startswith(first)
     }
-    shapes = weight_shapes(config, 0)
+    mixture = config.family.mixture
+    shapes = {
+        module if mixture is None else mixture.hub_name(module): shape
+        for module, shape in weight_shapes(config, 0).items()
+    }
     expected = {f"{module}.weight": shape for module, shape in shapes.items()}
     expected |= {f"{module}.bias": shapes[module][:1] for module in config.biased}
     assert found == expected
