@@ -39,6 +39,9 @@ def write_tiny(path: Path, name: str = "llama", **changes):
         ("llama-biases", {}),
         ("qwen2-yarn", {}),
         ("mistral", {}),
+        ("mixtral", {}),
+        ("qwen2_moe", {}),
+        ("olmoe", {}),
         (
             "gemma3_text",
             {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 24},

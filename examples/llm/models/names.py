@@ -69,10 +69,11 @@ class WeightNames:
 
     def widest(self, dtype: torch.dtype) -> Widest:
         """What is to be unpacked by an engine of this dtype."""
+        as_stored = self.as_stored  # which looks at every matrix
         return Widest.of(
             (matrix.format, matrix.width, matrix.ordered)
             for matrix in self._matrices()
-            if matrix.format not in FLOATS or (self.as_stored and matrix.dtype != dtype)
+            if matrix.format not in FLOATS or (as_stored and matrix.dtype != dtype)
         )
 
     def _matrices(self) -> Iterator[Stored]:

@@ -15,9 +15,9 @@ from ..models.config import ModelConfig
 from ..models.names import WeightNames
 from ..models.rope import rope_frequencies
 from ..models.rope_config import Llama3Scaling, Rope
-from .dequant import Unpacker, ggml_matrix, row_width
+from .dequant import Unpacker, ggml_matrix
 from .quants import BLOCK_TYPES
-from .stored import Mapped
+from .stored import Mapped, Stored
 
 CPU = torch.device("cpu")
 
@@ -31,31 +31,41 @@ class Source:
     """Heads whose rows are permuted; 0: none are."""
     shift: float = 0.0
     """What is to be added."""
+    matrix: Stored | None = None
+    """None: it is a vector."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the floats."""
-        *rows, width = self.spec.shape
-        if self.spec.ggml_type in BLOCK_TYPES:
-            width = row_width(width, self.spec.ggml_type)
-        return *rows, width
+        if self.matrix is not None:
+            return self.matrix.rows, self.matrix.width
+        return self.spec.shape
 
 
 def sources(manifest: Manifest, config: ModelConfig, names: WeightNames) -> dict[str, Source]:
     """Every tensor of the model by its name in transformers, in the order of its passes."""
     shift = 0.0 if names.norm_offset is None else names.norm_offset - 1.0
-    found = {"model.embed_tokens.weight": Source(manifest.static[names.embedding])}
+    embedding, mixture = names.embedding_matrix, config.family.mixture
+    spec = manifest.static[names.embedding]
+    found = {"model.embed_tokens.weight": Source(spec, matrix=embedding)}
     for layer in manifest.layers:
+        matrices = names.layers[layer.layer_idx]
         for module, own in names.modules.items():
             for kind in ("weight", "bias"):
-                spec = layer.tensors.get(f"{own}.{kind}")
-                if spec is not None and (kind == "weight" or module in config.biased):
-                    name = f"model.layers.{layer.layer_idx}.{module}.{kind}"
-                    added = shift if module.endswith("norm") else 0.0
-                    found[name] = Source(spec, permuted_heads(module, names, config), added)
+                if f"{own}.{kind}" not in layer.tensors:
+                    continue
+                if kind == "weight" or module in config.biased:
+                    hub_name = module if mixture is None else mixture.hub_name(module)
+                    found[f"model.layers.{layer.layer_idx}.{hub_name}.{kind}"] = Source(
+                        layer.tensors[f"{own}.{kind}"],
+                        permuted_heads(module, names, config),
+                        shift if module.endswith("norm") else 0.0,
+                        matrices.get(module) if kind == "weight" else None,
+                    )
     found["model.norm.weight"] = Source(manifest.static[names.norm], shift=shift)
     if names.head != names.embedding:
-        found["lm_head.weight"] = Source(manifest.static[names.head])
+        spec = manifest.static[names.head]
+        found["lm_head.weight"] = Source(spec, matrix=names.head_matrix)
     return found
 
 
@@ -80,6 +90,8 @@ class Reader:
     def blocks(self, source: Source) -> Iterator[torch.Tensor]:
         """All values in order, flat; each block is good until the next is asked for."""
         rows = Mapped(source.spec).tensor
+        if source.matrix is not None and source.matrix.expert is not None:
+            rows = rows[source.matrix.expert]
         if source.heads:
             rows = in_order(rows, source.heads)
         if source.spec.ggml_type in BLOCK_TYPES:
