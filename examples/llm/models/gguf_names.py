@@ -53,11 +53,13 @@ GGUF_PARTS = ("v.", "a.", "mm.")
 """Beginnings of what a file may have beside a language model: encoders of images and sound."""
 
 
-def gguf_module(module: str, *, output_norms: bool = False) -> str:
-    """A layer's module in GGUF, by its name in the engine; ``output_norms``: see ``Family``."""
+def gguf_module(module: str, *, output_norms: bool = False, apart: bool = False) -> str:
+    """A layer's module in GGUF, by its name in the engine; ``output_norms``: see ``Family``;
+    ``apart``: each expert has tensors of its own, as in the first files of Mixtral."""
     found = expert_of(module)
     if found is not None:
-        return GGUF_EXPERTS[found[1]]
+        expert, matrix = found
+        return f"{GGUF_MODULES[f'mlp.{matrix}']}.{expert}" if apart else GGUF_EXPERTS[matrix]
     if output_norms and module in GGUF_OUTPUT_NORMS:
         return GGUF_OUTPUT_NORMS[module]
     return GGUF_MODULES.get(module) or GGUF_MIXTURE[module]

@@ -22,7 +22,15 @@ from ..weights.stored import Stored, check_plain
 from ..weights.unused import NEXT_TOKEN_KEYS, refuse_unused
 from .config import ModelConfig
 from .gguf_names import GGUF_EXPERTS, gguf_module
-from .modules import EXPERTS, MATRICES, ROUTER, SHARED, SHARED_GATE, expert_of
+from .modules import (
+    EXPERTS,
+    MATRICES,
+    ROUTER,
+    SHARED,
+    SHARED_GATE,
+    expert_module,
+    expert_of,
+)
 from .outside import Outside
 
 LAYER_STEMS = ("model.", "model.language_model.")
@@ -103,7 +111,7 @@ def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
     """Names for this checkpoint; UnsupportedModelError if its tensors are not the config's."""
     gguf = manifest.format == "gguf"
     outside = Outside(manifest, config)
-    modules = _module_names(config, gguf=gguf)
+    modules = _module_names(config, manifest)
     norm, factors = outside.norm(), outside.rope_factors()
     if manifest.num_layers != config.num_layers:
         raise UnsupportedModelError(
@@ -132,13 +140,16 @@ def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
     )
 
 
-def _module_names(config: ModelConfig, *, gguf: bool) -> dict[str, str]:
+def _module_names(config: ModelConfig, manifest: Manifest) -> dict[str, str]:
     """The modules of all layers: the name in the engine, the name in the checkpoint."""
-    family, found = config.family, dict[str, str]()
+    family, found, gguf = config.family, dict[str, str](), manifest.format == "gguf"
+    first = gguf_module(expert_module(0, MATRICES[0]), apart=True)
+    apart = any(f"{first}.weight" in layer.tensors for layer in manifest.layers)
     kinds = {config.mixture(i) is None: i for i in range(config.num_layers)}
     for module in (name for i in kinds.values() for name in weight_shapes(config, i)):
         if gguf:
-            found[module] = gguf_module(module, output_norms=family.output_norms)
+            norms = family.output_norms
+            found[module] = gguf_module(module, output_norms=norms, apart=apart)
         else:
             found[module] = family.mixture.hub_name(module) if family.mixture else module
     return found

@@ -49,7 +49,12 @@ ARCHITECTURES = {
 
 
 def write_gguf(
-    path: Path, model: Any, *, rope_factors: torch.Tensor | None = None, tokenizer: bool = False
+    path: Path,
+    model: Any,
+    *,
+    rope_factors: torch.Tensor | None = None,
+    tokenizer: bool = False,
+    apart: bool = False,
 ) -> None:
     """Write the model with MIXED types, and put what the file then holds back into the model.
 
@@ -73,7 +78,12 @@ def write_gguf(
         quant = MIXED[key] if values.ndim > 1 else "F32"
         ggml_type = gguf.GGMLQuantizationType[quant]
         packed = gguf.quants.quantize(np.ascontiguousarray(values + shift), ggml_type)
-        writer.add_tensor(f"{target}.{kind}", packed, raw_dtype=ggml_type)
+        if apart and values.ndim == 3:  # a tensor for each expert, as older files have
+            for expert, own in enumerate(packed):
+                name = f"{target.removesuffix('_exps')}.{expert}.{kind}"
+                writer.add_tensor(name, own, raw_dtype=ggml_type)
+        else:
+            writer.add_tensor(f"{target}.{kind}", packed, raw_dtype=ggml_type)
         stored = gguf.quants.dequantize(packed, ggml_type).reshape(values.shape) - shift
         if heads:
             stored = unpermute(stored, heads)

@@ -166,6 +166,15 @@ def test_a_scale_of_one_expert_that_is_not_finite_is_found_when_the_expert_compu
             runner.forward([(row, IDS[:9])])
 
 
+def test_experts_of_a_file_may_have_tensors_of_their_own(tmp_path: Path) -> None:
+    model, path = zoo_model("mixtral"), tmp_path / "a.gguf"
+    write_gguf(path, model, apart=True)
+    assert "ffn_up.4.weight" in read_manifest(path).layers[1].tensors
+    with open_forward(path, file_config(path)) as forward:
+        found = forward(IDS[:PROMPT])
+    assert relative_error(found, reference(model, IDS[:PROMPT], PROMPT)) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
