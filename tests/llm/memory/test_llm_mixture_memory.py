@@ -17,7 +17,7 @@ from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.passes.chunking import Chunking
 
 TOKENS, ROOM = 128, 512
-MANY = {"num_experts": 64, "num_experts_per_tok": 24, "intermediate_size": 64}
+MANY = {"num_experts": 32, "num_experts_per_tok": 12, "intermediate_size": 64}
 NARROW = {"num_experts": 32, "num_experts_per_tok": 8}
 WIDE = {"intermediate_size": 768}
 SHARED = {"shared_expert_intermediate_size": 768}
