@@ -1,4 +1,4 @@
-"""What a mixture of experts takes in passing is part of the plan: measured on a CPU."""
+"""What a mixture of experts takes in passing is part of the plan."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from assets import open_runner, tiny_checkpoint
 from torch.profiler import ProfilerActivity, profile
 from zoo import zoo_model
 
+from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.memory.footprint import Footprint, Needs
 from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.passes.chunking import Chunking
@@ -63,3 +64,23 @@ def test_a_pass_in_which_some_experts_have_all_tokens_stays_inside_the_plan(
     footprint = Footprint(config, needs)
     planned = footprint.temporaries(TOKENS) + footprint.logits()
     assert planned / 4 < found <= planned
+
+
+@pytest.mark.gpu
+def test_the_peak_of_a_mixture_on_a_gpu_stays_inside_the_plan(tmp_path: Path) -> None:
+    """Each expert has another number of tokens, so that its tensors have another size."""
+    model = zoo_model(
+        "qwen3_moe", hidden_size=512, num_hidden_layers=6, vocab_size=32000, num_experts=32,
+        num_experts_per_tok=8, moe_intermediate_size=256, num_attention_heads=8, head_dim=64,
+        num_key_value_heads=4, max_position_embeddings=1 << 15,
+    )  # fmt: skip
+    path, budget = tiny_checkpoint(tmp_path, model), 900 << 20
+    options: dict[str, Any] = {"device": "cuda", "max_length": 8192, "kv_tokens": 16384}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    with StreamingEngine(path, device_budget=budget, max_batch=16, **options) as engine:
+        engine.generate([[i] * 4000 for i in range(4)], max_new_tokens=20, return_details=True)
+        engine.generate([3] * 8000, max_new_tokens=20, return_details=True, temperature=1.0)
+        torch.cuda.synchronize()
+        assert torch.cuda.max_memory_reserved() - before <= budget, str(engine.plan)
