@@ -20,7 +20,7 @@ def choose_groups(config: ModelConfig, asked: int | None) -> dict[str, int]:
     if config.experts is not None:
         raise ValueError(
             f"a {config.model_type} model is a mixture of experts, which is run but not quantized: "
-            "take a checkpoint that is"
+            "take a checkpoint that others have quantized"
         )
     widths = {name: shape[1] for name, shape in weight_shapes(config, 0).items() if len(shape) == 2}
     chosen = {}
