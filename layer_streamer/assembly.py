@@ -14,7 +14,7 @@ from .devices.device import Device
 from .machine.hostmem import available_host_bytes
 from .machine.limits import MachineLimits, load_limits
 from .machine.threads import note_too_many_threads
-from .passes.expert_opening import open_store, take_out
+from .passes.expert_opening import open_store, slots_nbytes, take_out
 from .passes.expert_store import ExpertStore
 from .passes.statics import Statics
 from .planning.layout import Layout, Step, plan_steps
@@ -58,6 +58,7 @@ def assemble(manifest: Manifest, devices: Sequence[Device], settings: Settings) 
     files = OpenFiles(manifest.files)
     try:
         steps, layouts, plan = _plan(dense, devices, settings, files, {})
+        plan = replace(plan, expert_bytes=slots_nbytes(experts, settings))
         if plan.machine.unified and "disk" in plan.tiers:
             note_too_many_threads()
         pipeline = Pipeline(steps, layouts, files, devices, settings, plan)
@@ -83,10 +84,11 @@ def draw_plan(
 
     ``given``: rates in bytes a second to go by instead of measured ones: "read", "copy".
     """
-    dense, _, settings = take_out(manifest, settings, devices[0])
+    dense, experts, settings = take_out(manifest, settings, devices[0])
     files = OpenFiles(manifest.files)
     try:
-        return _plan(dense, devices, settings, files, given)[-1]
+        plan = _plan(dense, devices, settings, files, given)[-1]
+        return replace(plan, expert_bytes=slots_nbytes(experts, settings))
     finally:
         files.close()
 

@@ -12,7 +12,7 @@ from ..devices.device import Device
 from ..errors import ConfigError
 from ..experts.policies import make_policy
 from ..planning.budget import format_bytes
-from ..planning.layout import CASTABLE, View, cast_dtype, lay_out_resident, plan_steps
+from ..planning.layout import View, lay_out_resident, plan_steps
 from ..planning.planner import device_budget_of
 from ..planning.settings import Settings
 from ..transport.pipeline import Pipeline
@@ -31,8 +31,8 @@ def take_out(
     """The checkpoint without experts that are brought on demand, these by layer, and the settings
     with the number of their slots, and with a ``device_budget`` for all else.
 
-    ConfigError where there are none, or no room, for several devices, and where experts would have
-    to be cast.
+    Experts are handed out as they are stored, whatever ``dtype`` says. ConfigError where there are
+    none, or no room, and for several devices.
     """
     if settings.asked["experts"] != "demand":
         if settings.asked["expert_slots"] is not None:
@@ -47,23 +47,11 @@ def take_out(
         raise ConfigError(
             f"experts='demand': {manifest.path} has no experts that are known as such"
         )
-    _check(experts, settings)
+    device_names = settings.asked["device"]
+    if isinstance(device_names, list | tuple) and len(device_names) > 1:
+        raise ConfigError("experts='demand': of several devices, each needs a streamer of its own")
     dense = replace(manifest, layers=tuple(layer for layer, _ in split))
     return dense, experts, _share_out(dense, experts, settings, device)
-
-
-def _check(experts: Layers, settings: Settings) -> None:
-    device, dtype = settings.asked["device"], settings.asked["dtype"]
-    if isinstance(device, list | tuple) and len(device) > 1:
-        raise ConfigError("experts='demand': of several devices, each needs a streamer of its own")
-    for layer in experts.values():
-        for bank in layer.banks.values():
-            if cast_dtype(bank[0].dtype, dtype) != bank[0].dtype:
-                kinds = ", ".join(str(kind).removeprefix("torch.") for kind in CASTABLE)
-                raise ConfigError(
-                    f"dtype={dtype}: tensor {bank[0].name!r} is {bank[0].dtype}, and experts that "
-                    f"are brought on demand are not cast ({kinds} would be)"
-                )
 
 
 def _share_out(dense: Manifest, experts: Layers, settings: Settings, device: Device) -> Settings:
@@ -92,6 +80,11 @@ def _share_out(dense: Manifest, experts: Layers, settings: Settings, device: Dev
             f"{format_bytes(nbytes)} of it, which leaves nothing for the layers"
         )
     return settings.but(expert_slots=count, device_budget=budget - nbytes)
+
+
+def slots_nbytes(experts: Layers, settings: Settings) -> int:
+    """Device memory that slots take, by settings that say how many there are; 0 for no experts."""
+    return _slots_nbytes(experts, settings.asked["expert_slots"] or 0)
 
 
 def _slots_nbytes(experts: Layers, count: int) -> int:

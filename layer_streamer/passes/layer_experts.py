@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -27,10 +27,13 @@ class LayerWeights(Weights):
 class LayerExperts:
     """``weights.experts``: the experts of the layer that is handed out, for as long as it is."""
 
-    __slots__ = ("_layer_idx", "_over", "_store")
+    __slots__ = ("_layer_idx", "_over", "_store", "where")
 
     def __init__(self, store: ExpertStore, layer_idx: int) -> None:
         self._store, self._layer_idx, self._over = store, layer_idx, False
+        self.where: Mapping[int, int] = {}
+        """By expert, the slot of what the last load brought: numbers, for whom a tensor on the
+        device would have to be waited for."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -54,6 +57,7 @@ class LayerExperts:
         asked = _numbers(ids)
         experts = sorted(set(asked))
         where = dict(zip(experts, self._store.load(self._layer_idx, experts), strict=True))
+        self.where = where
         slots = torch.tensor([where[expert] for expert in asked], dtype=torch.int64, device="cpu")
         return slots.to(self._store.pools[self._layer_idx].slab.device, non_blocking=True)
 

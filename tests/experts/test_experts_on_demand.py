@@ -163,6 +163,14 @@ def test_what_is_kept_beyond_its_layer_loads_nothing(tmp_path: Path) -> None:
             kept[0].load([1])
 
 
+def test_experts_are_handed_out_as_stored_whatever_the_rest_is_cast_to(tmp_path: Path) -> None:
+    expected = stacked(tmp_path)
+    with opened(tmp_path, dtype=torch.bfloat16) as streamer:
+        check(streamer, expected, [[1, 2]] * LAYERS)
+        found = {t.dtype for _, weights in streamer.sweep() for t in weights.values()}
+    assert found == {torch.bfloat16}
+
+
 def test_a_layer_without_experts_says_so(tmp_path: Path) -> None:
     LAYOUTS["unlike"](tmp_path)
     with opened(tmp_path) as streamer:
@@ -286,7 +294,6 @@ def test_closing_in_the_middle_of_a_layer_returns_everything(tmp_path: Path) -> 
         ({"experts": "whole"}, "goes with experts='demand'"),
         ({"experts": "some"}, "must be one of whole, demand"),
         ({"expert_slots": 0}, "must be from 1"),
-        ({"dtype": torch.float32}, "not cast"),
         ({"device": ["cpu", "cpu"]}, "several devices"),
     ],
 )

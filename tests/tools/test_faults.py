@@ -52,6 +52,8 @@ def test_an_error_is_one_line_whatever_the_command(
         model = ["MODEL", "OUTPUT", "--bits", "4"]
     if name == "batch":
         model = ["MODEL", "IN", "OUT"]
+    if name == "experts":
+        model = ["TRACE", "--slots", "3"]
     assert main([name, *model]) == 2
     out, err = capsys.readouterr()
     assert out == ""

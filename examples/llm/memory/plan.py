@@ -159,7 +159,7 @@ class Planner:
             host_layers=spilled,
             num_layers=len(layers),
             device={
-                "layers": placement.device_bytes[0],
+                "layers": placement.device_bytes[0] + preview.expert_bytes,
                 "keys and values": kept,
                 "their slots": footprint.staging(spilled, num_slots),
                 "residual stream": footprint.residual(),
@@ -277,6 +277,8 @@ class Planner:
     def _preview(self, **options: Any) -> Plan:
         """What the streamer takes with these options and no budgets."""
         options = dict(self._wishes.options) | options
+        if options.get("experts") == "demand" and options.get("device_budget") is None:
+            options.setdefault("expert_slots", 1)  # the least; a budget has room for more
         key = tuple(sorted((name, repr(value)) for name, value in options.items()))
         if key not in self._previews:
             self._previews[key] = plan_checkpoint(self._model, **options)

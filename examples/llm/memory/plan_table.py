@@ -10,7 +10,7 @@ from layer_streamer import format_bytes
 if TYPE_CHECKING:
     from .plan import MemoryPlan
 
-RESIDENT, SLOTS, SPARE = "resident layers", "slots", "spare"
+RESIDENT, SLOTS, EXPERTS, SPARE = "resident layers", "slots", "slots of experts", "spare"
 
 
 def device_parts(plan: MemoryPlan) -> dict[str, int]:
@@ -19,7 +19,8 @@ def device_parts(plan: MemoryPlan) -> dict[str, int]:
     sizes = zip(plan.streamer.sizes, plan.streamer.tiers, strict=True)
     resident = sum(size.device_nbytes for size, tier in sizes if tier == "device")
     own = {name: nbytes for name, nbytes in plan.device.items() if name != "layers"}
-    return _with_spare({RESIDENT: resident, SLOTS: taken - resident, **own}, plan.device_budget)
+    parts = {RESIDENT: resident, SLOTS: taken - resident, EXPERTS: plan.streamer.expert_bytes}
+    return _with_spare(parts | own, plan.device_budget)
 
 
 def host_parts(plan: MemoryPlan) -> dict[str, int]:
@@ -102,6 +103,7 @@ def _explained(plan: MemoryPlan, place: str) -> dict[str, str]:
     return {
         RESIDENT: resident,
         SLOTS: f"{slots} layers in use or on their way" if place == "device" else "reads",
+        EXPERTS: "those that layers ask for",
         "keys and values": f"{plan.kv_tokens:,} tokens of {kept} layers",
         "their slots": f"keys and values of {spilled} layers pass through them",
         "residual stream": f"{plan.kv_tokens:,} tokens",

@@ -66,11 +66,13 @@ def _mixture(
     ends = torch.searchsorted(
         sorted_N, torch.arange(experts.count, device=x_TD.device), right=True
     ).tolist()
-    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        if start < end:
-            tokens_S = tokens_N[start:end]
-            y_SD = _block(x_TD[tokens_S], partial(_expert, weights, expert), weights, config)
-            total_TD.index_add_(0, tokens_S, y_SD.float().mul_(shares_N1[start:end]))
+    starts = [0, *ends]
+    needed = [expert for expert, end in enumerate(ends) if starts[expert] < end]
+    for expert in weights.experts(needed):
+        own = slice(starts[expert], ends[expert])
+        tokens_S = tokens_N[own]
+        y_SD = _block(x_TD[tokens_S], partial(_expert, weights, expert), weights, config)
+        total_TD.index_add_(0, tokens_S, y_SD.float().mul_(shares_N1[own]))
     return total_TD.to(x_TD.dtype)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 ROUTER, EXPERTS = "mlp.gate", "mlp.experts."
 SHARED, SHARED_GATE = "mlp.shared_expert", "mlp.shared_expert_gate"
 """Modules of a layer, in the engine."""
+EXPERT_NUMBER = re.compile(r"(\bexperts\.)\d+\.")
+"""In the name of a tensor of one expert."""
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 """Of an expert, and of any other block."""
 
@@ -12,6 +16,11 @@ MATRICES = ("gate_proj", "up_proj", "down_proj")
 def expert_module(expert: int, matrix: str) -> str:
     """The module of one of an expert's matrices, in the engine."""
     return f"{EXPERTS}{expert}.{matrix}"
+
+
+def shared_key(key: str) -> str:
+    """A tensor of one expert by the name that it has in all, without the expert's number."""
+    return EXPERT_NUMBER.sub(r"\1", key, count=1)
 
 
 def expert_of(module: str) -> tuple[int, str] | None:

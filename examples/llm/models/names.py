@@ -78,10 +78,15 @@ class WeightNames:
     def widest(self, dtype: torch.dtype) -> Widest:
         """What is to be unpacked by an engine of this dtype."""
         as_stored = self.as_stored  # which looks at every matrix
+        stored = [self.embedding_matrix, self.head_matrix]
+        stored += [matrix for layer in self.layers for matrix in layer.values()]
+        found = [matrix for matrix in stored if matrix.format not in FLOATS or as_stored]
+        # Experts that are brought on demand are not cast, whatever the rest is.
+        found += [m for layer in self.layers for name, m in layer.items() if expert_of(name)]
         return Widest.of(
             (matrix.format, matrix.width, matrix.ordered)
-            for matrix in self._matrices()
-            if matrix.format not in FLOATS or (as_stored and matrix.dtype != dtype)
+            for matrix in found
+            if matrix.format not in FLOATS or matrix.dtype != dtype
         )
 
     def _matrices(self) -> Iterator[Stored]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from layer_streamer import LayerSpec
 
 from ..models.config import ModelConfig
-from ..models.modules import expert_module
+from ..models.modules import expert_module, shared_key
 from ..models.names import WeightNames
 from .arithmetic import FASTEST, Arithmetic
 from .dequant import Unpacker
 from .packed import FLOATS, Packed, take_rows
 from .scale_check import ScaleCheck
+from .stored import Stored
 
 
 class StepWeights:
@@ -34,6 +36,8 @@ class StepWeights:
     ) -> None:
         """``check`` looks at each scale once; ``arithmetic`` is what computes with the weights."""
         self._tensors, self._layer = tensors, layer
+        self._store = getattr(tensors, "experts", None)
+        """Brings the layer's experts, where they do not come with it."""
         self._names, self._unpacker, self._check = names, unpacker, check
         self._matrices = names.layers[layer.layer_idx]
         self.arithmetic = arithmetic
@@ -48,7 +52,11 @@ class StepWeights:
     def linear(self, x_TD: torch.Tensor, module: str) -> torch.Tensor:
         """x times the transposed weight of a module, plus its bias if it has one: (T, rows)."""
         matrix = self._matrices[module]
-        packed = matrix.packed(self._tensors)
+        return self._project(x_TD, module, matrix.packed(self._tensors), matrix)
+
+    def _project(
+        self, x_TD: torch.Tensor, module: str, packed: Packed, matrix: Stored
+    ) -> torch.Tensor:
         if self._check is not None:
             self._check.see(packed, self._layer.tensors[matrix.scale_key], matrix.expert)
         bias = None
@@ -56,9 +64,29 @@ class StepWeights:
             bias = self._tensors[f"{self._names.modules[module]}.bias"]
         return self.arithmetic.project(x_TD, packed, self._unpacker, bias)
 
+    def experts(self, needed: Sequence[int]) -> Iterator[int]:
+        """Those of the layer's experts, ascending, one after the other once it is there."""
+        if self._store is None:
+            yield from needed
+            return
+        for part in self._store.parts(needed):
+            self._store.load(part)
+            yield from part
+
     def expert(self, x_TD: torch.Tensor, expert: int, matrix: str) -> torch.Tensor:
-        """The same of a matrix of one of the layer's experts, of tokens that pass it."""
-        return self.linear(x_TD, expert_module(expert, matrix))
+        """``linear`` of a matrix of one of the layer's experts, of tokens that pass it: the one
+        that ``experts`` has come to."""
+        module = expert_module(expert, matrix)
+        if self._store is None:
+            return self.linear(x_TD, module)
+        stored = self._matrices[module]
+        slot = self._store.where[expert]
+        tensors = {
+            key: self._store.bank(key if stored.expert is not None else shared_key(key))[slot]
+            for key in stored.keys.values()
+        }
+        packed = replace(stored, expert=None).packed(tensors)
+        return self._project(x_TD, module, packed, stored)
 
 
 def norm_weight(weight_D: torch.Tensor, names: WeightNames) -> torch.Tensor:
