@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from layer_streamer.errors import ConfigError
@@ -93,10 +93,11 @@ def test_people_get_three_digits_and_a_unit(nbytes: int, text: str) -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, MAX_BYTES // 2))
+@example(1152)  # parts of a byte are dropped, too
 def test_what_people_read_can_be_written_back_and_is_off_by_half_a_percent_at_most(
     nbytes: int,
 ) -> None:
-    assert abs(parse_bytes("x", format_bytes(nbytes)) - nbytes) <= nbytes / 200
+    assert abs(parse_bytes("x", format_bytes(nbytes)) - nbytes) < nbytes / 200 + 1
 
 
 @settings(deadline=None)
