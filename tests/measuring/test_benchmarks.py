@@ -11,6 +11,30 @@ from pathlib import Path
 import pytest
 from assets import tiny_checkpoint, tiny_model
 from paths import ROOT
+from zoo import zoo_model
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run to its end."""
+    return subprocess.run(
+        [sys.executable, ROOT / "docs/benchmarks" / name, *map(str, arguments), "--device", "cpu"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_experts_are_measured_on_a_cpu_too(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, zoo_model("qwen3_moe", max_position_embeddings=1024))
+    out = tmp_path / "out.jsonl"
+    options = ["--cap", "30MiB", "--all", "60MiB", "--prompt", 200, "--turns", 1]
+    found = script("measure_experts.py", path, out, *options)
+    assert found.returncode == 0, found.stderr[-2000:]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["way"] for one in records] == ["demand", "whole", "all", "copies"]
+    trace = records[0]["of_trace"]
+    assert 0 < trace["segmented"] <= trace["belady"] < trace["asked"]
+    assert "tokens/s" in found.stdout and "Belady's" in found.stdout
 
 
 @pytest.mark.slow
@@ -19,14 +43,8 @@ def test_serving_is_measured_on_a_cpu_too(tmp_path: Path) -> None:
         tmp_path, tiny_model("qwen2", max_position_embeddings=1024, vocab_size=8192)
     )
     out = tmp_path / "out.jsonl"
-    found = subprocess.run(
-        [
-            *(sys.executable, ROOT / "docs/benchmarks/measure_serving.py", path, out),
-            *("--device", "cpu", "--rows", "1,3", "--row-tokens", "256", "--prompt", "700"),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    options = ["--rows", "1,3", "--row-tokens", 256, "--prompt", 700]
+    found = script("measure_serving.py", path, out, *options)
     assert found.returncode == 0, found.stderr[-2000:]
     record = json.loads(out.read_text())
     assert [one["rows"] for one in record["decode"]] == [1, 3]

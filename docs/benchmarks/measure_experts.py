@@ -1,0 +1,219 @@
+"""Measure a mixture of experts on a GPU: whole layers, experts on demand, and all of them there.
+
+    python examples/make/make_checkpoint.py /tmp/q30 --shape qwen3-30b-a3b --format ct4
+    python docs/benchmarks/measure_experts.py /tmp/q30 OUT [--cap 8GiB] [--exponent 1.0]
+
+Weights are random, and so would be which experts a token chooses. So the router's product is
+computed, and then its choice is replaced: by experts that are drawn without putting back, by Zipf's
+law, in an order that each layer has of its own; what each of them counts is the router's. Four
+processes: experts on demand and whole layers, with GPU memory capped, and all experts in slots
+without a cap, which is what a pass takes if nothing is missing; and copies of experts alone, by
+size and number, beside the link. Of decoding the median seconds a token, the hits, what Belady's
+choice would have hit, and the bytes that were missing; of a prompt its pass.
+
+Appends a JSON line for each process to OUT, and prints rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from engine_runs import MIB, Capped, Link, machine, open_engine, prompt_of, run, wait
+
+from layer_streamer import copy_pieces, parse_bytes
+from layer_streamer.experts.hits import count_hits, most_hits
+from layer_streamer.experts.policies import make_policy
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.models import feed_forward
+
+CONTEXT, NEW, WARM = 128, 48, 16
+WAYS = ("demand", "whole", "all")
+SIZES = (600_000, 1_800_000, 2_700_000, 13_200_000)
+"""Of a matrix of Qwen3.6-35B-A3B, an expert of it, of Qwen3-30B-A3B and of gpt-oss, in 4 bits."""
+
+
+class Zipf:
+    """Chooses experts in place of a router, and keeps what was chosen for single tokens."""
+
+    def __init__(self, layers: int, count: int, exponent: float, device: torch.device) -> None:
+        orders = np.random.default_rng(0)
+        ranks = torch.tensor([orders.permutation(count).tolist() for _ in range(layers)])
+        self._log_p = -exponent * (ranks + 1).log().to(device)
+        self._noise = torch.Generator(device).manual_seed(0)
+        self._calls, self._layers = 0, layers
+        self.steps: list[list[tuple[int, int]]] = []
+
+    def __call__(self, logits_TX: torch.Tensor, experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        layer, self._calls = self._calls % self._layers, self._calls + 1
+        draw = torch.rand(logits_TX.shape, generator=self._noise, device=logits_TX.device)
+        scores_TX = self._log_p[layer] - draw.clamp_(1e-20).log().neg().log()
+        ids_TK = scores_TX.topk(experts.per_token).indices
+        shares_TK = logits_TX.float().gather(1, ids_TK).softmax(-1)
+        if len(ids_TK) == 1:
+            self.steps.append([(layer, expert) for expert in sorted(ids_TK[0].tolist())])
+        return ids_TK, shares_TK
+
+
+def decode(engine: StreamingEngine, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds a token, once slots have filled, and what became of experts meanwhile."""
+    config, experts = engine.config, engine.config.experts
+    assert experts is not None
+    zipf = Zipf(config.num_layers, experts.count, args.exponent, engine.streamer.device)
+    feed_forward.route = zipf  # type: ignore[assignment]
+    reports: list[Any] = []
+    noting = engine._runner.forward
+
+    def forward(*given: Any, **named: Any) -> torch.Tensor:
+        logits = noting(*given, **named)
+        reports.append(engine.streamer.last_experts)
+        return logits
+
+    engine._runner.forward = forward  # type: ignore[method-assign]
+    link = Link(engine.streamer.device)
+    link.measure()
+    found = run(engine, [prompt_of(CONTEXT)], WARM + NEW + 1)
+    link.measure()
+    seconds, reports = found["decode"][WARM:], reports[-NEW:]
+    record = {"decode": seconds, "link": link.rates, "weight_bytes": found["weight_bytes"]}
+    if reports[0] is None:
+        return record
+    slots = sum({id(p): len(p) for p in engine.streamer._opened().experts.pools.values()}.values())
+    asked, hits = sum(r.asked for r in reports), sum(r.hits for r in reports)
+    each = len(zipf.steps)
+    return record | {
+        "slots": slots, "asked": asked, "hits": hits,
+        "missed_bytes": sum(r.copied_bytes for r in reports) / len(reports),
+        "of_trace": {
+            "asked": sum(map(len, zipf.steps)), "steps": each,
+            "segmented": count_hits(zipf.steps, slots, make_policy("segmented", slots, 1)),
+            "belady": most_hits(zipf.steps, slots),
+        },
+    }  # fmt: skip
+
+
+def prompt(engine: StreamingEngine, count: int, turns: int) -> list[float]:
+    """Seconds of a pass over a prompt that begins as none before."""
+    found = []
+    for turn in range(turns + 1):
+        engine.scheduler.places.forget()
+        began = time.perf_counter()
+        for _ in engine.events(
+            [[turn + 1, *prompt_of(count - 1)]], max_new_tokens=1, temperature=0
+        ):
+            found.append(time.perf_counter() - began)
+    return found[1:]
+
+
+def copies(device: torch.device) -> list[dict[str, float]]:
+    """Bytes a second of experts' copies in one call, by their size and number."""
+    if device.type == "cpu":
+        return []
+    home = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+    there, stream = torch.empty_like(home, device=device), torch.cuda.Stream(device)
+    link, found, dice = Link(device), [], np.random.default_rng(0)
+    for size in SIZES:
+        for count in (1, 2, 3, 4, 8, 24):
+            places = np.sort(dice.choice((1 << 30) // size, count, replace=False)) * size
+            nbytes = np.full(count, size)
+            once = partial(copy_pieces, there, places, home, places[::-1].copy(), nbytes, stream)
+            once()
+            wait(device)
+            seconds = []
+            for _ in range(20):
+                began = time.perf_counter()
+                once()
+                stream.synchronize()
+                seconds.append(time.perf_counter() - began)
+            found.append({"size": size, "count": count, "seconds": median(seconds)})
+    link.measure()
+    return [
+        row | {"share": row["size"] * row["count"] / row["seconds"] / link.rate} for row in found
+    ]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One process."""
+    device = torch.device(args.device)
+    if args.child == "copies":
+        return {"way": "copies", "copies": copies(device)}
+    capped = args.child != "all"
+    memory = Capped(parse_bytes("cap", args.cap), cuda=capped and device.type == "cuda")
+    budget: Any = memory.budget if capped else args.all
+    options = {"experts": "whole" if args.child == "whole" else "demand"}
+    with open_engine(
+        args.path, args.device, device_budget=budget, max_length=args.prompt + 256,
+        max_batch=1, **options,
+    ) as engine:  # fmt: skip
+        record = {"way": args.child, "plan": str(engine.plan), **decode(engine, args)}
+        record["prompt"] = prompt(engine, args.prompt, args.turns)
+    return record | (memory.taken() if capped else {})
+
+
+def describe(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    """Rows for people."""
+    for row in found["copies"]["copies"]:
+        print(
+            f"{row['count']:>3} experts of {row['size'] / 1e6:5.1f} MB at once: "
+            f"{row['share']:.3f} of the link, {row['seconds'] * 1e3:.3f} ms"
+        )
+    demand, whole, there = (found[way] for way in WAYS)
+    seconds, compute = median(demand["decode"]), median(there["decode"])
+    bound = demand["missed_bytes"] / max(demand["link"]) + compute
+    trace, layers = demand["of_trace"], median(whole["decode"])
+    print(
+        f"on demand: {1 / seconds:.1f} tokens/s, {seconds / bound:.3f} x (missing bytes over the "
+        f"link + a pass with all there, {compute:.4f} s), {layers / seconds:.1f} x whole layers "
+        f"({1 / layers:.2f} tokens/s)"
+    )
+    hits, asked = trace["segmented"] / trace["asked"], demand["asked"]
+    print(
+        f"{demand['slots']} slots: hits {demand['hits'] / asked:.3f} of the last {NEW} tokens, "
+        f"{demand['missed_bytes'] / MIB:.1f} MiB a token missing; of the whole trace {hits:.3f}, "
+        f"Belady's {trace['belady'] / trace['asked']:.3f}"
+    )
+    for way in WAYS:
+        print(f"prompt of {args.prompt}, {way}: {median(found[way]['prompt']):.4f} s")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure each way in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("path", type=Path, metavar="CHECKPOINT")
+    add("out", type=Path, metavar="OUT")
+    add("--cap", default="8GiB", help="GPU memory of the processes that are held to it")
+    add("--all", default="auto", help="device budget that holds all experts")
+    add("--exponent", type=float, default=1.0, help="of Zipf's law; 0: all alike")
+    add("--prompt", type=int, default=2048)
+    add("--turns", type=int, default=5, metavar="N")
+    add("--device", default="cuda")
+    add("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child is not None:
+        print(json.dumps(measure(args)), flush=True)
+        return 0
+    found = {}
+    for way in (*WAYS, "copies"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--child", way]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[way] = json.loads(result.stdout.splitlines()[-1])
+        with open(args.out, "a") as file:
+            record = {**machine(args.path), "cap": args.cap, "exponent": args.exponent}
+            file.write(json.dumps(record | found[way]) + "\n")
+    describe(found, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
