@@ -26,10 +26,13 @@ if TYPE_CHECKING:
         SupersededError,
         TuneError,
     )
+    from .experts.trace import ExpertPass, TraceHeader
+    from .experts.trace_writer import TraceWriter
     from .machine.cache import cache_path
     from .modules.handle import ModulePlan, ModuleStreamer
     from .modules.pipelines.handle import PipelinePlan, PipelineStreamer
     from .modules.stream import stream
+    from .passes.expert_store import ExpertReport
     from .planning.budget import format_bytes, parse_bytes
     from .planning.plan import Plan
     from .preview import plan_checkpoint
@@ -44,6 +47,8 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "ConfigError",
+    "ExpertPass",
+    "ExpertReport",
     "LayerSpec",
     "LayerStreamer",
     "LayerStreamerTuner",
@@ -59,6 +64,8 @@ __all__ = [
     "StreamerError",
     "SupersededError",
     "TensorSpec",
+    "TraceHeader",
+    "TraceWriter",
     "TuneError",
     "cache_path",
     "copy_pieces",
@@ -80,6 +87,9 @@ _PLACES = {
     "cache_path": "machine.cache",
     "plan_checkpoint": "preview",
     "LayerStreamer": "streamer",
+    "ExpertReport": "passes.expert_store",
+    **dict.fromkeys(("ExpertPass", "TraceHeader"), "experts.trace"),
+    "TraceWriter": "experts.trace_writer",
     **dict.fromkeys(("ModulePlan", "ModuleStreamer"), "modules.handle"),
     **dict.fromkeys(("PipelinePlan", "PipelineStreamer"), "modules.pipelines.handle"),
     "stream": "modules.stream",

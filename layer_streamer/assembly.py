@@ -14,7 +14,7 @@ from .devices.device import Device
 from .machine.hostmem import available_host_bytes
 from .machine.limits import MachineLimits, load_limits
 from .machine.threads import note_too_many_threads
-from .passes.expert_opening import open_store, slots_nbytes, take_out
+from .passes.expert_opening import Layers, open_store, slots_of, take_out
 from .passes.expert_store import ExpertStore
 from .passes.statics import Statics
 from .planning.layout import Layout, Step, plan_steps
@@ -58,7 +58,7 @@ def assemble(manifest: Manifest, devices: Sequence[Device], settings: Settings) 
     files = OpenFiles(manifest.files)
     try:
         steps, layouts, plan = _plan(dense, devices, settings, files, {})
-        plan = replace(plan, expert_bytes=slots_nbytes(experts, settings))
+        plan = _with_slots(plan, experts, settings)
         if plan.machine.unified and "disk" in plan.tiers:
             note_too_many_threads()
         pipeline = Pipeline(steps, layouts, files, devices, settings, plan)
@@ -88,9 +88,14 @@ def draw_plan(
     files = OpenFiles(manifest.files)
     try:
         plan = _plan(dense, devices, settings, files, given)[-1]
-        return replace(plan, expert_bytes=slots_nbytes(experts, settings))
+        return _with_slots(plan, experts, settings)
     finally:
         files.close()
+
+
+def _with_slots(plan: Plan, experts: Layers, settings: Settings) -> Plan:
+    count, nbytes = slots_of(experts, settings)
+    return replace(plan, expert_slots=count, expert_bytes=nbytes)
 
 
 def _plan(

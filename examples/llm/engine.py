@@ -15,6 +15,7 @@ from layer_streamer import LayerStreamer
 from .constraints.vocabulary import Vocabulary
 from .drafts.opening import Wanted
 from .errors import TELLING, one_line_errors
+from .expert_record import ExpertRecord
 from .memory.plan import MemoryPlan
 from .memory.wishes import Wishes
 from .models.config import id_set
@@ -229,6 +230,13 @@ class StreamingEngine:
         """Token ids of a prompt; ValueError if it is malformed, empty or too long, or if the
         tokenizer cannot take it."""
         return self._prompts.encode(prompt, chat_template_kwargs or {})
+
+    def record_experts(self, path: str | Path) -> None:
+        """From now on, put on record which experts passes ask for, in a file that
+        ``layer-streamer experts`` reads. ValueError without ``experts="demand"``."""
+        record = ExpertRecord(Path(path), self.config, self.streamer)
+        self._parts.closing.callback(record.close)
+        self._runner.on_pass = record.hear
 
     def close(self) -> None:
         """End what is being generated, with a ClosedError, and return all memory. Idempotent."""

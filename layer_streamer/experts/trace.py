@@ -56,6 +56,7 @@ class ExpertPass:
     """What one pass asked for."""
 
     tokens: int
+    """That it took."""
     asked: tuple[tuple[int, tuple[int, ...]], ...]
     """A layer, and the experts that it needed together, all different; in order."""
 

@@ -82,9 +82,10 @@ def _share_out(dense: Manifest, experts: Layers, settings: Settings, device: Dev
     return settings.but(expert_slots=count, device_budget=budget - nbytes)
 
 
-def slots_nbytes(experts: Layers, settings: Settings) -> int:
-    """Device memory that slots take, by settings that say how many there are; 0 for no experts."""
-    return _slots_nbytes(experts, settings.asked["expert_slots"] or 0)
+def slots_of(experts: Layers, settings: Settings) -> tuple[int, int]:
+    """How many slots there are, and their bytes, by settings that say so; none for no experts."""
+    asked = settings.asked["expert_slots"] or 0
+    return sum(_counts(experts, asked).values()), _slots_nbytes(experts, asked)
 
 
 def _slots_nbytes(experts: Layers, count: int) -> int:

@@ -30,6 +30,8 @@ class ExpertReport:
     """Of those that were not, and of those that were hinted at."""
     hinted: int = 0
     """Brought because of a hint."""
+    needed: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """In order, each layer and the experts that it asked for, in rounds or at once."""
     hints_used: int = 0
     """Of these, now or in an earlier pass, asked for while they were there."""
 
@@ -113,6 +115,7 @@ class ExpertStore:
             asked=found.asked + len(keys),
             hits=found.hits + len(keys) - missed,
             copied_bytes=found.copied_bytes + missed * layer.expert_nbytes,
+            needed=_more(found.needed, layer_idx, experts),
             hints_used=found.hints_used + len(used),
         )
         return placing.slots
@@ -203,3 +206,14 @@ class ExpertStore:
     def order_after_copies(self, current: Stream) -> None:
         """The caller's stream waits for all that was brought."""
         self._brought.wait(current)
+
+
+def _more(
+    needed: tuple[tuple[int, tuple[int, ...]], ...], layer_idx: int, experts: Sequence[int]
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """What a pass has needed, with these experts of a layer as well."""
+    if needed and needed[-1][0] == layer_idx:
+        before = needed[-1][1]
+        experts = [*before, *(expert for expert in experts if expert not in before)]
+        needed = needed[:-1]
+    return (*needed, (layer_idx, tuple(experts))) if experts else needed

@@ -70,8 +70,10 @@ class Plan:
     static_bytes: Mapping[str, int] = field(default_factory=dict)
     """By device, bytes of the tensors that ``load_static`` has put there by now."""
 
+    expert_slots: int = 0
+    """Experts that are brought on demand: how many the device holds."""
     expert_bytes: int = 0
-    """Of the slots of experts that are brought on demand, on the device."""
+    """What their slots take of it."""
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
@@ -111,6 +113,7 @@ class Plan:
             "device_bytes": self.placement.device_bytes,
             "host_bytes": self.placement.host_bytes,
             "static_bytes": dict(self.static_bytes),
+            "expert_slots": self.expert_slots,
             "expert_bytes": self.expert_bytes,
             "read_mode": self.read_mode,
             "read_threads": self.read_threads,
@@ -144,7 +147,9 @@ class Plan:
         for device, nbytes in zip(self.machine.devices, self.placement.device_bytes, strict=True):
             lines.append(f"  memory on {device}: {format_bytes(nbytes)}")
         if self.expert_bytes:
-            lines.append(f"  slots of experts: {format_bytes(self.expert_bytes)}")
+            lines.append(
+                f"  {self.expert_slots} slots of experts: {format_bytes(self.expert_bytes)}"
+            )
         if not self.machine.unified:
             kind = " (the page cache itself)" if self.read_mode == "mapped" else ""
             lines.append(f"  host memory: {format_bytes(self.placement.host_bytes)}{kind}")

@@ -100,6 +100,8 @@ def add_engine(parser: argparse.ArgumentParser, *, here: bool = True) -> None:
     add("--reproducible", action="store_true", default=None, help=same_help)
     if here:
         add("--plan", action="store_true", help="say first where everything will be")
+        trace_help = "put on record which experts are asked for (layer-streamer experts)"
+        add("--experts-trace", type=Path, metavar="FILE", help=trace_help)
         add("--timeline", type=Path, metavar="FILE", help="save the last pass for ui.perfetto.dev")
     add_streamer_options(parser)
 
@@ -145,8 +147,14 @@ def open_engine(args: argparse.Namespace, model: Model, **defaults: Any) -> Stre
     options = defaults | streamer_options(args) | given(args, ENGINE)
     options.pop("layer_pattern", None)  # the model's, which has been read
     engine = StreamingEngine(model, notify=say, **{**options, "device": device, "dtype": dtype})
-    if args.plan:
-        say(str(engine.plan))
+    try:
+        if args.plan:
+            say(str(engine.plan))
+        if args.experts_trace is not None:
+            engine.record_experts(args.experts_trace)
+    except BaseException:
+        engine.close()
+        raise
     return engine
 
 

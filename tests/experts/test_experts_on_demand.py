@@ -71,13 +71,22 @@ def test_layers_hand_out_what_is_no_experts_as_ever(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", DEVICES)
 def test_what_is_there_is_not_brought_again(tmp_path: Path, kind: str) -> None:
     expected = alone(tmp_path)
-    asked = [[4, 1, 1], [0, 5], []]
+    asked, needed = [[4, 1, 1], [0, 5], []], ((0, (1, 4)), (1, (0, 5)))
     with opened(tmp_path, kind, LAYERS * EXPERTS) as streamer:
         check(streamer, expected, asked)
         nbytes = sum(t.nbytes for (i, e, _), t in expected.items() if e in asked[i])
-        assert streamer.last_experts == ExpertReport(4, 0, nbytes)
+        assert streamer.last_experts == ExpertReport(4, 0, nbytes, needed=needed)
         check(streamer, expected, asked)
-        assert streamer.last_experts == ExpertReport(4, 4, 0)
+        assert streamer.last_experts == ExpertReport(4, 4, 0, needed=needed)
+
+
+def test_a_report_says_what_each_layer_needed_in_rounds_or_at_once(tmp_path: Path) -> None:
+    expected = alone(tmp_path)
+    for slots in (2, 100):
+        with opened(tmp_path, slots=slots) as streamer:
+            check(streamer, expected, [[5, 1, 3, 1, 0], [], [6]])
+            assert streamer.last_experts is not None
+            assert streamer.last_experts.needed == ((0, (0, 1, 3, 5)), (2, (6,)))
 
 
 def test_hits_are_those_that_the_simulator_counts(tmp_path: Path) -> None:

@@ -323,6 +323,7 @@ def test_the_document_holds_the_table() -> None:
         "device_bytes": [6 * GIB],
         "host_bytes": 5 * GIB,
         "static_bytes": {},
+        "expert_slots": 0,
         "expert_bytes": 0,
         "read_mode": "mapped",
         "read_threads": 8,

@@ -103,7 +103,7 @@ def _explained(plan: MemoryPlan, place: str) -> dict[str, str]:
     return {
         RESIDENT: resident,
         SLOTS: f"{slots} layers in use or on their way" if place == "device" else "reads",
-        EXPERTS: "those that layers ask for",
+        EXPERTS: f"{plan.streamer.expert_slots}, for those that layers ask for",
         "keys and values": f"{plan.kv_tokens:,} tokens of {kept} layers",
         "their slots": f"keys and values of {spilled} layers pass through them",
         "residual stream": f"{plan.kv_tokens:,} tokens",

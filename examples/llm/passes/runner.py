@@ -64,6 +64,8 @@ class Runner:
         self.head_is_loaded = streamer.num_steps == manifest.num_layers
         loaded = [*names.head_parts, *([names.head] if self.head_is_loaded else [])]
         self._head_parts = {name: streamer.load_static(name) for name in loaded}
+        self.on_pass: Callable[[int], object] | None = None
+        """Hears of each pass, over so many tokens, once it has ended."""
         self._check = ScaleCheck()
         self._norm = norm_weight(streamer.load_static(names.norm).to(dtype), names)
         factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
@@ -121,6 +123,8 @@ class Runner:
                 sections = self._sections(entries, wanted, drafts, captured=captured)
                 logits = self._stream(sections, on_layer=on_layer)
         self.kv.end()
+        if self.on_pass is not None:
+            self.on_pass(count)
         return logits
 
     @property

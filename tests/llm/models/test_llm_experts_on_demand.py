@@ -15,6 +15,7 @@ from small_engine import make_engine
 from zoo import IDS, zoo_model
 
 from layer_streamer import ConfigError
+from layer_streamer.experts.trace import read_trace
 from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.passes.runner import Runner
 from layer_streamer.llm.weights.weights import StepWeights
@@ -125,6 +126,23 @@ def test_texts_are_the_same_and_slots_are_what_the_budget_leaves(tmp_path: Path)
         assert plan.device_nbytes <= least + more
     assert 0 < held[0] < held[1] < held[2]
     assert not whole.streamer.expert_bytes
+
+
+def test_what_passes_ask_for_goes_on_record(tmp_path: Path) -> None:
+    path, trace = tiny_checkpoint(tmp_path, zoo_model("qwen3_moe")), tmp_path / "trace.jsonl"
+    with make_engine(path, experts="demand", expert_slots=2) as engine:
+        engine.record_experts(trace)
+        engine.generate(IDS[:9], max_new_tokens=4, temperature=0, return_details=True)
+        count, per_token = engine.config.num_layers, engine.config.experts.per_token
+        each = engine.plan.streamer.expert_bytes // 2
+    found = read_trace(trace)
+    assert [one.tokens for one in found.passes] == [9, 1, 1, 1]
+    assert all([layer for layer, _ in one.asked] == [*range(count)] for one in found.passes)
+    for one in found.passes[1:]:
+        assert all(len(experts) == per_token for _, experts in one.asked)
+    assert found.header.expert_nbytes == each and found.header.top_k == per_token
+    with make_engine(path) as engine, pytest.raises(ValueError, match="on demand"):
+        engine.record_experts(trace)
 
 
 def test_a_dense_model_has_none_to_bring(tmp_path: Path) -> None:
