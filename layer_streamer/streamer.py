@@ -103,6 +103,7 @@ class LayerStreamer:
         self._close_pipeline = weakref.finalize(self, pipeline.close_unheld)
         self._plan, self._memory, self._sizes = pipeline.plan, pipeline.memory, statics.sizes
         self._last_pass: PassReport | None = None
+        self._last_experts: ExpertReport | None = None
         show = bool(settings.asked["track_progress"])
         self._parts: Opened | None = Opened(
             pipeline, Caller(pipeline, experts), statics, experts, Claims(), show
@@ -164,10 +165,12 @@ class LayerStreamer:
 
     @property
     def last_experts(self) -> ExpertReport | None:
-        """What became of the experts that the last finished pass asked for; None without
-        ``experts="demand"``."""
-        store = self._opened().experts
-        return None if store is None else store.last_pass
+        """What became of the experts that the last finished pass asked for, also after ``close``;
+        None without ``experts="demand"``."""
+        parts = self._parts
+        if parts is None:
+            return self._last_experts
+        return None if parts.experts is None else parts.experts.last_pass
 
     def run_pass(self, x: X, layer_fn: LayerFn) -> X:
         """One pass: ``x = layer_fn(x, weights, layer_idx)`` for every layer, in order.
@@ -227,6 +230,7 @@ class LayerStreamer:
         try:
             if not parts.pipeline.forked:
                 self._last_pass = parts.caller.report()
+                self._last_experts = self.last_experts
         finally:
             self._parts = None
             # Detached last: it holds the pipeline, and until here it is what an exit would call.

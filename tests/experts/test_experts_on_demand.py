@@ -87,6 +87,7 @@ def test_a_report_says_what_each_layer_needed_in_rounds_or_at_once(tmp_path: Pat
             check(streamer, expected, [[5, 1, 3, 1, 0], [], [6]])
             assert streamer.last_experts is not None
             assert streamer.last_experts.needed == ((0, (0, 1, 3, 5)), (2, (6,)))
+        assert streamer.last_experts.needed == ((0, (0, 1, 3, 5)), (2, (6,))), "after closing, too"
 
 
 def test_hits_are_those_that_the_simulator_counts(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ class Metrics:
         self._kv = gauge("kv_tokens", "Tokens whose keys and values there is room for.")
         self._share = gauge("share_of_limit", "Of the last pass, by what the machine could give.")
         self._bytes = gauge("model_bytes", "Of the model's layers, by tier.", "tier")
+        self._experts = gauge("experts", "Asked for by the last pass, by where they were.", "from")
+        self._expert_bytes = gauge("expert_bytes", "Of experts that the last pass had brought.")
         self._share.set(math.nan)  # not known
         for reason in ("stop", "length", "error", "cancelled"):
             self._texts.labels(reason)
@@ -64,6 +66,9 @@ class Metrics:
         self._kv_used.set(load.places_used)
         if load.share_of_limit is not None:
             self._share.set(load.share_of_limit)
+        for where in ("device", "brought") if load.experts else ():
+            self._experts.labels(where).set(load.experts[where])
+            self._expert_bytes.set(load.experts["bytes"])
 
     def hear_end(self, piece: Piece) -> None:
         """A text has ended."""

@@ -60,6 +60,7 @@ class StreamedEngine:
             waiting=len(self._scheduler.waiting),
             places_used=held,
             share_of_limit=self._share() if running else None,
+            experts=self._experts(),
         )
 
     def prepare(self, order: Order) -> Sequence[Ready]:
@@ -169,6 +170,13 @@ class StreamedEngine:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         with one_line_errors("the tokenizer cannot decode them", ValueError):
             return str(self._engine.tokenizer.decode(list(ids), **options))
+
+    def _experts(self) -> dict[str, int]:
+        report = self._engine.streamer.last_experts
+        if report is None:
+            return {}
+        brought = report.asked - report.hits
+        return {"device": report.hits, "brought": brought, "bytes": report.copied_bytes}
 
     def _share(self) -> float | None:
         """By the step that a pass is bound by."""

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from byte_model import END, byte_model
+from assets import tiny_checkpoint
+from byte_model import END, VOCABULARY, byte_model, byte_tokenizer
 from pydantic import BaseModel
 from scripted_served import working
 from serving import Running, events, serving, wait_for
 from small_engine import make_engine
+from zoo import zoo_model
 
 from layer_streamer.llm.serving.asking.order import Order
 from layer_streamer.llm.serving.streamed import StreamedEngine
@@ -191,6 +193,23 @@ def test_the_engine_says_what_it_does_and_where_the_model_lives(small: Running) 
     assert sum(shown["where"].values()) > 0
     _, data = small.get("/metrics")
     assert b"layer_streamer_kv_tokens 4096.0" in data
+
+
+def test_a_server_of_a_mixture_says_where_the_experts_of_a_pass_were(tmp_path: Path) -> None:
+    changes = {"vocab_size": VOCABULARY, "eos_token_id": None, "max_position_embeddings": 1024}
+    tiny_checkpoint(tmp_path, zoo_model("olmoe", **changes))
+    byte_tokenizer().save_pretrained(tmp_path)
+    options = {"experts": "demand", "expert_slots": 1000, "max_length": 256}
+    with serving(lambda: StreamedEngine(make_engine(tmp_path, **options), "bytes")) as running:
+        wait_for(lambda: running.worker.status == "ready")
+        reply(running, CHAT, said("Hi"))
+        _, data = running.get("/metrics")
+    found = dict(line.rsplit(" ", 1) for line in data.decode().splitlines() if "#" not in line)
+    there = float(found['layer_streamer_experts{from="device"}'])
+    brought = float(found['layer_streamer_experts{from="brought"}'])
+    assert there + brought > 0 and (float(found["layer_streamer_expert_bytes"]) > 0) == (
+        brought > 0
+    )
 
 
 class Choice(BaseModel):

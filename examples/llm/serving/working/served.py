@@ -37,6 +37,9 @@ class Load:
     """Tokens whose keys and values are held."""
     share_of_limit: float | None = None
     """How near the last pass came to what link or disk could give; None: not known."""
+    experts: Mapping[str, int] = field(default_factory=dict)
+    """Of those that the last pass asked for, where they were ("device"; "brought"), and the bytes
+    that were brought ("bytes"); nothing where they come with their layers."""
 
 
 @dataclass(frozen=True, slots=True)
