@@ -2,6 +2,7 @@
 
     layer-streamer plan MODEL --device-budget 6GiB --host-budget 16GiB
     layer-streamer plan MODEL --device-budget 8GiB --draft self
+    layer-streamer plan MODEL --device-budget 8GiB --experts demand
 
 With a draft it is the language model engine's plan, and what several tokens a pass would come to.
 Nothing is opened but headers, nothing is allocated. The rates are those that ``layer-streamer
@@ -13,6 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
+from textwrap import indent
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .command import (
@@ -24,6 +28,11 @@ from .command import (
     streamer_options,
 )
 from .engine_options import read_model
+
+if TYPE_CHECKING:
+    from ..checkpoint.manifest import Manifest
+    from ..experts.forecast import Forecast
+    from ..planning.plan import Plan
 
 TOKENS = (1, 2, 5, 10)
 """A pass, for which tokens a second are predicted."""
@@ -55,8 +64,32 @@ def run(args: argparse.Namespace) -> None:
     manifest = read_manifest(args.model, settings.asked["layer_pattern"])
     devices = open_devices(settings.asked["device"])
     plan = draw_plan(manifest, devices, settings, _rates(args))
-    text = f"{args.model}: {len(plan.tiers)} layers\n{plan}"
-    publish(args, text, json.dumps(plan.document()))
+    text, document = f"{args.model}: {len(plan.tiers)} layers\n{plan}", plan.document()
+    if plan.expert_slots and (found := _forecast(manifest, plan)) is not None:
+        text += "\n" + indent(str(found), "  ")
+        document["experts"] = found.document()
+    publish(args, text, json.dumps(document))
+
+
+def _forecast(manifest: Manifest, plan: Plan) -> Forecast | None:
+    """What experts on demand would come to; None where no config says how many a token needs."""
+    from ..checkpoint.experts import split_experts
+    from ..checkpoint.json_file import read_json
+    from ..experts.forecast import experts_per_token, forecast
+
+    fields: Mapping[str, Any] = manifest.metadata
+    if manifest.format != "gguf":
+        folder = manifest.path if manifest.path.is_dir() else manifest.path.parent
+        config = folder / "config.json"
+        fields = read_json(config) if config.is_file() else {}
+    per_token = experts_per_token(fields) if isinstance(fields, Mapping) else None
+    layers = [split_experts(manifest.layers[i])[1] for i in plan.layers if i < manifest.num_layers]
+    experts = [layer for layer in layers if layer is not None]
+    if per_token is None:
+        return None
+    slots = (plan.expert_slots, plan.expert_bytes)
+    rate = None if plan.machine.unified else plan.rates.copy[0]
+    return forecast(experts, per_token, slots, plan.predicted_seconds, rate)
 
 
 def _plan_engine(args: argparse.Namespace) -> None:
