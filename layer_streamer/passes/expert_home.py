@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,10 +12,9 @@ import torch
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.manifest import TensorSpec
 from ..devices.device import Device, Numbers
-from ..errors import StreamerError
 from ..experts.policies import Key
 from ..planning.layout import Read, View
-from ..transport.loader import Loader
+from ..transport.loader import Loader, Target
 from ..transport.mapped import MappedFiles, Region
 from ..transport.memory import view_tensor
 from ..transport.pool import cut_parts
@@ -116,23 +115,23 @@ class ReadExperts:
 
     def bring(self, wanted: Sequence[Wanted], slab: torch.Tensor, stream: Any) -> None:
         self.wait_given_up(stream)
+        targets = [target for one in wanted for target in self._targets(one, slab)]
         with self._device.guard():
-            for one in wanted:
-                self._fill(one, slab)
+            self._loader.fill(targets, self._device)
 
     def wait_given_up(self, stream: Any) -> None:
         """Block until slots are not used any more: reads would not wait for that."""
         stream.synchronize()
 
-    def _fill(self, one: Wanted, slab: torch.Tensor) -> None:
+    def _targets(self, one: Wanted, slab: torch.Tensor) -> Iterator[Target]:
+        """Its tensors, named so that an error says whose they are, and where they go."""
         banks, views = self._layers[one.layer_idx].banks, self._views[one.layer_idx]
         last = views[-1]
         (memory,) = cut_parts(slab, [(one.offset, last.offset + last.nbytes)])
-        targets = [(banks[v.key][one.expert], view_tensor(memory, v)) for v in views]
-        try:
-            self._loader.fill(targets, self._device)
-        except StreamerError as error:
-            raise type(error)(f"layer {one.layer_idx}, expert {one.expert}: {error}") from error
+        for view in views:
+            spec = banks[view.key][one.expert]
+            name = f"{spec.name}, layer {one.layer_idx}, expert {one.expert}"
+            yield replace(spec, name=name), view_tensor(memory, view)
 
 
 def expert_reads(layers: Iterable[ExpertLayer]) -> list[Read]:
