@@ -92,7 +92,9 @@ def test_what_was_placed_and_never_settled_is_in_no_slot() -> None:
     assert place(table, KEYS[:3]).missing == (0, 1, 2)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [POLICIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in POLICIES[1:])]
+)
 def test_an_interrupt_at_any_bytecode_leaves_no_hit_that_is_none(name: PolicyName) -> None:
     steps = [KEYS[0:3], KEYS[2:5], KEYS[0:3], [KEYS[5], KEYS[0]], KEYS[6:9], KEYS[9:12]]
 

@@ -24,8 +24,8 @@ TUNED: dict[str, Any] = {
     "read_mode": "buffered", "read_threads": 2, "read_chunk": 1 << 16,
     "layer_pattern": "model.layers.{i}.", "track_progress": False,
 }  # fmt: skip
-OWN = {"path", "device", "dtype", "tail", "on_copy", "layers"}
-"""What the engine itself decides, or takes in another way."""
+OWN = {"path", "device", "dtype", "tail", "on_copy", "layers", "experts", "expert_slots"}
+"""What the engine itself decides, takes in another way, or takes of mixtures alone."""
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from layer_streamer.llm.passes.runner import Runner
 from layer_streamer.llm.weights.weights import StepWeights
 
 TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
-PACKED = ("ct4-g32", "ct8-channel", "int8-channel", "fp8-blocks", "awq-g32", "gptq8-act-order")
+PACKED = ("ct4-g32", "gptq8-act-order", "ct8-channel", "int8-channel", "fp8-blocks", "awq-g32")
 ROUNDING = 1e-6
 """Of products on a CPU, which go by where their factors lie in memory."""
 
@@ -67,7 +67,9 @@ def test_experts_of_a_gguf_file_are_brought_one_by_one(tmp_path: Path, name: str
     check(path, file_config(path))
 
 
-@pytest.mark.parametrize("packing", PACKED)
+@pytest.mark.parametrize(
+    "packing", [*PACKED[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in PACKED[2:])]
+)
 def test_packed_experts_come_with_their_scales(tmp_path: Path, packing: str) -> None:
     path = write_packed(tmp_path, zoo_model("qwen2_moe"), packing)
     check(path, load_config(path), slots=(1,))
