@@ -16,7 +16,7 @@ from .devices.accelerator import open_device, open_devices
 from .errors import ClosedError
 from .passes.caller import Caller
 from .passes.claims import Claims
-from .passes.expert_store import ExpertReport
+from .passes.expert_store import ExpertReport, ExpertStore
 from .passes.inputs import LayerFn
 from .passes.statics import sum_by_device
 from .passes.sweep import Opened, Sweep, run_layers, sweep
@@ -258,3 +258,18 @@ class LayerStreamer:
 def pipeline_of(streamer: LayerStreamer) -> Pipeline:
     """What serves it, for those who measure what the hardware alone needs. Raises ClosedError."""
     return streamer._opened().pipeline
+
+
+def store_of(streamer: LayerStreamer) -> ExpertStore | None:
+    """Where experts are that are brought on demand, for those who say how they lie; None without.
+    Raises ClosedError."""
+    return streamer._opened().experts
+
+
+def keys_of(streamer: LayerStreamer) -> list[tuple[str, ...]]:
+    """By layer of the checkpoint, the keys that are handed out: experts that are brought on demand
+    are none of them. Raises ClosedError."""
+    store = store_of(streamer)
+    experts = {} if store is None else {i: found.banks for i, found in store.layers.items()}
+    layers = enumerate(streamer.manifest.layers)
+    return [tuple(key for key in x.tensors if key not in experts.get(i, ())) for i, x in layers]

@@ -11,12 +11,14 @@ from typing import NoReturn
 from torch import nn
 
 from ..errors import ClosedError
+from ..passes.expert_store import ExpertReport
 from ..planning.budget import format_bytes
 from ..planning.plan import Plan
-from ..streamer import LayerStreamer
+from ..streamer import LayerStreamer, store_of
 from ..transport.stats import PassReport
 from .blocks import Block
 from .ends.choice import Division
+from .mixtures.slots import ExpertSlots, slots_of
 from .resident import AnyRunner, ResidentRunner
 
 
@@ -41,10 +43,14 @@ class ModulePlan:
     detours: Mapping[str, int]
     """By sequence, how many passes a forward takes that comes to its blocks in another order; with
     ``stacks=`` of :attr:`ModuleStreamer.order` it takes one."""
+    experts: Mapping[str, ExpertSlots]
+    """By sequence, the slots of experts that are brought on demand."""
 
     def __str__(self) -> str:
         by_rows = {self.head: " (its rows stream, in chunks)"}
         lines = [f"{name}{by_rows.get(name, '')}:\n{plan}" for name, plan in self.sequences.items()]
+        for name, slots in self.experts.items():
+            lines.append(f"{name}: experts on demand: {slots}")
         lines.append(f"outside the blocks, resident: {format_bytes(self.outside_nbytes)}")
         for name, nbytes in self.tables.items():
             lines.append(f"rows from host memory: {name}, {format_bytes(nbytes)}")
@@ -86,6 +92,8 @@ class ModuleStreamer:
         self._head = next((m.head.name for m in division.away if m.head is not None), None)
         self._tables = {m.name: m.nbytes for m in division.away if m.tables}
         self._reserve_nbytes = reserve_nbytes
+        stores = {name: store_of(streamer) for name, streamer in streamers.items()}
+        self._experts = {n: slots_of(store) for n, store in stores.items() if store is not None}
 
     @property
     def plan(self) -> ModulePlan:
@@ -99,6 +107,7 @@ class ModuleStreamer:
             tables=self._tables,
             adapter_nbytes=self._adapter_nbytes(),
             detours={n: r.detours for n, r in self._runners.items() if r.detours > 1},
+            experts=self._experts,
         )
 
     @property
@@ -119,6 +128,13 @@ class ModuleStreamer:
             for name, streamer in self._streamers.items()
             if not isinstance(self._runners.get(name), ResidentRunner)
         }
+        return {name: report for name, report in reports.items() if report is not None}
+
+    @property
+    def last_experts(self) -> dict[str, ExpertReport]:
+        """By sequence whose experts are brought on demand, what became of those that its last
+        finished pass asked for. ClosedError after ``close``."""
+        reports = {name: self._streamers[name].last_experts for name in self._experts}
         return {name: report for name, report in reports.items() if report is not None}
 
     @property

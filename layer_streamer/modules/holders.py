@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from .unbound import is_brought
+
 Holder: TypeAlias = dict[str, Any] | list[Any]
 """A module's ``_parameters`` or ``_buffers``, or a list of its own."""
 
@@ -57,11 +59,14 @@ def find_tensor(module: nn.Module, key: str) -> torch.Tensor | None:
 
 
 def find_empty(block: nn.Module, filled: Iterable[tuple[Holder, Any]]) -> str | None:
-    """The name of something within a block that is on meta, and none of the ``filled`` places."""
+    """The name of something within a block that is on meta, none of the ``filled`` places, and no
+    experts that are brought on demand."""
     places = {(id(holder), leaf) for holder, leaf in filled}
     for name, module in block.named_modules():
         for holder in (module._parameters, module._buffers):
             for leaf, tensor in holder.items():
-                if tensor is not None and tensor.is_meta and (id(holder), leaf) not in places:
+                if tensor is None or not tensor.is_meta or is_brought(tensor):
+                    continue
+                if (id(holder), leaf) not in places:
                     return f"{name}.{leaf}" if name else leaf
     return None

@@ -24,6 +24,8 @@ from .ends.choice import Division, Outside, Undivided, choose, take_away
 from .ends.matrix import find_ends
 from .handle import ModuleStreamer
 from .hub import build, class_of, is_hub_folder, make_buffers, runs_once
+from .mixtures.lending import lend_experts
+from .mixtures.places import all_whole, check_has_experts, options_of
 from .naming.names import Names, is_hub_model, name_tensors
 from .naming.quantized import prepare_quantized
 from .outside import check_complete, load_outside, outside_of, share_tied, take_dtypes
@@ -106,11 +108,13 @@ def prepare(
 ) -> Prepared:
     """What the model's sequences stream and what it takes beside them; buffers are made.
 
-    CheckpointError for parameters that the checkpoint lacks.
+    CheckpointError for parameters that the checkpoint lacks, ConfigError for experts that cannot be
+    brought on demand.
     """
+    blocks = [block for some in sequences.values() for block in some]
+    check_has_experts(net, blocks, options)
     names = name_tensors(net, manifest, key_mapping=wishes.key_mapping)
     check_complete(names, manifest.path)
-    blocks = [block for some in sequences.values() for block in some]
     outside = outside_of(net, names, blocks)
     static = {name: names.recipes[name] for name in outside}
     inside = by_block(blocks, {n: r for n, r in names.recipes.items() if n not in static})
@@ -122,13 +126,13 @@ def prepare(
     for key, some in ordered.items():
         asked = with_one_slot(options) if runs_once(net, some[0].module) else options
         own = manifest_of(manifest, some, inside, {} if parts else static)
-        parts[key] = part_of(own, asked)
+        parts[key] = part_of(own, options_of(asked, some, own, names.recipes))
     undivided = Undivided(
         parts=parts,
         outside=Outside(manifest, static, made_nbytes(inside.values())),
         ends=find_ends(net, names, outside, blocks),
         wishes=wishes.ends,
-        options=options,
+        options=all_whole(options),
     )
     return Prepared(net, names, ordered, undivided, sum(sizes.values()), wishes)
 
@@ -172,6 +176,7 @@ def _start(
         for name, some in model.sequences.items():
             runners[name] = give_weights(streamers[name], some, recipes, strict=model.wishes.strict)
             leave_states_without_values(some, runners[name].binder)
+            lend_experts(some, runners[name], streamers[name])
         first, gone = next(iter(streamers.values())), {matrix.name for matrix in away}
         there = [name for name in model.undivided.outside.recipes if name not in gone]
         load_outside(net, first, recipes, there)

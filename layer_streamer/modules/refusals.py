@@ -69,6 +69,23 @@ def _note(module: nn.Module, args: object, output: object) -> None:
         )
 
 
+def name_block(error: StreamerError, names: Sequence[str]) -> None:
+    """An error that begins with a layer's number begins with its block's name."""
+    word, _, rest = str(error).partition(" ")
+    digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+    if word == "layer" and digits and int(digits) < len(names):
+        error.args = (f"{names[int(digits)]}: {error}",)
+
+
+def refuse_backward(name: str) -> NoReturn:
+    """Of a block that is entered during one."""
+    raise StreamerError(
+        f"{name} is run again by a backward (activation checkpointing), when its weights have "
+        "gone: streamed weights are for inference; run the forward under torch.no_grad(), without "
+        "checkpointing"
+    )
+
+
 def _bound_to(model: nn.Module, moves: _Moves) -> Any:
     known = weakref.ref(model)
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from ..streamer import LayerStreamer
+from ..streamer import LayerStreamer, store_of
 from .binding import Binder, Source
 from .blocks import Block
 from .runner import Runner
@@ -27,6 +27,7 @@ def give_weights(
     as it hands them out, or, if all stay on one GPU as they are, once."""
     plan = streamer.plan
     stays = set(plan.tiers) == {"device"} and len(streamer.devices) == 1
+    stays = stays and store_of(streamer) is None  # experts that are brought need a pass
     found = (
         sources.get(f"{block.name}.{key}")
         for block, layer in zip(blocks, streamer.manifest.layers, strict=True)

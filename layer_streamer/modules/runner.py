@@ -20,14 +20,16 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import ClosedError, ConfigError, StreamerError
 from ..passes.inputs import move
+from ..passes.layer_experts import LayerExperts, apart
 from ..passes.sweep import Sweep
-from ..streamer import LayerStreamer
+from ..streamer import LayerStreamer, keys_of
 from ..transport.weights import Weights
 from .binding import Binder, Source
 from .blocks import Block
 from .calls import called_within, computes, thread_name
 from .course import Course
 from .hooks import Hooks
+from .refusals import name_block, refuse_backward
 
 _graph_task = torch._C._current_graph_task_id
 """The backward that the calling thread is in; -1 outside of any."""
@@ -37,7 +39,7 @@ BEFORE_ALL = -1
 class _Pass:
     """One pass, as far as a forward has come with it. Of the thread that began it."""
 
-    __slots__ = ("at", "inside", "repeats", "sweep", "thread", "weights")
+    __slots__ = ("at", "experts", "inside", "repeats", "sweep", "thread", "weights")
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
@@ -47,6 +49,8 @@ class _Pass:
         known or over."""
         self.weights: Weights
         """Of that layer."""
+        self.experts: LayerExperts | None = None
+        """Of that layer, if they are brought on demand."""
         self.inside = 0
         """``id`` of the block that was entered and, for all that is known, not left."""
         self.repeats = False
@@ -87,7 +91,7 @@ class Runner:
         strict: bool = False,
     ) -> None:
         """``streamer``: its layers are the blocks, their keys are names of parameters relative to
-        the block. It is not closed by this. ``sources``: as of :class:`Binder`. ``strict``: a block
+        the block; it is not closed by this. ``sources``: as of :class:`Binder`. ``strict``: a block
         has its weights until its forward ends, so that whoever uses them later gets an error with
         their name. Else, where no gradients are kept, what uses them later is not found out.
 
@@ -106,7 +110,8 @@ class Runner:
             at for at, tier in enumerate(streamer.plan.tiers) if tier != "device"
         )
         """Places whose layers are other bytes after the hand-out."""
-        self._names = tuple(block.name for block in blocks)
+        self.names = tuple(block.name for block in blocks)
+        """Of the blocks."""
         self._last = len(blocks) - 1
         self._current: _Pass | None = None
         self._keeps_last = False
@@ -118,7 +123,7 @@ class Runner:
         some = streamer.devices
         self._first = some[0] if len(some) > 1 else None
         devices = [some[self._place[i] % len(some)] for i in range(len(blocks))]
-        self.binder = Binder(blocks, [tuple(x.tensors) for x in layers], sources, devices)
+        self.binder = Binder(blocks, keys_of(streamer), sources, devices)
         """Of these blocks: says what its memory takes."""
         self._handles: list[RemovableHandle] = []
         for i, (block, device) in enumerate(zip(blocks, devices, strict=True)):
@@ -133,7 +138,7 @@ class Runner:
 
     def names_in_order(self) -> tuple[str, ...]:
         """The blocks' names, in the order of the first forward, or else in the streamer's."""
-        return tuple(self._names[i] for i in self.order or self._order)
+        return tuple(self.names[i] for i in self.order or self._order)
 
     def close(self) -> None:
         """Remove the hooks, and put the blocks' parameters on meta again. Idempotent, any thread.
@@ -157,11 +162,11 @@ class Runner:
         """Block ``i``, which is ``module``, is about to run: hand out its weights."""
         if torch.compiler.is_compiling():
             raise StreamerError(
-                f"{self._names[i]}: torch.compile has come to the hooks that hand out weights and "
+                f"{self.names[i]}: torch.compile has come to the hooks that hand out weights and "
                 "cannot be traced: compile each block's forward alone"
             )
         if _graph_task() != -1:
-            self._refuse_backward(i)
+            refuse_backward(self.names[i])
         place = self._place[i]
         current = self._go_on(i)
         if current is None or place < current.at:
@@ -204,6 +209,12 @@ class Runner:
             self._end(current, finish=True)
         return move(output, self._first) if self._first is not None else None
 
+    def experts_of(self, i: int) -> LayerExperts | None:
+        """Those of block ``i``, which are brought on demand, while its layer is handed out."""
+        current = self._current
+        there = current is not None and current.at == self._place[i]
+        return current.experts if current is not None and there else None
+
     def _note(self, i: int, course: Course) -> None:
         course.note(i)
         if course.over:
@@ -220,9 +231,9 @@ class Runner:
             return None
         if current.inside and called_within(current.inside):
             known = current.at <= self._last
-            at = self._names[self._order[current.at]] if known else "a block"
+            at = self.names[self._order[current.at]] if known else "a block"
             raise StreamerError(
-                f"{self._names[i]} is entered within the forward of {at}, which still needs its "
+                f"{self.names[i]} is entered within the forward of {at}, which still needs its "
                 "weights: only one of them can stream, name it by stacks="
             )
         return current
@@ -243,40 +254,33 @@ class Runner:
     def _advance(self, current: _Pass, place: int) -> None:
         """Give back what is handed out, and take the layer at this place of the pass; those in
         between go unused."""
-        current.at = len(self._names)
+        current.at = len(self.names)
         wanted = self._order[place]
         try:
             for i, weights in current.sweep:
                 if i == wanted:
-                    current.weights = weights
+                    current.weights, current.experts = apart(weights)
                     current.at = place
                     return
         except StreamerError as error:
-            self._name_block(error)
+            name_block(error, self.names)
             raise
         self._refuse_second(self._current)
 
     def _end(self, current: _Pass, *, finish: bool) -> None:
         """The pass is over. ``finish``: it is whole, if its last layer was handed out."""
-        at, current.at = current.at, len(self._names)
+        at, current.at = current.at, len(self.names)
         try:
             if finish and at == self._last and current.thread == get_ident():
                 self._keeps_last = current.repeats
                 next(current.sweep, None)
             current.sweep.close()
         except StreamerError as error:
-            self._name_block(error)
+            name_block(error, self.names)
             raise
         except ValueError:
             self._refuse_second(current)  # another thread takes a layer of it just now
         self._current = None
-
-    def _name_block(self, error: StreamerError) -> None:
-        """An error that begins with a layer's number begins with its block's name."""
-        word, _, rest = str(error).partition(" ")
-        digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
-        if word == "layer" and digits and int(digits) <= self._last:
-            error.args = (f"{self._names[int(digits)]}: {error}",)
 
     def _refuse_second(self, current: _Pass | None) -> NoReturn:
         if self._closed:
@@ -290,10 +294,3 @@ class Runner:
     def _refuse_closed(self) -> NoReturn:
         self.close()  # what was left because this forward was under way
         raise ClosedError("the model's weights do not stream any more: it was closed")
-
-    def _refuse_backward(self, i: int) -> NoReturn:
-        raise StreamerError(
-            f"{self._names[i]} is run again by a backward (activation checkpointing), when its "
-            "weights have gone: streamed weights are for inference; run the forward under "
-            "torch.no_grad(), without checkpointing"
-        )

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from ..checkpoint.manifest import Manifest
 from ..errors import ConfigError
 from ..planning.budget import format_bytes, parse_bytes
-from ..planning.options import Bytes, Options
+from ..planning.options import MAX_EXPERT_SLOTS, Bytes, Options
 from ..planning.plan import Plan
 from ..planning.planner import usable
 from ..preview import plan_checkpoint
@@ -49,13 +49,20 @@ class Part:
 def part_of(manifest: Manifest, options: Options) -> Part:
     """The part that streams ``manifest``. Errors: those of ``from_checkpoint``."""
     bare = Options(**{**options, "device_budget": None, "host_budget": None})
+    every = 0  # bytes of slots for as many experts as may be on the device
+    if options.get("experts") == "demand":
+        count = options.get("expert_slots")
+        most = Options(**{**bare, "expert_slots": count or MAX_EXPERT_SLOTS})
+        every = plan_checkpoint(manifest, **most).expert_bytes
+        # Where nobody says how many, what the budget leaves: one will do.
+        bare = Options(**{**bare, "expert_slots": count or 1})
     plan = plan_checkpoint(manifest, **bare)
     least = plan
     if options.get("n_gpu") is None:  # else it has what was asked for, or is refused
         pools = {name: options.get(name) or 0 for name in ("n_cpu_pinned", "n_cpu")}
         least = plan_checkpoint(manifest, **Options(**{**bare, "n_gpu": 1, **pools}))  # type: ignore[typeddict-item]
-    count = len(amount_of(plan))
-    whole = tuple(sum(s.device_nbytes for s in plan.sizes[d::count]) for d in range(count))
+    memories = len(amount_of(plan))
+    dense = tuple(sum(s.device_nbytes for s in plan.sizes[d::memories]) for d in range(memories))
     read = plan
     if options.get("host_budget") is not None and not plan.machine.unified:
         read = plan_checkpoint(manifest, **Options(**{**bare, "read_mode": "buffered"}))
@@ -63,17 +70,24 @@ def part_of(manifest: Manifest, options: Options) -> Part:
         manifest=manifest,
         options=options,
         plan=plan,
-        whole=whole,
-        slots=tuple(map(min, amount_of(plan), whole)),
-        least=tuple(map(min, amount_of(least), whole)),
+        whole=(dense[0] + every, *dense[1:]),
+        slots=_beside_experts(plan, dense),
+        least=_beside_experts(least, dense),
         host_nbytes=sum(slots.total_nbytes for slots in read.placement.host_slots),
     )
 
 
 def amount_of(plan: Plan) -> Amount:
-    """What slots and resident layers take of each memory."""
-    taken = plan.placement.device_bytes
+    """What slots, also those of experts, and resident layers take of each memory."""
+    first, *others = plan.placement.device_bytes
+    taken = (first + plan.expert_bytes, *others)
     return (sum(taken),) if plan.machine.unified else taken
+
+
+def _beside_experts(plan: Plan, dense: Amount) -> Amount:
+    """What a plan takes: of layers no more than all of them, ``dense``."""
+    experts = (plan.expert_bytes, *[0] * (len(dense) - 1))
+    return total([tuple(map(min, map(sub, amount_of(plan), experts), dense))], experts)
 
 
 def total(amounts: Iterable[Amount], zero: Amount) -> Amount:

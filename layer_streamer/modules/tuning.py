@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
-from ..checkpoint.manifest import Manifest
+from ..checkpoint.manifest import FrozenMapping, Manifest
 from ..errors import ConfigError
-from ..streamer import LayerStreamer
+from ..streamer import LayerStreamer, keys_of
 from .handle import ModuleStreamer
 from .stream import stream
 
@@ -26,12 +27,13 @@ class Streamed(NamedTuple):
     """A streamed model, as far as settings are chosen for it."""
 
     manifest: Manifest
-    """Of its largest sequence of blocks: what is planned and predicted."""
+    """Of its largest sequence of blocks: what is planned and predicted. Experts that are brought
+    on demand are no part of it."""
     slot_nbytes: int
     """Bytes of one of its slots."""
     taken_nbytes: int
     """Bytes of a device budget that are taken beside that sequence: what is resident outside of
-    blocks, the slots of other sequences."""
+    blocks, the slots of other sequences and of experts."""
     reserve_nbytes: int
     """What is left to activations and caches where no budget is named."""
     unified: bool
@@ -45,10 +47,11 @@ def describe(**options: Any) -> Streamed:
         plan, largest = work.handle.plan, work.streamer
         resident = sum(getattr(plan, "resident_nbytes", {}).values())  # of a pipeline
         return Streamed(
-            largest.manifest,
+            _handed_out(largest),
             _slots(largest) // max(largest.plan.placement.device_slots[0].count, 1),
             resident
             + sum(handle.plan.outside_nbytes for handle in work.handles)
+            + sum(some.plan.expert_bytes for some in work.streamers)
             + sum(_slots(some) for some in work.streamers if some is not largest),
             plan.reserve_nbytes,
             largest.plan.machine.unified,
@@ -128,6 +131,16 @@ def _streamed_in(model: Any) -> list[Any]:
     if isinstance(handle, ModuleStreamer):
         return [model]
     return [getattr(model, name) for name in getattr(handle, "components", ())]
+
+
+def _handed_out(streamer: LayerStreamer) -> Manifest:
+    """Its layers, as far as they are handed out."""
+    manifest = streamer.manifest
+    layers = [
+        replace(layer, tensors=FrozenMapping({key: layer.tensors[key] for key in keys}))
+        for layer, keys in zip(manifest.layers, keys_of(streamer), strict=True)
+    ]
+    return replace(manifest, layers=tuple(layers))
 
 
 def _slots(streamer: LayerStreamer) -> int:

@@ -30,6 +30,9 @@ OF_BLOCK = (
     "while its block has no weights: they are there from the begin of the block's forward to its "
     "end"
 )
+OF_EXPERTS = (
+    "as a whole, and its experts are brought on demand: experts='whole' streams all of them"
+)
 
 
 class Unbound(torch.Tensor):
@@ -86,6 +89,11 @@ def as_unbound(
         own["_is_param"] = True  # what torch goes by for such classes
     unbound.__dict__.update(vars(meta), **own)
     return unbound
+
+
+def is_brought(tensor: torch.Tensor) -> bool:
+    """True for what stands for experts that are brought on demand: its block never has it."""
+    return isinstance(tensor, Unbound) and vars(tensor).get("why") == OF_EXPERTS
 
 
 def without_name(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,12 @@ Ids = Sequence[int] | torch.Tensor
 class LayerWeights(Weights):
     """A layer's tensors without those of experts, and these, if it has some."""
 
-    __slots__ = ("experts",)
+    __slots__ = ("dense", "experts")
 
     def __init__(self, weights: Weights, experts: LayerExperts | None) -> None:
         super().__init__(weights)
+        self.dense = weights
+        """The same tensors, as the object that they are whenever their memory is handed out."""
         self.experts = experts
 
 
@@ -98,6 +100,14 @@ class LayerExperts:
     def end(self) -> None:
         """The hand-out has ended."""
         self._over = True
+
+
+def apart(weights: Weights) -> tuple[Weights, LayerExperts | None]:
+    """A hand-out's tensors, as the object that they are whenever their memory is handed out, and
+    its experts."""
+    if isinstance(weights, LayerWeights):
+        return weights.dense, weights.experts
+    return weights, None
 
 
 def _numbers(ids: Ids) -> list[int]:

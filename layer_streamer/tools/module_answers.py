@@ -113,8 +113,11 @@ def answer_with_modules(
             prompt = prompt[0]["content"]
         answers.answer(answers.encode(prompt), write)
         say("")
-        for name, report in answers.model.layer_streamer.last_pass.items():
+        handle = answers.model.layer_streamer
+        for name, report in handle.last_pass.items():
             say(f"{name}: the last pass\n{report}")
+        for name, found in handle.last_experts.items():
+            say(f"{name}: of {found.asked} experts, {found.hits} were in their slots")
 
 
 @contextmanager

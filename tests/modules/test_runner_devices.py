@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,9 @@ class Alternating:
     devices = (META, CPU)
     manifest = Manifest()
     plan = Plan()
+
+    def _opened(self) -> SimpleNamespace:
+        return SimpleNamespace(experts=None)
 
     def sweep(self) -> Iterator[tuple[int, Weights]]:
         for i in range(4):

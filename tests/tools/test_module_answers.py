@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from assets import smollm2_metadata, tiny_checkpoint, tiny_model
+from tiny_models import tiny_config
 
 from layer_streamer.tools.cli import main
 
@@ -83,3 +84,21 @@ def test_what_is_the_engines_is_refused_in_one_line(
     err = capsys.readouterr().err
     assert words in err
     assert "Traceback" not in err
+
+
+def test_experts_come_on_demand_where_that_is_asked_for(tmp_path: Path, capsys: Any) -> None:
+    config = tiny_config("mixtral")
+    config.vocab_size = 49152
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(smollm2_metadata() / name, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    want = theirs(tmp_path, tokenizer(PROMPT, return_tensors="pt").input_ids, do_sample=False)
+    capsys.readouterr()
+    demand = ("--experts", "demand", "--expert-slots", "3")
+    arguments = [*COMMON, "--raw", "--temperature", "0", *demand]
+    assert main(["generate", str(tmp_path), *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == want.strip()
+    assert "model.layers: of 6 experts, " in err

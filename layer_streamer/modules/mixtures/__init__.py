@@ -1,0 +1,1 @@
+"""Mixtures of transformers whose experts are brought on demand."""
