@@ -209,9 +209,7 @@ def test_after_close_a_block_says_so(tmp_path: Path) -> None:
         answer(net)
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), [("mixtral", "fp8"), ("gpt_oss", "mxfp4"), ("mixtral", "ct_fp8")]
-)
+@pytest.mark.parametrize(("name", "method"), [("mixtral", "fp8"), ("gpt_oss", "mxfp4")])
 def test_experts_that_are_unpacked_are_refused(tmp_path: Path, name: str, method: str) -> None:
     with quiet():
         folder = quantized_checkpoint(tmp_path, name, method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,34 @@ def test_a_head_that_streams_and_rows_from_host_memory_go_with_it(tmp_path: Path
     model.layer_streamer.close()
 
 
-def test_an_expert_that_is_cut_off_is_named_with_its_block(tmp_path: Path) -> None:
+def test_experts_in_many_files_are_found(tmp_path: Path) -> None:
+    want = answers("mixtral", saved("mixtral", tmp_path))
+    with quiet():
+        tiny_model("mixtral").save_pretrained(tmp_path / "cut", max_shard_size="30KB")
+    assert len([*(tmp_path / "cut").glob("*.safetensors")]) > 8
+    model = streamed("mixtral", tmp_path / "cut", 2)
+    assert torch.equal(answers("mixtral", model)["tokens"], want["tokens"])
+    assert torch.equal(answers("mixtral", model)["logits"], want["logits"])
+    model.layer_streamer.close()
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_in_half_precision_slots_change_no_bit(tmp_path: Path, name: str) -> None:
+    """Sums are in float32, as transformers' default has them."""
+    with quiet():
+        tiny_model(name).to(torch.bfloat16).save_pretrained(tmp_path)
+        plain = loaded(tiny_class(name), tmp_path, experts_implementation="grouped_mm").eval()
+    want, found = batch(plain), []
+    for slots in (1, 3, COUNT * LAYERS):
+        model = streamed(name, tmp_path, slots)
+        found.append(batch(model))
+        model.layer_streamer.close()
+    assert found[0].dtype == torch.bfloat16
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.allclose(found[0], want, rtol=0, atol=0.004)
+
+
+def test_an_expert_that_is_cut_off_amid_a_forward_is_named_with_its_block(tmp_path: Path) -> None:
     saved("mixtral", tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     whole = path.read_bytes()
@@ -214,7 +242,11 @@ def test_an_expert_that_is_cut_off_is_named_with_its_block(tmp_path: Path) -> No
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad(), quiet():
         before = model(ids).logits
-        path.write_bytes(whole[: len(whole) // 3])
+        experts = model.model.layers[1].mlp.experts
+        hook = experts.register_forward_pre_hook(lambda *_: os.truncate(path, 4096))
+        with pytest.raises(CheckpointError, match=r"^model\.layers\.1: layer 1, expert \d: "):
+            model(ids)
+        hook.remove()
         with pytest.raises(CheckpointError, match="changed"):
             model(ids)
     model.layer_streamer.close()
