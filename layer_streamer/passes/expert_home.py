@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.manifest import TensorSpec
 from ..devices.device import Device, Numbers
+from ..errors import StreamerError
 from ..experts.policies import Key
 from ..planning.layout import Read, View
 from ..transport.loader import Loader, Target
@@ -19,6 +20,9 @@ from ..transport.mapped import MappedFiles, Region
 from ..transport.memory import view_tensor
 from ..transport.pool import cut_parts
 from ..transport.residents import Owner
+
+MARK = " of "
+"""In a tensor's name, before whose it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +120,31 @@ class ReadExperts:
     def bring(self, wanted: Sequence[Wanted], slab: torch.Tensor, stream: Any) -> None:
         self.wait_given_up(stream)
         targets = [target for one in wanted for target in self._targets(one, slab)]
-        with self._device.guard():
-            self._loader.fill(targets, self._device)
+        try:
+            with self._device.guard():
+                self._loader.fill(targets, self._device)
+        except StreamerError as error:
+            said, _, rest = str(error).partition(MARK)
+            expert, _, fault = rest.partition("'")
+            if not rest:
+                raise
+            raise type(error)(f"{expert}: {said}'{fault}") from error
 
     def wait_given_up(self, stream: Any) -> None:
         """Block until slots are not used any more: reads would not wait for that."""
         stream.synchronize()
 
     def _targets(self, one: Wanted, slab: torch.Tensor) -> Iterator[Target]:
-        """Its tensors, named so that an error says whose they are, and where they go."""
+        """Its tensors, where they go, and in their names whose they are, for errors."""
         banks, views = self._layers[one.layer_idx].banks, self._views[one.layer_idx]
         last = views[-1]
         (memory,) = cut_parts(slab, [(one.offset, last.offset + last.nbytes)])
+        whose = f"{MARK}layer {one.layer_idx}, expert {one.expert}"
         for view in views:
             spec = banks[view.key][one.expert]
-            name = f"{spec.name}, layer {one.layer_idx}, expert {one.expert}"
-            yield replace(spec, name=name), view_tensor(memory, view)
+            pieces = tuple(replace(piece, name=piece.name + whose) for piece in spec.pieces)
+            named = replace(spec, name=spec.name + whose, pieces=pieces)
+            yield named, view_tensor(memory, view)
 
 
 def expert_reads(layers: Iterable[ExpertLayer]) -> list[Read]:

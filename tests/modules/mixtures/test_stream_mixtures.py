@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,9 @@ def test_the_plan_names_slots_and_the_handle_what_was_asked_for(tmp_path: Path) 
     with torch.no_grad(), quiet():
         model(torch.tensor([[9]]))
     report = ExpertReport(2 * TOP_K, 0, 2 * TOP_K * expert)
-    assert model.layer_streamer.last_experts == {"model.layers": report}
+    (found,) = model.layer_streamer.last_experts.values()
+    assert replace(found, needed=()) == report
+    assert [(layer, len(experts)) for layer, experts in found.needed] == [(1, TOP_K), (2, TOP_K)]
     model.layer_streamer.close()
     assert line in str(model.layer_streamer.plan)
 
