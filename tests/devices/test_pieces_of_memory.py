@@ -141,9 +141,10 @@ def test_after_a_refused_copy_the_next_kernel_is_clean() -> None:
     there = torch.zeros(64, dtype=torch.uint8, device="cuda")
     runtime = cudart.load_runtime()
     assert runtime is not None
-    nowhere = np.array([1 << 60])
+    to, from_ = np.array([there.data_ptr()]), np.array([home.data_ptr()])
+    more_than_there_is = np.array([1 << 40])  # unknown addresses are the host's to CUDA: it faults
     with pytest.raises(RuntimeError, match="CUDA error"):
-        runtime.copy_all(nowhere, nowhere, np.array([16]), torch.cuda.Stream())
+        runtime.copy_all(to, from_, more_than_there_is, torch.cuda.current_stream())
     copy_pieces(there, np.array([0]), home, np.array([0]), np.array([64]))
     assert torch.ones(3, device="cuda").sum().item() == 3
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint
 from torch.nn.attention.bias import causal_upper_left
-from zoo import CASES, CLASSES, DENSE, IDS, reference, zoo_model
+from zoo import CASES, CLASSES, DENSE, IDS, in_doubles, reference, zoo_model
 
 from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.passes import row_attention
@@ -158,7 +158,7 @@ def test_a_window_that_is_one_off_shows(tmp_path, name, off):
 def test_a_gpu_gives_the_logits_of_transformers_row_by_row(tmp_path, name, route):
     model = zoo_model(name)
     path = tiny_checkpoint(tmp_path, model)
-    assert max(errors(path, model, route, device="cuda")) <= TOLERANCE
+    assert max(errors(path, in_doubles(model), route, device="cuda")) <= TOLERANCE
 
 
 @pytest.mark.slow
