@@ -15,13 +15,13 @@ from collections.abc import Iterator
 
 import torch
 
+from ..drafts.branches import Branches
 from ..kv.cache import KVCache
 from ..kv.rows import Span
 from ..models.config import ModelConfig
 from ..models.rope import Rotary, plain_rotate
 from ..models.rope_config import Rope
 from .batch import Chunk, Piece
-from .branches import Branches
 from .row_attention import store_and_look_back
 
 QUERIES, KEYS = 8, 128

@@ -11,9 +11,9 @@ from itertools import accumulate
 
 import torch
 
+from ..drafts.branches import Branches
 from ..drafts.tree import Tree
 from ..kv.rows import Row
-from .branches import Branches
 
 Entry = tuple[Row, Sequence[int]]
 """A row and the tokens that a pass appends to it."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..drafts.tree import ROOT, Tree
+from .tree import ROOT, Tree
 
 
 class Branches:
