@@ -172,6 +172,14 @@ class LayerStreamer:
             return self._last_experts
         return None if parts.experts is None else parts.experts.last_pass
 
+    @property
+    def experts_stay(self) -> bool:
+        """True: with ``experts="demand"``, ``weights.experts.all_there`` has brought all experts
+        of all layers, and they are where it has said. False after an interrupt, until it has told
+        anew."""
+        parts = self._parts
+        return parts is not None and parts.experts is not None and parts.experts.all_filled
+
     def run_pass(self, x: X, layer_fn: LayerFn) -> X:
         """One pass: ``x = layer_fn(x, weights, layer_idx)`` for every layer, in order.
 

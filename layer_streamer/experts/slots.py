@@ -29,8 +29,13 @@ class SlotTable:
 
     def __init__(self, count: int, policy: Policy) -> None:
         self._count, self._policy = count, policy
-        self._settled = False
+        self._settled, self._departures = False, 0
         self.clear()
+
+    @property
+    def departures(self) -> int:
+        """As long as this is the same, and not below 0, whatever was in its slot still is."""
+        return self._departures if self._settled else -1
 
     def __len__(self) -> int:
         """How many slots there are."""
@@ -72,6 +77,7 @@ class SlotTable:
         if key in self._slots:
             settled = self._settled
             self._settled = False
+            self._departures += 1
             self._policy.victim(key.__eq__)
             self._free.append(self._slots.pop(key))
             self._settled = settled
@@ -79,6 +85,7 @@ class SlotTable:
     def clear(self) -> None:
         """Nothing is in any slot."""
         self._settled = False
+        self._departures += 1
         self._policy.reset()
         self._slots = dict[Key, int]()
         self._free = list(range(self._count))
@@ -88,6 +95,7 @@ class SlotTable:
         for at, slot in enumerate(self._free):
             if slot not in busy:
                 return self._free.pop(at)
+        self._departures += 1
         gone = self._policy.victim(lambda key: key not in needed and self._slots[key] not in busy)
         assert gone is not None, "there are as many slots as were counted"
         return self._slots.pop(gone)

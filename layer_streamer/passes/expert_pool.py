@@ -37,6 +37,11 @@ class ExpertPool:
     def __contains__(self, key: Key) -> bool:
         return key in self._table
 
+    @property
+    def departures(self) -> int:
+        """See ``SlotTable``."""
+        return self._table.departures
+
     def place(self, keys: Sequence[Key], busy: Collection[int] = ()) -> Placing:
         """Slots for experts, none of those that are ``busy`` anew. What is missing is to be
         brought, and then :meth:`filled` called, or :meth:`failed`. ConfigError for more than there

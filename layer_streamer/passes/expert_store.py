@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..checkpoint.experts import ExpertLayer
 from ..devices.device import Device, Stream
 from ..errors import ConfigError
@@ -59,6 +61,9 @@ class ExpertStore:
         self._in_use: tuple[ExpertPool, tuple[int, ...]] | None = None
         """The slots that a load has handed out, until they are given up."""
         self._hinted = set[Key]()
+        self._tables = dict[int, tuple[int, torch.Tensor, tuple[int, ...]]]()
+        """By layer, where all have a slot of their own: the pool's departures, and the slots of its
+        experts since."""
         self._report = self.last_pass = ExpertReport()
 
     @property
@@ -94,19 +99,8 @@ class ExpertStore:
         They are there until the next load, or the end of the hand-out. Raises ConfigError for more
         than there are slots, what reads raise, naming layer and expert.
         """
-        layer, pool = self.layers[layer_idx], self.pools[layer_idx]
-        keys = self._keys(layer_idx, experts)
-        self.give_up()
-        current = self._device.current_stream()
-        if current == self._stream and not self._device.unified:
-            self._change_stream()
-        try:
-            placing = pool.place(keys)
-        except ConfigError as error:
-            raise ConfigError(f"layer {layer_idx}: {error}: load them in parts") from None
-        self._in_use = pool, placing.slots
-        self._fill(pool, keys, placing)
-        self.order_after_copies(current)
+        layer, keys = self.layers[layer_idx], self._keys(layer_idx, experts)
+        placing = self._arrange(layer_idx, keys)
         missed, used = len(placing.missing), self._hinted.intersection(keys)
         self._hinted -= used
         found = self._report
@@ -119,6 +113,39 @@ class ExpertStore:
             hints_used=found.hints_used + len(used),
         )
         return placing.slots
+
+    @property
+    def holds_all(self) -> bool:
+        """True: every expert of every layer has a slot of its own."""
+        experts = sum(layer.num_experts for layer in self.layers.values())
+        return experts <= sum(len(pool) for pool in set(self.pools.values()))
+
+    @property
+    def all_filled(self) -> bool:
+        """True: ``all_there`` has brought every layer's, and none has left its slot since."""
+        told = {i: departures for i, (departures, _, _) in self._tables.items()}
+        return all(told.get(i) == pool.departures for i, pool in self.pools.items())
+
+    def all_there(self, layer_idx: int) -> tuple[torch.Tensor, tuple[int, ...]] | None:
+        """The slots of all experts of a layer, brought if need be, on the device and as numbers;
+        the tensor stays where it is. None: some have to share theirs. Raises what reads raise."""
+        if not self.holds_all:
+            return None
+        pool = self.pools[layer_idx]
+        told = self._tables.get(layer_idx)
+        if told is not None and told[0] == pool.departures:
+            self._in_use = pool, ()  # who writes to it is found out
+            return told[1], told[2]
+        layer = self.layers[layer_idx]
+        placing = self._arrange(layer_idx, self._keys(layer_idx, range(layer.num_experts)))
+        nbytes = len(placing.missing) * layer.expert_nbytes
+        self._report = replace(self._report, copied_bytes=self._report.copied_bytes + nbytes)
+        slots = torch.tensor(placing.slots, dtype=torch.int64, device="cpu")
+        with torch.inference_mode(False):
+            table = torch.empty_like(slots, device=pool.slab.device) if told is None else told[1]
+            table.copy_(slots)
+        self._tables[layer_idx] = pool.departures, table, placing.slots
+        return table, placing.slots
 
     def hint(self, layer_idx: int, experts: Sequence[int]) -> int:
         """Bring experts that may be asked for soon, as far as there is room beside what is in use;
@@ -139,6 +166,23 @@ class ExpertStore:
             copied_bytes=found.copied_bytes + len(keys) * layer.expert_nbytes,
         )
         return len(keys)
+
+    def _arrange(self, layer_idx: int, keys: Sequence[Key]) -> Placing:
+        """Give up what was loaded before, and have experts in slots that are not given to others
+        meanwhile; the current stream waits for copies."""
+        pool = self.pools[layer_idx]
+        self.give_up()
+        current = self._device.current_stream()
+        if current == self._stream and not self._device.unified:
+            self._change_stream()
+        try:
+            placing = pool.place(keys)
+        except ConfigError as error:
+            raise ConfigError(f"layer {layer_idx}: {error}: load them in parts") from None
+        self._in_use = pool, placing.slots
+        self._fill(pool, keys, placing)
+        self.order_after_copies(current)
+        return placing
 
     def _keys(self, layer_idx: int, experts: Sequence[int]) -> list[Key]:
         """ConfigError for an expert that the layer does not have."""

@@ -54,14 +54,36 @@ class LayerExperts:
         that there is not, and for more than ``num_slots`` different ones (then ``parts`` helps),
         StreamerError after the hand-out or a write to a bank, what reads raise.
         """
-        if self._over:
-            raise StreamerError(f"layer {self._layer_idx}: its hand-out has ended")
         asked = _numbers(ids)
-        experts = sorted(set(asked))
-        where = dict(zip(experts, self._store.load(self._layer_idx, experts), strict=True))
-        self.where = where
+        where = self.bring(asked)
         slots = torch.tensor([where[expert] for expert in asked], dtype=torch.int64, device="cpu")
         return slots.to(self._store.pools[self._layer_idx].slab.device, non_blocking=True)
+
+    def bring(self, ids: Sequence[int]) -> Mapping[int, int]:
+        """As ``load``, for who needs numbers: the slot of each of ``ids``, also as ``where``."""
+        self._check_handed_out()
+        experts = sorted(set(ids))
+        found = dict(zip(experts, self._store.load(self._layer_idx, experts), strict=True))
+        self.where = found
+        return found
+
+    def all_there(self) -> torch.Tensor | None:
+        """The slots of all the layer's experts, (n,) of int64 on the device; None: not all experts
+        of the model have a slot of their own.
+
+        They are brought, if they are not there, and stay for good, as does the tensor: so ids that
+        are on the device choose slots that nobody has to wait for. These passes do not know who was
+        asked for. After the hand-out, too, as long as the streamer's ``experts_stay``. Errors as of
+        ``load``.
+        """
+        if self._over and not self._store.all_filled:
+            self._check_handed_out()
+        found = self._store.all_there(self._layer_idx)
+        if found is None:
+            return None
+        table, slots = found
+        self.where = dict(enumerate(slots))
+        return table
 
     def hint(self, ids: Ids, layer: int) -> int:
         """Bring experts of a ``layer`` (its number in the checkpoint) that may be asked for soon,
@@ -71,8 +93,7 @@ class LayerExperts:
 
         Errors as of ``load``; ConfigError for a layer without experts.
         """
-        if self._over:
-            raise StreamerError(f"layer {self._layer_idx}: its hand-out has ended")
+        self._check_handed_out()
         if layer not in self._store.layers:
             raise ConfigError(f"layer={layer}: has no experts")
         return self._store.hint(layer, list(dict.fromkeys(_numbers(ids))))
@@ -100,6 +121,10 @@ class LayerExperts:
     def end(self) -> None:
         """The hand-out has ended."""
         self._over = True
+
+    def _check_handed_out(self) -> None:
+        if self._over:
+            raise StreamerError(f"layer {self._layer_idx}: its hand-out has ended")
 
 
 def apart(weights: Weights) -> tuple[Weights, LayerExperts | None]:
