@@ -36,41 +36,63 @@ from layer_streamer.experts.hits import count_hits, most_hits
 from layer_streamer.experts.policies import make_policy
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.models import feed_forward
+from layer_streamer.llm.passes import captured_mixture
 
-CONTEXT, NEW, WARM = 128, 48, 16
+CONTEXT, NEW, WARM, DRAWS = 128, 128, 64, 1024
 WAYS = ("demand", "whole", "all")
 SIZES = (600_000, 1_800_000, 2_700_000, 13_200_000)
 """Of a matrix of Qwen3.6-35B-A3B, an expert of it, of Qwen3-30B-A3B and of gpt-oss, in 4 bits."""
 
 
 class Zipf:
-    """Chooses experts in place of a router, and keeps what was chosen for single tokens."""
+    """Chooses experts in place of a router: draws that were made before, one of each layer for each
+    token in turn, kept on the device, so that captured passes look them up there."""
 
-    def __init__(self, layers: int, count: int, exponent: float, device: torch.device) -> None:
-        orders = np.random.default_rng(0)
-        ranks = torch.tensor([orders.permutation(count).tolist() for _ in range(layers)])
-        self._log_p = -exponent * (ranks + 1).log().to(device)
-        self._noise = torch.Generator(device).manual_seed(0)
-        self._calls, self._layers = 0, layers
-        self.steps: list[list[tuple[int, int]]] = []
+    def __init__(self, layers: int, count: int, each: int, args: argparse.Namespace) -> None:
+        dice = np.random.default_rng(0)
+        p = (np.arange(count) + 1.0) ** -args.exponent
+        orders = [dice.permutation(count) for _ in range(layers)]
+        draws = [
+            [
+                np.sort(order[dice.choice(count, each, replace=False, p=p / p.sum())])
+                for order in orders
+            ]
+            for _ in range(DRAWS)
+        ]
+        device = torch.device(args.device)
+        self.draws = np.array(draws)  # (draws, layers, each)
+        self._draws = torch.from_numpy(self.draws).to(device)
+        self._turn, self._first = torch.zeros(1, dtype=torch.long, device=device), True
+        self._layers = layers
 
-    def __call__(self, logits_TX: torch.Tensor, experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        layer, self._calls = self._calls % self._layers, self._calls + 1
-        draw = torch.rand(logits_TX.shape, generator=self._noise, device=logits_TX.device)
-        scores_TX = self._log_p[layer] - draw.clamp_(1e-20).log().neg().log()
-        ids_TK = scores_TX.topk(experts.per_token).indices
-        shares_TK = logits_TX.float().gather(1, ids_TK).softmax(-1)
-        if len(ids_TK) == 1:
-            self.steps.append([(layer, expert) for expert in sorted(ids_TK[0].tolist())])
-        return ids_TK, shares_TK
+    def __call__(
+        self, x_TD: torch.Tensor, weights: Any, experts: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``feed_forward.choose``."""
+        logits_TX = weights.linear(x_TD, feed_forward.ROUTER)
+        layer = weights.layer_idx
+        if layer == 0:
+            self._turn.add_(len(x_TD))
+        turns = (self._turn + torch.arange(len(x_TD), device=x_TD.device)) % DRAWS
+        ids_TK = self._draws[turns, layer]
+        return ids_TK, logits_TX.float().gather(1, ids_TK).softmax(-1)
+
+    def steps(self, turn: int, count: int) -> list[list[tuple[int, int]]]:
+        """What ``count`` tokens ask for from this turn on, layer by layer."""
+        rows = [self.draws[(turn + i) % DRAWS] for i in range(count)]
+        return [[(i, int(e)) for e in ids] for row in rows for i, ids in enumerate(row)]
+
+    @property
+    def turn(self) -> int:
+        return int(self._turn)
 
 
 def decode(engine: StreamingEngine, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds a token, once slots have filled, and what became of experts meanwhile."""
     config, experts = engine.config, engine.config.experts
     assert experts is not None
-    zipf = Zipf(config.num_layers, experts.count, args.exponent, engine.streamer.device)
-    feed_forward.route = zipf  # type: ignore[assignment]
+    zipf = Zipf(config.num_layers, experts.count, experts.per_token, args)
+    feed_forward.choose = captured_mixture.choose = zipf  # type: ignore[assignment]
     reports: list[Any] = []
     noting = engine._runner.forward
 
@@ -84,20 +106,20 @@ def decode(engine: StreamingEngine, args: argparse.Namespace) -> dict[str, Any]:
     link.measure()
     found = run(engine, [prompt_of(CONTEXT)], WARM + NEW + 1)
     link.measure()
+    steps = zipf.steps(zipf.turn - WARM - NEW + 1, WARM + NEW)
     seconds, reports = found["decode"][WARM:], reports[-NEW:]
     record = {"decode": seconds, "link": link.rates, "weight_bytes": found["weight_bytes"]}
-    if reports[0] is None:
+    if reports[0] is None or args.child == "all":
         return record
     slots = sum({id(p): len(p) for p in engine.streamer._opened().experts.pools.values()}.values())
     asked, hits = sum(r.asked for r in reports), sum(r.hits for r in reports)
-    each = len(zipf.steps)
     return record | {
         "slots": slots, "asked": asked, "hits": hits,
         "missed_bytes": sum(r.copied_bytes for r in reports) / len(reports),
         "of_trace": {
-            "asked": sum(map(len, zipf.steps)), "steps": each,
-            "segmented": count_hits(zipf.steps, slots, make_policy("segmented", slots, 1)),
-            "belady": most_hits(zipf.steps, slots),
+            "asked": sum(map(len, steps)), "steps": len(steps),
+            "segmented": count_hits(steps, slots, make_policy("segmented", slots, 1)),
+            "belady": most_hits(steps, slots),
         },
     }  # fmt: skip
 

@@ -187,8 +187,11 @@ def plan_memory(
     kernels = triton_serves(device)
     scratch = Unpacker(memory, dtype, model.names.widest(dtype), kernels=kernels)
     names = model.names
+    on_demand = wishes.options.get("experts") == "demand"
     most, streamed = (
-        0 if limits.reproducible else min(captured_rows(device, model.config, n), limits.max_batch)
+        min(captured_rows(device, model.config, n, on_demand=on_demand), limits.max_batch)
+        if not limits.reproducible
+        else 0
         for n in (MOST_ROWS, MOST_ROWS_STREAMED)
     )
     statics = [*names.head_parts, names.norm, *([names.rope_factors] if names.rope_factors else [])]

@@ -98,6 +98,11 @@ class LayerExperts:
             raise ConfigError(f"layer={layer}: has no experts")
         return self._store.hint(layer, list(dict.fromkeys(_numbers(ids))))
 
+    def hint_next(self) -> int:
+        """``hint`` of all experts of the next layer that has some; 0: there is none."""
+        later = [i for i in self._store.layers if i > self._layer_idx]
+        return self.hint(range(len(self)), min(later)) if later else 0
+
     def bank(self, name: str) -> torch.Tensor:
         """One tensor of all slots, (num_slots, ...), by the name that experts share without their
         numbers ("mlp.experts.up_proj.weight"). KeyError, with those that there are."""

@@ -18,6 +18,7 @@ X = TypeVar("X")
 @dataclass(frozen=True, slots=True)
 class _Here:
     tiers: Sequence[str]
+    expert_slots: int = 0
 
 
 class HeldLayers:
@@ -30,7 +31,7 @@ class HeldLayers:
         """``manifest``: what the ``tensors`` of each layer are, by the same keys."""
         self._behind, self.manifest, self._tensors = behind, manifest, tuple(tensors)
         self.device, self.devices = behind.device, (behind.device,)
-        self.num_steps = len(self._tensors)
+        self.num_steps, self.experts_stay = len(self._tensors), False
         self.plan = _Here(("device",) * self.num_steps)
 
     def run_pass(self, x: X, layer_fn: Callable[..., X]) -> X:

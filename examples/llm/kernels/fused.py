@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,10 @@ KERNEL_FORMATS = frozenset(
 
 WIDEST_TOKEN = 1 << 15
 """Numbers that one program can norm."""
+
+
+Pairs = Any
+"""``slot_tiles.Routed``, of a module that needs Triton."""
 
 
 def unpack(
@@ -139,6 +144,11 @@ def multiply_alike(
     with current(x_TD):
         found: torch.Tensor = tiles.multiply(packed, x_TD, bias_N=bias_N, alike=True)
     return found
+
+
+def slot_kernels(device: torch.device) -> ModuleType | None:
+    """Products with experts that lie in slots, ``slot_tiles``; None: Triton does not serve."""
+    return _kernels("slot_tiles") if triton_serves(device) else None
 
 
 def kernel_rotates(x_HTE: torch.Tensor, table_2TE: torch.Tensor) -> bool:

@@ -118,3 +118,42 @@ def rotate_pairs(  # noqa: PLR0913 - a kernel has no records
     else:
         rope(k, k_out, table, first - past, k_heads, tokens, k_head, k_token, sines, rows,
              HALF, INTERLEAVED, HEADS, BLOCK)  # fmt: skip
+
+
+@triton.jit
+def rounded(
+    total: tl.tensor,
+    bias: tl.tensor,
+    row: tl.tensor,
+    inside: tl.tensor,
+    kind: tl.constexpr,
+    BIAS: tl.constexpr,
+) -> tl.tensor:
+    """float32 sums in the dtype ``kind``; the bias of their rows is added to that, if BIAS."""
+    one = total.to(kind)
+    if BIAS:
+        added = tl.load(bias + row, mask=inside, other=0).to(tl.float32)
+        one = (one.to(tl.float32) + added).to(kind)
+    return one
+
+
+@triton.jit(do_not_specialize=["rows", "count"])
+def add_splits(  # noqa: PLR0913
+    sums: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    rows: int,
+    count: int,
+    BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The totals of sums (SPLITS, tokens, rows), added up in their order: y (tokens, rows), of
+    ``count`` numbers."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    total = tl.load(sums + at, mask=inside, other=0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(sums + at + split * count, mask=inside, other=0)
+    number = rounded(total, bias, at % rows, inside, y.dtype.element_ty, BIAS)
+    tl.store(y + at, number, mask=inside)

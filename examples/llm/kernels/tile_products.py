@@ -24,6 +24,7 @@ from .blocks32 import q4_0_weights, q8_0_weights
 from .blocks256 import half_float, head_word, q6_k_weights
 from .code_floats import code
 from .matvec_q4_k import scales_and_minima
+from .pointwise import rounded
 
 
 @triton.jit
@@ -149,23 +150,6 @@ def grouped_tiles(  # noqa: PLR0913 - a kernel has no records
 
 
 @triton.jit
-def rounded(
-    total: tl.tensor,
-    bias: tl.tensor,
-    row: tl.tensor,
-    inside: tl.tensor,
-    kind: tl.constexpr,
-    BIAS: tl.constexpr,
-) -> tl.tensor:
-    """float32 sums in the dtype ``kind``; the bias of their rows is added to that, if BIAS."""
-    one = total.to(kind)
-    if BIAS:
-        added = tl.load(bias + row, mask=inside, other=0).to(tl.float32)
-        one = (one.to(tl.float32) + added).to(kind)
-    return one
-
-
-@triton.jit
 def step_tiles(  # noqa: PLR0913
     lines: tl.tensor,
     scales: tl.tensor,
@@ -216,6 +200,40 @@ def tile_columns(STEP: tl.constexpr) -> tl.tensor:
     return (column // STEP[0] * STEP[1] + column % STEP[0])[:, None]
 
 
+@triton.jit
+def tile_totals(  # noqa: PLR0913
+    lines: tl.tensor,
+    scales: tl.tensor,
+    numbers: tl.tensor,
+    first: int,
+    last: int,
+    width: int,
+    scale_group: int,
+    one: int,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    EVEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+) -> tl.tensor:
+    """What steps from ``first`` to before ``last`` give of rows at ``lines`` (ROWS, 1, 1) and of
+    tokens at ``numbers`` (1, TOKENS): sums, (ROWS, TOKENS), float32."""
+    PIECE: tl.constexpr = STEP[0]
+    CHUNK: tl.constexpr = STEP[1]
+    CHUNKS: tl.constexpr = STEP[2]
+    column = tile_columns(STEP)
+    total = tl.zeros((lines.shape[0], TOKENS), tl.float32)
+    for step in range(first, last):
+        tiles = step_tiles(
+            lines, scales, scale_group, step, width // CHUNK, one, KIND, GROUP, CHUNKS, EVEN
+        )
+        for i in tl.static_range(CHUNK // PIECE):
+            at = step * (CHUNKS * CHUNK) + i * PIECE + column
+            x_KT = tl.load(numbers + at) if EVEN else tl.load(numbers + at, at < width, 0)
+            total = tl.dot(tiles[i].to(x_KT.dtype), x_KT, total)
+    return total
+
+
 @triton.jit(do_not_specialize=["rows", "tokens", "one", "splits"])
 def multiply_tiles(  # noqa: PLR0913
     codes: tl.tensor,
@@ -245,7 +263,6 @@ def multiply_tiles(  # noqa: PLR0913
     STEP is a ``tiles.Step``; EVEN: none goes past the last column. Each of ``splits`` programs has
     a share of the steps; of several, y has the sums: (splits, tokens, rows), float32.
     """
-    PIECE: tl.constexpr = STEP[0]
     CHUNK: tl.constexpr = STEP[1]
     CHUNKS: tl.constexpr = STEP[2]
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -253,39 +270,12 @@ def multiply_tiles(  # noqa: PLR0913
     own_row = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]
     lines, scales = codes + own_row * (pieces * NBYTES), scale + own_row * scale_row
     numbers = x + tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * width
-    column = tile_columns(STEP)
     steps = tl.cdiv(width, CHUNKS * CHUNK)
     first, share = tl.program_id(2) * tl.cdiv(steps, splits), tl.cdiv(steps, splits)
-    total = tl.zeros((ROWS, TOKENS), tl.float32)
-    for step in range(first, tl.minimum(first + share, steps)):
-        tiles = step_tiles(
-            lines, scales, scale_group, step, width // CHUNK, one, KIND, GROUP, CHUNKS, EVEN
-        )
-        for i in tl.static_range(CHUNK // PIECE):
-            at = step * (CHUNKS * CHUNK) + i * PIECE + column
-            x_KT = tl.load(numbers + at) if EVEN else tl.load(numbers + at, at < width, 0)
-            total = tl.dot(tiles[i].to(x_KT.dtype), x_KT, total)
+    last = tl.minimum(first + share, steps)
+    total = tile_totals(
+        lines, scales, numbers, first, last, width, scale_group, one,
+        KIND, GROUP, STEP, EVEN, TOKENS,
+    )  # fmt: skip
     own_y = y + tl.program_id(2).to(tl.int64) * tokens * rows
     store_totals(total, bias, own_y, row, token, rows, tokens, BIAS)
-
-
-@triton.jit(do_not_specialize=["rows", "count"])
-def add_splits(  # noqa: PLR0913
-    sums: tl.tensor,
-    bias: tl.tensor,
-    y: tl.tensor,
-    rows: int,
-    count: int,
-    BIAS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """The totals of sums (SPLITS, tokens, rows), added up in their order: y (tokens, rows), of
-    ``count`` numbers."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    total = tl.load(sums + at, mask=inside, other=0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(sums + at + split * count, mask=inside, other=0)
-    number = rounded(total, bias, at % rows, inside, y.dtype.element_ty, BIAS)
-    tl.store(y + at, number, mask=inside)

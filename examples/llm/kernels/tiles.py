@@ -10,7 +10,7 @@ import triton
 
 from ..weights.packed import Packed
 from ..weights.quants import BLOCK_TYPES
-from . import tile_products
+from . import pointwise, tile_products
 from .code_floats import ONE
 from .unpacking import CHUNK, EXACT
 
@@ -116,7 +116,7 @@ def multiply(
     bias, sums = y_TN if bias_N is None else bias_N, y_TN
     if splits > 1:
         sums = torch.empty(splits, tokens, rows, dtype=torch.float32, device=x_TD.device)
-    codes, scale, strides, nbytes = _parts(packed)
+    codes, scale, strides, nbytes = parts_of(packed)
     grid = (triton.cdiv(tokens, at_once), triton.cdiv(rows, own.rows), splits)
     tile_products.multiply_tiles[grid](
         codes,
@@ -151,7 +151,7 @@ def _add_shares(sums: torch.Tensor, bias_N: torch.Tensor | None, y_TN: torch.Ten
     """y = the sum of the shares' (splits, T, rows), plus a bias."""
     bias, biased = (y_TN, False) if bias_N is None else (bias_N, True)
     count, rows = y_TN.numel(), y_TN.shape[1]
-    tile_products.add_splits[(triton.cdiv(count, SUMS_BLOCK),)](
+    pointwise.add_splits[(triton.cdiv(count, SUMS_BLOCK),)](
         sums, bias, y_TN, rows, count, BIAS=biased, SPLITS=len(sums), BLOCK=SUMS_BLOCK
     )
 
@@ -162,7 +162,7 @@ def _fastest(tokens: int, packed: Packed) -> tuple[int, int]:
     return at_once, splits_of(packed.rows, packed.width)
 
 
-def _parts(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...], int]:
+def parts_of(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...], int]:
     """Bytes of codes; scales; the pieces that rows lie apart, and the strides of scales; bytes of a
     piece."""
     parts, kind = packed.parts, packed.format

@@ -128,10 +128,8 @@ class Planner:
         return None
 
     def _spilled(self, on_device: int) -> tuple[int, ...]:
-        """Which layers are spilled if so many are not: evenly spread; those with windows last.
-
-        A window's keys and values are few: what they spare the link, they spare it cheaply.
-        """
+        """Which layers are spilled if so many are not: evenly spread; those with windows, whose
+        keys and values are few, last."""
         config = self._footprint.config
         if self._wishes.kv == "device":
             return ()
@@ -214,7 +212,7 @@ class Planner:
             return plan
         if not plan.host_layers:
             larger = self._larger(plan, "captured passes", self._footprint.captured())
-            if larger is not None and set(self._preview(**larger.options).tiers) == {"device"}:
+            if larger is not None and self._stays(self._preview(**larger.options)):
                 return replace(larger, options=plan.options)
         larger = self._larger(plan, "captured layers", self._footprint.captured_layers())
         if larger is None:
@@ -222,9 +220,15 @@ class Planner:
         preview = self._preview(**larger.options)
         sizes = zip(preview.sizes, preview.tiers, strict=True)
         moved = sum(size.copy_nbytes for size, tier in sizes if tier != "device")
-        streams = bool(moved or plan.host_layers)
-        hidden = moved > plan.num_layers * LAUNCHED_NBYTES
-        return replace(larger, options=plan.options) if streams and not hidden else plan
+        streams = plan.host_layers or not self._stays(preview)
+        worth = streams and moved <= plan.num_layers * LAUNCHED_NBYTES
+        return replace(larger, options=plan.options) if worth else plan
+
+    def _stays(self, preview: Plan) -> bool:
+        """Nothing is moved in a pass: layers are on the device, and all experts."""
+        experts, slots = self._footprint.config.experts, preview.expert_slots
+        short = experts is not None and 0 < slots < experts.total
+        return not short and set(preview.tiers) == {"device"}
 
     def _larger(self, plan: MemoryPlan, part: str, nbytes: int) -> MemoryPlan | None:
         """The plan with one part more, and the streamer's budget without it; None: it takes none,

@@ -28,6 +28,11 @@ class Experts:
     layers: frozenset[int]
     """Those that are mixtures; others have one feed-forward block."""
 
+    @property
+    def total(self) -> int:
+        """Experts of all layers."""
+        return self.count * len(self.layers)
+
 
 def experts_of(hf_config: Any, mixture: Mixture) -> Experts | None:
     """Those of a config; None: it has none. UnsupportedModelError for numbers of no sense."""

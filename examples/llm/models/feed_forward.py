@@ -15,6 +15,7 @@ import torch
 from ..weights.weights import StepWeights
 from .config import ModelConfig
 from .experts import Experts
+from .mixing import mix
 from .modules import MATRICES, ROUTER, SHARED, SHARED_GATE
 
 Product = Callable[[torch.Tensor, str], torch.Tensor]
@@ -26,12 +27,17 @@ def feed_forward(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) 
     experts = config.mixture(weights.layer_idx)
     if experts is None:
         return _block(x_TD, _of(weights, "mlp"), weights, config)
-    mixed_TD = _mixture(x_TD, weights, config, experts)
+    mixed_TD = mix(x_TD, *choose(x_TD, weights, experts), weights, config)
     if not experts.shared_width:
         return mixed_TD
+    return mixed_TD.add_(shared(x_TD, weights, config))
+
+
+def shared(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) -> torch.Tensor:
+    """What the expert that every token passes makes of it, as its gate says."""
     gate_T1 = weights.linear(x_TD, SHARED_GATE)
     (gate_T1,) = weights.arithmetic.each(lambda gates: (gates.sigmoid(),), gate_T1)
-    return mixed_TD.add_(_block(x_TD, _of(weights, SHARED), weights, config).mul_(gate_T1))
+    return _block(x_TD, _of(weights, SHARED), weights, config).mul_(gate_T1)
 
 
 def _of(weights: StepWeights, block: str) -> Product:
@@ -48,32 +54,14 @@ def _block(
     return product(gated_TF, down)
 
 
-def _mixture(
-    x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig, experts: Experts
-) -> torch.Tensor:
-    """What the chosen experts make of each token, by what each counts.
-
-    Added up in float32, in the order of the experts' numbers: so it matters to no bit which tokens
-    share a pass, nor where an expert was. transformers rounds each term to the layer's dtype
-    before, and adds them up in another order.
-    """
+def choose(
+    x_TD: torch.Tensor, weights: StepWeights, experts: Experts
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``route`` says of tokens, each one's experts in ascending order."""
     logits_TX = weights.linear(x_TD, ROUTER)
     ids_TK, shares_TK = weights.arithmetic.each(partial(route, experts=experts), logits_TX)
-    total_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-    # Sorted by experts, and of each by tokens. The only wait for the device is for how many.
-    sorted_N, order_N = ids_TK.flatten().sort(stable=True)
-    tokens_N, shares_N1 = order_N // experts.per_token, shares_TK.flatten()[order_N, None]
-    ends = torch.searchsorted(
-        sorted_N, torch.arange(experts.count, device=x_TD.device), right=True
-    ).tolist()
-    starts = [0, *ends]
-    needed = [expert for expert, end in enumerate(ends) if starts[expert] < end]
-    for expert in weights.experts(needed):
-        own = slice(starts[expert], ends[expert])
-        tokens_S = tokens_N[own]
-        y_SD = _block(x_TD[tokens_S], partial(_expert, weights, expert), weights, config)
-        total_TD.index_add_(0, tokens_S, y_SD.float().mul_(shares_N1[own]))
-    return total_TD.to(x_TD.dtype)
+    ids_TK, order_TK = ids_TK.sort()
+    return ids_TK, shares_TK.gather(1, order_TK)
 
 
 def route(logits_TX: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +74,3 @@ def route(logits_TX: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torc
     if experts.rounded:
         shares_TK = shares_TK.to(logits_TX.dtype).float()
     return ids_TK, shares_TK
-
-
-def _expert(weights: StepWeights, expert: int, x_SD: torch.Tensor, matrix: str) -> torch.Tensor:
-    return weights.expert(x_SD, expert, matrix)

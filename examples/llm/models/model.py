@@ -88,13 +88,32 @@ def attended(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A layer from its attention's mixed values on. What ``out`` gets is written last."""
+    x_TD, normed_TD = attention_added(x_TD, mixed_HTE, weights, config)
+    return fed(x_TD, feed_forward(normed_TD, weights, config), weights, config, out=out)
+
+
+def attention_added(
+    x_TD: torch.Tensor, mixed_HTE: torch.Tensor, weights: StepWeights, config: ModelConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x with what attention adds, and what the feed-forward block gets of it."""
     arithmetic, eps = weights.arithmetic, config.norm_eps
     added = weights.linear(mixed_HTE.transpose(0, 1).flatten(1), "self_attn.o_proj")
     if config.family.output_norms:
         added = arithmetic.rms_norm(added, weights.norm("post_attention_layernorm"), eps)
     norm = weights.norm(BLOCK_NORMS[config.family.output_norms][1])
-    x_TD, normed_TD = arithmetic.add_rms_norm(x_TD, added, norm, eps)
-    added = feed_forward(normed_TD, weights, config)
+    return arithmetic.add_rms_norm(x_TD, added, norm, eps)
+
+
+def fed(
+    x_TD: torch.Tensor,
+    added: torch.Tensor,
+    weights: StepWeights,
+    config: ModelConfig,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x with what the feed-forward block adds. ``out`` is written last."""
     if config.family.output_norms:
-        added = arithmetic.rms_norm(added, weights.norm("post_feedforward_layernorm"), eps)
+        norm = weights.norm("post_feedforward_layernorm")
+        added = weights.arithmetic.rms_norm(added, norm, config.norm_eps)
     return torch.add(x_TD, added, out=out)

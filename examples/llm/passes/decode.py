@@ -22,6 +22,7 @@ from ..models.config import ModelConfig
 from ..models.rope import Rotary
 from ..models.rope_config import Rope
 from .batch import Batch, Chunk, Entry
+from .captured_mixture import CapturedMixture
 from .captured_part import CapturedPart
 from .chunking import Chunking
 from .decode_attention import DecodeAttention
@@ -39,19 +40,22 @@ MOST_GRAPHS = 512
 """Captures of layers; whatever would need more is launched. Each takes some device memory."""
 
 
-def captured_rows(device: torch.device, config: ModelConfig, most: int = MOST_ROWS) -> int:
-    """Rows, up to ``most``, up to which passes may be captured on this device; 0: none can be."""
+def captured_rows(
+    device: torch.device, config: ModelConfig, most: int = MOST_ROWS, *, on_demand: bool = False
+) -> int:
+    """Rows, up to ``most``, up to which passes may be captured on this device; 0: none can be.
+    ``on_demand``: experts come when they are asked for."""
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     served = device.type == "cuda" and fits_kernels(*heads) and triton_serves(device)
-    return most if served and config.experts is None else 0
+    return most if served and (config.experts is None or on_demand) else 0
 
 
 def obstacle(streamer: Layers, kv: KVCache, config: ModelConfig) -> str | None:
     """Why no pass over this model can be captured; None: those that decode can."""
     if len(streamer.devices) > 1:
         return "layers are on several devices"
-    if config.experts is not None:
-        return "which experts compute is known only while a pass runs"
+    if config.experts is not None and not streamer.plan.expert_slots:
+        return "experts come with their layers, and who computes is known only while a pass runs"
     if kv.host is not None and kv.layout.int8:
         return "keys and values are kept in eight bits"
     if not fits_kernels(config.num_heads, config.num_kv_heads, config.head_dim):
@@ -76,13 +80,13 @@ class Decoder:
         interleaved: bool,
         whole: bool,
     ) -> None:
-        """``interleaved``: see ``rope.rotate``. ``whole``: nothing streams."""
+        """``interleaved``: see ``rope.rotate``. ``whole``: nothing streams, and all experts are in
+        slots of their own."""
         self.whole, self.ready = whole, False
         device, rows = kv.device, min(chunking.captured_rows, kv.layout.tokens)
-        self.part: CapturedPart | None = None
-        """For prompts beside rows whose layers are captured one by one."""
-        if chunking.captured_part and not whole:
-            self.part = CapturedPart(config, chunking.captured_part, kv.layout.dtype, device)
+        self.part, self.mixture = (
+            (None, None) if whole else _where_something_streams(config, kv, rows, chunking)
+        )
         self.steps: Sequence[tuple[int, Mapping[str, torch.Tensor]]] = ()
         """What a pass of the streamer has handed out, if all of it is resident on the device."""
         self.widths: dict[int, int] = {}
@@ -213,6 +217,18 @@ class Decoder:
         return {rope: self._rotated[rope, chunk.count] for rope in self._ropes}
 
 
+def _where_something_streams(
+    config: ModelConfig, kv: KVCache, rows: int, chunking: Chunking
+) -> tuple[CapturedPart | None, CapturedMixture | None]:
+    """What does prompts' parts beside so many rows, and what does layers whose experts come on
+    demand; None: nothing does."""
+    own = kv.layout.dtype, kv.device
+    if config.experts is not None:
+        return None, CapturedMixture(config, rows, *own)
+    tokens = chunking.captured_part
+    return CapturedPart(config, tokens, *own) if tokens else None, None
+
+
 def open_decoder(
     streamer: Layers,
     config: ModelConfig,
@@ -231,4 +247,6 @@ def open_decoder(
         logger.info("no passes are captured: %s", problem)
         return None
     whole = set(streamer.plan.tiers) == {"device"} and kv.host is None
+    if config.experts is not None:
+        whole = whole and streamer.plan.expert_slots >= config.experts.total
     return Decoder(config, kv, rotary, chunking=chunking, interleaved=interleaved, whole=whole)

@@ -19,6 +19,10 @@ class Placed(Protocol):
     def tiers(self) -> Sequence[str]:
         """By step: "device", "host" or "disk"."""
 
+    @property
+    def expert_slots(self) -> int:
+        """For experts that come on demand; 0: none do."""
+
 
 class Layers(Protocol):
     """The part of a ``LayerStreamer`` that a runner needs."""
@@ -31,6 +35,10 @@ class Layers(Protocol):
     def device(self) -> torch.device: ...
     @property
     def devices(self) -> Sequence[torch.device]: ...
+    @property
+    def experts_stay(self) -> bool:
+        """All experts that come on demand are in slots of their own."""
+
     @property
     def num_steps(self) -> int:
         """Layers, and pieces of the output head behind them; none of these where it is loaded."""

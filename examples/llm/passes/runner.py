@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from ..drafts.tree import Tree
 from ..kernels.triton_support import triton_serves
 from ..kv.cache import KVCache
 from ..models.config import ModelConfig
-from ..models.model import decoder_layer
 from ..models.names import WeightNames
 from ..models.rope import Rotary
 from ..weights.dequant import Unpacker
@@ -117,7 +115,7 @@ class Runner:
         if every_position:
             wanted = [len(ids) for _, ids in entries]
         with torch.inference_mode():
-            captured = 0 if self.decoder is None or on_layer else self.decoder.takes(entries)
+            captured = 0 if self.decoder is None or on_layer else self._captured(entries)
             logits = self._replay(entries) if captured and self.captures_passes else None
             if logits is None:
                 sections = self._sections(entries, wanted, drafts, captured=captured)
@@ -153,6 +151,14 @@ class Runner:
         """Let go of the layers, after the streamer has been closed. Idempotent."""
         self.decoder = None
         self._embedding.close()
+
+    def _captured(self, entries: Sequence[Entry]) -> int:
+        """How many of a pass's first rows are done as the decoder does them."""
+        decoder = self.decoder
+        assert decoder is not None
+        if decoder.whole and self.config.experts is not None and not self.streamer.experts_stay:
+            return 0
+        return decoder.takes(entries)
 
     def _sections(
         self,
@@ -240,39 +246,10 @@ class Runner:
         part = slice(chunk.first, chunk.first + chunk.count)
         self._embedding.put(batch.ids[part], x_ND[part])
 
-    def layer(
-        self,
-        x_ND: torch.Tensor,
-        tensors: Mapping[str, torch.Tensor],
-        layer_idx: int,
-        run: RunnerStep,
-    ) -> None:
-        """All tokens through one layer, chunk by chunk, in place."""
-        layer = self.streamer.manifest.layers[layer_idx]
-        own = (self._unpacker, self._check, self._ways.arithmetic)
-        span, memory = self.kv.span(layer_idx), self.kv.open(layer_idx)
-
-        def compute(section: Section) -> None:
-            weights = StepWeights(tensors, layer, self.names, *own)
-            own_ND, chunks = section.part(x_ND), section.batch.chunks
-            for chunk, attention in zip(chunks, section.attentions, strict=True):
-                if layer_idx == 0 and chunk.first:
-                    self.embed(section.batch, chunk, own_ND)
-                x_TD = own_ND[chunk.first : chunk.first + chunk.count]
-                table = None if attention.rotates else run.table(chunk, layer_idx)
-
-                def look(i: int, *qkv: Any, attention: Attention = attention) -> torch.Tensor:
-                    return attention(i, span, memory, qkv)
-
-                if section.in_parts and table is not None and run.part.takes(chunk.count):
-                    run.part.compute(x_TD, weights, table, look, run.halves(layer_idx, tensors))
-                else:
-                    decoder_layer(x_TD, weights, self.config, table, look, out=x_TD)
-
-        for section in run.sections:
-            addresses = (memory, *tensors.values())
-            run.launch(section, layer_idx, addresses, partial(compute, section))
-        self.kv.close_layer(layer_idx)
+    def weights(self, tensors: Mapping[str, torch.Tensor], layer_idx: int) -> StepWeights:
+        """A layer's, over what has been handed out of it."""
+        layer, arithmetic = self.streamer.manifest.layers[layer_idx], self._ways.arithmetic
+        return StepWeights(tensors, layer, self.names, self._unpacker, self._check, arithmetic)
 
     def attention(self, chunk: Chunk) -> Attention:
         """How the rows of a chunk look back."""

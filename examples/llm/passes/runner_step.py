@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..models.model import Attention as Look
+from ..models.model import decoder_layer
 from ..models.rope_config import Rope
+from ..weights.weights import StepWeights
 from .batch import Chunk
 from .captured_part import CapturedPart, Launch
 from .section import Section
@@ -52,7 +56,7 @@ class RunnerStep:
         if layer_idx <= last_layer:
             if self._on_layer is not None:
                 self._on_layer(layer_idx)
-            runner.layer(x_ND, tensors, layer_idx, self)
+            self._layer(x_ND, tensors, layer_idx)
             if layer_idx == last_layer and runner.head_is_loaded:
                 self._add_logits(self._normed(x_ND), {}, layer_idx + 1)
             return x_ND
@@ -61,7 +65,54 @@ class RunnerStep:
         self._add_logits(x_ND, tensors, layer_idx)
         return x_ND
 
-    def launch(
+    def _layer(
+        self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int
+    ) -> None:
+        """All tokens through one layer, in place."""
+        runner, decoder = self._runner, self._runner.decoder
+        memory = runner.kv.open(layer_idx)
+        addresses, mixture = (memory, *tensors.values()), None
+        if decoder is not None and runner.config.mixture(layer_idx) is not None:
+            mixture = decoder.mixture
+        for section in self.sections:
+            weights = runner.weights(tensors, layer_idx)
+            if section.captured and mixture is not None:
+                x_RD, launch = section.part(x_ND), self._launches(section, layer_idx, addresses)
+                (look,) = self._looks(section, layer_idx, memory)
+                mixture.compute(x_RD, weights, look, launch)
+            else:
+                work = partial(self._compute, section, x_ND, weights, memory)
+                self._launch(section, layer_idx, addresses, work)
+        runner.kv.close_layer(layer_idx)
+
+    def _compute(
+        self, section: Section, x_ND: torch.Tensor, weights: StepWeights, memory: torch.Tensor
+    ) -> None:
+        """A section's tokens through a layer, chunk by chunk."""
+        runner, layer_idx, x_ND = self._runner, weights.layer_idx, section.part(x_ND)
+        looks = self._looks(section, layer_idx, memory)
+        for chunk, attention, look in zip(
+            section.batch.chunks, section.attentions, looks, strict=True
+        ):
+            if layer_idx == 0 and chunk.first:
+                runner.embed(section.batch, chunk, x_ND)
+            x_TD = x_ND[chunk.first : chunk.first + chunk.count]
+            table = None if attention.rotates else self._table(chunk, layer_idx)
+            if section.in_parts and table is not None and self._part.takes(chunk.count):
+                launch = self._launches(None, layer_idx, weights.addresses)
+                self._part.compute(x_TD, weights, table, look, launch)
+            else:
+                decoder_layer(x_TD, weights, runner.config, table, look, out=x_TD)
+
+    def _looks(self, section: Section, layer_idx: int, memory: torch.Tensor) -> list[Look]:
+        """How its chunks look back in a layer."""
+        span = self._runner.kv.span(layer_idx)
+        return [
+            lambda i, *qkv, attention=attention: attention(i, span, memory, qkv)
+            for attention in section.attentions
+        ]
+
+    def _launch(
         self,
         section: Section | None,
         layer_idx: int,
@@ -78,18 +129,22 @@ class RunnerStep:
             decoder.launch(len(section.batch.ids), key, work)
 
     @property
-    def part(self) -> CapturedPart:
+    def _part(self) -> CapturedPart:
         """Where sections that go in parts are computed."""
         decoder = self._runner.decoder
         assert decoder is not None and decoder.part is not None
         return decoder.part
 
-    def halves(self, layer_idx: int, tensors: Mapping[str, torch.Tensor]) -> Launch:
-        """How the halves of a layer with these weights are done for a part."""
+    def _launches(
+        self, section: Section | None, layer_idx: int, addresses: Sequence[torch.Tensor]
+    ) -> Launch:
+        """How the parts of a layer with operands at these addresses are done for a section that is
+        captured; None: for a prompt's part."""
         decoder = self._runner.decoder
         assert decoder is not None
-        addresses = tuple(tensor.data_ptr() for tensor in tensors.values())
-        return lambda half, work: decoder.launch(0, (half, layer_idx, *addresses), work)
+        size = 0 if section is None else len(section.batch.ids)
+        at = tuple(tensor.data_ptr() for tensor in addresses)
+        return lambda part, work: decoder.launch(size, (part, layer_idx, *at), work)
 
     def _normed(self, x_ND: torch.Tensor) -> torch.Tensor:
         """What the head gets of the tokens whose logits are wanted."""
@@ -111,10 +166,10 @@ class RunnerStep:
             self.logits[:, first : first + piece.shape[1]] = piece
             self._widths[step] = piece.shape[1]
 
-        self.launch(self._captured, step, tuple(tensors.values()), work)
+        self._launch(self._captured, step, tuple(tensors.values()), work)
         self._filled = first + self._widths[step]
 
-    def table(self, chunk: Chunk, layer_idx: int) -> torch.Tensor:
+    def _table(self, chunk: Chunk, layer_idx: int) -> torch.Tensor:
         """The rotation of a chunk, computed once for all layers that share it."""
         key = (self._runner.config.rope(layer_idx), chunk.first)
         if key not in self._tables:

@@ -42,6 +42,10 @@ PerToken = Callable[[Tensor], tuple[Tensor, ...]]
 class Arithmetic(Protocol):
     """What computes a pass, beside attention."""
 
+    @property
+    def by_slot(self) -> bool:
+        """Tokens may be multiplied by experts in their slots, if they are few."""
+
     def project(
         self, x_TD: Tensor, packed: Packed, unpacker: Unpacker, bias_N: Tensor | None = None
     ) -> Tensor:
@@ -67,6 +71,8 @@ class Arithmetic(Protocol):
 
 class Fastest:
     """What is fastest for as many tokens as there are."""
+
+    by_slot = True
 
     def project(
         self, x_TD: Tensor, packed: Packed, unpacker: Unpacker, bias_N: Tensor | None = None
@@ -98,6 +104,8 @@ class Reproducible:
     activations token by token, because torch computes what is left over at the end of a tensor,
     and of a thread's part, by another function than what it takes as vectors.
     """
+
+    by_slot = False
 
     def __init__(self, device: torch.device) -> None:
         """A GPU must be served by Triton. Where its interpreter serves a CPU, products are those

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from layer_streamer import TensorSpec
@@ -28,6 +30,15 @@ class ScaleCheck:
     def __init__(self) -> None:
         self._seen: set[tuple[str, int, int | None]] = set()
         self._found: list[tuple[TensorSpec, torch.Tensor]] = []
+        self._experts: dict[int, set[int]] = {}
+        """By layer, those whose matrices have been seen in slots."""
+
+    def unseen(self, layer_idx: int, experts: Iterable[int]) -> set[int]:
+        """Those of a layer's experts that have not been asked for here before."""
+        seen = self._experts.setdefault(layer_idx, set())
+        new = set(experts) - seen
+        seen |= new
+        return new
 
     def see(self, packed: Packed, spec: TensorSpec, expert: int | None = None) -> None:
         """Look at the scales of a matrix, or of a piece of one, unless they have been seen;
@@ -48,6 +59,7 @@ class ScaleCheck:
         for (spec, _), flag in zip(found, bad, strict=True):
             if flag:
                 self._seen.clear()
+                self._experts.clear()
                 raise UnsupportedModelError(
                     f"tensor {spec.name!r} has scales that are not finite ({spec.path})"
                 )

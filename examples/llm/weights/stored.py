@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -93,6 +93,20 @@ class Stored:
             first_row=first_row,
             zero_offset=self.zero_offset,
         )
+
+    def in_slots(self, banks: Mapping[str, torch.Tensor]) -> Packed:
+        """The matrix of all experts that lie in slots: its parts have a dimension more, the first,
+        for slots, of which ``banks`` have one by key. ValueError for parts that are viewed in
+        another dtype than they have."""
+        one = replace(self, expert=None).packed({key: bank[0] for key, bank in banks.items()})
+        parts = {}
+        for part, tensor in one.parts.items():
+            bank = banks[self.keys[part]]
+            if tensor.dtype != bank.dtype:
+                raise ValueError(f"{part} is {bank.dtype}, and viewed as {tensor.dtype}")
+            shape, strides = (len(bank), *tensor.shape), (bank.stride(0), *tensor.stride())
+            parts[part] = bank.as_strided(shape, strides, tensor.storage_offset())
+        return replace(one, parts=parts)
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part of a tensor that is this matrix's, without a copy."""

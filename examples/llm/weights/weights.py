@@ -10,7 +10,7 @@ import torch
 from layer_streamer import LayerSpec
 
 from ..models.config import ModelConfig
-from ..models.modules import expert_module, shared_key
+from ..models.modules import MATRICES, expert_module, shared_key
 from ..models.names import WeightNames
 from .arithmetic import FASTEST, Arithmetic
 from .dequant import Unpacker
@@ -43,6 +43,11 @@ class StepWeights:
         self.arithmetic = arithmetic
         self.layer_idx = layer.layer_idx
         self.interleaved_rope = names.interleaved_rope
+
+    @property
+    def addresses(self) -> tuple[torch.Tensor, ...]:
+        """What the step has been handed out, but for experts that come on demand."""
+        return tuple(self._tensors.values())
 
     def norm(self, module: str) -> torch.Tensor:
         """What ``rms_norm`` multiplies by, of a norm by its name in transformers."""
@@ -80,13 +85,81 @@ class StepWeights:
         if self._store is None:
             return self.linear(x_TD, module)
         stored = self._matrices[module]
+        return self._project(x_TD, module, self._in_its_slot(stored, expert), stored)
+
+    def in_slots(self, matrix: str) -> Packed:
+        """A matrix of all experts that are in slots, as of ``Stored.in_slots``. Only where experts
+        are brought on demand."""
+        stored = self._matrices[expert_module(0, matrix)]
+        return stored.in_slots(dict(self._banks(stored)))
+
+    @property
+    def on_demand(self) -> bool:
+        """True: the layer's experts come to slots when they are asked for."""
+        return self._store is not None
+
+    def slots_of(self, ids_TK: torch.Tensor) -> torch.Tensor | None:
+        """The slots of experts that tokens have chosen, token by token, on the device: without a
+        look at them where all are there, else brought, which waits for the device. None: they are
+        more than there are slots."""
+        table = self.all_there()
+        if table is not None:
+            return table[ids_TK.flatten()]
+        asked = ids_TK.flatten().tolist()
+        where = self.bring(asked)
+        if where is None:
+            return None
+        slots = torch.tensor([where[expert] for expert in asked], dtype=torch.int64, device="cpu")
+        return slots.to(ids_TK.device, non_blocking=True)
+
+    def all_there(self) -> torch.Tensor | None:
+        """The slots of all experts, on the device; None: not each has one."""
+        assert self._store is not None
+        table: torch.Tensor | None = self._store.all_there()
+        if table is not None:
+            self._see_experts(range(len(table)))
+        return table
+
+    def parts(self, needed: Sequence[int]) -> Iterator[list[int]]:
+        """Experts, ascending, as many at a time as there are slots."""
+        assert self._store is not None
+        yield from self._store.parts(needed)
+
+    def bring_ahead(self) -> None:
+        """Have experts of the next layer brought while this one is computed."""
+        assert self._store is not None
+        self._store.hint_next()
+
+    def bring(self, asked: Sequence[int]) -> Mapping[int, int] | None:
+        """Experts to slots, which are told; None: they are more than there are slots."""
+        assert self._store is not None
+        if len(set(asked)) > self._store.num_slots:
+            return None
+        where: Mapping[int, int] = self._store.bring(asked)
+        self._see_experts(asked)
+        return where
+
+    def _see_experts(self, experts: Sequence[int]) -> None:
+        """Have scales of experts that are in slots looked at, each once."""
+        if self._check is None:
+            return
+        for expert in self._check.unseen(self.layer_idx, experts):
+            for matrix in MATRICES:
+                stored = self._matrices[expert_module(expert, matrix)]
+                spec = self._layer.tensors[stored.scale_key]
+                self._check.see(self._in_its_slot(stored, expert), spec, stored.expert)
+
+    def _in_its_slot(self, stored: Stored, expert: int) -> Packed:
+        assert self._store is not None
         slot = self._store.where[expert]
-        tensors = {
-            key: self._store.bank(key if stored.expert is not None else shared_key(key))[slot]
-            for key in stored.keys.values()
-        }
-        packed = replace(stored, expert=None).packed(tensors)
-        return self._project(x_TD, module, packed, stored)
+        tensors = {key: bank[slot] for key, bank in self._banks(stored)}
+        return replace(stored, expert=None).packed(tensors)
+
+    def _banks(self, stored: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+        """By key, what holds a matrix's tensors for all slots."""
+        assert self._store is not None
+        for key in stored.keys.values():
+            yield key, self._store.bank(key if stored.expert is not None else shared_key(key))
 
 
 def norm_weight(weight_D: torch.Tensor, names: WeightNames) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 TESTS = ROOT / "tests"
 MAKE = ROOT / "examples" / "make"
-CORE, ENGINE, TUNING = (TESTS / "helpers" / name for name in ("core", "engine", "tuning"))
-PYTHONPATH = os.pathsep.join(map(str, (ROOT, MAKE, CORE, ENGINE, TUNING)))
+HELPERS = ("core", "engine", "tuning", "experts")
+CORE, ENGINE, TUNING, EXPERTS = (TESTS / "helpers" / name for name in HELPERS)
+PYTHONPATH = os.pathsep.join(map(str, (ROOT, MAKE, CORE, ENGINE, TUNING, EXPERTS)))
 """What pytest puts on ``sys.path`` (pyproject.toml), for processes that tests start."""

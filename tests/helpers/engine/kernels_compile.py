@@ -9,6 +9,7 @@ included. Prints the number of compiled variants.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import packed_cases as cases
@@ -17,8 +18,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from layer_streamer.llm.kernels import decode_launching, fixed_products, launching, tiles, unpacking
+from layer_streamer.llm.kernels import (
+    decode_launching,
+    fixed_products,
+    launching,
+    slot_tiles,
+    tiles,
+    unpacking,
+)
 from layer_streamer.llm.passes.splits import block_of, splits_of
+from layer_streamer.llm.weights.packed import Packed
 from layer_streamer.llm.weights.quants import BLOCK_TYPES
 
 compiled: dict[str, Any] = {}
@@ -86,6 +95,7 @@ def compile_all(dtype: torch.dtype, *, has_cores: bool) -> None:
             if tiles.multiplies(packed, x):
                 tiles.multiply(packed, x)
                 tiles.multiply(packed, x, bias_N=x[0])
+                compile_slots(packed, x)
     x, weight = torch.zeros(2, 3584, dtype=dtype), torch.zeros(3584, dtype=dtype)
     launching.launch_norm(x, x, weight, 1e-6)
     launching.launch_norm(x, None, weight.float(), 1e-6)
@@ -99,6 +109,19 @@ def compile_all(dtype: torch.dtype, *, has_cores: bool) -> None:
     launching.launch_rotate([heads], table, interleaved=True)
     for sizes in ((28, 4, 128, None), (32, 8, 64, 512), (8, 1, 256, None)):
         compile_decoding(*sizes, dtype)
+
+
+def compile_slots(packed: Packed, x: torch.Tensor) -> None:
+    """Products of a bank that has the matrix in two slots."""
+    parts = {name: torch.stack((part, part)) for name, part in packed.parts.items()}
+    bank, out = replace(packed, parts=parts), x.new_zeros(len(x), packed.rows)
+    slots = torch.zeros(len(x), dtype=torch.long)
+    ends = [len(x)]
+    assert slot_tiles.multiplies(bank, x)
+    for routed in (slot_tiles.one_by_one(slots), slot_tiles.route(slots, ends, [(0, 1)])):
+        slot_tiles.multiply(bank, x, routed, out, per_token=1)
+        slot_tiles.multiply(bank, x, routed, out)
+    slot_tiles.add_up(out, torch.zeros(len(x), 1))
 
 
 def compile_decoding(

@@ -228,12 +228,12 @@ def test_a_model_whose_layers_are_all_dense_is_no_mixture() -> None:
     assert config.experts is None and config.mixture(0) is None and config.widest_ffn == 96
 
 
-def test_passes_over_a_mixture_are_not_captured(tmp_path: Path) -> None:
+def test_passes_over_a_mixture_that_comes_whole_are_not_captured(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, zoo_model("olmoe"))
     config = load_config(path)
     with open_runner(path, config) as runner:
         reason = obstacle(runner.streamer, runner.kv, config)
-        assert reason == "which experts compute is known only while a pass runs"
+        assert reason and reason.startswith("experts come with their layers, and who computes")
     assert captured_rows(torch.device("cuda"), config) == 0
 
 

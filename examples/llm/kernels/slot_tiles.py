@@ -1,0 +1,207 @@
+"""Products of many tokens with the experts that they chose, in one launch, on tensor cores.
+
+Experts lie in slots of one bank. Pairs of a token and an expert that it passes are taken in the
+order of experts: a program has some that pass the same one, and some of its rows, as a program of
+``tile_products`` has tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from ..weights.packed import Packed
+from . import tiles
+from .code_floats import ONE
+from .pointwise import rounded
+from .tile_products import tile_totals
+from .unpacking import CHUNK, EXACT
+
+SUMS_BLOCK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Pairs of tokens and experts, sorted by experts."""
+
+    tiles_N3: torch.Tensor
+    """Of each program's pairs: the slot of their expert, the first of them, the end; int32."""
+    order_P: torch.Tensor
+    """Which pair each of the sorted ones is, token by token; int32."""
+    at_once: int
+    """Pairs of a program, at most."""
+
+
+def route(order_P: torch.Tensor, ends: Sequence[int], slots: Sequence[tuple[int, int]]) -> Routed:
+    """Programs for experts, given (expert, slot) of each. ``ends``: of each expert's pairs among
+    the sorted ones, whose numbers before were ``order_P``. To be waited for by nobody."""
+    starts = [0, *ends]
+    counts = [ends[expert] - starts[expert] for expert, _ in slots]
+    least, most = min(tiles.SHAPES), max(tiles.SHAPES)
+    mean = -(-sum(counts) // max(len(counts), 1))
+    at_once = min(max(triton.next_power_of_2(mean), least), most)
+    found = [
+        (slot, first, min(first + at_once, ends[expert]))
+        for expert, slot in slots
+        for first in range(starts[expert], ends[expert], at_once)
+    ]
+    numbers = torch.from_numpy(np.array(found, dtype=np.int32).reshape(-1, 3))
+    return Routed(numbers.to(order_P.device, non_blocking=True), order_P.int(), at_once)
+
+
+def one_by_one(slots_P: torch.Tensor) -> Routed:
+    """A program for each pair, whose experts are in these slots, token by token."""
+    order = torch.arange(len(slots_P), dtype=torch.int32, device=slots_P.device)
+    tiles_N3 = torch.stack((slots_P.int(), order, order + 1), 1)
+    return Routed(tiles_N3, order, min(tiles.SHAPES))
+
+
+def multiplies(bank: Packed, x_TD: torch.Tensor) -> bool:
+    """True: ``multiply`` can be called with this bank: parts have a dimension for slots, the
+    first."""
+    if bank.format not in tiles.STEPS or _codes(bank).stride(0) * _codes(bank).itemsize % 4:
+        return False
+    return tiles.multiplies(_first(bank), x_TD)
+
+
+def multiply(
+    bank: Packed, x: torch.Tensor, routed: Routed, out: torch.Tensor, *, per_token: int = 0
+) -> None:
+    """out = x times the transposed matrix of each pair's expert, (P, rows).
+
+    ``per_token``: x has a row for each token, which so many pairs share, and ``out`` gets pairs as
+    they are sorted; 0: x has a row for each sorted pair, and ``out`` gets them token by token.
+    """
+    shape = tiles.SHAPES[routed.at_once]
+    step = tiles.STEPS[bank.format]
+    codes, scale, strides, nbytes = tiles.parts_of(_first(bank))
+    own = _codes(bank)
+    slot_scales = bank.parts["scale"].stride(0) if "scale" in bank.parts else 0
+    grid = (len(routed.tiles_N3), triton.cdiv(bank.rows, shape.rows))
+    if not grid[0]:
+        return
+    multiply_in_slots[grid](
+        codes,
+        scale,
+        x,
+        out,
+        routed.tiles_N3,
+        routed.order_P,
+        bank.rows,
+        bank.width,
+        max(per_token, 1),
+        ONE,
+        own.stride(0) * own.itemsize,
+        slot_scales,
+        *strides,
+        KIND=bank.format,
+        NBYTES=nbytes,
+        GROUP=bank.group // CHUNK,
+        STEP=(step.piece, step.chunk, step.chunks),
+        EVEN=bank.width % (step.chunk * step.chunks) == 0,
+        GATHERS=bool(per_token),
+        ROWS=shape.rows,
+        TOKENS=routed.at_once,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+        **EXACT,
+    )
+
+
+def add_up(y_PD: torch.Tensor, shares_TK: torch.Tensor) -> torch.Tensor:
+    """Of pairs, token by token, each token's sum of y times what they count, float32 until it is
+    rounded to y's dtype."""
+    (tokens, per_token), width = shares_TK.shape, y_PD.shape[1]
+    out_TD = y_PD.new_empty(tokens, width)
+    add_pairs[(tokens, triton.cdiv(width, SUMS_BLOCK))](
+        y_PD, shares_TK, out_TD, width, PER_TOKEN=per_token, BLOCK=SUMS_BLOCK, **EXACT
+    )
+    return out_TD
+
+
+def _codes(bank: Packed) -> torch.Tensor:
+    return bank.parts["raw" if "raw" in bank.parts else "packed"]
+
+
+def _first(bank: Packed) -> Packed:
+    """What is in the first slot."""
+    return replace(bank, parts={name: part[0] for name, part in bank.parts.items()})
+
+
+@triton.jit(do_not_specialize=["rows", "per_token", "one"])
+def multiply_in_slots(  # noqa: PLR0913 - a kernel has no records
+    codes: tl.tensor,
+    scale: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    tiles: tl.tensor,
+    order: tl.tensor,
+    rows: int,
+    width: int,
+    per_token: int,
+    one: int,
+    slot_nbytes: int,
+    slot_scales: int,
+    pieces: int,
+    scale_row: int,
+    scale_group: int,
+    KIND: tl.constexpr,
+    NBYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    EVEN: tl.constexpr,
+    GATHERS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+) -> None:
+    """y from x and matrices ``slot_nbytes`` of codes and ``slot_scales`` scales apart. GATHERS: of
+    x what sorted pairs come from; else they are written to where they came from."""
+    CHUNK: tl.constexpr = STEP[1]
+    CHUNKS: tl.constexpr = STEP[2]
+    tile = tiles + tl.program_id(0) * 3
+    slot, first, end = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    pair = first + tl.arange(0, TOKENS)
+    sorted_pair = tl.minimum(pair, end - 1)
+    came_from = tl.load(order + sorted_pair).to(tl.int64)
+    if GATHERS:
+        from_row, to_row = came_from // per_token, sorted_pair.to(tl.int64)
+    else:
+        from_row, to_row = sorted_pair.to(tl.int64), came_from
+    own_row = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]
+    lines = codes + slot * slot_nbytes + own_row * (pieces * NBYTES)
+    scales = scale + slot * slot_scales + own_row * scale_row
+    numbers = x + from_row[None, :] * width
+    total = tile_totals(
+        lines, scales, numbers, 0, tl.cdiv(width, CHUNKS * CHUNK), width, scale_group, one,
+        KIND, GROUP, STEP, EVEN, TOKENS,
+    )  # fmt: skip
+    inside = row[:, None] < rows
+    number = rounded(total, y, row[:, None], inside, y.dtype.element_ty, False)
+    tl.store(y + to_row[None, :] * rows + row[:, None], number, mask=inside & (pair < end)[None, :])
+
+
+@triton.jit
+def add_pairs(
+    y: tl.tensor,
+    shares: tl.tensor,
+    out: tl.tensor,
+    width: int,
+    PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A program adds up some numbers of a token's PER_TOKEN pairs, in their order."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(PER_TOKEN):
+        pair = token * PER_TOKEN + k
+        number = tl.load(y + pair * width + column, mask=inside, other=0).to(tl.float32)
+        total += number * tl.load(shares + pair)
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,73 @@
+"""Captured passes over mixtures whose experts come on demand, against launched ones: run by
+test_llm_slot_products.py, in Triton's interpreter or on a GPU, as decode_against_streamed.py is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from assets import relative_error
+from decode_against_streamed import FEW, opened, passes
+from packed_models import write_packed
+from zoo import IDS, MIXTURES, zoo_model
+
+from layer_streamer.llm.kernels import slot_tiles
+from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.passes.runner import Runner
+
+SLOTS = {"all": 10_000, "some": 14, "few": 5}
+"""Of all layers. Five hold what a token passes, but not always what two do."""
+ROUNDED = 2e-2
+"""What logits in float16 may differ by, where an expert that is as good as another may be chosen in
+its place."""
+PROMPTS, STEPS = ((2, 5), 2) if FEW else ((23, 50), 4)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Programs of each product of experts in slots that was launched."""
+    found, multiply = list[int](), slot_tiles.multiply
+
+    def heed(bank: Any, x: Any, routed: slot_tiles.Routed, out: Any, **named: Any) -> None:
+        found.append(len(routed.tiles_N3))
+        multiply(bank, x, routed, out, **named)
+
+    monkeypatch.setattr(slot_tiles, "multiply", heed)
+    yield found
+
+
+def run(path: Path, rows: int, look: Callable[[Runner], Any] = passes, **options: Any) -> Any:
+    """Logits of prompts, then of some tokens of each row, captured unless ``rows`` is 0, and what
+    ``look`` says at the end."""
+    given = {"experts": "demand", "device_budget": "1GiB", "dtype": torch.float16}
+    with opened(path, load_config(path), rows=rows, **given | options) as runner:
+        prompts = [IDS[k : k + n] for k, n in enumerate(PROMPTS)]
+        places = [runner.kv.rows.add(len(ids) + STEPS) for ids in prompts]
+        found = [runner.forward(list(zip(places, prompts, strict=True)))]
+        for i in range(STEPS):
+            found.append(runner.forward([(row, [IDS[i + k]]) for k, row in enumerate(places)]))
+        return torch.cat(found).float().cpu(), look(runner)
+
+
+def packed_checkpoint(tmp_path: Path, name: str) -> Path:
+    """A mixture in words of four bits."""
+    model = zoo_model(name)
+    write_packed(tmp_path / "packed", model, "ct4-g32")
+    return tmp_path / "packed"
+
+
+@pytest.mark.parametrize("slots", ["some"] if FEW else SLOTS)
+@pytest.mark.parametrize("name", ["qwen2_moe-dense"] if FEW else MIXTURES)
+def test_captured_mixtures_give_the_logits_of_launched_ones(
+    tmp_path: Path, name: str, slots: str, launched: list[int]
+) -> None:
+    path = packed_checkpoint(tmp_path, name)
+    expected, none = run(path, 0, expert_slots=SLOTS[slots])
+    found, (captured, whole) = run(
+        path, 2, lambda runner: (passes(runner), runner.captures_passes), expert_slots=SLOTS[slots]
+    )
+    assert (none, captured, whole) == (0, STEPS, slots == "all")
+    assert launched and relative_error(found, expected) <= ROUNDED

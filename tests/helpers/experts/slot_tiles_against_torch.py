@@ -1,0 +1,112 @@
+"""Products of many tokens with experts in slots, against plain torch: run by
+test_llm_slot_products.py, in a process of its own, in Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import packed_cases as cases
+import pytest
+import torch
+from tiles_against_torch import DEVICE, DTYPES, blocks, random_x, rows_of
+
+from layer_streamer.llm.kernels import slot_tiles
+from layer_streamer.llm.weights.packed import Packed
+
+SLOTS, ROWS, PER_TOKEN = 5, 70, 2
+
+
+def matrix(kind: str, seed: int) -> Packed:
+    torch.manual_seed(seed)
+    if kind == "ct4":
+        return cases.integers("ct4", ROWS, 160, 32, dtype=torch.float16)
+    if kind == "ct8, channel":
+        return cases.integers("ct8", ROWS, 96)
+    return blocks(kind, ROWS, 512 if kind in ("Q4_K", "Q6_K") else 160)
+
+
+def bank_of(matrices: list[Packed]) -> Packed:
+    """In slots as a pool has them, which have some bytes more than the matrix."""
+    parts = {}
+    for name, first in matrices[0].parts.items():
+        slab = torch.full((len(matrices), first.numel() + 64), 127, dtype=first.dtype)
+        bank = slab[:, 16 : 16 + first.numel()].unflatten(1, first.shape)
+        for slot, own in enumerate(matrices):
+            bank[slot] = own.parts[name]
+        parts[name] = bank
+    return replace(matrices[0], parts=parts)
+
+
+def routed(ids_TK: torch.Tensor, slots: dict[int, int]) -> slot_tiles.Routed:
+    """As the engine has it: experts ascending, pairs of each by tokens."""
+    sorted_P, order_P = ids_TK.flatten().sort(stable=True)
+    count = int(ids_TK.max()) + 1
+    ends = torch.searchsorted(sorted_P, torch.arange(count), right=True).tolist()
+    return slot_tiles.route(order_P.to(DEVICE), ends, sorted(slots.items()))
+
+
+def chosen(tokens: int, experts: int) -> torch.Tensor:
+    torch.manual_seed(tokens)
+    return torch.stack([torch.randperm(experts)[:PER_TOKEN].sort().values for _ in range(tokens)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q4_0", "Q8_0", "ct4", "ct8, channel"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_each_pair_is_multiplied_by_its_own_expert(
+    kind: str, tokens: int, dtype: torch.dtype
+) -> None:
+    matrices = [matrix(kind, seed) for seed in range(SLOTS)]
+    bank = cases.on(bank_of(matrices), DEVICE)
+    ids_TK, slots = chosen(tokens, 4), {0: 3, 1: 0, 2: 4, 3: 1}
+    x_TD = random_x(tokens, bank.width, dtype)
+    assert slot_tiles.multiplies(bank, x_TD.to(DEVICE))
+    pairs, found = routed(ids_TK, slots), torch.full((tokens * PER_TOKEN, ROWS), torch.nan)
+    found = found.to(DEVICE, dtype)
+    slot_tiles.multiply(bank, x_TD.to(DEVICE), pairs, found, per_token=PER_TOKEN)
+    for at, pair in enumerate(pairs.order_P.tolist()):
+        weight = rows_of(matrices[slots[int(ids_TK.flatten()[pair])]], dtype).double()
+        x = x_TD[pair // PER_TOKEN].double()
+        error = (found[at].cpu().double() - weight @ x).abs()
+        half_ulp = torch.finfo(dtype).eps / 2
+        assert (
+            error <= 1.01 * half_ulp * (weight @ x).abs() + 2**-20 * (weight.abs() @ x.abs())
+        ).all()
+
+
+def test_sorted_pairs_are_written_to_where_they_came_from() -> None:
+    matrices = [matrix("ct4", seed) for seed in range(SLOTS)]
+    bank, ids_TK = cases.on(bank_of(matrices), DEVICE), chosen(30, 5)
+    pairs = routed(ids_TK, {i: i for i in range(5)})
+    x_PD = random_x(60, bank.width, DTYPES[0])
+    straight, back = (torch.full((60, ROWS), torch.nan).to(DEVICE, DTYPES[0]) for _ in range(2))
+    slot_tiles.multiply(bank, x_PD.to(DEVICE), pairs, straight, per_token=1)
+    order = pairs.order_P.long().cpu()
+    slot_tiles.multiply(bank, x_PD[order].to(DEVICE), pairs, back)
+    assert torch.equal(back.cpu()[order], straight.cpu())
+
+
+def test_some_experts_alone_leave_the_pairs_of_others_as_they_are() -> None:
+    matrices = [matrix("ct4", seed) for seed in range(SLOTS)]
+    bank, ids_TK = cases.on(bank_of(matrices), DEVICE), chosen(30, 5)
+    pairs = routed(ids_TK, {1: 4, 3: 2})
+    found = torch.full((60, ROWS), torch.nan).to(DEVICE, DTYPES[0])
+    slot_tiles.multiply(bank, random_x(60, bank.width, DTYPES[0]).to(DEVICE), pairs, found)
+    theirs = torch.isin(ids_TK.flatten(), torch.tensor([1, 3]))
+    assert not found.cpu()[theirs].isnan().any() and found.cpu()[~theirs].isnan().all()
+
+
+def test_pairs_without_an_expert_are_no_launch() -> None:
+    bank = cases.on(bank_of([matrix("ct4", 0)]), DEVICE)
+    pairs = slot_tiles.route(torch.empty(0, dtype=torch.int64, device=DEVICE), [0, 0], [])
+    x = torch.empty(0, bank.width, dtype=DTYPES[0], device=DEVICE)
+    slot_tiles.multiply(bank, x, pairs, x.new_empty(0, ROWS))
+
+
+def test_a_bank_whose_slots_are_no_multiples_of_words_is_not_served() -> None:
+    bank = bank_of([matrix("Q4_0", seed) for seed in range(2)])
+    raw = bank.parts["raw"]
+    odd = torch.zeros(2 * raw[0].numel() + 9, dtype=torch.uint8)
+    odd = odd.as_strided(raw.shape, (raw[0].numel() + 2, *raw.stride()[1:]))
+    served = replace(bank, parts={"raw": odd})
+    assert not slot_tiles.multiplies(cases.on(served, DEVICE), random_x(3, bank.width, DTYPES[0]))
