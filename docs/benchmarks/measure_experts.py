@@ -39,7 +39,7 @@ from layer_streamer.llm.models import feed_forward
 from layer_streamer.llm.passes import captured_mixture
 
 CONTEXT, NEW, WARM, DRAWS = 128, 128, 64, 1024
-WAYS = ("demand", "whole", "all")
+WAYS = ("demand", "all", "whole")
 SIZES = (600_000, 1_800_000, 2_700_000, 13_200_000)
 """Of a matrix of Qwen3.6-35B-A3B, an expert of it, of Qwen3-30B-A3B and of gpt-oss, in 4 bits."""
 
@@ -104,10 +104,11 @@ def decode(engine: StreamingEngine, args: argparse.Namespace) -> dict[str, Any]:
     engine._runner.forward = forward  # type: ignore[method-assign]
     link = Link(engine.streamer.device)
     link.measure()
-    found = run(engine, [prompt_of(CONTEXT)], WARM + NEW + 1)
+    warm, new = (8, 8) if args.child == "whole" else (WARM, NEW)
+    found = run(engine, [prompt_of(CONTEXT)], warm + new + 1)
     link.measure()
-    steps = zipf.steps(zipf.turn - WARM - NEW + 1, WARM + NEW)
-    seconds, reports = found["decode"][WARM:], reports[-NEW:]
+    steps = zipf.steps(zipf.turn - warm - new + 1, warm + new)
+    seconds, reports = found["decode"][warm:], reports[-new:]
     record = {"decode": seconds, "link": link.rates, "weight_bytes": found["weight_bytes"]}
     if reports[0] is None or args.child == "all":
         return record
@@ -151,16 +152,21 @@ def copies(device: torch.device) -> list[dict[str, float]]:
             once = partial(copy_pieces, there, places, home, places[::-1].copy(), nbytes, stream)
             once()
             wait(device)
-            seconds = []
+            seconds, on_device = [], []
             for _ in range(20):
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 began = time.perf_counter()
+                first.record(stream)
                 once()
+                last.record(stream)
                 stream.synchronize()
                 seconds.append(time.perf_counter() - began)
-            found.append({"size": size, "count": count, "seconds": median(seconds)})
+                on_device.append(first.elapsed_time(last) / 1000)
+            row = {"size": size, "count": count, "seconds": median(seconds)}
+            found.append(row | {"on_device": median(on_device)})
     link.measure()
     return [
-        row | {"share": row["size"] * row["count"] / row["seconds"] / link.rate} for row in found
+        row | {"share": row["size"] * row["count"] / row["on_device"] / link.rate} for row in found
     ]
 
 
@@ -187,9 +193,10 @@ def describe(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None
     for row in found["copies"]["copies"]:
         print(
             f"{row['count']:>3} experts of {row['size'] / 1e6:5.1f} MB at once: "
-            f"{row['share']:.3f} of the link, {row['seconds'] * 1e3:.3f} ms"
+            f"{row['share']:.3f} of the link, {row['on_device'] * 1e3:.3f} ms; until the host "
+            f"knows, {row['seconds'] * 1e3:.3f}"
         )
-    demand, whole, there = (found[way] for way in WAYS)
+    demand, there, whole = (found[way] for way in WAYS)
     seconds, compute = median(demand["decode"]), median(there["decode"])
     bound = demand["missed_bytes"] / max(demand["link"]) + compute
     trace, layers = demand["of_trace"], median(whole["decode"])

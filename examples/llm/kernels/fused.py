@@ -29,6 +29,8 @@ KERNEL_FORMATS = frozenset(
 
 WIDEST_TOKEN = 1 << 15
 """Numbers that one program can norm."""
+MOST_EXPERTS = 1024
+"""Of which one program chooses."""
 
 
 Pairs = Any
@@ -149,6 +151,69 @@ def multiply_alike(
 def slot_kernels(device: torch.device) -> ModuleType | None:
     """Products with experts that lie in slots, ``slot_tiles``; None: Triton does not serve."""
     return _kernels("slot_tiles") if triton_serves(device) else None
+
+
+def slots_multiply(bank: Packed, x_TD: torch.Tensor) -> bool:
+    """True: ``multiply_slots`` serves."""
+    if x_TD.dtype == torch.float64 or not triton_serves(x_TD.device):
+        return False
+    return bool(_kernels("slot_products").serves(bank, x_TD))
+
+
+def multiply_slots(
+    bank: Packed,
+    x_TD: torch.Tensor,
+    slots_P: torch.Tensor,
+    per_x: int = 1,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Of pair p, row p // per_x of x times the transposed matrix in slot ``slots_P[p]``, plus that
+    of ``bias`` (slots, rows): (P, rows). Only where ``slots_multiply``.
+
+    ``bank`` is a matrix as any, but for a first dimension of its parts, the slots. ``slots_P`` is
+    read on the device alone, and must name no slot that is not there.
+    """
+    with current(x_TD):
+        found: torch.Tensor = _kernels("slot_products").launch_slots(
+            bank, x_TD, slots_P, per_x, bias
+        )
+    return found
+
+
+def combine(
+    y_PD: torch.Tensor, shares_TK: torch.Tensor, added_TD: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(T, D): what K experts made of each token, y (T * K, D), by their shares: float32 sums in
+    the order of k, rounded once to y's dtype; and ``added``, of that dtype, added to that. Only
+    where Triton serves."""
+    with current(y_PD):
+        mixed: torch.Tensor = _kernels("launching").launch_combine(y_PD, shares_TK, added_TD)
+    return mixed
+
+
+def kernel_chooses(logits_TX: torch.Tensor) -> bool:
+    """True: ``choose`` serves."""
+    return logits_TX.shape[1] <= MOST_EXPERTS and triton_serves(logits_TX.device)
+
+
+def choose(
+    logits_TX: torch.Tensor,
+    per_token: int,
+    *,
+    normed: bool,
+    rounded: bool,
+    over_chosen: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``feed_forward.route`` in one launch, experts ascending, the first of equals: ids int64 and
+    shares float32, (T, K). Only where ``kernel_chooses``.
+
+    ``over_chosen``: shares are a softmax over the chosen alone.
+    """
+    with current(logits_TX):
+        found: tuple[torch.Tensor, torch.Tensor] = _kernels("launching").launch_choose(
+            logits_TX, per_token, normed=normed, rounded=rounded, over_chosen=over_chosen
+        )
+    return found
 
 
 def kernel_rotates(x_HTE: torch.Tensor, table_2TE: torch.Tensor) -> bool:

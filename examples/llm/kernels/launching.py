@@ -26,7 +26,7 @@ PRODUCTS = {
 """Tiles are (rows for one token, pieces of a step): 32 pieces or more for each warp. Pieces and
 warps, and with them the order of sums, are the same for any number of tokens."""
 
-_PIECE = {"ct4": 32, "ct8": 32, "Q4_0": 16, "Q8_0": 8, "Q4_K": 64}
+PIECE = {"ct4": 32, "ct8": 32, "Q4_0": 16, "Q8_0": 8, "Q4_K": 64}
 """Weights of a piece."""
 
 PRODUCT_ALTERNATIVES: tuple[tuple[Tile, int], ...] = (
@@ -70,7 +70,7 @@ def multiply(
     own = launch or PRODUCTS[packed.format]
     height, pieces = own.tile
     if launch is None:
-        height = _rows_at_once(own, packed.rows, at_once)
+        height = rows_at_once(own, packed.rows, at_once)
     y_TN = x_TD.new_empty(tokens, packed.rows)
     parts, bits = packed.parts, 8 if "8" in packed.format else 4
     tile: dict[str, Any] = {"TOKENS": at_once, "ROWS": height, "PIECES": pieces}
@@ -91,7 +91,7 @@ def multiply(
         y_TN,
         packed.rows,
         tokens,
-        packed.width // _PIECE[packed.format],
+        packed.width // PIECE[packed.format],
         ONE,
         *strides,
         BIAS=bias_N is not None,
@@ -101,7 +101,7 @@ def multiply(
     return y_TN
 
 
-def _rows_at_once(launch: Launch, rows: int, at_once: int) -> int:
+def rows_at_once(launch: Launch, rows: int, at_once: int) -> int:
     """How many rows a program has; the order of sums does not depend on it."""
     height, pieces = launch.tile
     threads = 32 * launch.warps
@@ -182,3 +182,54 @@ def launch_rotate(
         **EXACT,
     )
     return turned
+
+
+COMBINE_BLOCK = 512
+
+
+def launch_combine(
+    y_PD: torch.Tensor, shares_TK: torch.Tensor, added_TD: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(T, D): each token's K rows of y (T * K, D), in their order, times its shares, float32,
+    summed in float32 and rounded to y's dtype; plus ``added``. All contiguous, of one dtype."""
+    (tokens, per_token), width = shares_TK.shape, y_PD.shape[1]
+    out_TD = y_PD.new_empty(tokens, width)
+    pointwise.combine_shares[(tokens, triton.cdiv(width, COMBINE_BLOCK))](
+        y_PD,
+        shares_TK,
+        out_TD if added_TD is None else added_TD,
+        out_TD,
+        width,
+        ADD=added_TD is not None,
+        K=per_token,
+        BLOCK=COMBINE_BLOCK,
+        num_warps=4,
+        **EXACT,
+    )
+    return out_TD
+
+
+MOST_EXPERTS = 1024
+
+
+def launch_choose(
+    logits_TX: torch.Tensor, per_token: int, *, normed: bool, rounded: bool, over_chosen: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's experts, int64, ascending, and their shares, float32, (T, K) both, from
+    contiguous logits of at most MOST_EXPERTS."""
+    tokens, count = logits_TX.shape
+    ids_TK = logits_TX.new_empty(tokens, per_token, dtype=torch.int64)
+    shares_TK = logits_TX.new_empty(tokens, per_token, dtype=torch.float32)
+    pointwise.choose_experts[(tokens,)](
+        logits_TX,
+        ids_TK,
+        shares_TK,
+        count,
+        K=per_token,
+        NORMED=normed,
+        OVER_CHOSEN=over_chosen,
+        ROUNDED=rounded,
+        BLOCK=triton.next_power_of_2(count),
+        num_warps=max(1, min(4, count // 128)),
+    )
+    return ids_TK, shares_TK

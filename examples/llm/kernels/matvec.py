@@ -198,6 +198,32 @@ def add_scaled(
     return added
 
 
+@triton.jit
+def sums_of_words(  # noqa: PLR0913
+    words: tl.tuple,
+    scales: tl.tuple,
+    x: tl.tuple,
+    pieces: int,
+    one: int,
+    scale_group: int,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
+) -> tl.tuple:
+    """Of tokens and rows, the sums that threads have: see ``multiply_words``."""
+    total = zeros(TOKENS * ROWS, PIECES)
+    for step in range(0, pieces, PIECES):
+        own = step + tl.arange(0, PIECES)
+        piece = tl.minimum(own, pieces - 1)
+        factors = load_scales(scales, piece, scale_group, GROUP, ROWS)
+        held, more = load_words(words, piece, BITS, ROWS)
+        parts = piece_products(held, more, x, piece * 32, one, BITS, TOKENS, ROWS)
+        total = add_scaled(total, parts, factors, own < pieces, TOKENS, ROWS)
+    return total
+
+
 @triton.jit(do_not_specialize=["rows", "tokens", "one"])
 def multiply_words(  # noqa: PLR0913
     codes: tl.tensor,
@@ -225,12 +251,6 @@ def multiply_words(  # noqa: PLR0913
     words = own_rows(codes.to(tl.pointer_type(tl.uint32)), code_pieces * BITS, rows, ROWS)
     scales = own_rows(scale, scale_row, rows, ROWS)
     numbers = own_tokens(x, 32 * pieces, tokens, TOKENS)
-    total = zeros(TOKENS * ROWS, PIECES)
-    for step in range(0, pieces, PIECES):
-        own = step + tl.arange(0, PIECES)
-        piece = tl.minimum(own, pieces - 1)
-        factors = load_scales(scales, piece, scale_group, GROUP, ROWS)
-        held, more = load_words(words, piece, BITS, ROWS)
-        parts = piece_products(held, more, numbers, piece * 32, one, BITS, TOKENS, ROWS)
-        total = add_scaled(total, parts, factors, own < pieces, TOKENS, ROWS)
+    total = sums_of_words(words, scales, numbers, pieces, one, scale_group,
+                          BITS, GROUP, TOKENS, ROWS, PIECES)  # fmt: skip
     store_sums(y, bias, total, rows, tokens, BIAS, TOKENS, ROWS)

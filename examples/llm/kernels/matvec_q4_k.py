@@ -138,6 +138,27 @@ def add_blocks(  # noqa: PLR0913
     return added
 
 
+@triton.jit
+def sums_of_q4_k(  # noqa: PLR0913
+    words: tl.tuple,
+    x: tl.tuple,
+    pieces: int,
+    one: int,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
+) -> tl.tuple:
+    """Of tokens and rows, the sums that threads have: see ``multiply_q4_k``."""
+    total = zeros(TOKENS * ROWS, PIECES)
+    for step in range(0, pieces, PIECES):
+        own = step + tl.arange(0, PIECES)
+        piece = tl.minimum(own, pieces - 1)
+        heads, codes, more = load_blocks(words, piece, ROWS)
+        products = two_groups(codes, more, x, piece * 64, one, TOKENS, ROWS)
+        total = add_blocks(total, heads, products, piece, own < pieces, one, TOKENS, ROWS)
+    return total
+
+
 @triton.jit(do_not_specialize=["rows", "tokens", "one"])
 def multiply_q4_k(  # noqa: PLR0913 - a kernel has no records
     raw: tl.tensor,
@@ -157,11 +178,5 @@ def multiply_q4_k(  # noqa: PLR0913 - a kernel has no records
     (tokens, 64 * pieces), y (tokens, rows)."""
     words = own_rows(raw.to(tl.pointer_type(tl.uint32)), pieces // 4 * 36, rows, ROWS)
     numbers = own_tokens(x, 64 * pieces, tokens, TOKENS)
-    total = zeros(TOKENS * ROWS, PIECES)
-    for step in range(0, pieces, PIECES):
-        own = step + tl.arange(0, PIECES)
-        piece = tl.minimum(own, pieces - 1)
-        heads, codes, more = load_blocks(words, piece, ROWS)
-        products = two_groups(codes, more, numbers, piece * 64, one, TOKENS, ROWS)
-        total = add_blocks(total, heads, products, piece, own < pieces, one, TOKENS, ROWS)
+    total = sums_of_q4_k(words, numbers, pieces, one, TOKENS, ROWS, PIECES)
     store_sums(y, bias, total, rows, tokens, BIAS, TOKENS, ROWS)

@@ -157,3 +157,76 @@ def add_splits(  # noqa: PLR0913
         total += tl.load(sums + at + split * count, mask=inside, other=0)
     number = rounded(total, bias, at % rows, inside, y.dtype.element_ty, BIAS)
     tl.store(y + at, number, mask=inside)
+
+
+@triton.jit
+def combine_shares(  # noqa: PLR0913 - a kernel has no records
+    y: tl.tensor,
+    shares: tl.tensor,
+    added: tl.tensor,
+    out: tl.tensor,
+    width: int,
+    ADD: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """out (T, width) = the sum of a token's K rows of y, from the first on, times their shares;
+    rounded, and ``added`` added to that, if ADD."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        pair = token * K + k
+        one = tl.load(y + pair * width + column, mask=inside, other=0).to(tl.float32)
+        total += one * tl.load(shares + pair)
+    mixed = total.to(out.dtype.element_ty)
+    if ADD:
+        more = tl.load(added + token * width + column, mask=inside, other=0).to(tl.float32)
+        mixed = (mixed.to(tl.float32) + more).to(out.dtype.element_ty)
+    tl.store(out + token * width + column, mixed, mask=inside)
+
+
+@triton.jit
+def choose_experts(  # noqa: PLR0913 - a kernel has no records
+    logits: tl.tensor,
+    ids: tl.tensor,
+    shares: tl.tensor,
+    experts: int,
+    K: tl.constexpr,
+    NORMED: tl.constexpr,
+    OVER_CHOSEN: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A program finds the K experts of a token, ascending, and what each counts.
+
+    An expert's rank is its logit's bits as an integer of the same order, above the number of
+    experts behind it: of equals the first wins, and K are found whatever the logits are. BLOCK is
+    at most 1024.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BLOCK)
+    inside = expert < experts
+    logit = tl.load(logits + token * experts + expert, mask=inside, other=0).to(tl.float32)
+    bits = tl.where(logit == 0, 0.0, logit).to(tl.int32, bitcast=True)
+    bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)  # any NaN
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    rank = tl.where(inside, order * 1024 + (1023 - expert), -(1 << 62))
+    left = rank
+    chosen = expert < 0
+    for _ in tl.static_range(K):
+        best = left == tl.max(left, axis=0)
+        chosen = chosen | best
+        left = tl.where(best, -(1 << 62), left)
+    counted = chosen if OVER_CHOSEN else inside
+    logit = tl.where(inside, logit, -float("inf"))
+    power = tl.where(counted, tl.exp(logit - tl.max(logit, axis=0)), 0.0)
+    share = tl.div_rn(power, tl.sum(power, axis=0))
+    if NORMED:
+        share = tl.div_rn(share, tl.sum(tl.where(chosen, share, 0.0), axis=0))
+    if ROUNDED:
+        share = share.to(logits.dtype.element_ty).to(tl.float32)
+    place = token * K + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(ids + place, expert.to(tl.int64), mask=chosen)
+    tl.store(shares + place, share, mask=chosen)

@@ -22,8 +22,6 @@ from .pointwise import rounded
 from .tile_products import tile_totals
 from .unpacking import CHUNK, EXACT
 
-SUMS_BLOCK = 1024
-
 
 @dataclass(frozen=True, slots=True)
 class Routed:
@@ -113,17 +111,6 @@ def multiply(
     )
 
 
-def add_up(y_PD: torch.Tensor, shares_TK: torch.Tensor) -> torch.Tensor:
-    """Of pairs, token by token, each token's sum of y times what they count, float32 until it is
-    rounded to y's dtype."""
-    (tokens, per_token), width = shares_TK.shape, y_PD.shape[1]
-    out_TD = y_PD.new_empty(tokens, width)
-    add_pairs[(tokens, triton.cdiv(width, SUMS_BLOCK))](
-        y_PD, shares_TK, out_TD, width, PER_TOKEN=per_token, BLOCK=SUMS_BLOCK, **EXACT
-    )
-    return out_TD
-
-
 def _codes(bank: Packed) -> torch.Tensor:
     return bank.parts["raw" if "raw" in bank.parts else "packed"]
 
@@ -184,24 +171,3 @@ def multiply_in_slots(  # noqa: PLR0913 - a kernel has no records
     inside = row[:, None] < rows
     number = rounded(total, y, row[:, None], inside, y.dtype.element_ty, False)
     tl.store(y + to_row[None, :] * rows + row[:, None], number, mask=inside & (pair < end)[None, :])
-
-
-@triton.jit
-def add_pairs(
-    y: tl.tensor,
-    shares: tl.tensor,
-    out: tl.tensor,
-    width: int,
-    PER_TOKEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """A program adds up some numbers of a token's PER_TOKEN pairs, in their order."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    total = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(PER_TOKEN):
-        pair = token * PER_TOKEN + k
-        number = tl.load(y + pair * width + column, mask=inside, other=0).to(tl.float32)
-        total += number * tl.load(shares + pair)
-    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)

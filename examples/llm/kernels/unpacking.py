@@ -10,7 +10,7 @@ import triton
 
 from ..weights.packed import Packed
 from ..weights.quants import BLOCK_TYPES
-from . import awq, blocks32, blocks256, grouped
+from . import blocks32, blocks256, grouped
 
 CHUNK = 32
 """Weights that share a scale in every format that ``grouped`` knows."""
@@ -40,7 +40,7 @@ LAUNCHES = {
     "ct8": Launch(grouped.unpack_bytes, (2, 32)),
     "int8": Launch(grouped.unpack_bytes, (2, 32)),
     "fp8": Launch(grouped.unpack_bytes, (4, 32)),
-    "awq4": Launch(awq.unpack_awq, (16, 64), warps=8),
+    "awq4": Launch(grouped.unpack_awq, (16, 64), warps=8),
 }
 """Fixed, so that nothing is tuned while a model runs; bench_kernels.py tries others."""
 

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from ..kernels import fused
 from ..weights.weights import StepWeights
 from .config import ModelConfig
 from .experts import Experts
@@ -59,6 +60,9 @@ def choose(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What ``route`` says of tokens, each one's experts in ascending order."""
     logits_TX = weights.linear(x_TD, ROUTER)
+    if weights.arithmetic.by_slot and fused.kernel_chooses(logits_TX):
+        each, normed = experts.per_token, experts.normed
+        return fused.choose(logits_TX, each, normed=normed, rounded=experts.rounded)
     ids_TK, shares_TK = weights.arithmetic.each(partial(route, experts=experts), logits_TX)
     ids_TK, order_TK = ids_TK.sort()
     return ids_TK, shares_TK.gather(1, order_TK)

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from ..kernels import fused
+from ..weights.packed import Packed
 from ..weights.weights import StepWeights
 from .config import ModelConfig
 from .modules import MATRICES
@@ -33,8 +34,7 @@ def mix(
     Added up in float32, in the order of the experts' numbers. transformers rounds each term to the
     layer's dtype before, and adds them up in another order.
     """
-    by_slot = goes_by_slot(x_TD, weights)
-    if by_slot and len(x_TD) <= FEW:
+    if len(x_TD) <= FEW and goes_by_token(x_TD, weights):
         slots_P = weights.slots_of(ids_TK)
         if slots_P is not None:
             return mix_by_token(x_TD, slots_P, shares_TK, weights, config)
@@ -42,19 +42,29 @@ def mix(
     assert experts is not None
     sorted_P, order_P = ids_TK.flatten().sort(stable=True)  # and of each expert by tokens
     ends = torch.searchsorted(sorted_P, torch.arange(experts.count, device=x_TD.device), right=True)
-    way = _mix_by_expert if by_slot else _mix_one_by_one
+    way = _mix_by_expert if _goes_by_expert(x_TD, weights) else _mix_one_by_one
     # The only wait for the device.
     return way(x_TD, (order_P, ends.tolist()), shares_TK, weights, config)
 
 
-def goes_by_slot(x_TD: torch.Tensor, weights: StepWeights) -> bool:
+def goes_by_token(x_TD: torch.Tensor, weights: StepWeights) -> bool:
     """True: ``mix_by_token`` can be called."""
     if not weights.on_demand or not weights.arithmetic.by_slot:
         return False
+    banks = (weights.in_slots(matrix) for matrix in MATRICES)
+    return all(fused.slots_multiply(bank, x_TD) or _in_tiles(bank, x_TD) for bank in banks)
+
+
+def _goes_by_expert(x_TD: torch.Tensor, weights: StepWeights) -> bool:
+    """True: ``_mix_by_expert`` can be called."""
+    if not weights.on_demand or not weights.arithmetic.by_slot:
+        return False
+    return all(_in_tiles(weights.in_slots(matrix), x_TD) for matrix in MATRICES)
+
+
+def _in_tiles(bank: Packed, x_TD: torch.Tensor) -> bool:
     kernels = fused.slot_kernels(x_TD.device)
-    return kernels is not None and all(
-        kernels.multiplies(weights.in_slots(matrix), x_TD) for matrix in MATRICES
-    )
+    return kernels is not None and bool(kernels.multiplies(bank, x_TD))
 
 
 def mix_by_token(
@@ -65,13 +75,25 @@ def mix_by_token(
     config: ModelConfig,
 ) -> torch.Tensor:
     """``mix`` where experts lie in these slots, token by token: it waits for nothing."""
-    kernels = fused.slot_kernels(x_TD.device)
+    gate, up, down = (weights.in_slots(matrix) for matrix in MATRICES)
+    each = shares_TK.shape[1]
+    gate_PF = _multiply_slots(gate, x_TD, slots_P, each)
+    up_PF = _multiply_slots(up, x_TD, slots_P, each)
+    gated_PF = weights.arithmetic.gated(gate_PF, up_PF, config.family.activation)
+    return fused.combine(_multiply_slots(down, gated_PF, slots_P, 1), shares_TK)
+
+
+def _multiply_slots(
+    bank: Packed, x: torch.Tensor, slots_P: torch.Tensor, per_x: int
+) -> torch.Tensor:
+    """Of each pair, a row of x, which so many share, times its expert's matrix: (P, rows)."""
+    if fused.slots_multiply(bank, x):
+        return fused.multiply_slots(bank, x, slots_P, per_x)
+    kernels, y_PN = fused.slot_kernels(x.device), x.new_empty(len(slots_P), bank.rows)
     assert kernels is not None
-    with fused.current(x_TD):
-        pairs = kernels.one_by_one(slots_P)
-        y_PD = x_TD.new_empty(len(slots_P), x_TD.shape[1])
-        _products(x_TD, y_PD, pairs, weights, config)
-        return kernels.add_up(y_PD, shares_TK)  # type: ignore[no-any-return]
+    with fused.current(x):
+        kernels.multiply(bank, x, kernels.one_by_one(slots_P), y_PN, per_token=per_x)
+    return y_PN
 
 
 Sorted = tuple[torch.Tensor, list[int]]
@@ -98,27 +120,13 @@ def _mix_by_expert(
             if len(order_P) > 2 * len(ends):
                 weights.bring_ahead()
             routed = kernels.route(order_P, ends, [(expert, where[expert]) for expert in part])
-            _products(x_TD, y_PD, routed, weights, config)
-        return kernels.add_up(y_PD, shares_TK)  # type: ignore[no-any-return]
-
-
-def _products(
-    x_TD: torch.Tensor,
-    y_PD: torch.Tensor,
-    pairs: fused.Pairs,
-    weights: StepWeights,
-    config: ModelConfig,
-) -> None:
-    """Of pairs, down(activation(gate(x)) * up(x)), written to where they were token by token."""
-    kernels = fused.slot_kernels(x_TD.device)
-    assert kernels is not None
-    gate, up, down = (weights.in_slots(matrix) for matrix in MATRICES)
-    per_token = len(y_PD) // len(x_TD)
-    gate_PF, up_PF = (x_TD.new_empty(len(y_PD), gate.rows) for _ in range(2))
-    kernels.multiply(gate, x_TD, pairs, gate_PF, per_token=per_token)
-    kernels.multiply(up, x_TD, pairs, up_PF, per_token=per_token)
-    gated_PF = weights.arithmetic.gated(gate_PF, up_PF, config.family.activation)
-    kernels.multiply(down, gated_PF, pairs, y_PD)
+            gate, up, down = (weights.in_slots(matrix) for matrix in MATRICES)
+            gate_PF, up_PF = (x_TD.new_empty(len(order_P), gate.rows) for _ in range(2))
+            kernels.multiply(gate, x_TD, routed, gate_PF, per_token=shares_TK.shape[1])
+            kernels.multiply(up, x_TD, routed, up_PF, per_token=shares_TK.shape[1])
+            gated_PF = weights.arithmetic.gated(gate_PF, up_PF, config.family.activation)
+            kernels.multiply(down, gated_PF, routed, y_PD)
+    return fused.combine(y_PD, shares_TK)
 
 
 def _mix_one_by_one(

@@ -15,7 +15,7 @@ import torch
 
 from ..models.config import ModelConfig
 from ..models.feed_forward import choose, shared
-from ..models.mixing import goes_by_slot, mix, mix_by_token
+from ..models.mixing import goes_by_token, mix, mix_by_token
 from ..models.model import Attention, attention_added, attention_inputs, fed
 from ..weights.weights import StepWeights
 
@@ -49,7 +49,7 @@ class CapturedMixture:
             """Their slots, on the host."""
             self._asked_P = self._asked_P.view(-1)
         self._event = torch.cuda.Event() if cuda else None
-        self._by_slot: dict[int, bool] = {}
+        self._by_token: dict[int, bool] = {}
 
     def compute(
         self,
@@ -103,10 +103,10 @@ class CapturedMixture:
     def _bring(self, weights: StepWeights, normed_RD: torch.Tensor, rows: int) -> bool:
         """Have those who are asked for in slots, and these where the last capture looks for them;
         False: that cannot be done, or not all at once."""
-        by_slot = self._by_slot.get(weights.layer_idx)
-        if by_slot is None:
-            by_slot = self._by_slot[weights.layer_idx] = goes_by_slot(normed_RD, weights)
-        if not by_slot:
+        served = self._by_token.get(weights.layer_idx)
+        if served is None:
+            served = self._by_token[weights.layer_idx] = goes_by_token(normed_RD, weights)
+        if not served:
             return False
         if self._event is not None:
             self._event.synchronize()

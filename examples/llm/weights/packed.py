@@ -135,6 +135,15 @@ def scales(packed: Packed) -> list[torch.Tensor]:
     return [halves[:, place // 2] for place in kind.scales]
 
 
+def scales_in_slots(bank: Packed) -> list[torch.Tensor]:
+    """The same of a matrix whose parts have a first dimension for slots, as they have."""
+    if bank.format not in BLOCK_TYPES:
+        return [] if bank.format in FLOATS else [bank.parts["scale"]]
+    kind, raw = BLOCK_TYPES[bank.format], bank.parts["raw"]
+    halves = raw.unflatten(-1, (-1, kind.nbytes)).view(torch.float16)
+    return [halves[..., place // 2] for place in kind.scales]
+
+
 Take = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tensor, row numbers) -> a copy of these rows."""
 

@@ -96,14 +96,11 @@ class Stored:
 
     def in_slots(self, banks: Mapping[str, torch.Tensor]) -> Packed:
         """The matrix of all experts that lie in slots: its parts have a dimension more, the first,
-        for slots, of which ``banks`` have one by key. ValueError for parts that are viewed in
-        another dtype than they have."""
+        for slots, of which ``banks`` have one by key."""
         one = replace(self, expert=None).packed({key: bank[0] for key, bank in banks.items()})
         parts = {}
         for part, tensor in one.parts.items():
-            bank = banks[self.keys[part]]
-            if tensor.dtype != bank.dtype:
-                raise ValueError(f"{part} is {bank.dtype}, and viewed as {tensor.dtype}")
+            bank = banks[self.keys[part]].view(tensor.dtype)  # of as many bytes
             shape, strides = (len(bank), *tensor.shape), (bank.stride(0), *tensor.stride())
             parts[part] = bank.as_strided(shape, strides, tensor.storage_offset())
         return replace(one, parts=parts)

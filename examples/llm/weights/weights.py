@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -139,15 +139,21 @@ class StepWeights:
         self._see_experts(asked)
         return where
 
-    def _see_experts(self, experts: Sequence[int]) -> None:
+    def _see_experts(self, experts: Iterable[int]) -> None:
         """Have scales of experts that are in slots looked at, each once."""
-        if self._check is None:
+        new = [] if self._check is None else self._check.unseen(self.layer_idx, experts)
+        if not new or self._check is None:
             return
-        for expert in self._check.unseen(self.layer_idx, experts):
-            for matrix in MATRICES:
-                stored = self._matrices[expert_module(expert, matrix)]
-                spec = self._layer.tensors[stored.scale_key]
-                self._check.see(self._in_its_slot(stored, expert), spec, stored.expert)
+        assert self._store is not None
+        where, slots_S = self._store.where, None
+        for matrix in MATRICES:
+            stored = [self._matrices[expert_module(expert, matrix)] for expert in new]
+            specs = [self._layer.tensors[one.scale_key] for one in stored]
+            bank = self.in_slots(matrix)
+            if slots_S is None:
+                slots_S = torch.tensor([where[expert] for expert in new], device="cpu")
+                slots_S = slots_S.to(bank.parts[stored[0].streamed].device, non_blocking=True)
+            self._check.see_slots(bank, slots_S, specs)
 
     def _in_its_slot(self, stored: Stored, expert: int) -> Packed:
         assert self._store is not None

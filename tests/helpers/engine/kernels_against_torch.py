@@ -233,7 +233,7 @@ def test_rows_and_tokens_that_a_program_has_beside_others_change_no_bit(name, mo
 @pytest.mark.parametrize("tile", [((2, 32), 1), ((4, 32), 1), ((2, 128), 4), ((4, 64), 1)])
 def test_programs_have_work_for_all_warps_and_no_more_sums_than_fit(rows, at_once, tile):
     (height, pieces), warps = tile
-    found = launching._rows_at_once(product_launch("ct4", *tile), rows, at_once)
+    found = launching.rows_at_once(product_launch("ct4", *tile), rows, at_once)
     assert found & (found - 1) == 0 and found >= 1
     assert at_once * found * pieces <= launching.MOST_SUMS * 32 * warps
     assert found == 1 or rows * warps >= launching.WARPS * found

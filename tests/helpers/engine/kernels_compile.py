@@ -121,7 +121,6 @@ def compile_slots(packed: Packed, x: torch.Tensor) -> None:
     for routed in (slot_tiles.one_by_one(slots), slot_tiles.route(slots, ends, [(0, 1)])):
         slot_tiles.multiply(bank, x, routed, out, per_token=1)
         slot_tiles.multiply(bank, x, routed, out)
-    slot_tiles.add_up(out, torch.zeros(len(x), 1))
 
 
 def compile_decoding(

@@ -106,7 +106,7 @@ def test_pairs_without_an_expert_are_no_launch() -> None:
 def test_a_bank_whose_slots_are_no_multiples_of_words_is_not_served() -> None:
     bank = bank_of([matrix("Q4_0", seed) for seed in range(2)])
     raw = bank.parts["raw"]
-    odd = torch.zeros(2 * raw[0].numel() + 9, dtype=torch.uint8)
+    odd = torch.zeros(2 * raw[0].numel() + 9, dtype=torch.uint8, device=DEVICE)
     odd = odd.as_strided(raw.shape, (raw[0].numel() + 2, *raw.stride()[1:]))
-    served = replace(bank, parts={"raw": odd})
-    assert not slot_tiles.multiplies(cases.on(served, DEVICE), random_x(3, bank.width, DTYPES[0]))
+    x = random_x(3, bank.width, DTYPES[0]).to(DEVICE)
+    assert not slot_tiles.multiplies(replace(bank, parts={"raw": odd}), x)

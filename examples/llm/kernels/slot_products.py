@@ -1,0 +1,189 @@
+"""Products of few tokens with experts of a mixture, each a slot of a bank, in one launch.
+
+A pair is a token and an expert that it passes. A program computes ROWS numbers of one pair, as the
+kernels of one matrix do for one token: in the same pieces and steps, so a pair's bits are those of
+its matrix and token alone. Which slots these are is read on the device, so that a launch can be
+part of a CUDA graph; what they hold may change between its replays.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..weights.packed import FLOATS, Packed
+from .code_floats import ONE, eight_x
+from .launching import PIECE, PRODUCTS, rows_at_once
+from .matvec import own_rows, store_sums, sums_of_words, zeros
+from .matvec_blocks import sums_of_blocks
+from .matvec_q4_k import sums_of_q4_k
+from .unpacking import CHUNK, Launch
+
+ALIGNMENT = 16
+"""Bytes: of the first slot, and of the distance to the next."""
+
+_KINDS = {"ct4": "words", "ct8": "words", "Q4_0": "blocks", "Q8_0": "blocks", "Q4_K": "Q4_K"}
+_FLOAT_TILE, _FLOAT_WARPS, _FLOAT_PIECE = (4, 64), 2, 8
+
+
+@triton.jit
+def sums_of_floats(
+    weights: tl.tuple,
+    x: tl.tuple,
+    pieces: int,
+    ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
+) -> tl.tuple:
+    """Of one token and rows of floats, the sums that threads have; a piece is eight."""
+    total = zeros(ROWS, PIECES)
+    for step in range(0, pieces, PIECES):
+        own = step + tl.arange(0, PIECES)
+        at = tl.minimum(own, pieces - 1) * 8
+        numbers = eight_x(x[0], at)
+        added: tl.tuple = ()
+        for r in tl.static_range(ROWS):
+            factors = eight_x(weights[r], at)
+            part = factors[0] * numbers[0]
+            for k in tl.static_range(1, 8):
+                part = tl.fma(factors[k], numbers[k], part)
+            added += (tl.where(own < pieces, total[r] + part, total[r]),)
+        total = added
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "pairs", "per_x", "one"])
+def multiply_slots(  # noqa: PLR0913 - a kernel has no records
+    codes: tl.tensor,
+    scale: tl.tensor,
+    x: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    slots: tl.tensor,
+    rows: int,
+    pairs: int,
+    per_x: int,
+    pieces: int,
+    one: int,
+    code_slot: int,
+    code_row: int,
+    scale_slot: int,
+    scale_row: int,
+    scale_group: int,
+    bias_slot: int,
+    KIND: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BIAS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
+) -> None:  # fmt: skip
+    """y (pairs, rows): pair p is row p // per_x of x times the matrix in slot ``slots[p]``.
+
+    Slots lie ``code_slot`` times 16 bytes apart. KIND "words", "blocks" and "Q4_K" are what
+    ``matvec.multiply_words`` and its like know, rows of words ``code_row`` pieces apart. "floats"
+    are of BITS and of x's dtype, likewise. A piece is PIECE weights.
+    """
+    pair = tl.program_id(1)
+    slot = tl.load(slots + pair).to(tl.int64)
+    x += (pair // per_x).to(tl.int64) * (pieces * PIECE)
+    if KIND == "words":
+        words = codes.to(tl.pointer_type(tl.uint32)) + slot * code_slot * 4
+        words = own_rows(words, code_row * BITS, rows, ROWS)
+        scales = own_rows(scale + slot * scale_slot, scale_row, rows, ROWS)
+        total = sums_of_words(words, scales, (x,), pieces, one, scale_group,
+                              BITS, GROUP, 1, ROWS, PIECES)  # fmt: skip
+    elif KIND == "blocks":
+        own = codes.to(tl.pointer_type(tl.uint16)) + slot * code_slot * 8
+        own = own_rows(own, pieces // (BITS // 2) * (1 + 2 * BITS), rows, ROWS)
+        total = sums_of_blocks(own, (x,), pieces, one, BITS, 1, ROWS, PIECES)
+    elif KIND == "Q4_K":
+        words = codes.to(tl.pointer_type(tl.uint32)) + slot * code_slot * 4
+        words = own_rows(words, pieces // 4 * 36, rows, ROWS)
+        total = sums_of_q4_k(words, (x,), pieces, one, 1, ROWS, PIECES)
+    else:
+        own = codes + slot * code_slot * (128 // BITS)
+        total = sums_of_floats(own_rows(own, code_row * 8, rows, ROWS), (x,), pieces, ROWS, PIECES)
+    store_sums(y, bias + slot * bias_slot, total, rows, pairs, BIAS, 1, ROWS)
+
+
+def serves(bank: Packed, x_TD: torch.Tensor) -> bool:
+    """True: ``launch_slots`` can be called."""
+    kind, width = bank.format, bank.width
+    if not x_TD.is_contiguous() or x_TD.data_ptr() % ALIGNMENT:
+        return False
+    codes = _codes(bank)
+    if codes is None or codes.dim() != 3 or not _aligned(codes):
+        return False
+    if kind in FLOATS:
+        rows_apart = codes.stride(-1) == 1 and codes.stride(1) % _FLOAT_PIECE == 0
+        return FLOATS[kind] == x_TD.dtype and width % _FLOAT_PIECE == 0 and rows_apart
+    if width % CHUNK or bank.group % CHUNK or not bank.symmetric or "g_idx" in bank.parts:
+        return False
+    if _KINDS[kind] == "words":
+        return codes.stride(-1) == 1 and codes.stride(1) % _bits(kind) == 0
+    return codes.stride(-1) == 1 and codes.stride(1) == codes.shape[-1]
+
+
+def launch_slots(
+    bank: Packed,
+    x_TD: torch.Tensor,
+    slots_P: torch.Tensor,
+    per_x: int = 1,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Of pair p, row p // per_x of x times the transposed matrix in slot ``slots_P[p]`` of a bank,
+    plus that of ``bias`` (slots, rows): (P, rows), in the dtype of x.
+
+    ``bank`` is of one matrix, but for a first dimension of its parts, the slots. ``slots_P``,
+    integers, is contiguous; no number is outside of the bank: nobody looks.
+    """
+    kind, rows, pairs = bank.format, bank.rows, len(slots_P)
+    codes, scale = _codes(bank), bank.parts.get("scale")
+    assert codes is not None
+    own = PRODUCTS.get(kind) or Launch(multiply_slots, _FLOAT_TILE, _FLOAT_WARPS)
+    piece, bits = PIECE.get(kind, _FLOAT_PIECE), _bits(kind)
+    y_PN = x_TD.new_empty(pairs, rows)
+    words = _KINDS.get(kind) == "words"
+    height = rows_at_once(own, rows * pairs, 1)
+    multiply_slots[(triton.cdiv(rows, height), pairs)](
+        codes,
+        codes if scale is None else scale,
+        x_TD,
+        y_PN if bias is None else bias,
+        y_PN,
+        slots_P,
+        rows,
+        pairs,
+        per_x,
+        bank.width // piece,
+        ONE,
+        codes.stride(0) * codes.element_size() // ALIGNMENT,
+        codes.stride(1) // (bits if words else _FLOAT_PIECE),
+        *((0, 0, 0) if scale is None else scale.stride()),
+        0 if bias is None else bias.stride(0),
+        KIND=_KINDS.get(kind, "floats"),
+        PIECE=piece,
+        BITS=bits,
+        GROUP=bank.group // CHUNK,
+        BIAS=bias is not None,
+        ROWS=height,
+        PIECES=own.tile[1],
+        num_warps=own.warps,
+    )
+    return y_PN
+
+
+def _codes(bank: Packed) -> torch.Tensor | None:
+    """What weights are read from; None: of a format that no kernel here reads."""
+    if bank.format in FLOATS:
+        return bank.parts["weight"]
+    if bank.format not in _KINDS:
+        return None
+    return bank.parts["packed" if _KINDS[bank.format] == "words" else "raw"]
+
+
+def _bits(kind: str) -> int:
+    """Of a code, or of a float."""
+    return 8 * FLOATS[kind].itemsize if kind in FLOATS else 8 if "8" in kind else 4
+
+
+def _aligned(codes: torch.Tensor) -> bool:
+    """As the widest loads need it."""
+    return not (codes.data_ptr() % ALIGNMENT or codes.stride(0) * codes.itemsize % ALIGNMENT)
