@@ -170,8 +170,9 @@ def multiply_slots(
     """Of pair p, row p // per_x of x times the transposed matrix in slot ``slots_P[p]``, plus that
     of ``bias`` (slots, rows): (P, rows). Only where ``slots_multiply``.
 
-    ``bank`` is a matrix as any, but for a first dimension of its parts, the slots. ``slots_P`` is
-    read on the device alone, and must name no slot that is not there.
+    ``bank`` is a matrix as any, but for a first dimension of its parts, the slots. ``slots_P``,
+    contiguous, fewer than 65536, is read on the device alone, and must name no slot that is not
+    there. The last stride of ``bias`` is 1; it is added to the rounded product.
     """
     with current(x_TD):
         found: torch.Tensor = _kernels("slot_products").launch_slots(
@@ -184,8 +185,8 @@ def combine(
     y_PD: torch.Tensor, shares_TK: torch.Tensor, added_TD: torch.Tensor | None = None
 ) -> torch.Tensor:
     """(T, D): what K experts made of each token, y (T * K, D), by their shares: float32 sums in
-    the order of k, rounded once to y's dtype; and ``added``, of that dtype, added to that. Only
-    where Triton serves."""
+    the order of k, rounded once to y's dtype; and ``added``, of that dtype, added to that. All are
+    contiguous, shares float32. Only where Triton serves."""
     with current(y_PD):
         mixed: torch.Tensor = _kernels("launching").launch_combine(y_PD, shares_TK, added_TD)
     return mixed
@@ -205,7 +206,8 @@ def choose(
     over_chosen: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``feed_forward.route`` in one launch, experts ascending, the first of equals: ids int64 and
-    shares float32, (T, K). Only where ``kernel_chooses``.
+    shares float32, (T, K). Only where ``kernel_chooses``, of contiguous logits. Of logits that are
+    NaN, too, K different experts come out: no slot is read that is not there.
 
     ``over_chosen``: shares are a softmax over the chosen alone.
     """

@@ -22,16 +22,17 @@ from layer_streamer.llm.kernels import (
     decode_launching,
     fixed_products,
     launching,
+    slot_products,
     slot_tiles,
     tiles,
     unpacking,
 )
 from layer_streamer.llm.passes.splits import block_of, splits_of
-from layer_streamer.llm.weights.packed import Packed
+from layer_streamer.llm.weights.packed import FLOATS, Packed
 from layer_streamer.llm.weights.quants import BLOCK_TYPES
 
 compiled: dict[str, Any] = {}
-PRODUCTS = {"multiply_words", "multiply_blocks", "multiply_q4_k"}
+PRODUCTS = {"multiply_words", "multiply_blocks", "multiply_q4_k", "multiply_slots"}
 SHARED_NBYTES = 99 << 10
 """Of a program, on the GPU that has the least."""
 
@@ -107,6 +108,7 @@ def compile_all(dtype: torch.dtype, *, has_cores: bool) -> None:
     table = torch.zeros(2, 2, 64)
     launching.launch_rotate([heads, heads[:4]], table, interleaved=False)
     launching.launch_rotate([heads], table, interleaved=True)
+    compile_mixtures(matrices, dtype)
     for sizes in ((28, 4, 128, None), (32, 8, 64, 512), (8, 1, 256, None)):
         compile_decoding(*sizes, dtype)
 
@@ -121,6 +123,29 @@ def compile_slots(packed: Packed, x: torch.Tensor) -> None:
     for routed in (slot_tiles.one_by_one(slots), slot_tiles.route(slots, ends, [(0, 1)])):
         slot_tiles.multiply(bank, x, routed, out, per_token=1)
         slot_tiles.multiply(bank, x, routed, out)
+
+
+def compile_mixtures(matrices: list[Packed], dtype: torch.dtype) -> None:
+    """The kernels of few tokens that pass experts, of which these are matrices."""
+    kind = next(kind for kind, own in FLOATS.items() if own == dtype)
+    weight = torch.zeros(16, 2048, dtype=dtype)
+    matrices = [*matrices, Packed(format=kind, rows=16, width=2048, parts={"weight": weight})]
+    slots = torch.zeros(8, dtype=torch.long)
+    for matrix in matrices:
+        parts = {name: part.expand(2, *part.shape) for name, part in matrix.parts.items()}
+        bank, x = replace(matrix, parts=parts), torch.zeros(1, matrix.width, dtype=dtype)
+        if slot_products.serves(bank, x):
+            slot_products.launch_slots(bank, x, slots, 8)
+            slot_products.launch_slots(bank, x, slots[:1], 1, torch.zeros(2, 16, dtype=dtype))
+    y, shares = torch.zeros(16, 2048, dtype=dtype), torch.zeros(2, 8)
+    launching.launch_combine(y, shares)
+    launching.launch_combine(y, shares, y[:2])
+    for experts, per_token in ((8, 2), (60, 4), (128, 8), (1024, 16)):
+        for over_chosen in (False, True):
+            launching.launch_choose(
+                torch.zeros(2, experts, dtype=dtype), per_token, normed=True, rounded=True,
+                over_chosen=over_chosen,
+            )  # fmt: skip
 
 
 def compile_decoding(

@@ -43,8 +43,7 @@ def floats(kind: str, rows: int, width: int, seed: int) -> Packed:
 
 
 BANKS = {
-    "ct4": lambda rows, seed: integers("ct4", rows, 192, 64, seed),
-    "ct4, steps": lambda rows, seed: integers("ct4", rows, 2176, 128, seed),
+    "ct4": lambda rows, seed: integers("ct4", rows, 2176, 128, seed),
     "ct4, channel": lambda rows, seed: integers("ct4", rows, 96, 0, seed),
     "ct8": lambda rows, seed: integers("ct8", rows, 192, 32, seed),
     "ct8, channel": lambda rows, seed: integers("ct8", rows, 96, 0, seed),
