@@ -16,6 +16,7 @@ from .machine.limits import MachineLimits, load_limits
 from .machine.threads import note_too_many_threads
 from .passes.expert_opening import Layers, open_store, slots_of, take_out
 from .passes.expert_store import ExpertStore
+from .passes.expert_tiers import choose_tiers
 from .passes.statics import Statics
 from .planning.layout import Layout, Step, plan_steps
 from .planning.placement import Rates
@@ -95,7 +96,8 @@ def draw_plan(
 
 def _with_slots(plan: Plan, experts: Layers, settings: Settings) -> Plan:
     count, nbytes = slots_of(experts, settings)
-    return replace(plan, expert_slots=count, expert_bytes=nbytes)
+    tiers = choose_tiers(experts, plan, settings)
+    return replace(plan, expert_slots=count, expert_bytes=nbytes, expert_tiers=tiers)
 
 
 def _plan(

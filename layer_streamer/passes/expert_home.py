@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from ..checkpoint.experts import ExpertLayer
-from ..checkpoint.manifest import TensorSpec
 from ..devices.device import Device, Numbers
-from ..errors import StreamerError
 from ..experts.policies import Key
-from ..planning.layout import Read, View
-from ..transport.loader import Loader, Target
+from ..planning.layout import PAGE, View
+from ..transport.fetcher import Fetch, Fetcher, Piece
 from ..transport.mapped import MappedFiles, Region
-from ..transport.memory import view_tensor
-from ..transport.pool import cut_parts
 from ..transport.residents import Owner
-
-MARK = " of "
-"""In a tensor's name, before whose it is."""
+from .expert_tiers import holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +38,11 @@ class Home(Protocol):
         """Of host memory with page locks."""
 
     def bring(self, wanted: Sequence[Wanted], slab: torch.Tensor, stream: Any) -> None:
-        """Have slots filled: by copies that are enqueued on ``stream``, or by its return. Nothing
-        that is enqueued elsewhere uses them any more, once ``stream`` is there."""
+        """Have slots filled: by copies on ``stream``. What was brought before has been waited for,
+        and nothing that is enqueued elsewhere uses the slots any more, once ``stream`` is there."""
+
+    def wait(self) -> None:
+        """Block until all of it is enqueued, or is there. Raises what reads raise."""
 
 
 class MappedExperts:
@@ -80,6 +78,9 @@ class MappedExperts:
             to, from_, nbytes = np.concatenate(parts).T
             self._device.copy_pieces((slab, to), (region.memory, from_), nbytes, stream)
 
+    def wait(self) -> None:
+        return
+
     def _pieces(self, layer_idx: int, expert: int) -> list[tuple[Region, Numbers]]:
         """By region: (where to in the slot, where from in the region, bytes), (n, 3)."""
         found: dict[int, tuple[Region, list[tuple[int, int, int]]]] = {}
@@ -91,7 +92,7 @@ class MappedExperts:
         banks, segment = self._layers[layer_idx].banks, self._device.pin_segment
         for view in self._views[layer_idx]:
             to = view.offset
-            for extent in filter(_holds, banks[view.key][expert].extents):
+            for extent in filter(holds, banks[view.key][expert].extents):
                 region = self._mapped.find(extent.path, extent.offset)
                 start = extent.offset - region.offset
                 end = start + extent.nbytes
@@ -102,61 +103,107 @@ class MappedExperts:
 
 
 class ReadExperts:
-    """Files that are read when an expert is asked for, by several threads: to where it is used on a
-    CPU, to a device through page-locked memory. The calling thread waits."""
-
-    owners: Sequence[Owner] = ()
+    """Files that are read when an expert is asked for, by threads that stay: past the page cache
+    where layers are read so, to where it is used on a CPU, to a device through a little page-locked
+    memory. An expert's tensors that lie next to each other in the file are read together."""
 
     def __init__(
         self,
-        loader: Loader,
+        fetcher: Fetcher,
         layers: Mapping[int, ExpertLayer],
         views: Mapping[int, Sequence[View]],
-        device: Device,
+        chunk: int,
     ) -> None:
-        self._loader, self._device = loader, device
+        """``chunk``: bytes that one thread reads at a stretch."""
+        self.owners: Sequence[Owner] = () if fetcher.arena is None else (fetcher.arena,)
+        self._fetcher, self._chunk = fetcher, chunk
         self._layers, self._views = layers, views
+        self._known: dict[Key, list[Fetch]] = {}
+        """What has been found out of experts, at their first time."""
 
     def bring(self, wanted: Sequence[Wanted], slab: torch.Tensor, stream: Any) -> None:
-        self.wait_given_up(stream)
-        targets = [target for one in wanted for target in self._targets(one, slab)]
-        try:
-            with self._device.guard():
-                self._loader.fill(targets, self._device)
-        except StreamerError as error:
-            said, _, rest = str(error).partition(MARK)
-            expert, _, fault = rest.partition("'")
-            if not rest:
-                raise
-            raise type(error)(f"{expert}: {said}'{fault}") from error
+        fetches = list[tuple[Fetch, int]]()
+        for one in wanted:
+            key = (one.layer_idx, one.expert)
+            known = self._known.get(key)
+            if known is None:
+                known = self._known[key] = list(self._cut(*key))
+            fetches += [(fetch, one.offset) for fetch in known]
+        self._fetcher.begin(fetches, slab, stream)
 
-    def wait_given_up(self, stream: Any) -> None:
-        """Block until slots are not used any more: reads would not wait for that."""
-        stream.synchronize()
+    def wait(self) -> None:
+        self._fetcher.wait()
 
-    def _targets(self, one: Wanted, slab: torch.Tensor) -> Iterator[Target]:
-        """Its tensors, where they go, and in their names whose they are, for errors."""
-        banks, views = self._layers[one.layer_idx].banks, self._views[one.layer_idx]
-        last = views[-1]
-        (memory,) = cut_parts(slab, [(one.offset, last.offset + last.nbytes)])
-        whose = f"{MARK}layer {one.layer_idx}, expert {one.expert}"
-        for view in views:
-            spec = banks[view.key][one.expert]
-            pieces = tuple(replace(piece, name=piece.name + whose) for piece in spec.pieces)
-            named = replace(spec, name=spec.name + whose, pieces=pieces)
-            yield named, view_tensor(memory, view)
+    def _cut(self, layer_idx: int, expert: int) -> Iterator[Fetch]:
+        """What is read for an expert: bytes next to each other, up to a chunk at a time."""
+        banks = self._layers[layer_idx].banks
+        found = list[_Place]()
+        for view in self._views[layer_idx]:
+            spec, to = banks[view.key][expert], view.offset
+            name = f"layer {layer_idx}, expert {expert}: tensor {spec.name!r}"
+            for extent in filter(holds, spec.extents):
+                found.append(_Place(extent.path, extent.offset, extent.nbytes, to, name))
+                to += extent.nbytes
+        together = list[_Place]()
+        for place in self._pieces(sorted(found, key=lambda place: (str(place.path), place.offset))):
+            if together and not _follows(together, place, self._chunk):
+                yield _fetch(together)
+                together = []
+            together.append(place)
+        if together:
+            yield _fetch(together)
+
+    def _pieces(self, places: Iterable[_Place]) -> Iterator[_Place]:
+        """None larger than a chunk: cut where pages begin, so that direct reads share none."""
+        for path, offset, nbytes, to, name in places:
+            done = 0
+            while done < nbytes:
+                start = offset + done
+                size = min(nbytes - done, (start + self._chunk) // PAGE * PAGE - start)
+                yield _Place(path, start, size, to + done, name)
+                done += size
 
 
-def expert_reads(layers: Iterable[ExpertLayer]) -> list[Read]:
-    """What files have to be mapped."""
-    return [
-        Read(extent.path, extent.offset, 0, extent.nbytes)
-        for layer in layers
-        for bank in layer.banks.values()
-        for spec in bank
-        for extent in filter(_holds, spec.extents)
-    ]
+class SplitExperts:
+    """Some layers' experts from pages, as many as host memory has room for, the others' read."""
+
+    def __init__(self, mapped: MappedExperts, read: ReadExperts, in_pages: Collection[int]) -> None:
+        """``in_pages``: the layers of ``mapped``."""
+        self.owners: Sequence[Owner] = (*mapped.owners, *read.owners)
+        self._mapped, self._read, self._in_pages = mapped, read, in_pages
+
+    def bring(self, wanted: Sequence[Wanted], slab: torch.Tensor, stream: Any) -> None:
+        there = [one for one in wanted if one.layer_idx in self._in_pages]
+        on_disk = [one for one in wanted if one.layer_idx not in self._in_pages]
+        if there:
+            self._mapped.bring(there, slab, stream)
+        if on_disk:
+            self._read.bring(on_disk, slab, stream)
+
+    def wait(self) -> None:
+        self._read.wait()
 
 
-def _holds(extent: TensorSpec) -> bool:
-    return extent.nbytes > 0
+class _Place(NamedTuple):
+    """Bytes of a file, where they go in a slot, and whose they are."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    to: int
+    name: str
+
+
+def _follows(together: Sequence[_Place], place: _Place, chunk: int) -> bool:
+    """It lies next to these, or a page away, and all is no more than a chunk."""
+    first, last = together[0], together[-1]
+    gap = place.offset - last.offset - last.nbytes
+    near = place.path == first.path and 0 <= gap <= PAGE
+    return near and place.offset + place.nbytes - first.offset <= chunk
+
+
+def _fetch(together: Sequence[_Place]) -> Fetch:
+    first, last = together[0], together[-1]
+    pieces = tuple(Piece(p.offset - first.offset, p.to, p.nbytes) for p in together)
+    nbytes = last.offset + last.nbytes - first.offset
+    return Fetch(first.path, first.offset, nbytes, pieces, first.name)

@@ -16,9 +16,10 @@ from ..planning.layout import View, lay_out_resident, plan_steps
 from ..planning.planner import device_budget_of
 from ..planning.settings import Settings
 from ..transport.pipeline import Pipeline
-from .expert_home import Home, MappedExperts, ReadExperts, expert_reads
+from .expert_home import Home, MappedExperts, ReadExperts, SplitExperts
 from .expert_pool import ExpertPool
 from .expert_store import ExpertStore
+from .expert_tiers import all_read, expert_reads, read_chunk
 
 Layers: TypeAlias = Mapping[int, ExpertLayer]
 _Alike: TypeAlias = tuple[tuple[View, ...], int]
@@ -106,20 +107,31 @@ def open_store(experts: Layers, pipeline: Pipeline, settings: Settings) -> Exper
                 views, nbytes, count, make_policy("segmented", count, 1), device
             )
         by_layer = {i: pools[_alike(layer)] for i, layer in experts.items()}
-        home = _open_home(experts, pipeline, device)
+        home = _open_home(experts, pipeline, device, settings)
         store = ExpertStore(experts, by_layer, home, device)
     pipeline.residents.owners.append(store)
     pipeline.residents.device_nbytes += store.device_nbytes
     return store
 
 
-def _open_home(experts: Layers, pipeline: Pipeline, device: Device) -> Home:
+def _open_home(experts: Layers, pipeline: Pipeline, device: Device, settings: Settings) -> Home:
+    """As the plan says; where page-locking is refused, all is read, and the plan says that."""
     views: dict[int, Sequence[View]] = {i: _alike(layer)[0] for i, layer in experts.items()}
-    if device.maps_files:
-        mapped = pipeline.loader.map_pages(expert_reads(experts.values()), device)
-        if mapped is not None:
-            return MappedExperts(mapped, experts, views, device)
-    return ReadExperts(pipeline.loader, experts, views, device)
+    tiers = pipeline.plan.expert_tiers
+    held = {i: experts[i] for i in tiers.layers} if tiers is not None else {}
+    mapped = pipeline.loader.map_pages(expert_reads(held.values()), device) if held else None
+    if held and mapped is None:
+        tiers = all_read(experts, pipeline.plan, settings)
+        pipeline.plan = replace(pipeline.plan, expert_tiers=tiers)
+    if mapped is not None and len(held) == len(experts):
+        return MappedExperts(mapped, experts, views, device)
+    if tiers is not None and tiers.read_mode == "direct" and not pipeline.files.reads_direct:
+        pipeline.files.use_direct()
+    chunk = read_chunk(experts, pipeline.plan)
+    read = ReadExperts(pipeline.open_fetcher(device, chunk), experts, views, chunk)
+    if mapped is None:
+        return read
+    return SplitExperts(MappedExperts(mapped, held, views, device), read, held)
 
 
 def _counts(experts: Layers, asked: int) -> dict[_Alike, int]:

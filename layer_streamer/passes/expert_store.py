@@ -7,13 +7,14 @@ behind all use of a slot that has been given up: a load gives up what the load b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..checkpoint.experts import ExpertLayer
 from ..devices.device import Device, Stream
-from ..errors import ConfigError
+from ..errors import ConfigError, StreamerError
 from ..experts.policies import Key
 from ..experts.slots import Placing
 from .expert_home import Home, Wanted
@@ -60,6 +61,8 @@ class ExpertStore:
         self.follow_allocation()
         self._in_use: tuple[ExpertPool, tuple[int, ...]] | None = None
         """The slots that a load has handed out, until they are given up."""
+        self._coming: tuple[ExpertPool, list[Key]] | None = None
+        """What is on its way, until that has been waited for."""
         self._hinted = set[Key]()
         self._tables = dict[int, tuple[int, torch.Tensor, tuple[int, ...]]]()
         """By layer, where all have a slot of their own: the pool's departures, and the slots of its
@@ -153,6 +156,7 @@ class ExpertStore:
         layer, pool = self.layers[layer_idx], self.pools[layer_idx]
         used_pool, busy = self._in_use or (pool, ())
         busy = busy if used_pool is pool else ()
+        self._settle_hints()
         keys = [key for key in self._keys(layer_idx, experts) if key not in pool]
         keys = keys[: (len(pool) - len(busy)) // 2]  # the rest may hold what is wanted as well
         if not keys:
@@ -171,6 +175,7 @@ class ExpertStore:
         """Give up what was loaded before, and have experts in slots that are not given to others
         meanwhile; the current stream waits for copies."""
         pool = self.pools[layer_idx]
+        self._settle_hints()
         self.give_up()
         current = self._device.current_stream()
         if current == self._stream and not self._device.unified:
@@ -181,6 +186,7 @@ class ExpertStore:
             raise ConfigError(f"layer {layer_idx}: {error}: load them in parts") from None
         self._in_use = pool, placing.slots
         self._fill(pool, keys, placing)
+        self._arrive()
         self.order_after_copies(current)
         return placing
 
@@ -195,19 +201,40 @@ class ExpertStore:
         return [(layer_idx, expert) for expert in experts]
 
     def _fill(self, pool: ExpertPool, keys: Sequence[Key], placing: Placing) -> None:
-        """Have what is missing brought, or raise what reads raise, with nothing placed."""
+        """Begin to bring what is missing; what is raised leaves nothing placed."""
         missing = [keys[i] for i in placing.missing]
         offsets = [placing.slots[i] * pool.slot_nbytes for i in placing.missing]
         if missing:
             wanted = [Wanted(*key, at) for key, at in zip(missing, offsets, strict=True)]
             self._hinted.difference_update(missing)
+            self._coming = pool, missing
             try:
                 self._home.bring(wanted, pool.slab, self._stream)
             except Exception:
                 pool.failed(missing)
                 raise
-            self._brought.record(self._stream)
         pool.filled()
+
+    def _arrive(self) -> None:
+        """What is on its way has been read, and its copies are enqueued. Raises what reads raise,
+        with nothing of it placed."""
+        if self._coming is None:
+            return
+        pool, missing = self._coming
+        try:
+            self._home.wait()
+        except Exception:
+            pool.failed(missing)
+            self._coming = None
+            raise
+        self._brought.record(self._stream)
+        self._coming = None
+
+    def _settle_hints(self) -> None:
+        """Wait for what was hinted at. Of an expert that could not be read the error is raised when
+        it is asked for, and read again."""
+        with suppress(StreamerError):
+            self._arrive()
 
     def close(self) -> None:
         """Wait for copies, and give page locks back. Idempotent."""

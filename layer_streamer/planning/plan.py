@@ -41,6 +41,36 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertTiers:
+    """Where experts live that are brought on demand, beside their slots."""
+
+    layers: tuple[int, ...]
+    """Those whose experts are in host memory, in pages of the files."""
+    page_bytes: int
+    """Of these pages."""
+    disk_bytes: int
+    """Of the others, which are read as they are asked for."""
+    read_mode: str
+    """How: "direct", "buffered"; "": none is."""
+    reason: str
+    """Why so."""
+
+    def __str__(self) -> str:
+        parts = list[str]()
+        if self.layers:
+            some = f" of {len(self.layers)} layers" if self.disk_bytes else ""
+            pages = format_bytes(self.page_bytes)
+            parts.append(f"experts{some} in host memory: {pages} (the page cache itself)")
+        if self.disk_bytes:
+            others = "the others" if parts else "experts are"
+            nbytes = format_bytes(self.disk_bytes)
+            parts.append(
+                f"{others} read as they are asked for: {nbytes}, {self.read_mode}: {self.reason}"
+            )
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Where each step lives and how it is read. ``str()`` of it is a table."""
 
@@ -74,6 +104,8 @@ class Plan:
     """Experts that are brought on demand: how many the device holds."""
     expert_bytes: int = 0
     """What their slots take of it."""
+    expert_tiers: ExpertTiers | None = None
+    """Where they come from; None: none is brought on demand."""
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
@@ -115,6 +147,7 @@ class Plan:
             "static_bytes": dict(self.static_bytes),
             "expert_slots": self.expert_slots,
             "expert_bytes": self.expert_bytes,
+            "expert_tiers": asdict(self.expert_tiers) if self.expert_tiers is not None else None,
             "read_mode": self.read_mode,
             "read_threads": self.read_threads,
             "read_chunk": self.read_chunk,
@@ -150,6 +183,8 @@ class Plan:
             lines.append(
                 f"  {self.expert_slots} slots of experts: {format_bytes(self.expert_bytes)}"
             )
+        if self.expert_tiers is not None:
+            lines.append(f"  {self.expert_tiers}")
         if not self.machine.unified:
             kind = " (the page cache itself)" if self.read_mode == "mapped" else ""
             lines.append(f"  host memory: {format_bytes(self.placement.host_bytes)}{kind}")

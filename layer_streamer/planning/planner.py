@@ -114,6 +114,11 @@ def device_budget_of(settings: Settings, free: int) -> int | None:
     return _resolve("device_budget", settings.asked["device_budget"], free)
 
 
+def host_budget_of(settings: Settings, available: int) -> int | None:
+    """What ``host_budget`` says where so many bytes of host memory can be had; None: nothing."""
+    return _resolve("host_budget", settings.asked["host_budget"], available)
+
+
 def _budget_of(
     sizes: Sequence[StepSize], scratch_nbytes: int, machine: Machine, settings: Settings
 ) -> Budget:
@@ -122,7 +127,7 @@ def _budget_of(
     Its devices share one pool, which has as many slots as all pools together would have.
     """
     asked = settings.asked
-    host = _resolve("host_budget", asked["host_budget"], machine.host_available)
+    host = host_budget_of(settings, machine.host_available)
     if machine.unified:
         # Both names mean the one memory there is; the smaller amount holds.
         device = _resolve("device_budget", asked["device_budget"], machine.host_available)
@@ -181,7 +186,7 @@ def _choose(
         if cached_share() >= CACHED:
             return placement, "buffered", "read once, from the page cache"
         return placement, "direct", "read once, past the page cache"
-    mode, reason = _stream_mode(placement.read_bytes, used, machine, settings)
+    mode, reason = stream_mode(placement.read_bytes, used, machine, settings)
     if budget.host_slot_nbytes is not None and mode == "direct" and given is None:
         placement = place(sizes, _with_ring(budget, mode, sizes, machine, settings))
     return placement, mode, reason
@@ -231,7 +236,7 @@ def _check_host(nbytes: int, budgeted: bool, machine: Machine, settings: Setting
     logger.warning("the budget lets %s of host memory be used, %s is free", needed, free)
 
 
-def _stream_mode(on_disk: int, used: int, machine: Machine, settings: Settings) -> tuple[str, str]:
+def stream_mode(on_disk: int, used: int, machine: Machine, settings: Settings) -> tuple[str, str]:
     """How so many bytes are read in each pass under "auto", and why."""
     if settings.asked["host_budget"] is not None:
         return "direct", "the page cache is not part of host_budget"

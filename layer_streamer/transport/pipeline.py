@@ -24,6 +24,7 @@ from ..planning.plan import Plan
 from ..planning.settings import Settings
 from ..progress import ProgressBar
 from .clock import Routes
+from .fetcher import Fetcher
 from .files import OpenFiles
 from .lane import Lane
 from .lane_memory import LaneMemory
@@ -73,6 +74,7 @@ class Pipeline:
         self.loader = Loader(files, self._settings.chunk_nbytes, self._settings.num_readers)
         self.residents = Residents()
         self._memories: list[LaneMemory] = []
+        self._fetchers: list[Fetcher] = []
         show_weights_to_pytree()
         try:
             if plan.read_mode == "direct":
@@ -102,6 +104,15 @@ class Pipeline:
             pinned_bytes=sum(some.nbytes for some in on_host if some.pinned),
             device_bytes=on_devices - in_host,
         )
+
+    def open_fetcher(self, device: Device, chunk: int) -> Fetcher:
+        """Threads that read what is asked for beside the layers; they end with the others. Raises
+        StreamerError. What closes the pipeline closes them, but not the memory that they use."""
+        threads = self.loader.threads
+        fetcher = Fetcher(self.files, device, self.control, threads, chunk)
+        self._fetchers.append(fetcher)
+        fetcher.start()
+        return fetcher
 
     def start(self) -> None:
         """Start the threads; they wait for a run. If that fails, or is interrupted, close."""
@@ -185,6 +196,8 @@ class Pipeline:
         for lane in self.lanes:
             if lane.reader is not None:
                 lane.reader.stop()
+        for fetcher in self._fetchers:
+            fetcher.stop()
 
     def _wait_device(self) -> None:
         """No copy and no compute uses the slots any more."""

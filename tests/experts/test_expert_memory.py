@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import tracemalloc
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from fake_device import FakeDevice
 from mixtures import EXPERTS, LAYERS, LAYOUTS, alone, check, opened, stacked
 from support import open_checkpoint
 
 from layer_streamer import ConfigError
+from layer_streamer.devices.device import CpuDevice
 
 
-def test_slots_are_all_that_is_taken_and_passes_add_nothing(tmp_path: Path) -> None:
+class Synchronous(CpuDevice):
+    """With memory of its own, and nothing that grows with each event, as the late device's does."""
+
+    unified, maps_files = False, True
+
+    def pin(self, memory: torch.Tensor, *, read_only: bool = False) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("maps", [True, False])
+@pytest.mark.parametrize("passes", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_slots_are_all_that_is_taken_and_passes_add_nothing(
+    tmp_path: Path, maps: bool, passes: int
+) -> None:
     expected = stacked(tmp_path)
-    dice, device = random.Random(0), FakeDevice(3, eager=0.9)
+    dice, device = random.Random(0), Synchronous()
+    device.maps_files = maps
+    process = psutil.Process()
     taken = []
     allocate = device.allocate
     device.allocate = lambda nbytes: taken.append(nbytes) or allocate(nbytes)  # type: ignore
@@ -26,8 +46,18 @@ def test_slots_are_all_that_is_taken_and_passes_add_nothing(tmp_path: Path) -> N
         )
         assert 5 * nbytes in taken
         count, use = len(taken), streamer.memory
-        for _ in range(300):
-            check(streamer, expected, [dice.choices(range(EXPERTS), k=4)] * LAYERS)
+        asked = [[dice.choices(range(EXPERTS), k=4)] * LAYERS for _ in range(passes)]
+        for number, some in enumerate(asked):
+            if number == passes // 2:
+                gc.collect()
+                held = process.num_fds(), process.num_threads(), len(gc.get_objects())
+                tracemalloc.start()
+            check(streamer, expected, some)
+        gc.collect()
+        grown, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert (process.num_fds(), process.num_threads()) == held[:2]
+        assert len(gc.get_objects()) < held[2] + 200 and grown < 50_000
         assert len(taken) == count and streamer.memory == use
         assert use.device_bytes == sum(taken)
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from ordering import HANG_SECONDS, open_on
 
 from layer_streamer import StreamerError
-from layer_streamer.passes.expert_home import ReadExperts
 from layer_streamer.passes.expert_store import ExpertStore
+from layer_streamer.transport.fetcher import Fetcher
 
 LAYERS, EXPERTS = 3, 7
 NAMES = ("mlp.experts.down.weight", "mlp.experts.up.weight")
@@ -132,7 +132,9 @@ WAITS = {
     "copies for the use of a slot": (ExpertStore, "follow_use", True),
     "copies for those of the stream before": (ExpertStore, "follow_stream", True),
     "the caller for copies": (ExpertStore, "order_after_copies", True),
-    "reads for the use of a slot": (ReadExperts, "wait_given_up", False),
+    "copies of what was read for the use of a slot": (ExpertStore, "follow_use", False),
+    "the caller for copies of what was read": (ExpertStore, "order_after_copies", False),
+    "reads for the copies out of where they go": (Fetcher, "wait_copied", False),
 }
 
 

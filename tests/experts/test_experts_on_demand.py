@@ -260,12 +260,13 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused_at_opening(tmp_path: Path)
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("where", ["bring", "place", "follow_use", "order_after_copies"])
 def test_after_an_interrupt_in_a_load_everything_is_exact(
-    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, where: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = alone(tmp_path)
-    with opened(tmp_path, "mapped", 5) as streamer:
+    with opened(tmp_path, kind, 5) as streamer:
         store = streamer._opened().experts
         assert store is not None
         owner: Any = {"bring": store._home, "place": store.pools[0]}.get(where, store)

@@ -325,6 +325,7 @@ def test_the_document_holds_the_table() -> None:
         "static_bytes": {},
         "expert_slots": 0,
         "expert_bytes": 0,
+        "expert_tiers": None,
         "read_mode": "mapped",
         "read_threads": 8,
         "read_chunk": 8 << 20,
