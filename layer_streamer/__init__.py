@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .modules.handle import ModulePlan, ModuleStreamer
     from .modules.pipelines.handle import PipelinePlan, PipelineStreamer
     from .modules.stream import stream
-    from .passes.expert_store import ExpertReport
+    from .passes.expert_report import ExpertReport
     from .planning.budget import format_bytes, parse_bytes
     from .planning.plan import Plan
     from .preview import plan_checkpoint
@@ -87,7 +87,7 @@ _PLACES = {
     "cache_path": "machine.cache",
     "plan_checkpoint": "preview",
     "LayerStreamer": "streamer",
-    "ExpertReport": "passes.expert_store",
+    "ExpertReport": "passes.expert_report",
     **dict.fromkeys(("ExpertPass", "TraceHeader"), "experts.trace"),
     "TraceWriter": "experts.trace_writer",
     **dict.fromkeys(("ModulePlan", "ModuleStreamer"), "modules.handle"),

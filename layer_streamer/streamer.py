@@ -16,7 +16,8 @@ from .devices.accelerator import open_device, open_devices
 from .errors import ClosedError
 from .passes.caller import Caller
 from .passes.claims import Claims
-from .passes.expert_store import ExpertReport, ExpertStore
+from .passes.expert_report import ExpertReport
+from .passes.expert_store import ExpertStore
 from .passes.inputs import LayerFn
 from .passes.statics import sum_by_device
 from .passes.sweep import Opened, Sweep, run_layers, sweep

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
@@ -43,6 +43,11 @@ class SlotTable:
 
     def __contains__(self, key: Key) -> bool:
         return self._settled and key in self._slots
+
+    def find(self, keys: Iterable[Key]) -> tuple[int, ...] | None:
+        """Where experts are, which counts as no use of them; None unless all are there."""
+        keys = tuple(keys)
+        return tuple(map(self._slots.__getitem__, keys)) if all(k in self for k in keys) else None
 
     def place(self, keys: Sequence[Key], busy: Collection[int] = ()) -> Placing:
         """A slot for each of ``keys``, which differ: where it is, else a free one, else that of an

@@ -11,7 +11,7 @@ from typing import NoReturn
 from torch import nn
 
 from ..errors import ClosedError
-from ..passes.expert_store import ExpertReport
+from ..passes.expert_report import ExpertReport
 from ..planning.budget import format_bytes
 from ..planning.plan import Plan
 from ..streamer import LayerStreamer, store_of

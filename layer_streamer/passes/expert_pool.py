@@ -42,6 +42,10 @@ class ExpertPool:
         """See ``SlotTable``."""
         return self._table.departures
 
+    def find(self, keys: Iterable[Key]) -> tuple[int, ...] | None:
+        """Slots of experts, which counts as no use of them; None unless all are there."""
+        return self._table.find(keys)
+
     def place(self, keys: Sequence[Key], busy: Collection[int] = ()) -> Placing:
         """Slots for experts, none of those that are ``busy`` anew. What is missing is to be
         brought, and then :meth:`filled` called, or :meth:`failed`. ConfigError for more than there

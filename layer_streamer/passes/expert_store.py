@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -19,24 +19,7 @@ from ..experts.policies import Key
 from ..experts.slots import Placing
 from .expert_home import Home, Wanted
 from .expert_pool import ExpertPool
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertReport:
-    """What became of the experts that a pass asked for."""
-
-    asked: int = 0
-    """Each once a load."""
-    hits: int = 0
-    """Were in a slot."""
-    copied_bytes: int = 0
-    """Of those that were not, and of those that were hinted at."""
-    hinted: int = 0
-    """Brought because of a hint."""
-    needed: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    """In order, each layer and the experts that it asked for, in rounds or at once."""
-    hints_used: int = 0
-    """Of these, now or in an earlier pass, asked for while they were there."""
+from .expert_report import ExpertReport, more_needed
 
 
 class ExpertStore:
@@ -54,6 +37,7 @@ class ExpertStore:
     ) -> None:
         """``pools``: by layer; layers whose experts are alike share one."""
         self.layers, self.pools = layers, pools
+        self._each_pool = tuple(set(pools.values()))
         self._home, self._device = home, device
         self._stream = device.new_stream()
         self._given_up, self._brought = device.new_event(), device.new_event()
@@ -63,6 +47,8 @@ class ExpertStore:
         """The slots that a load has handed out, until they are given up."""
         self._coming: tuple[ExpertPool, list[Key]] | None = None
         """What is on its way, until that has been waited for."""
+        self._ahead: tuple[ExpertPool, list[Key], Placing] | None = None
+        """What the next load asks for, and has been brought for it."""
         self._hinted = set[Key]()
         self._tables = dict[int, tuple[int, torch.Tensor, tuple[int, ...]]]()
         """By layer, where all have a slot of their own: the pool's departures, and the slots of its
@@ -72,7 +58,7 @@ class ExpertStore:
     @property
     def device_nbytes(self) -> int:
         """Of all slots."""
-        return sum({id(pool): pool.slab.nbytes for pool in self.pools.values()}.values())
+        return sum(pool.slab.nbytes for pool in self._each_pool)
 
     def begin(self) -> None:
         """A pass begins."""
@@ -93,7 +79,7 @@ class ExpertStore:
         self._given_up.record(self._device.current_stream())
         self.follow_use()
         self._in_use = None
-        for pool in self.pools.values():
+        for pool in self._each_pool:
             pool.check_unwritten()
 
     def load(self, layer_idx: int, experts: Sequence[int]) -> tuple[int, ...]:
@@ -103,16 +89,16 @@ class ExpertStore:
         than there are slots, what reads raise, naming layer and expert.
         """
         layer, keys = self.layers[layer_idx], self._keys(layer_idx, experts)
-        placing = self._arrange(layer_idx, keys)
+        placing, early = self._arrange(layer_idx, keys)
         missed, used = len(placing.missing), self._hinted.intersection(keys)
         self._hinted -= used
         found = self._report
         self._report = replace(
             found,
             asked=found.asked + len(keys),
-            hits=found.hits + len(keys) - missed,
+            hits=found.hits + len(keys) - missed - early,
             copied_bytes=found.copied_bytes + missed * layer.expert_nbytes,
-            needed=_more(found.needed, layer_idx, experts),
+            needed=more_needed(found.needed, layer_idx, experts),
             hints_used=found.hints_used + len(used),
         )
         return placing.slots
@@ -121,7 +107,7 @@ class ExpertStore:
     def holds_all(self) -> bool:
         """True: every expert of every layer has a slot of its own."""
         experts = sum(layer.num_experts for layer in self.layers.values())
-        return experts <= sum(len(pool) for pool in set(self.pools.values()))
+        return experts <= sum(map(len, self._each_pool))
 
     @property
     def all_filled(self) -> bool:
@@ -140,7 +126,7 @@ class ExpertStore:
             self._in_use = pool, ()  # who writes to it is found out
             return told[1], told[2]
         layer = self.layers[layer_idx]
-        placing = self._arrange(layer_idx, self._keys(layer_idx, range(layer.num_experts)))
+        placing, _ = self._arrange(layer_idx, self._keys(layer_idx, range(layer.num_experts)))
         nbytes = len(placing.missing) * layer.expert_nbytes
         self._report = replace(self._report, copied_bytes=self._report.copied_bytes + nbytes)
         slots = torch.tensor(placing.slots, dtype=torch.int64, device="cpu")
@@ -150,12 +136,25 @@ class ExpertStore:
         self._tables[layer_idx] = pool.departures, table, placing.slots
         return table, placing.slots
 
+    def bring_ahead(self, layer_idx: int, experts: Sequence[int]) -> None:
+        """Bring what the next load asks for, in this order, while what was loaded is in use: to
+        other slots, of which there are enough. Nothing waits for it but that load."""
+        layer, pool = self.layers[layer_idx], self.pools[layer_idx]
+        _, busy = self._in_use or (pool, ())
+        keys = self._keys(layer_idx, experts)
+        self._settle_hints()
+        placing = pool.place(keys, busy)
+        self._fill(pool, keys, placing)
+        self._ahead = pool, keys, placing
+        copied = self._report.copied_bytes + len(placing.missing) * layer.expert_nbytes
+        self._report = replace(self._report, copied_bytes=copied)
+
     def hint(self, layer_idx: int, experts: Sequence[int]) -> int:
         """Bring experts that may be asked for soon, as far as there is room beside what is in use;
         how many are on their way. Nothing waits for them but the next load."""
         layer, pool = self.layers[layer_idx], self.pools[layer_idx]
-        used_pool, busy = self._in_use or (pool, ())
-        busy = busy if used_pool is pool else ()
+        in_use = [self._in_use, self._ahead and (self._ahead[0], self._ahead[2].slots)]
+        busy = [slot for some in in_use if some and some[0] is pool for slot in some[1]]
         self._settle_hints()
         keys = [key for key in self._keys(layer_idx, experts) if key not in pool]
         keys = keys[: (len(pool) - len(busy)) // 2]  # the rest may hold what is wanted as well
@@ -171,24 +170,33 @@ class ExpertStore:
         )
         return len(keys)
 
-    def _arrange(self, layer_idx: int, keys: Sequence[Key]) -> Placing:
+    def _arrange(self, layer_idx: int, keys: list[Key]) -> tuple[Placing, int]:
         """Give up what was loaded before, and have experts in slots that are not given to others
-        meanwhile; the current stream waits for copies."""
+        meanwhile; the current stream waits for copies. How many had been brought ahead, too."""
         pool = self.pools[layer_idx]
         self._settle_hints()
         self.give_up()
         current = self._device.current_stream()
         if current == self._stream and not self._device.unified:
             self._change_stream()
-        try:
-            placing = pool.place(keys)
-        except ConfigError as error:
-            raise ConfigError(f"layer {layer_idx}: {error}: load them in parts") from None
+        placing, early = self._place(layer_idx, keys)
         self._in_use = pool, placing.slots
         self._fill(pool, keys, placing)
         self._arrive()
         self.order_after_copies(current)
-        return placing
+        return placing, early
+
+    def _place(self, layer_idx: int, keys: list[Key]) -> tuple[Placing, int]:
+        """Where a load's experts are to be, and how many of them were brought ahead for it."""
+        pool, ahead, self._ahead = self.pools[layer_idx], self._ahead, None
+        if ahead is not None and ahead[1] == keys:
+            slots = pool.find(keys)
+            if slots is not None:
+                return Placing(slots, ()), len(ahead[2].missing)
+        try:
+            return pool.place(keys), 0
+        except ConfigError as error:
+            raise ConfigError(f"layer {layer_idx}: {error}: load them in parts") from None
 
     def _keys(self, layer_idx: int, experts: Sequence[int]) -> list[Key]:
         """ConfigError for an expert that the layer does not have."""
@@ -277,14 +285,3 @@ class ExpertStore:
     def order_after_copies(self, current: Stream) -> None:
         """The caller's stream waits for all that was brought."""
         self._brought.wait(current)
-
-
-def _more(
-    needed: tuple[tuple[int, tuple[int, ...]], ...], layer_idx: int, experts: Sequence[int]
-) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """What a pass has needed, with these experts of a layer as well."""
-    if needed and needed[-1][0] == layer_idx:
-        before = needed[-1][1]
-        experts = [*before, *(expert for expert in experts if expert not in before)]
-        needed = needed[:-1]
-    return (*needed, (layer_idx, tuple(experts))) if experts else needed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 
@@ -122,6 +123,27 @@ class LayerExperts:
         experts = sorted(set(_numbers(ids)))
         for first in range(0, len(experts), self.num_slots):
             yield experts[first : first + self.num_slots]
+
+    def rounds(self, ids: Ids) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """The different ones of ``ids`` in ascending order, in slots: as (experts, their slots, as
+        ``load`` gives them). All at once if there are as many slots; else as many as half of them
+        at a time, and while those that are handed out are computed with, the next are brought to
+        the other half. What is handed out holds until the iterator advances. Errors as of ``load``.
+        """
+        experts = sorted(set(_numbers(ids)))
+        many = len(experts) > self.num_slots
+        size = max(1, self.num_slots // 2 if many else len(experts))
+        parts = [experts[first : first + size] for first in range(0, len(experts), size)]
+        for part, following in zip_longest(parts, parts[1:]):
+            slots = self.load(part)
+            if following is not None and len(part) + len(following) <= self.num_slots:
+                self._store.bring_ahead(self._layer_idx, following)
+            yield part, slots
+
+    def whole(self) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """All of the layer's experts, as ``rounds`` of them: for prompts, and batches that ask for
+        nearly all."""
+        return self.rounds(range(len(self)))
 
     def end(self) -> None:
         """The hand-out has ended."""

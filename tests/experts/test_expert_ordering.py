@@ -69,19 +69,31 @@ class Mixture:
     def _layer(self, weights: Any, layer_idx: int, fails_at: int | None) -> int:
         dice, experts = self._random, weights.experts
         asked = [dice.randrange(EXPERTS) for _ in range(dice.randint(0, 9))]
+        if dice.random() < 0.4:
+            some = experts.whole() if dice.random() < 0.2 else experts.rounds(asked)
+            for part, slots in some:
+                if dice.random() < 0.1:
+                    experts.hint([dice.randrange(EXPERTS)], layer=dice.randrange(LAYERS))
+                self._use(experts, layer_idx, part, slots)
+                if dice.random() < 0.1:
+                    break
+            asked = asked[:4]
         for part in experts.parts(asked):
             wanted = dice.choices(part, k=len(part)) + part
             slots = experts.load(torch.tensor(wanted) if dice.random() < 0.5 else wanted)
             if dice.random() < 0.3:  # before this one is computed with
                 soon = [dice.randrange(EXPERTS) for _ in range(dice.randint(0, 4))]
                 experts.hint(soon, layer=dice.randrange(LAYERS))
-            for expert, slot in zip(wanted, slots.tolist(), strict=True):
-                for name in NAMES:
-                    look = self._look(experts.bank(name)[slot], layer_idx, expert, name)
-                    self._device.launch(look)
+            self._use(experts, layer_idx, wanted, slots)
         if layer_idx == fails_at:
             raise LaunchFailed
         return 0
+
+    def _use(self, experts: Any, layer_idx: int, wanted: list[int], slots: torch.Tensor) -> None:
+        for expert, slot in zip(wanted, slots.tolist(), strict=True):
+            for name in NAMES:
+                look = self._look(experts.bank(name)[slot], layer_idx, expert, name)
+                self._device.launch(look)
 
     def _look(
         self, found: torch.Tensor, layer_idx: int, expert: int, name: str

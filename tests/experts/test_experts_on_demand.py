@@ -37,7 +37,8 @@ from layer_streamer import (
 from layer_streamer.devices.device import CpuDevice
 from layer_streamer.experts.hits import count_hits
 from layer_streamer.experts.policies import make_policy
-from layer_streamer.passes.expert_store import ExpertReport, ExpertStore
+from layer_streamer.passes.expert_report import ExpertReport
+from layer_streamer.passes.expert_store import ExpertStore
 
 asked_of_layers = st.lists(
     st.lists(st.integers(0, EXPERTS - 1), max_size=2 * EXPERTS), min_size=LAYERS, max_size=LAYERS

@@ -70,12 +70,13 @@ class StepWeights:
         return self.arithmetic.project(x_TD, packed, self._unpacker, bias)
 
     def experts(self, needed: Sequence[int]) -> Iterator[int]:
-        """Those of the layer's experts, ascending, one after the other once it is there."""
+        """Those of the layer's experts, ascending, one after the other once it is there. Where they
+        are more than there are slots, the next come while these are computed with: in the same
+        order, so that it changes no bit."""
         if self._store is None:
             yield from needed
             return
-        for part in self._store.parts(needed):
-            self._store.load(part)
+        for part, _ in self._store.rounds(needed):
             yield from part
 
     def expert(self, x_TD: torch.Tensor, expert: int, matrix: str) -> torch.Tensor:

@@ -100,8 +100,7 @@ def _add_up(
     banks = {leaf: experts.bank(name) for leaf, name in lender.banks.items()}
     routes = find_routes(choices_TK, len(experts), x_TH.device)
     total_TH = torch.zeros_like(x_TH, dtype=torch.promote_types(x_TH.dtype, torch.float32))
-    for part in experts.parts(routes.experts):
-        experts.load(part)
+    for part, _ in experts.rounds(routes.experts):
         for expert in part:
             at = slice(routes.ends[expert - 1] if expert else 0, routes.ends[expert])
             token_N, choice_N = routes.token_N[at], routes.choice_N[at]

@@ -16,7 +16,7 @@ from tiny_types import DECODER, EXPERTS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layer_streamer import CheckpointError, ConfigError, stream
-from layer_streamer.passes.expert_store import ExpertReport
+from layer_streamer.passes.expert_report import ExpertReport
 
 COUNT, TOP_K, LAYERS = 4, 2, 3
 SLOTS = {"one": 1, "top k": TOP_K, "half": COUNT * LAYERS // 2, "all": COUNT * LAYERS}
