@@ -24,6 +24,7 @@ from ..passes.runner import Runner
 from ..weights.dequant import Unpacker
 from .drafter import Drafter
 from .drafting import Drafting
+from .expert_cost import cost_of
 from .lookup import Lookup
 from .model_draft import ModelDraft
 from .own_weights import OwnWeights, own_weights, round_layers
@@ -148,7 +149,9 @@ def open_drafting(
 ) -> Drafting:
     """What asks all that is wanted, and what constraints leave no choice in; ``closing`` returns
     its memory."""
-    shared, sources = Shared(Pace(), {}, {}), dict[str, Drafter]()
+    streamer = target.streamer
+    experts = cost_of(streamer, target.config) if isinstance(streamer, LayerStreamer) else None
+    shared, sources = Shared(Pace(experts), {}, {}), dict[str, Drafter]()
     if wanted.lookup:
         sources["lookup"] = Lookup(salts=shared.salts)
     if plan is not None:
