@@ -287,6 +287,7 @@ class TestSplit:
             read_manifest(path)
 
 
+@pytest.mark.slow
 def test_the_real_smollm2_file_reads_as_the_gguf_package_reads_it() -> None:
     path = fetch()
     fields = assert_equals_reader(path).fields

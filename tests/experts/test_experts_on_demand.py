@@ -45,7 +45,7 @@ asked_of_layers = st.lists(
 )
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(passes=st.lists(asked_of_layers, min_size=1, max_size=4), slots=st.integers(1, 30))
 @pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layer_streamer.experts.hits import Belady
@@ -127,6 +127,7 @@ def test_every_policy_has_a_plain_model() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=40)
 @given(events=EVENTS)
 def test_a_policy_does_what_its_plain_model_does(name: str, events: list[Any]) -> None:
     make, make_model = MODELS[name]

@@ -97,6 +97,7 @@ def python(code: str, environment: dict[str, str], cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # make test-package installs it, and does the same
 def test_the_installed_engine_is_imported_from_an_empty_folder(
     installed: dict[str, str], tmp_path: Path
 ) -> None:

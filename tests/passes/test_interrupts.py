@@ -96,7 +96,11 @@ def run_everywhere(opened: Any, kind: str, stride: int, first: int = 0) -> int:
 
 @pytest.mark.parametrize(
     ("route", "stride"),
-    [("cpu pools", 1), ("pools", 3), pytest.param("pools", 1, marks=pytest.mark.slow)],
+    [
+        ("pools", 3),
+        pytest.param("cpu pools", 1, marks=pytest.mark.slow),
+        pytest.param("pools", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_after_an_interrupt_at_any_line_the_next_passes_are_exact(opened: Any, stride: int) -> None:
     assert run_everywhere(opened, "line", stride) > 200 // stride
@@ -128,9 +132,10 @@ def test_after_an_interrupt_at_any_bytecode_the_next_passes_are_exact(
 @pytest.mark.parametrize(
     ("route", "stride"),
     [
-        ("cpu pools", 1),
-        ("pools", 1),
+        pytest.param("cpu pools", 1, marks=pytest.mark.slow),
+        ("pools", 2),
         ("two partial", 5),
+        pytest.param("pools", 1, marks=pytest.mark.slow),
         pytest.param("two partial", 1, marks=pytest.mark.slow),
     ],
 )

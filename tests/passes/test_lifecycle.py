@@ -41,17 +41,17 @@ from layer_streamer import LayerStreamer
 ROUNDS = 200
 INTERRUPTS = 150
 MOMENTS = route_params(
-    "cpu pools", "pools", "mapped", "two partial", "cuda pools", "cuda mapped", "cuda partial",
+    "pools", "two partial", "cuda pools", "cuda mapped", "cuda partial",
     slow=(
-        "cpu direct", "cpu mapped", "cpu partial", "cpu two", "direct", "arena", "resident",
-        "partial", "two",
+        "cpu pools", "cpu direct", "cpu mapped", "cpu partial", "cpu two", "direct", "mapped",
+        "arena", "resident", "partial", "two",
     ),
 )  # fmt: skip
 ROUNDED = route_params(
-    "cpu pools", "direct", "mapped", "cuda pools", "cuda mapped", "cuda partial",
+    "cpu pools", "mapped", "cuda pools", "cuda mapped", "cuda partial",
     slow=(
-        "cpu direct", "cpu mapped", "cpu partial", "cpu two", "pools", "arena", "resident",
-        "partial", "two", "two partial",
+        "direct", "cpu direct", "cpu mapped", "cpu partial", "cpu two", "pools", "arena",
+        "resident", "partial", "two", "two partial",
     ),
 )  # fmt: skip
 

@@ -28,11 +28,11 @@ pytestmark = [
 ENDINGS: list[Any] = [
     (setups.raises, "exception", "ValueError: a setup that raises (in stage 'setup')\n"),
     (setups.segfaults, "signal", "SIGSEGV, in stage 'run 1'"),
-    (setups.closes_everything, "exit", "exit code 74 without a result, in stage 'run 1'; "),
-    (setups.kills_its_parent, "signal", "the trial's supervisor was ended (SIGKILL), in stage "),
     (setups.refused_torch_memory, "out of memory", "RuntimeError: [enforce fail"),
 ]
 RARER: list[Any] = [
+    (setups.closes_everything, "exit", "exit code 74 without a result, in stage 'run 1'; "),
+    (setups.kills_its_parent, "signal", "the trial's supervisor was ended (SIGKILL), in stage "),
     (setups.exits_three, "exit", "exit code 3 without a result, in stage 'run 1'"),
     (setups.fakes_a_result, "exception", "ValueError: no result (in stage 'setup')\n"),
     (setups.writes_garbage_and_exits, "exit", "exit code 6 without a result, in stage 'setup'; "),
@@ -119,7 +119,7 @@ def test_a_candidate_that_allocates_without_end_is_out_of_memory(
     [
         setups.starts_others,
         pytest.param(setups.forks_and_goes_on, marks=pytest.mark.slow),
-        setups.writes_garbage,
+        pytest.param(setups.writes_garbage, marks=pytest.mark.slow),
         pytest.param(setups.prints_and_works, marks=pytest.mark.slow),
     ],
     ids=name_of,

@@ -16,7 +16,7 @@ HANG_SECONDS = 200
 
 FORKS = f"""
 import gc, json, os, signal, sys
-import layer_streamer
+from layer_streamer import LayerStreamer  # which imports torch: the package by itself does not
 
 # At their end the forks look through what they have made, not through all of torch.
 gc.collect()

@@ -5,7 +5,6 @@ on a GPU, where every such pass is captured and replayed.
 """
 
 import logging
-import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint
 from gguf_models import file_config, write_gguf
+from triton_runs import FEW, of_many
 from zoo import DENSE, IDS, zoo_model
 
 from layer_streamer.llm.kernels.triton_support import interpreted
@@ -28,9 +28,7 @@ from layer_streamer.llm.text.sampling import Sampler, choose_tokens
 
 DEVICE = "cpu" if interpreted() else "cuda"
 TOLERANCE = 1e-5
-FEW = interpreted() and "EVERY_CASE" not in os.environ
-"""The interpreter takes a millisecond for a program: by default it gets few."""
-NAMES = ["llama-one-kv-head", "qwen2-window", "gemma3_text"] if FEW else DENSE
+NAMES = ["qwen2-window", "gemma3_text"] if FEW else DENSE
 PROMPTS = (23, 50)
 
 
@@ -87,7 +85,8 @@ def test_every_architecture_gives_the_logits_of_streamed_passes(tmp_path: Path, 
     assert relative_error(found, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama"] if FEW else ["llama", "mistral", "qwen2"])
+@of_many
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 def test_packed_weights_with_permuted_heads_give_the_logits_of_streamed_passes(
     tmp_path: Path, name: str
 ) -> None:
@@ -97,6 +96,7 @@ def test_packed_weights_with_permuted_heads_give_the_logits_of_streamed_passes(
     assert captured == 2 and relative_error(found, expected) <= TOLERANCE
 
 
+@of_many
 def test_a_ring_is_written_around_its_end(tmp_path: Path) -> None:
     model = zoo_model("mistral", max_position_embeddings=2048)
     path, config, found = tiny_checkpoint(tmp_path, model), model_config(model.config), []
@@ -133,7 +133,7 @@ def history(runner: Runner, seed: int, count: int, *, ordered: bool = False) -> 
 def test_rows_come_and_go_as_if_all_passes_were_streamed(tmp_path: Path, seed: int) -> None:
     model = zoo_model("qwen2-window")
     path, config = tiny_checkpoint(tmp_path, model), model_config(model.config)
-    count, histories = 16 if FEW else 60, []
+    count, histories = 11 if FEW else 60, []
     for rows in (0, 3):
         with opened(path, config, rows=rows, tokens=768, max_rows=3) as runner:
             histories.append(history(runner, seed, count))

@@ -4,7 +4,6 @@ test_llm_reproducible.py, in a process of its own.
 With TRITON_INTERPRET=1 on the CPU; otherwise compiled, on a GPU.
 """
 
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint
+from triton_runs import FEW
 from zoo import IDS, reference, zoo_model
 
 from layer_streamer.llm.kernels import fixed_products
@@ -22,8 +22,6 @@ from layer_streamer.llm.passes.token_attention import TokenAttention
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
 DTYPES = [torch.float32, torch.float16] + ([] if interpreted() else [torch.bfloat16])
-FEW = interpreted() and "EVERY_CASE" not in os.environ
-"""The interpreter takes a millisecond for a program: by default it gets few."""
 NAMES = ["llama-one-kv-head"] if FEW else ["llama", "qwen2-window", "gemma3_text", "mistral"]
 TOKENS = 4 if FEW else 26
 

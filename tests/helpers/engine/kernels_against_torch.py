@@ -11,6 +11,7 @@ import packed_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
+from triton_runs import FEW, of_many
 
 from layer_streamer.llm.kernels import fused, launching, unpacking
 from layer_streamer.llm.kernels.triton_support import interpreted
@@ -175,6 +176,7 @@ PRODUCTS = {
     "Q8_0": cases.with_scales(cases.blocks("Q8_0", ROWS, 1056), 0x2C11),
     "Q4_K": cases.with_scales(cases.blocks("Q4_K", ROWS, 2304), 0x2C11),
 }
+OF_EACH_KERNEL = ["ct4", "Q8_0", "Q4_K"] if FEW else list(PRODUCTS)
 
 
 def check_product(packed: Packed, x: torch.Tensor, launch: Launch | None = None) -> None:
@@ -194,7 +196,9 @@ def random_x(tokens: int, width: int) -> torch.Tensor:
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens))
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8] if interpreted() else range(1, 10))
+@pytest.mark.parametrize(
+    "tokens", [1, 3, pytest.param(8, marks=of_many)] if interpreted() else range(1, 10)
+)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_with_few_tokens_is_that_of_the_unpacked_matrix(name, tokens):
     packed = PRODUCTS[name]
@@ -209,7 +213,7 @@ def product_launch(name: str, tile: tuple[int, int], warps: int) -> Launch:
 TILES = [((1, 128), 4), ((2, 32), 1), ((4, 64), 1)]
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", OF_EACH_KERNEL)
 def test_a_product_is_the_same_in_other_tiles(name):
     """A selection: each tile is compiled for each matrix."""
     for tile, warps in TILES:
@@ -217,7 +221,7 @@ def test_a_product_is_the_same_in_other_tiles(name):
         check_product(PRODUCTS[name], random_x(1, PRODUCTS[name].width), launch)
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", OF_EACH_KERNEL)
 def test_rows_and_tokens_that_a_program_has_beside_others_change_no_bit(name, monkeypatch):
     packed = cases.on(PRODUCTS[name], DEVICE)
     tokens = 2 if interpreted() else 4
@@ -247,7 +251,7 @@ def test_every_tile_has_pieces_for_each_thread(kind):
     assert all(pieces >= 32 * warps for (_, pieces), warps in tiles)
 
 
-@pytest.mark.parametrize("kind", ["ct4", "ct8"])
+@pytest.mark.parametrize("kind", [pytest.param("ct4", marks=of_many), "ct8"])
 def test_a_product_of_columns_goes_by_strides_of_whole_chunks(kind):
     wide = cases.on(cases.integers(kind, 6, 192, 64), DEVICE)
     words = wide.parts["packed"].shape[1]
@@ -265,7 +269,7 @@ def test_a_product_of_columns_goes_by_strides_of_whole_chunks(kind):
     assert not launching.multiplies(replace(wide, parts=wide.parts | {"packed": odd}), x)
 
 
-@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias_dtype", DTYPES[:1] if FEW else DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["ct4, channel", "Q8_0"])
 def test_a_bias_is_added_to_the_rounded_product(name, bias_dtype):
     packed = cases.on(PRODUCTS[name], DEVICE)

@@ -65,7 +65,7 @@ def assert_same(found: Sequence[Any], expected: Sequence[Any]) -> None:
     ]
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("draft", [pytest.param("same", marks=pytest.mark.slow), *DRAFTS[1:]])
 def test_the_text_is_the_one_without_a_draft(
     paths: dict[str, Path], plain: StreamingEngine, draft: str
 ) -> None:

@@ -128,8 +128,17 @@ def test_a_tree_may_be_verified_wherever_keys_and_values_are(path: Path, tier: s
             drafted(engine, plain, how, **SAMPLED)
 
 
-@pytest.mark.parametrize("name", WINDOWS)
-@pytest.mark.parametrize("tier", ["device", "chunks on the host"])
+@pytest.mark.parametrize(
+    ("name", "tier"),
+    [
+        ("gemma3_text", "device"),
+        ("qwen2-window", "chunks on the host"),
+        pytest.param("mistral", "device", marks=pytest.mark.slow),
+        pytest.param("mistral", "chunks on the host", marks=pytest.mark.slow),
+        pytest.param("gemma3_text", "chunks on the host", marks=pytest.mark.slow),
+        pytest.param("qwen2-window", "device", marks=pytest.mark.slow),
+    ],
+)
 def test_a_tree_may_be_verified_where_layers_have_windows(
     tmp_path: Path, name: str, tier: str
 ) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parts import PART, part_of, parts
 from paths import ENGINE, PYTHONPATH, ROOT
-from triton_runs import CHECKS, needs_triton, run_checks, run_together
+from triton_runs import CHECKS, EVERY_CASE, INTERPRETED, needs_triton, run_checks
 
 from layer_streamer.llm.kernels import fused, triton_support
 from layer_streamer.llm.weights.packed import unpack_rows
@@ -25,8 +25,14 @@ COMPILED += [(gpu, dtype) for gpu in ("8.0", "9.0") for dtype in ("float32", "fl
 
 @needs_triton
 def test_every_kernel_gives_what_plain_torch_gives_in_the_interpreter():
-    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run_together([(environment | {PART: part}, CHECKS) for part in parts(2)])
+    """Those that unpack and multiply few tokens, and those on tensor cores: imported once."""
+    run_checks(INTERPRETED, CHECKS, ENGINE / "tiles_against_torch.py")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_so_it_is_in_every_case():
+    run_checks(INTERPRETED | {EVERY_CASE: "1"}, CHECKS)
 
 
 @needs_triton
@@ -55,18 +61,15 @@ def test_a_process_for_a_part_of_the_checks_runs_no_others(tmp_path):
         "from parts import keep_own_part as pytest_collection_modifyitems\n"
     )
     (tmp_path / "test_it.py").write_text("".join(f"def test_{i}(): pass\n" for i in range(5)))
-    ran = {}
-    for part in ("", *parts(2)):
-        result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)],
-            env=os.environ | {PART: part, "PYTHONPATH": PYTHONPATH},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        ran[part] = set(re.findall(r"::(test_\d) PASSED", result.stdout))
-    assert ran["1/2"] == {"test_0", "test_2", "test_4"}
-    assert ran["1/2"] | ran["2/2"] == ran[""] and not ran["1/2"] & ran["2/2"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)],
+        env=os.environ | {PART: "1/2", "PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ran = set(re.findall(r"::(test_\d) PASSED", result.stdout))
+    assert ran == {"test_0", "test_2", "test_4"}
 
 
 @needs_triton

@@ -1,4 +1,7 @@
-"""Products on tensor cores: right in the interpreter or on a GPU; and which product serves when."""
+"""Products on tensor cores: right on a GPU; and which product serves when.
+
+That they are right in the interpreter is seen by test_llm_kernels.py.
+"""
 
 from types import SimpleNamespace
 
@@ -15,11 +18,6 @@ from layer_streamer.llm.kernels import fused
 from layer_streamer.llm.kernels.thresholds import Thresholds
 
 CHECKS = ENGINE / "tiles_against_torch.py"
-
-
-@needs_triton
-def test_products_on_tensor_cores_are_right_in_the_interpreter():
-    run_checks({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, CHECKS)
 
 
 @needs_triton

@@ -103,10 +103,19 @@ def test_in_a_steady_run_everything_has_been_prefetched(model: tuple[Path, Any])
         assert runner.kv.host is not None and runner.kv.host.late_nbytes == 0
 
 
-def test_chunks_and_grouped_rows_change_nothing_but_rounding(model: tuple[Path, Any]) -> None:
+@pytest.mark.parametrize(
+    "chunkings",
+    [
+        (Chunking(tokens=7), Chunking(group_rows=True)),
+        pytest.param((Chunking(tokens=1),), marks=pytest.mark.slow, id="each token alone"),
+    ],
+)
+def test_chunks_and_grouped_rows_change_nothing_but_rounding(
+    model: tuple[Path, Any], chunkings: tuple[Chunking, ...]
+) -> None:
     path, network = model
     expected = tell(path, network.config, 11, 4, chunking=Chunking(tokens=10_000))
-    for chunking in (Chunking(tokens=1), Chunking(tokens=7), Chunking(group_rows=True)):
+    for chunking in chunkings:
         found = tell(path, network.config, 11, 4, chunking=chunking)
         errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
         assert max(errors) <= 1e-5

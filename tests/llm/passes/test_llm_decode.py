@@ -12,34 +12,32 @@ from assets import tiny_checkpoint, tiny_model
 from byte_model import byte_model
 from parts import PART, parts
 from paths import ENGINE
-from triton_runs import needs_triton, run_checks, run_together
+from triton_runs import EVERY_CASE, INTERPRETED, needs_triton, run_checks
 
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.passes.runner_step import RunnerStep
 
-CHECKS = ["decode_kernels_against_torch.py", "decode_against_streamed.py"]
+CHECKS = [ENGINE / "decode_kernels_against_torch.py", ENGINE / "decode_against_streamed.py"]
 
 
 @needs_triton
 def test_captured_passes_and_their_kernels_are_right_in_the_interpreter() -> None:
-    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run_together([(environment, ENGINE / checks) for checks in CHECKS])
+    run_checks(INTERPRETED, *CHECKS)
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("part", parts(5))
 def test_captured_passes_of_every_architecture_are_right_in_the_interpreter(part: str) -> None:
-    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "EVERY_CASE": "1", PART: part}
-    run_checks(environment, ENGINE / "decode_against_streamed.py")
+    run_checks(INTERPRETED | {EVERY_CASE: "1", PART: part}, *CHECKS)
 
 
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.parametrize("part", parts(3))
-@pytest.mark.parametrize("checks", CHECKS)
-def test_captured_passes_and_their_kernels_are_right_on_a_gpu(checks: str, part: str) -> None:
-    run_checks({"TRITON_INTERPRET": "0", PART: part}, ENGINE / checks)
+@pytest.mark.parametrize("checks", CHECKS, ids=lambda checks: checks.stem)
+def test_captured_passes_and_their_kernels_are_right_on_a_gpu(checks: Path, part: str) -> None:
+    run_checks({"TRITON_INTERPRET": "0", PART: part}, checks)
 
 
 gpu = pytest.mark.gpu

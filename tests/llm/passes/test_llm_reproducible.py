@@ -182,7 +182,9 @@ def texts(engine: StreamingEngine, **options: Any) -> list[Any]:
     return [together, alone]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_texts_are_the_same_with_and_without_lookup_alone_and_in_a_batch(
     path: Path, dtype: torch.dtype
 ) -> None:
@@ -201,7 +203,7 @@ def test_texts_are_the_same_with_and_without_lookup_alone_and_in_a_batch(
     assert greedy[0] != drawn[0]
 
 
-@pytest.mark.parametrize("draft", ["model", "self"])
+@pytest.mark.parametrize("draft", ["model", pytest.param("self", marks=pytest.mark.slow)])
 def test_texts_are_the_same_with_drafts_of_models(path: Path, draft: str) -> None:
     found: list[Any] = []
     for chosen in (None, path if draft == "model" else draft):

@@ -13,13 +13,12 @@ from fabricated import LLAMA, add_tiny_shapes, make
 from paths import ENGINE
 from shapes import SHAPES
 from small_engine import drafts_always
-from triton_runs import needs_triton, run_checks
+from triton_runs import EVERY_CASE, INTERPRETED, needs_triton, run_checks
 
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.passes import ways
 
 CHECKS = ENGINE / "fixed_products_against_torch.py"
-INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
 @needs_triton
@@ -31,7 +30,7 @@ def test_tiles_and_attention_of_any_tokens_are_right_in_the_interpreter() -> Non
 @needs_triton
 @pytest.mark.slow
 def test_so_they_are_with_windows_and_longer_texts() -> None:
-    run_checks(INTERPRETED | {"EVERY_CASE": "1"}, CHECKS)
+    run_checks(INTERPRETED | {EVERY_CASE: "1"}, CHECKS)
 
 
 @needs_triton

@@ -47,7 +47,11 @@ def both(folder: Path, name: str, **options: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*(("llama", options) for options in SLOTS), ("mixtral", SLOTS[1]), ("gpt2", SLOTS[0])],
+    [
+        *(pytest.param("llama", options, marks=pytest.mark.slow) for options in SLOTS),
+        ("mixtral", SLOTS[1]),
+        ("gpt2", SLOTS[0]),
+    ],
 )
 def test_blocks_that_are_alike_are_one_graph_in_every_slot(
     tmp_path: Path, name: str, options: dict[str, Any]

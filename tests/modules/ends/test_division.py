@@ -65,8 +65,15 @@ def wide(folder: Path, *, tied: bool, vocab: int = 4000) -> Any:
     return made
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("threshold", [0, 64 * MIB])
+@pytest.mark.parametrize(
+    ("tied", "threshold"),
+    [
+        (False, 0),
+        (True, 64 * MIB),
+        pytest.param(True, 0, marks=pytest.mark.slow),
+        pytest.param(False, 64 * MIB, marks=pytest.mark.slow),
+    ],
+)
 def test_every_budget_from_all_of_the_model_down_is_kept_until_one_line_refuses_it(
     tmp_path: Path, tied: bool, threshold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,17 @@ def tokens(model: Any, **options: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", [n for n in (*UNTIED, *TIED, *BIASED) if n in TYPES])
+ONE_OF_EACH = ("llama", "t5", "gptj")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in ONE_OF_EACH else pytest.mark.slow)
+        for n in (*UNTIED, *TIED, *BIASED)
+        if n in TYPES
+    ],
+)
 def test_answers_are_those_of_the_resident_model(tmp_path: Path, name: str) -> None:
     if not has(name):
         pytest.skip("this transformers does not have it")
