@@ -31,7 +31,13 @@ class LazyMatcher:
         in a model's reasoning is none."""
         self._begins, self._vocabulary, self._heard = matcher, vocabulary, heard
         self._mark = mark.encode()
+        self.ends_the_text = False
+        """What was held to its end is the end of the text."""
         self._held: Matcher | None = None
+        self._count = 0
+        """Tokens that were accepted."""
+        self._complete: int | None = None
+        """How many of them are the complete text."""
         self._tail = b""
         """The end of the text, in which a mark may have begun."""
 
@@ -51,6 +57,7 @@ class LazyMatcher:
 
     def accept(self, token: int) -> None:
         """The row goes on with this token."""
+        self._count += 1
         if self._held is None:
             self._listen(self._vocabulary.spelled(token))
             return
@@ -61,10 +68,13 @@ class LazyMatcher:
         else:
             if self._held.ended:
                 self._held = None
+                if self.ends_the_text and self._complete is None:
+                    self._complete = self._count
 
     def ends_at(self, count: int) -> bool:
-        """False: a text that is free ends where the model ends it."""
-        return False
+        """True if the first ``count`` accepted tokens are the complete text; else a text that is
+        free ends where the model ends it."""
+        return self._complete == count
 
     def forced(self) -> list[int]:
         """Tokens that have to follow; none where the text is free."""

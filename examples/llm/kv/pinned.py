@@ -12,12 +12,11 @@ import sys
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-logger = logging.getLogger(__name__)
+from .tokens import Numbers
 
-Numbers = npt.NDArray[np.int64]
+logger = logging.getLogger(__name__)
 
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 """Linux's flag: no swap is set aside for what is never touched."""

@@ -81,6 +81,7 @@ class StreamedEngine:
             if begun is not None and order.call_form is not None:
                 mark, heard = order.call_form.mark, answers(self.facts.template, ready)
                 held = LazyMatcher(begun, self._engine.vocabulary, mark, heard)
+                held.ends_the_text = order.call_form.ends
                 request.sampler.constraint = held
             found.append(ready)
         return found

@@ -95,6 +95,18 @@ def test_calls_in_a_list_are_of_known_tools() -> None:
         assert calls and all((call["name"], call["arguments"]) in ARGUMENTS for call in calls)
 
 
+def test_a_list_of_calls_where_one_is_allowed_has_one_and_ends_its_text() -> None:
+    form = form_of("mistral", None, several=False)
+    assert form is not None and form.ends
+    for seed in range(3):
+        held = lazy(PLAIN, form)
+        held.ends_the_text = form.ends
+        text = written(PLAIN, held, b"[TOOL_CALLS]", seed).decode()
+        calls = json.loads(text.removeprefix("[TOOL_CALLS]").partition("<|im_end|>")[0])
+        assert len(calls) == 1
+        assert held.ends_at(held._count) and not held.ends_at(held._count - 1)
+
+
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from([*"<tool_ca>", "<tool_", "tool_call>", "a", "é", "<<", "\n"])))
 def test_a_text_is_held_from_its_mark_on_and_never_before(pieces: Sequence[str]) -> None:

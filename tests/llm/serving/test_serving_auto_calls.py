@@ -89,6 +89,17 @@ def test_calls_that_are_begun_are_of_known_tools_with_their_arguments(
             assert arguments["unit"] in ("celsius", "kelvin") and arguments["deep"] in (True, False)
 
 
+def test_where_one_call_is_allowed_the_text_ends_behind_it(calling: Running) -> None:
+    body = said(seed=1, max_tokens=400)
+    (several,) = chosen(calling, body)["choices"]
+    found = chosen(calling, body | {"parallel_tool_calls": False})
+    (one,) = found["choices"]
+    assert len(several["message"]["tool_calls"]) > 1
+    functions = [call["function"] for call in one["message"]["tool_calls"]]
+    assert functions == [several["message"]["tool_calls"][0]["function"]]
+    assert one["finish_reason"] == "tool_calls" and found["usage"]["completion_tokens"] < 200
+
+
 def test_a_streamed_call_is_that_of_the_whole_reply(calling: Running) -> None:
     body = said(seed=7)
     whole = chosen(calling, body)["choices"][0]["message"]["tool_calls"]

@@ -137,6 +137,29 @@ def test_both_names_of_the_limit_are_one() -> None:
     assert completion().options["max_new_tokens"] == 16
 
 
+@pytest.mark.parametrize("order", [chat, completion])
+def test_llama_cpps_names_of_fields_are_taken(order: Any) -> None:
+    assert order(n_predict=7, repeat_penalty=1.5) == order(max_tokens=7, repetition_penalty=1.5)
+    assert order(n_predict=-1) == order(max_tokens=-1)
+    assert order(n_predict=7, max_tokens=7) == order(max_tokens=7)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_predict": 7, "max_tokens": 8}, {"n_predict": 0}, {"n_predict": "7"},
+        {"repeat_penalty": 1.5, "repetition_penalty": 1.2}, {"repeat_penalty": 0},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("order", [chat, completion])
+def test_two_names_with_two_values_and_wrong_ones_are_refused_by_llama_cpps_name(
+    order: Any, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        order(**fields)
+    assert (caught.value.status, caught.value.param) == (400, next(iter(fields)))
+
+
 def test_what_llama_cpp_calls_no_limit_and_the_likeliest_alone_is_taken() -> None:
     for order in (chat(max_tokens=-1), completion(max_tokens=-1), chat(max_completion_tokens=-1)):
         assert order.options["max_new_tokens"] > 1 << 30  # the engine has its own limit

@@ -53,6 +53,19 @@ TEXT = '<think>hm</think> Well. <tool_call>{"name": "f", "arguments": {"a": 1}}<
 
 
 @given(st.lists(st.integers(0, len(TEXT)), max_size=6))
+def test_where_one_call_is_allowed_nothing_behind_the_first_is_told(places: list[int]) -> None:
+    text = f"{TEXT} And again. {TEXT}"
+    edges = [0, *sorted(places), len(text)]
+    one = ChoiceText(ReasoningSplitter(inside=False), Hermes(), several=False)
+    deltas = [one.push(text[a:b]) for a, b in pairwise(edges)]
+    deltas.append(one.finish())
+    assert [call.name for delta in deltas for call in delta.calls] == ["f"]
+    assert "".join(delta.answer for delta in deltas).strip() == one.whole.answer.strip() == "Well."
+    assert [call.name for call in one.whole.calls] == ["f"]
+    assert one.reason("stop") == one.reason("length") == "tool_calls"
+
+
+@given(st.lists(st.integers(0, len(TEXT)), max_size=6))
 def test_what_a_stream_brings_together_is_the_whole_answer(places: list[int]) -> None:
     edges = [0, *sorted(places), len(TEXT)]
     one = ChoiceText(ReasoningSplitter(inside=False), Hermes())

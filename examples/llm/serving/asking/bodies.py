@@ -55,9 +55,15 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+OTHER_NAMES = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
+"""What llama.cpp calls fields that have other names here."""
+
+
 class Sampled(Body):
     """What chats and plain completions share."""
 
+    n_predict: Count | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Share | None = None
@@ -78,6 +84,16 @@ class Sampled(Body):
     guided_regex: Text | None = None
     guided_grammar: Text | None = None
     structured_outputs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _has_one_of_both_names(self) -> Sampled:
+        for other, name in OTHER_NAMES.items():
+            if (value := getattr(self, other)) is None:
+                continue
+            if getattr(self, name) not in (None, value):
+                raise ValueError(f"{other}: is another number than {name}")
+            setattr(self, name, value)
+        return self
 
     @model_validator(mode="after")
     def _biases_are_of_tokens(self) -> Sampled:

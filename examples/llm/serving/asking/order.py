@@ -50,6 +50,8 @@ class Order:
     """Of the request, which says what texts are held to."""
     tools: Sequence[Mapping[str, Any]] = ()
     """That may be called, as OpenAI's API writes them."""
+    several: bool = True
+    """A text may call more than once."""
     forced: bool = False
     """The text is nothing but calls."""
     call_form: CallForm | None = None
@@ -89,6 +91,7 @@ def order_of_chat(body: ChatBody, owner: str = "") -> Order:
         template_options=_template_options(body, tools),
         n=body.n or 1,
         tools=tools,
+        several=several_calls(body),
         forced=forced,
         ignore_eos=bool(body.ignore_eos),
         owner=owner,

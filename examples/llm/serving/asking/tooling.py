@@ -25,7 +25,7 @@ def fitted(order: Order, template: str | None) -> Order:
     if shows_special(family) and not order.forced:
         options["skip_special_tokens"] = False
     if family != "generic":
-        form = None if order.forced else form_of(family, template)
+        form = None if order.forced else form_of(family, template, several=order.several)
         return replace(order, options=options, call_form=form)
     field = order.constraint_field
     if not order.forced:
@@ -56,6 +56,7 @@ def texts_of(order: Order, ready: Sequence[Ready], template: str | None) -> list
         ChoiceText(
             ReasoningSplitter(inside=one.inside_reasoning) if splits else None,
             parser_of(family, order.tools, forced=order.forced) if order.tools else None,
+            several=order.several,
         )
         for one in ready
     ]

@@ -26,16 +26,18 @@ class CallForm:
     """In Lark, of calls of these tools; ValueError for what is beyond a bound."""
     closing: str = ""
     """What follows a call."""
+    ends: bool = False
+    """So does the end of the text."""
 
 
-def form_of(family: str, template: str | None) -> CallForm | None:
-    """None: its calls are read, but not held to anything."""
+def form_of(family: str, template: str | None, *, several: bool = True) -> CallForm | None:
+    """None: its calls are read, but not held to anything. Not ``several``: one ends its text."""
     if family == "hermes":
-        return CallForm(OPENING, _object, CLOSING)
+        return CallForm(OPENING, _object, CLOSING, ends=not several)
     if family == "coder":
-        return CallForm(OPENING, tagged_calls, CLOSING)
+        return CallForm(OPENING, tagged_calls, CLOSING, ends=not several)
     if family == "mistral" and "[ARGS]" not in (template or ""):
-        return CallForm(MARK, _list)
+        return CallForm(MARK, _list if several else _list_of_one, ends=not several)
     return None
 
 
@@ -73,6 +75,10 @@ def _object(tools: Sequence[Mapping[str, Any]]) -> str:
     return f"start: {SPACE} {as_json(call_schema(tools))}"
 
 
-def _list(tools: Sequence[Mapping[str, Any]]) -> str:
-    calls = {"type": "array", "items": call_schema(tools, at="/items"), "minItems": 1}
+def _list(tools: Sequence[Mapping[str, Any]], **bounds: int) -> str:
+    calls = {"type": "array", "items": call_schema(tools, at="/items"), "minItems": 1, **bounds}
     return f"start: {SPACE} {as_json(calls)}"
+
+
+def _list_of_one(tools: Sequence[Mapping[str, Any]]) -> str:
+    return _list(tools, maxItems=1)

@@ -29,6 +29,8 @@ class ChoiceText:
     """None: the model has no such part."""
     parser: CallParser | None = None
     """None: there are no tools."""
+    several: bool = True
+    """False: the text ends behind its first call, whatever the model goes on with."""
     whole: Delta = field(default_factory=Delta)
     """All that has been told."""
 
@@ -44,14 +46,20 @@ class ChoiceText:
 
     def reason(self, reason: str) -> str:
         """OpenAI's name for why the text ended."""
-        return "tool_calls" if self.whole.calls and reason == "stop" else reason
+        called = self.whole.calls and (reason == "stop" or not self.several)
+        return "tool_calls" if called else reason
 
     def _tell(self, reasoning: str, answer: str, *, ended: bool) -> Delta:
+        if self.whole.calls and not self.several:
+            return Delta()
         calls: list[Call] = []
         if self.parser is not None:
             found = self.parser.push(answer) if answer else []
             if ended:
                 found += self.parser.finish()
+            first = next((at for at, one in enumerate(found) if isinstance(one, Call)), None)
+            if first is not None and not self.several:
+                del found[first + 1 :]
             answer = "".join(one for one in found if isinstance(one, str))
             calls = [one for one in found if isinstance(one, Call)]
         delta, whole = Delta(answer, reasoning, calls), self.whole
