@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from byte_model import byte_model
-from serving import Running, serving, wait_for
+from scripted_served import QUICK, ScriptedServed
+from serving import Running, head, serving, wait_for
 from small_engine import make_engine
 
 from layer_streamer.llm.batching.asked import Manner
@@ -158,3 +160,17 @@ def test_without_llguidance_a_line_is_told_which_extra_brings_it(
     assert (bad["status_code"], error["param"]) == (400, "guided_regex")
     assert "pip install 'layer-streamer[serve]'" in error["message"]
     assert good["status_code"] == 200
+
+
+def test_what_a_body_says_wrong_is_told_before_that_the_queue_is_full() -> None:
+    engine = ScriptedServed(rows=1, gate=True)
+    full = serving(engine, limits=replace(QUICK, max_waiting=0))
+    with full as running, running.connect() as held:
+        body = json.dumps({"prompt": "a b c"}).encode()
+        named = ("content-type: application/json", f"content-length: {len(body)}")
+        held.sendall(head("POST", PLAIN, *named) + body)
+        wait_for(lambda: running.worker.load.rows == 1)
+        assert running.post(PLAIN, {"prompt": "late"})[0] == 429
+        wrong: list[Any] = [b"{", {}, {"prompt": 3}, {"prompt": "x", "n": 10**6}]
+        for sent in (*wrong, {"prompt": "x", "repeat_penalty": 0}):
+            assert running.post(PLAIN, sent)[0] == 400
