@@ -155,6 +155,7 @@ def combine_parts(  # noqa: PLR0913 - a kernel has no records
     sums: tl.tensor,
     stats: tl.tensor,
     numbers: tl.tensor,
+    sinks: tl.tensor,
     out: tl.tensor,
     NUMBERS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -163,9 +164,11 @@ def combine_parts(  # noqa: PLR0913 - a kernel has no records
     SPLITS: tl.constexpr,
     ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    SINKS: tl.constexpr,
 ) -> None:
     """A program adds up the parts of one head of one token: out is (tokens, heads, WIDTH). ROUNDED
-    is SPLITS rounded up to a power of two."""
+    is SPLITS rounded up to a power of two. SINKS: ``sinks`` (heads) has a score of each head beside
+    those of positions, not of powers of two."""
     token = tl.program_id(1)
     line = token * tl.num_programs(0) + tl.program_id(0)
     seen = keys_seen(numbers + token * NUMBERS, WINDOW)
@@ -173,8 +176,14 @@ def combine_parts(  # noqa: PLR0913 - a kernel has no records
     there = split < tl.cdiv(seen, part_size(seen, SPLITS, BLOCK))
     stats += (line * SPLITS + split) * 2
     largest = tl.load(stats, mask=there, other=float("-inf"))
-    share = tl.exp2(largest - tl.max(largest, axis=0))
+    top = tl.max(largest, axis=0)
+    if SINKS:
+        sink = tl.load(sinks + tl.program_id(0)).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    share = tl.exp2(largest - top)
     weights = tl.sum(tl.load(stats + 1, mask=there, other=0) * share, axis=0)
+    if SINKS:
+        weights += tl.exp2(sink - top)
     inside = there[:, None] & (column < WIDTH)[None, :]
     at = (line * SPLITS + split)[:, None] * WIDTH + column[None, :]
     parts = tl.load(sums + at, mask=inside, other=0)

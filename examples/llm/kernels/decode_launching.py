@@ -76,9 +76,14 @@ LOG2_E = 1.4426950408889634
 
 
 def launch_attention(
-    q_THE: torch.Tensor, memory: torch.Tensor, look: Look, scale: float
+    q_THE: torch.Tensor,
+    memory: torch.Tensor,
+    look: Look,
+    scale: float,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mixed values (T, H, E) of contiguous queries, one of each row, over ``memory``."""
+    """Mixed values (T, H, E) of contiguous queries, one of each row, over ``memory``. ``sinks_H``,
+    contiguous: each head's score beside those of positions."""
     tokens, heads, width = q_THE.shape
     groups = memory.shape[2]
     columns = max(triton.next_power_of_2(width), LEAST_SIDE)
@@ -107,8 +112,10 @@ def launch_attention(
         look.sums,
         look.stats,
         look.numbers,
+        look.stats if sinks_H is None else sinks_H,
         mixed_THE,
         ROUNDED=triton.next_power_of_2(look.splits),
+        SINKS=sinks_H is not None,
         **shared,
         num_warps=4,
     )

@@ -12,6 +12,7 @@ Shapes, beside those of attention.py: L query heads of a group times QUERIES (L 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -52,6 +53,7 @@ class AlignedAttention:
         span: Span,
         memory: torch.Tensor,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As ``RowAttention``, of queries and keys that have not been rotated."""
         table = self._table(layer_idx)
@@ -62,12 +64,11 @@ class AlignedAttention:
         for piece in self._chunk.pieces:
             part = slice(piece.offset, piece.offset + piece.count)
             k, v = store_and_look_back(span, memory, piece, k_GTE[:, part], v_GTE[:, part])
+            own, seen = (q_HTE[:, part], k, v), _Seen(span.window, sinks_H)
             if piece.branches is None:
-                mixed = self._attend(q_HTE[:, part], k, v, piece.position, span.window)
-                mixed_THE[part] = mixed.transpose(0, 1)
+                mixed_THE[part] = self._attend(own, piece.position, seen).transpose(0, 1)
             else:
-                own = q_HTE[:, part], k, v
-                self._attend_branches(own, piece, piece.branches, span.window, mixed_THE[part])
+                self._attend_branches(own, piece, piece.branches, seen, mixed_THE[part])
         return mixed_THE.transpose(0, 1)
 
     def _attend_branches(
@@ -75,29 +76,28 @@ class AlignedAttention:
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         piece: Piece,
         branches: Branches,
-        window: int | None,
+        look: _Seen,
         out_THE: torch.Tensor,
     ) -> None:
         """A piece with tokens of a tree, branch by branch, as if each stood alone."""
         q_HTE, k_GPE, v_GPE = qkv
-        begin, seen = piece.position, piece.seen(window)
+        begin, seen = piece.position, piece.seen(look.window)
         for tokens, followed in branches.alone(begin, begin + piece.count):
             own = [place - begin for place in tokens]
             at = [place - seen for place in (*range(seen, branches.first), *followed)]
             position = seen + len(at) - len(own)
-            mixed = self._attend(q_HTE[:, own], k_GPE[:, at], v_GPE[:, at], position, window)
-            out_THE[own] = mixed.transpose(0, 1)
+            taken = q_HTE[:, own], k_GPE[:, at], v_GPE[:, at]
+            out_THE[own] = self._attend(taken, position, look).transpose(0, 1)
 
     def _attend(
         self,
-        q_HTE: torch.Tensor,
-        k_GPE: torch.Tensor,
-        v_GPE: torch.Tensor,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         position: int,
-        window: int | None,
+        look: _Seen,
     ) -> torch.Tensor:
         """Mixed values (H, T, E) of a row's tokens from ``position`` on, the last T of the P that
         are given."""
+        q_HTE, k_GPE, v_GPE = qkv
         tokens = q_HTE.shape[1]
         end = position + tokens
         first_tile = position // QUERIES
@@ -109,7 +109,7 @@ class AlignedAttention:
         shape = (k_GPE.shape[0], -1, count, QUERIES, q.shape[2])
         q = q.view(shape).permute(2, 0, 1, 3, 4).contiguous().flatten(2, 3)
         q *= self._config.attention_scale
-        tiles = [_Tile((first_tile + i) * QUERIES, part, window) for i, part in enumerate(q)]
+        tiles = [_Tile((first_tile + i) * QUERIES, part, look) for i, part in enumerate(q)]
         for first, keys, values in _blocks(k_GPE, v_GPE, end):
             for tile in tiles:
                 if tile.reaches(first):
@@ -129,14 +129,26 @@ class AlignedAttention:
         return self._tables[rope]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Seen:
+    """What the queries of a layer see beside keys up to their own."""
+
+    window: int | None
+    sinks_H: torch.Tensor | None
+
+
 class _Tile:
     """Queries at QUERIES positions, and what has been added up for them."""
 
-    def __init__(self, first: int, q_GLE: torch.Tensor, window: int | None) -> None:
+    def __init__(self, first: int, q_GLE: torch.Tensor, look: _Seen) -> None:
         """``q_GLE``: scaled, those of the position ``first`` and of the next ones."""
-        self._first, self._q, self._window = first, q_GLE, window
+        self._first, self._q, self._window = first, q_GLE, look.window
         self._largest = q_GLE.new_full((*q_GLE.shape[:2], 1), -torch.inf)
         self._weights = q_GLE.new_zeros(self._largest.shape)
+        if look.sinks_H is not None:  # as if it had been seen before all keys
+            sinks_GS = look.sinks_H.float().view(len(q_GLE), -1)
+            self._largest[..., 0] = sinks_GS.repeat_interleave(QUERIES, 1)
+            self._weights.fill_(1.0)
         self._mixed = torch.zeros_like(q_GLE)
 
     def reaches(self, block: int) -> bool:

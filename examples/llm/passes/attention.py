@@ -3,6 +3,9 @@
 Shapes, beside those of model.py:
   P positions of a row       R rows that decode together
   S query heads that share a key-value head (H = G * S)
+
+A sink is a score that each query of a head has beside those of positions: it takes its share of the
+softmax and adds no values.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+SPARE = 8
+"""Numbers that a head is widened by for its sink: as few as kernels like."""
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -34,6 +39,7 @@ def attend(
     *,
     scale: float,
     window: int | None = None,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention in which the T queries are the last T of the P positions.
 
@@ -43,6 +49,10 @@ def attend(
     if tokens == 1:
         first = 0 if window is None else max(0, positions - window)
         k_GPE, v_GPE = k_GPE[:, first:], v_GPE[:, first:]
+        if sinks_H is not None:
+            q_1HE = q_HTE.transpose(0, 1)
+            one = attend_rows(q_1HE, k_GPE[None], v_GPE[None], scale=scale, sinks_H=sinks_H)
+            return one.transpose(0, 1)
         # In float16 a product goes beyond its range before it is scaled; SDPA sums up in float32.
         if q_HTE.device.type == "cpu" and q_HTE.dtype != torch.float16:
             return _attend_one(q_HTE, k_GPE, v_GPE, scale)
@@ -50,15 +60,19 @@ def attend(
         return _not_hidden(one[0][:, None], q_HTE, k_GPE)
     if window is not None and window < positions:
         mask = window_mask(tokens, positions, window, q_HTE.device)
-        return _by_group(q_HTE, k_GPE, v_GPE, scale, mask)
+        return attend_masked(q_HTE, k_GPE, v_GPE, mask, scale=scale, sinks_H=sinks_H)
+    if sinks_H is not None:
+        width = q_HTE.shape[2]
+        widened = _with_sinks(q_HTE, k_GPE, v_GPE, sinks_H, scale)
+        return attend(*widened, scale=scale)[..., :width]
+    bias = None
     if tokens < positions:
         # is_causal would align the queries with the first positions; this keeps the fast kernels.
         # Imported here: it takes a second, and only prompts of several chunks need it.
         from torch.nn.attention.bias import causal_lower_right
 
         bias = causal_lower_right(tokens, positions)
-        return _attend_many(q_HTE, k_GPE, v_GPE, scale, bias)
-    return _attend_many(q_HTE, k_GPE, v_GPE, scale, None)
+    return _attend_many(q_HTE, k_GPE, v_GPE, scale, bias)
 
 
 def attend_masked(
@@ -68,10 +82,35 @@ def attend_masked(
     mask_TP: torch.Tensor,
     *,
     scale: float,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention in which each query sees those positions where its mask is True, at least
     one."""
-    return _by_group(q_HTE, k_GPE, v_GPE, scale, mask_TP)
+    width = q_HTE.shape[2]
+    if sinks_H is not None:
+        q_HTE, k_GPE, v_GPE = _with_sinks(q_HTE, k_GPE, v_GPE, sinks_H, scale)
+        mask_TP = F.pad(mask_TP, (1, 0), value=True)
+    return _by_group(q_HTE, k_GPE, v_GPE, scale, mask_TP)[..., :width]
+
+
+def _with_sinks(
+    q_HTE: torch.Tensor,
+    k_GPE: torch.Tensor,
+    v_GPE: torch.Tensor,
+    sinks_H: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of heads that are SPARE wider, with a position before all others.
+
+    Its score is the sink, whatever the query: kernels know no sinks, but all of them know this.
+    Keys and values are copied, which is little beside the scores of several queries.
+    """
+    width = q_HTE.shape[2]
+    queries = F.pad(q_HTE, (0, SPARE))
+    queries[..., width] = (sinks_H.float() / scale).to(q_HTE.dtype)[:, None]
+    keys, values = (F.pad(x, (0, SPARE, 1, 0)) for x in (k_GPE, v_GPE))
+    keys[:, 0, width] = 1.0
+    return queries, keys, values
 
 
 def _attend_many(
@@ -151,6 +190,7 @@ def attend_rows(
     mask_RP: torch.Tensor | None = None,
     *,
     scale: float,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query of each of R rows, over those of its P positions that the mask has: (R, H, E).
 
@@ -158,5 +198,29 @@ def attend_rows(
     """
     q_RGSE = q_RHE.unflatten(1, (k_RGPE.shape[1], -1))
     mask = None if mask_RP is None else mask_RP[:, None, None, :]
+    if sinks_H is not None:
+        return _attend_to_sinks(q_RGSE, k_RGPE, v_RGPE, mask, scale, sinks_H).flatten(1, 2)
     mixed = F.scaled_dot_product_attention(q_RGSE, k_RGPE, v_RGPE, attn_mask=mask, scale=scale)
     return mixed.flatten(1, 2)
+
+
+def _attend_to_sinks(
+    q_RGSE: torch.Tensor,
+    k_RGPE: torch.Tensor,
+    v_RGPE: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sinks_H: torch.Tensor,
+) -> torch.Tensor:
+    """``attend_rows`` with sinks, (R, G, S, E): one query has few scores, so they are written out
+    and keys need not be copied."""
+    dtype = q_RGSE.dtype
+    if dtype == torch.float16:  # a product goes beyond its range before it is scaled
+        q_RGSE, k_RGPE, v_RGPE = q_RGSE.float(), k_RGPE.float(), v_RGPE.float()
+    scores_RGSP = (q_RGSE @ k_RGPE.transpose(2, 3)).float() * scale
+    if mask is not None:
+        scores_RGSP.masked_fill_(~mask, -torch.inf)
+    sinks_GS1 = sinks_H.float().view(*q_RGSE.shape[1:3], 1)
+    all_of_them = torch.cat((sinks_GS1.expand(*q_RGSE.shape[:3], 1), scores_RGSP), -1)
+    shares_RGSP = all_of_them.softmax(-1)[..., 1:]
+    return (shares_RGSP.to(v_RGPE.dtype) @ v_RGPE).to(dtype)

@@ -43,6 +43,7 @@ class DecodeAttention:
         span: Span,
         memory: torch.Tensor,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As ``RowAttention``, of queries and keys that have not been rotated."""
         from ..kernels.decode_launching import launch_attention, launch_rotate_and_store
@@ -52,7 +53,8 @@ class DecodeAttention:
             qkv, table, memory, look, interleaved=self._interleaved
         )
         scale = self._config.attention_scale
-        return launch_attention(turned_THE, memory, look, scale).transpose(0, 1)
+        mixed_THE = launch_attention(turned_THE, memory, look, scale, sinks_H)
+        return mixed_THE.transpose(0, 1)
 
     def _table(self, layer_idx: int) -> torch.Tensor:
         rope = self._config.rope(layer_idx)

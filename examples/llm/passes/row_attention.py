@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,7 +16,7 @@ from ..kv.blocks import BLOCK
 from ..kv.cache import KVCache
 from ..kv.rows import BlockTable, Row, Span
 from ..models.config import ModelConfig
-from .attention import attend, attend_masked, attend_rows
+from . import attention
 from .batch import Chunk, Piece
 
 GATHER_NBYTES = 64 << 20
@@ -60,6 +61,7 @@ class RowAttention:
         span: Span,
         memory: torch.Tensor,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mixed values (H, T, E) of queries (H, T, E) and new keys and values (G, T, E).
 
@@ -70,15 +72,19 @@ class RowAttention:
         heads, tokens, width = q_HTE.shape
         mixed_THE = q_HTE.new_empty(tokens, heads, width)
         scale = self._config.attention_scale
+        attend, attend_masked, attend_rows = (
+            partial(function, scale=scale, sinks_H=sinks_H)
+            for function in (attention.attend, attention.attend_masked, attention.attend_rows)
+        )
         for piece in self._single:
             part = slice(piece.offset, piece.offset + piece.count)
             k, v = store_and_look_back(span, memory, piece, k_GTE[:, part], v_GTE[:, part])
             if piece.branches is None:
-                mixed = attend(q_HTE[:, part], k, v, scale=scale, window=span.window)
+                mixed = attend(q_HTE[:, part], k, v, window=span.window)
             else:
                 seen, end = piece.seen(span.window), piece.position + piece.count
                 mask = piece.branches.mask(piece.position, end, seen, span.window)
-                mixed = attend_masked(q_HTE[:, part], k, v, mask, scale=scale)
+                mixed = attend_masked(q_HTE[:, part], k, v, mask)
             mixed_THE[part] = mixed.transpose(0, 1)
         if self._together:
             if span not in self._groups:
@@ -88,7 +94,7 @@ class RowAttention:
                 memory[group.new_R] = new.permute(2, 0, 1, 3)
                 q_RHE = q_HTE[:, group.offsets_R].transpose(0, 1)
                 k_RGPE, v_RGPE = memory[group.places_RP].permute(2, 0, 3, 1, 4)
-                mixed = attend_rows(q_RHE, k_RGPE, v_RGPE, group.mask_RP, scale=scale)
+                mixed = attend_rows(q_RHE, k_RGPE, v_RGPE, group.mask_RP)
                 mixed_THE[group.offsets_R] = mixed
         return mixed_THE.transpose(0, 1)
 

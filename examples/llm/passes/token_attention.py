@@ -90,6 +90,7 @@ class TokenAttention:
         span: Span,
         memory: torch.Tensor,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As ``RowAttention``, of queries and keys that have not been rotated."""
         from ..kernels.decode_launching import Look, launch_attention, launch_rotate_and_store
@@ -114,7 +115,7 @@ class TokenAttention:
                     (q, k, v), table, memory, own, interleaved=self._interleaved
                 )
                 self._round(layer_idx, memory, own)
-                mixed.append(launch_attention(turned_THE, memory, own, scale))
+                mixed.append(launch_attention(turned_THE, memory, own, scale, sinks_H))
             first += len(numbers)
         return torch.cat(mixed).transpose(0, 1)
 

@@ -36,10 +36,12 @@ class Attention(Protocol):
         span: Span,
         memory: torch.Tensor,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mixed values (H, T, E) of queries (H, T, E) and new keys and values (G, T, E).
 
-        ``memory`` (places, 2, G, E) are the layer's keys and values, which get the new ones.
+        ``memory`` (places, 2, G, E) are the layer's keys and values, which get the new ones;
+        ``sinks_H`` is a score that every query of a head has beside those of its positions.
         """
 
 

@@ -140,6 +140,24 @@ def test_rows_see_their_own_positions_and_nothing_else(name: str, dtype: torch.d
     assert float((found.double() - expected).abs().max()) <= bound
 
 
+@pytest.mark.parametrize("sink", [3.0] if FEW else [-1e4, 0.0, 3.0, 1e4])
+@pytest.mark.parametrize("name", ["more blocks than parts", "rings before and after they wrap"])
+def test_a_head_with_a_sink_gives_less_of_its_positions(name: str, sink: float) -> None:
+    case = CASES[name]
+    memory, heads = poisoned_memory(case, torch.float32), case.groups * case.sharing
+    q = random(len(case.lengths), heads, case.width, dtype=torch.float32, seed=2)
+    sinks = torch.full((heads,), -0.5, device=DEVICE)
+    sinks[1] = sink
+    look = look_of(case)
+    found = launch_attention(q, memory, look, 0.3, sinks)
+    expected = expected_mix(case, q, memory, 0.3)
+    for row in range(len(q)):
+        keys = memory[seen_places(case, row), 0].double().repeat_interleave(case.sharing, 1)
+        total = torch.einsum("he,phe->hp", q[row].double(), keys).mul(0.3).logsumexp(-1)
+        expected[row] *= torch.sigmoid(total - sinks.double())[:, None]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("blocks", [2] if FEW else [1, 2])
 def test_the_same_numbers_give_the_same_bits_and_other_rows_change_none(blocks: int) -> None:
     case = CASES["lengths around a block and a part"]

@@ -163,7 +163,9 @@ def compile_decoding(
         decode_launching.launch_rotate_and_store(
             (q, k, k), table, memory, look, interleaved=interleaved
         )
-    decode_launching.launch_attention(q.transpose(0, 1).contiguous(), memory, look, 0.1)
+    for sinks in (None, torch.zeros(heads, dtype=dtype)):
+        q_THE = q.transpose(0, 1).contiguous()
+        decode_launching.launch_attention(q_THE, memory, look, 0.1, sinks)
 
 
 def main() -> None:

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from layer_streamer.llm.passes.attention import attend, attend_rows, fast_kernels
+from layer_streamer.llm.passes.attention import (
+    attend,
+    attend_masked,
+    attend_rows,
+    fast_kernels,
+    window_mask,
+)
 
 
 def naive(
@@ -34,6 +40,49 @@ def test_new_tokens_see_the_positions_of_their_window_up_to_their_own(
     )
     found = attend(q, k, v, scale=8**-0.5, window=window)
     torch.testing.assert_close(found, naive(q, k, v, window))
+
+
+def naive_with_sinks(
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], window: int | None, sinks: torch.Tensor
+) -> torch.Tensor:
+    """The same with a score a head that adds no values."""
+    q, k, v = (x.double() for x in qkv)
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    mask = window_mask(q.shape[1], k.shape[1], window or k.shape[1], torch.device("cpu"))
+    weights = (q @ k.transpose(1, 2) / math.sqrt(q.shape[2])).exp() * mask
+    return weights @ v / (weights.sum(-1, keepdim=True) + sinks.double().exp()[:, None, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (1, 7), (7, 7), (3, 7)])
+@pytest.mark.parametrize("window", [None, 1, 3, 9])
+def test_a_sink_takes_its_share_of_every_query_of_its_head(dtype, tokens, positions, window):
+    torch.manual_seed(5)
+    q, k, v = (
+        torch.randn(n, p, 8).to(dtype) for n, p in ((6, tokens), (2, positions), (2, positions))
+    )
+    sinks = torch.tensor([0.0, -30.0, 2.0, 30.0, -1.0, 5.0]).to(dtype)
+    expected = naive_with_sinks((q, k, v), window, sinks)
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    found = attend(q, k, v, scale=8**-0.5, window=window, sinks_H=sinks)
+    mask = window_mask(tokens, positions, window or positions, q.device)
+    masked = attend_masked(q, k, v, mask, scale=8**-0.5, sinks_H=sinks)
+    for mixed in (found, masked):
+        assert mixed.dtype == dtype
+        torch.testing.assert_close(mixed.double(), expected, atol=near, rtol=near)
+
+
+@pytest.mark.parametrize("seen", [[5, 5, 5], [1, 9, 4]])
+def test_rows_that_decode_together_have_the_sinks_that_each_would_have_alone(seen):
+    torch.manual_seed(1)
+    places, sinks = max(seen), torch.randn(6)
+    q, k, v = torch.randn(3, 6, 8), torch.randn(3, 2, places, 8), torch.randn(3, 2, places, 8)
+    mask = torch.arange(places) < torch.tensor(seen)[:, None]
+    found = attend_rows(q, k, v, mask, scale=0.3, sinks_H=sinks)
+    for row, count in enumerate(seen):
+        keys, values = k[row, :, :count], v[row, :, :count]
+        alone = attend(q[row][:, None], keys, values, scale=0.3, sinks_H=sinks)[:, 0]
+        torch.testing.assert_close(found[row], alone)
 
 
 @pytest.mark.parametrize("seen", [[5, 5, 5], [1, 9, 4]])
