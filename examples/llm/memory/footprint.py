@@ -11,6 +11,7 @@ from ..kv.host import CODED, TokenShape
 from ..kv.int8 import Int8Rows
 from ..kv.rows import Span, make_spans
 from ..models.config import ModelConfig
+from ..passes.attention import SPARE
 from ..passes.embedding import NUM_STAGES, PAGE, STAGE_NBYTES
 from ..passes.row_attention import GATHER_NBYTES
 from ..passes.splits import STATS, block_of, fewer_splits, splits_of
@@ -109,6 +110,10 @@ class Footprint:
         if window:
             seen = min(window, needs.kv_tokens) + chunk
             nbytes += chunk * seen * (1 + 2 * size) + seen * 2 * self._token.nbytes
+        if config.family.sinks:  # a row's keys and values in wider heads; or scores of its query
+            wider = (config.head_dim + SPARE) / config.head_dim
+            copied = 2 * int(wider * self._token.nbytes)
+            nbytes += needs.kv_tokens * max(copied, 4 * FLOAT * config.num_heads)
         if needs.drafted:  # masks of drafts that are trees, in each span; one as floats at a time
             masks = len(set(config.windows)) + 2 * size
             nbytes += (needs.drafted + needs.max_batch) * needs.kv_tokens * masks

@@ -11,6 +11,15 @@ from .families.mixture import Mixture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Clamp:
+    """The numbers of clamped gates: (up + 1) * gate * sigmoid(alpha * gate)."""
+
+    alpha: float
+    limit: float
+    """Of the gate, above; of ``up``, from zero."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
     """What the mixtures among a model's layers have."""
 
@@ -25,6 +34,10 @@ class Experts:
     """What a token's experts count is divided by its sum."""
     rounded: bool
     """It is then rounded to the layer's dtype."""
+    of_chosen: bool = False
+    """What they count is a softmax over the chosen ones, not over all."""
+    clamp: Clamp | None = None
+    """How gates work that are clamped, of matrices with biases; None: as the family says."""
     layers: frozenset[int]
     """Those that are mixtures; others have one feed-forward block."""
 
@@ -52,8 +65,17 @@ def experts_of(hf_config: Any, mixture: Mixture) -> Experts | None:
         shared_width=shared,
         normed=mixture.normed is None or bool(getattr(hf_config, mixture.normed)),
         rounded=mixture.rounded,
+        of_chosen=mixture.of_chosen,
+        clamp=_clamp(hf_config) if mixture.clamped else None,
         layers=layers,
     )
+
+
+def _clamp(hf_config: Any) -> Clamp:
+    alpha, limit = (getattr(hf_config, f"swiglu_{name}") for name in ("alpha", "limit"))
+    check("swiglu_alpha", alpha, float)
+    check("swiglu_limit", limit, float)
+    return Clamp(alpha=float(alpha), limit=float(limit))
 
 
 def _layers(hf_config: Any, mixture: Mixture) -> list[int]:

@@ -7,7 +7,6 @@ Shapes are in the names of tensors, as in ``model``, and:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,18 +15,15 @@ from ..kernels import fused
 from ..weights.weights import StepWeights
 from .config import ModelConfig
 from .experts import Experts
-from .mixing import mix
-from .modules import MATRICES, ROUTER, SHARED, SHARED_GATE
-
-Product = Callable[[torch.Tensor, str], torch.Tensor]
-"""(x, one of MATRICES) -> x times that matrix of a block, transposed."""
+from .mixing import Product, block, mix
+from .modules import ROUTER, SHARED, SHARED_GATE
 
 
 def feed_forward(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) -> torch.Tensor:
     """What the layer has of the two, over tokens that are normed."""
     experts = config.mixture(weights.layer_idx)
     if experts is None:
-        return _block(x_TD, _of(weights, "mlp"), weights, config)
+        return block(x_TD, _of(weights, "mlp"), weights, config)
     mixed_TD = mix(x_TD, *choose(x_TD, weights, experts), weights, config)
     if not experts.shared_width:
         return mixed_TD
@@ -38,21 +34,11 @@ def shared(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) -> tor
     """What the expert that every token passes makes of it, as its gate says."""
     gate_T1 = weights.linear(x_TD, SHARED_GATE)
     (gate_T1,) = weights.arithmetic.each(lambda gates: (gates.sigmoid(),), gate_T1)
-    return _block(x_TD, _of(weights, SHARED), weights, config).mul_(gate_T1)
+    return block(x_TD, _of(weights, SHARED), weights, config).mul_(gate_T1)
 
 
 def _of(weights: StepWeights, block: str) -> Product:
     return lambda x_TD, matrix: weights.linear(x_TD, f"{block}.{matrix}")
-
-
-def _block(
-    x_TD: torch.Tensor, product: Product, weights: StepWeights, config: ModelConfig
-) -> torch.Tensor:
-    """down(activation(gate(x)) * up(x))."""
-    gate, up, down = MATRICES
-    gate_TF, up_TF = product(x_TD, gate), product(x_TD, up)
-    gated_TF = weights.arithmetic.gated(gate_TF, up_TF, config.family.activation)
-    return product(gated_TF, down)
 
 
 def choose(
@@ -62,7 +48,9 @@ def choose(
     logits_TX = weights.linear(x_TD, ROUTER)
     if weights.arithmetic.by_slot and fused.kernel_chooses(logits_TX):
         each, normed = experts.per_token, experts.normed
-        return fused.choose(logits_TX, each, normed=normed, rounded=experts.rounded)
+        return fused.choose(
+            logits_TX, each, normed=normed, rounded=experts.rounded, over_chosen=experts.of_chosen
+        )
     ids_TK, shares_TK = weights.arithmetic.each(partial(route, experts=experts), logits_TX)
     ids_TK, order_TK = ids_TK.sort()
     return ids_TK, shares_TK.gather(1, order_TK)
@@ -70,10 +58,14 @@ def choose(
 
 def route(logits_TX: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
     """The experts with each token's largest logits, int64, and what each of them counts: its share
-    in a softmax over all, float32, which may have been rounded to the logits' dtype."""
-    shares_TX = torch.softmax(logits_TX, -1, dtype=torch.float32)
-    shares_TK, ids_TK = torch.topk(shares_TX, experts.per_token)
-    if experts.normed:
+    in a softmax, float32, which may have been rounded to the logits' dtype."""
+    if experts.of_chosen:
+        chosen_TK, ids_TK = torch.topk(logits_TX, experts.per_token)
+        shares_TK = torch.softmax(chosen_TK, -1, dtype=torch.float32)
+    else:
+        shares_TX = torch.softmax(logits_TX, -1, dtype=torch.float32)
+        shares_TK, ids_TK = torch.topk(shares_TX, experts.per_token)
+    if experts.normed and not experts.of_chosen:
         shares_TK /= shares_TK.sum(-1, keepdim=True)
     if experts.rounded:
         shares_TK = shares_TK.to(logits_TX.dtype).float()

@@ -19,8 +19,8 @@ from .rope_config import check_rope_types, yarn_magnitude
 
 ARCHITECTURES = tuple(dict.fromkeys(family.gguf for family in FAMILIES.values()))
 """GGUF's names of the types of models."""
-SOFTMAX = 1
-"""GGUF's number of what router's logits pass before experts are chosen by them."""
+SOFTMAX, SOFTMAX_OF_CHOSEN = 1, 3
+"""GGUF's numbers of what routers' logits pass before experts are chosen by them, and after."""
 
 
 def gguf_config(manifest: Manifest) -> dict[str, Any]:
@@ -88,9 +88,10 @@ def _family(keys: GgufKeys) -> Family:
 
 def _experts(keys: GgufKeys, mixture: Mixture, ffn: int) -> dict[str, Any]:
     """What the file says of them, ``ffn`` being the width of a block in layers that have none."""
-    function = keys.get("expert_gating_func", SOFTMAX)
-    if function not in (0, SOFTMAX):  # 0: not said
-        raise keys.refusal("expert_gating_func", f"only a softmax, {SOFTMAX}, is supported")
+    function = keys.get("expert_gating_func", 0)
+    expected = SOFTMAX_OF_CHOSEN if mixture.of_chosen else SOFTMAX
+    if function not in (0, expected):  # 0: not said
+        raise keys.refusal("expert_gating_func", f"only a softmax, {expected}, is supported")
     for key in ("expert_weights_scale", "expert_group_count"):
         if keys.get(key) not in (None, 0, 1):
             raise keys.refusal(key, "is not supported")

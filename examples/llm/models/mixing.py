@@ -6,6 +6,7 @@ Shapes are in the names of tensors, as in ``feed_forward``, and:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,6 +17,8 @@ from ..weights.weights import StepWeights
 from .config import ModelConfig
 from .modules import MATRICES
 
+Product = Callable[[torch.Tensor, str], torch.Tensor]
+"""(x, one of MATRICES) -> x times that matrix of a block, transposed."""
 FEW = 32
 """Tokens, of each of whose experts a program computes some rows, whoever else has chosen it. Of
 more, those that pass one expert share its weights."""
@@ -34,7 +37,7 @@ def mix(
     Added up in float32, in the order of the experts' numbers. transformers rounds each term to the
     layer's dtype before, and adds them up in another order.
     """
-    if len(x_TD) <= FEW and goes_by_token(x_TD, weights):
+    if len(x_TD) <= FEW and goes_by_token(x_TD, weights, config):
         slots_P = weights.slots_of(ids_TK)
         if slots_P is not None:
             return mix_by_token(x_TD, slots_P, shares_TK, weights, config)
@@ -42,24 +45,29 @@ def mix(
     assert experts is not None
     sorted_P, order_P = ids_TK.flatten().sort(stable=True)  # and of each expert by tokens
     ends = torch.searchsorted(sorted_P, torch.arange(experts.count, device=x_TD.device), right=True)
-    way = _mix_by_expert if _goes_by_expert(x_TD, weights) else _mix_one_by_one
+    way = _mix_by_expert if _goes_by_expert(x_TD, weights, config) else _mix_one_by_one
     # The only wait for the device.
     return way(x_TD, (order_P, ends.tolist()), shares_TK, weights, config)
 
 
-def goes_by_token(x_TD: torch.Tensor, weights: StepWeights) -> bool:
+def goes_by_token(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) -> bool:
     """True: ``mix_by_token`` can be called."""
-    if not weights.on_demand or not weights.arithmetic.by_slot:
+    if not weights.on_demand or not weights.arithmetic.by_slot or _clamps(config):
         return False
     banks = (weights.in_slots(matrix) for matrix in MATRICES)
     return all(fused.slots_multiply(bank, x_TD) or _in_tiles(bank, x_TD) for bank in banks)
 
 
-def _goes_by_expert(x_TD: torch.Tensor, weights: StepWeights) -> bool:
+def _goes_by_expert(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) -> bool:
     """True: ``_mix_by_expert`` can be called."""
-    if not weights.on_demand or not weights.arithmetic.by_slot:
+    if not weights.on_demand or not weights.arithmetic.by_slot or _clamps(config):
         return False
     return all(_in_tiles(weights.in_slots(matrix), x_TD) for matrix in MATRICES)
+
+
+def _clamps(config: ModelConfig) -> bool:
+    """True: gates are clamped, and matrices have biases, which products by slot do not add yet."""
+    return config.experts is not None and config.experts.clamp is not None
 
 
 def _in_tiles(bank: Packed, x_TD: torch.Tensor) -> bool:
@@ -143,15 +151,36 @@ def _mix_one_by_one(
     for expert in weights.experts(_needed(ends)):
         own = slice(starts[expert], ends[expert])
         tokens_S = tokens_P[own]
-        product = partial(weights.expert, expert=expert)
-        gate, up, down = MATRICES
-        x_SD = x_TD[tokens_S]
-        gated_SF = weights.arithmetic.gated(
-            product(x_SD, matrix=gate), product(x_SD, matrix=up), config.family.activation
-        )
-        y_SD = product(gated_SF, matrix=down)
+        product = partial(_expert, weights, expert)
+        y_SD = block(x_TD[tokens_S], product, weights, config)
         total_TD.index_add_(0, tokens_S, y_SD.float().mul_(shares_P1[own]))
     return total_TD.to(x_TD.dtype)
+
+
+def _expert(weights: StepWeights, expert: int, x_SD: torch.Tensor, matrix: str) -> torch.Tensor:
+    return weights.expert(x_SD, expert, matrix)
+
+
+def block(
+    x_TD: torch.Tensor, product: Product, weights: StepWeights, config: ModelConfig
+) -> torch.Tensor:
+    """down(activation(gate(x)) * up(x))."""
+    gate, up, down = MATRICES
+    gate_TF, up_TF = product(x_TD, gate), product(x_TD, up)
+    clamp = None if config.experts is None else config.experts.clamp
+    if clamp is None:
+        gated_TF = weights.arithmetic.gated(gate_TF, up_TF, config.family.activation)
+    else:
+        both_T2F = torch.cat((gate_TF, up_TF), 1)
+        (gated_TF,) = weights.arithmetic.each(partial(clamped, clamp=clamp), both_T2F)
+    return product(gated_TF, down)
+
+
+def clamped(both_T2F: torch.Tensor, clamp: Clamp) -> tuple[torch.Tensor]:
+    """(up + 1) * gate * sigmoid(alpha * gate) of gate and up side by side, both clamped."""
+    gate_TF, up_TF = both_T2F.chunk(2, -1)
+    gate_TF, up_TF = gate_TF.clamp(max=clamp.limit), up_TF.clamp(-clamp.limit, clamp.limit)
+    return ((up_TF + 1) * (gate_TF * torch.sigmoid(gate_TF * clamp.alpha)),)
 
 
 def _needed(ends: list[int]) -> list[int]:

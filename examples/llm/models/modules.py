@@ -1,4 +1,4 @@
-"""What the engine calls the modules of a layer that is a mixture of experts, as Qwen does."""
+"""What the engine calls some modules of a layer: those of a mixture of experts as Qwen does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 ROUTER, EXPERTS = "mlp.gate", "mlp.experts."
 SHARED, SHARED_GATE = "mlp.shared_expert", "mlp.shared_expert_gate"
 """Modules of a layer, in the engine."""
+SINKS = "self_attn.sinks"
+"""Scores of query heads, in models that have them; the tensor itself, where it is no weight."""
 EXPERT_NUMBER = re.compile(r"(\bexperts\.)\d+\.")
 """In the name of a tensor of one expert."""
 MATRICES = ("gate_proj", "up_proj", "down_proj")

@@ -18,6 +18,7 @@ from ..errors import UnsupportedModelError
 from ..weights.dequant import Widest
 from ..weights.finder import Finder
 from ..weights.packed import FLOATS
+from ..weights.stacked import find_slice, find_turns
 from ..weights.stored import Stored, check_plain
 from ..weights.unused import NEXT_TOKEN_KEYS, refuse_unused
 from .config import ModelConfig
@@ -28,6 +29,7 @@ from .modules import (
     ROUTER,
     SHARED,
     SHARED_GATE,
+    SINKS,
     expert_module,
     expert_of,
 )
@@ -153,8 +155,8 @@ def _module_names(config: ModelConfig, manifest: Manifest) -> dict[str, str]:
     kinds = {config.mixture(i) is None: i for i in range(config.num_layers)}
     for module in (name for i in kinds.values() for name in weight_shapes(config, i)):
         if gguf:
-            norms = family.output_norms
-            found[module] = gguf_module(module, output_norms=norms, apart=apart)
+            norms, own = family.output_norms, family.gguf_modules.get(module)
+            found[module] = own or gguf_module(module, output_norms=norms, apart=apart)
         else:
             found[module] = family.mixture.hub_name(module) if family.mixture else module
     return found
@@ -184,6 +186,8 @@ def weight_shapes(config: ModelConfig, layer_idx: int) -> dict[str, tuple[int, .
         "self_attn.o_proj": (hidden, q),
         "post_attention_layernorm": (hidden,),
     }
+    if config.family.sinks:
+        shapes[SINKS] = (config.num_heads,)
     experts = config.mixture(layer_idx)
     if experts is None:
         shapes |= _block_shapes("mlp", hidden, config.ffn_size)
@@ -224,15 +228,14 @@ def _layer_matrices(
             paths = dict.fromkeys(f"layers.{layer.layer_idx}.{name}" for name in (module, own))
             names = dict.fromkeys(f"{start}{p}" for start in (stem, *LAYER_STEMS) for p in paths)
             scheme = config.quantization.scheme(*names) if config.quantization else None
-            expert = expert_of(module) if own in GGUF_EXPERTS.values() else None
-            if expert is not None and config.experts is not None:
-                stacked = (config.experts.count, shape[0], shape[1])
-                matrices[module] = finder.find_expert(own, stacked, expert[0])
+            found = _in_stack(finder, config, own, module, (shape[0], shape[1]))
+            if found is not None:
+                matrices[module] = found
             else:
                 matrices[module] = finder.find(own, (shape[0], shape[1]), scheme)
             used.update(matrices[module].keys.values())
         else:
-            vectors.append(f"{own}.weight")
+            vectors.append(own if own in layer.tensors else f"{own}.weight")
         for key in vectors:
             if key not in layer.tensors:
                 raise UnsupportedModelError(f"layer {layer.layer_idx}: tensor {key!r} is missing")
@@ -241,3 +244,16 @@ def _layer_matrices(
     unused = {key: layer.tensors[key] for key in layer.tensors.keys() - used - finder.compared}
     refuse_unused(unused, f"layer {layer.layer_idx}", config.model_type)
     return matrices, finder.remarks
+
+
+def _in_stack(
+    finder: Finder, config: ModelConfig, own: str, module: str, shape: tuple[int, int]
+) -> Stored | None:
+    """A matrix of an expert that is one of those in a tensor; None: it has a tensor of its own."""
+    expert, experts, mixture = expert_of(module), config.experts, config.family.mixture
+    if expert is None or experts is None or mixture is None:
+        return None
+    stacked = (experts.count, *shape)
+    if own in GGUF_EXPERTS.values():
+        return find_slice(finder, own, stacked, expert[0], biased=experts.clamp is not None)
+    return find_turns(finder, own, stacked, expert) if mixture.stacked else None

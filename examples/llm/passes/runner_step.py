@@ -78,7 +78,7 @@ class RunnerStep:
             weights = runner.weights(tensors, layer_idx)
             if section.captured and mixture is not None:
                 x_RD, launch = section.part(x_ND), self._launches(section, layer_idx, addresses)
-                (look,) = self._looks(section, layer_idx, memory)
+                (look,) = self._looks(section, weights, memory)
                 mixture.compute(x_RD, weights, look, launch)
             else:
                 work = partial(self._compute, section, x_ND, weights, memory)
@@ -90,7 +90,7 @@ class RunnerStep:
     ) -> None:
         """A section's tokens through a layer, chunk by chunk."""
         runner, layer_idx, x_ND = self._runner, weights.layer_idx, section.part(x_ND)
-        looks = self._looks(section, layer_idx, memory)
+        looks = self._looks(section, weights, memory)
         for chunk, attention, look in zip(
             section.batch.chunks, section.attentions, looks, strict=True
         ):
@@ -104,11 +104,11 @@ class RunnerStep:
             else:
                 decoder_layer(x_TD, weights, runner.config, table, look, out=x_TD)
 
-    def _looks(self, section: Section, layer_idx: int, memory: torch.Tensor) -> list[Look]:
+    def _looks(self, section: Section, weights: StepWeights, memory: torch.Tensor) -> list[Look]:
         """How its chunks look back in a layer."""
-        span = self._runner.kv.span(layer_idx)
+        span, sinks = self._runner.kv.span(weights.layer_idx), weights.sinks()
         return [
-            lambda i, *qkv, attention=attention: attention(i, span, memory, qkv)
+            lambda i, *qkv, attention=attention: attention(i, span, memory, qkv, sinks)
             for attention in section.attentions
         ]
 

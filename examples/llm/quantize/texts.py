@@ -7,6 +7,7 @@ so that memory is bounded by one window's temporaries and the residual stream of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -80,7 +81,8 @@ class TextPass:
         for window in self.windows:
             positions = torch.arange(window.stop - window.start, device="cpu")
             table = self._rotary.rows(weights.layer_idx, positions)
-            x_ND[window] = decoder_layer(x_ND[window], weights, config, table, self._attend)
+            look = partial(self._attend, sinks_H=weights.sinks())
+            x_ND[window] = decoder_layer(x_ND[window], weights, config, table, look)
 
     def final_norm(self, x_ND: torch.Tensor) -> torch.Tensor:
         """What the output head gets."""
@@ -89,11 +91,17 @@ class TextPass:
         return rms_norm(x_ND, weight_D, self._model.config.norm_eps)
 
     def _attend(
-        self, layer_idx: int, q_HTE: torch.Tensor, k_GTE: torch.Tensor, v_GTE: torch.Tensor
+        self,
+        layer_idx: int,
+        q_HTE: torch.Tensor,
+        k_GTE: torch.Tensor,
+        v_GTE: torch.Tensor,
+        *,
+        sinks_H: torch.Tensor | None,
     ) -> torch.Tensor:
         config = self._model.config
-        window = config.window(layer_idx)
-        return attend(q_HTE, k_GTE, v_GTE, scale=config.attention_scale, window=window)
+        scale, window = config.attention_scale, config.window(layer_idx)
+        return attend(q_HTE, k_GTE, v_GTE, scale=scale, window=window, sinks_H=sinks_H)
 
 
 def windows(tokens: int, most: int) -> list[slice]:

@@ -7,7 +7,6 @@ column, zero points of symmetric weights, and a shape that is stored as a tensor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import prod
 from types import MappingProxyType
 
@@ -40,12 +39,14 @@ class Finder:
         self.remarks: list[tuple[str, str]] = []
         """Of tensors that say other than the config and are followed: (name, what was found)."""
 
-    def find_expert(self, module: str, shape: tuple[int, int, int], expert: int) -> Stored:
-        """One of the matrices of a tensor that has those of all experts of a layer."""
-        spec = self._tensors.get(f"{module}.weight")
-        if spec is None:
-            raise UnsupportedModelError(f"{self._place}: tensor {f'{module}.weight'!r} is missing")
-        return replace(self._plain(spec, f"{module}.weight", shape), expert=expert)
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
+
+    def spec(self, key: str) -> TensorSpec:
+        """A tensor; UnsupportedModelError if it is missing."""
+        if key not in self._tensors:
+            raise UnsupportedModelError(f"{self._place}: tensor {key!r} is missing")
+        return self._tensors[key]
 
     def find(self, module: str, shape: tuple[int, int], scheme: Scheme | None) -> Stored:
         """The matrix of a module; UnsupportedModelError if it is missing or not as it should be.
@@ -56,13 +57,13 @@ class Finder:
         is_packed = any(f"{module}.{kind}" in self._tensors for kind in PACKED_KEYS)
         if spec is not None and not is_packed:
             if spec.ggml_type or spec.dtype in FLOATS.values():
-                return self._plain(spec, f"{module}.weight", shape)
+                return self.plain(spec, f"{module}.weight", shape)
             if spec.dtype.itemsize > 1:
-                raise self._error(spec, f"has dtype {spec.dtype}, not a plain float")
+                raise self.error(spec, f"has dtype {spec.dtype}, not a plain float")
         if spec is None and not is_packed:
-            raise UnsupportedModelError(f"{self._place}: tensor {f'{module}.weight'!r} is missing")
+            spec = self.spec(f"{module}.weight")
         if scheme is None:
-            raise self._error(
+            raise self.error(
                 self._own(module),
                 "is not a plain float, but config.json's quantization_config does not say how "
                 "this module is packed",
@@ -73,7 +74,8 @@ class Finder:
         }  # fmt: skip
         return makers[scheme.kind](module, shape, scheme)
 
-    def _plain(self, spec: TensorSpec, key: str, shape: tuple[int, ...]) -> Stored:
+    def plain(self, spec: TensorSpec, key: str, shape: tuple[int, ...]) -> Stored:
+        """A matrix of floats or GGUF blocks, perhaps the last two dimensions of its tensor."""
         is_vector = shape[0] == 1 and len(spec.shape) == 1  # as a matrix of one row may be stored
         check_plain(spec, shape[1:] if is_vector else shape)
         rows, width = shape[-2:]
@@ -118,7 +120,7 @@ class Finder:
         columns = self._columns(module, "weight_g_idx", (width, groups), scheme)
         if columns:
             spec = self._tensors[columns["g_idx"]]
-            raise self._error(spec, "is out of order, which is supported in packed words only")
+            raise self.error(spec, "is out of order, which is supported in packed words only")
         self._check_stored_shape(module, shape)
         return Stored(
             "int8", rows, width, keys, "weight", scheme.group, 1, 0,
@@ -188,9 +190,9 @@ class Finder:
         shapes = shape if isinstance(shape, list) else [shape]
         if spec.dtype not in dtypes:
             known = " or ".join(str(dtype) for dtype in dtypes)
-            raise self._error(spec, f"has dtype {spec.dtype}, its config says {known}")
+            raise self.error(spec, f"has dtype {spec.dtype}, its config says {known}")
         if spec.shape not in shapes:
-            raise self._error(
+            raise self.error(
                 spec, f"has shape {list(spec.shape)}, the config says {list(shapes[0])}"
             )
         return key
@@ -210,7 +212,7 @@ class Finder:
         if not scheme.group:
             return 1
         if width % scheme.group:
-            raise self._error(
+            raise self.error(
                 self._own(module),
                 f"has a group_size of {scheme.group}, which does not divide {width} columns",
             )
@@ -233,7 +235,7 @@ class Finder:
             return {}
         low, high = int(found.min()), int(found.max())
         if low < 0 or high >= groups:
-            raise self._error(spec, f"has values from {low} to {high}, there are {groups} groups")
+            raise self.error(spec, f"has values from {low} to {high}, there are {groups} groups")
         if scheme.ordered:
             self.remarks.append((spec.name, OUT_OF_ORDER))
         return {"g_idx": key}
@@ -251,7 +253,7 @@ class Finder:
         found = read_values(spec)
         found = found.float() if found.dtype.is_floating_point else found
         if bool((found != expected).any()):
-            raise self._error(spec, "is not of symmetric weights, which the config says they are")
+            raise self.error(spec, "is not of symmetric weights, which the config says they are")
         self.compared.add(key)
 
     def _check_stored_shape(self, module: str, shape: tuple[int, int]) -> None:
@@ -260,7 +262,7 @@ class Finder:
             return
         found = read_values(spec).tolist()
         if tuple(found) != shape:
-            raise self._error(spec, f"says {found}, the config says {list(shape)}")
+            raise self.error(spec, f"says {found}, the config says {list(shape)}")
         self.compared.add(f"{module}.weight_shape")
 
     def _check_whole_words(
@@ -268,14 +270,15 @@ class Finder:
     ) -> None:
         if shape[0] % rows or shape[1] % columns:
             spec = self._tensors[f"{module}.qweight"]
-            raise self._error(spec, f"cannot hold {list(shape)} numbers in whole words")
+            raise self.error(spec, f"cannot hold {list(shape)} numbers in whole words")
 
     def _own(self, module: str) -> TensorSpec:
         """The tensor with a module's weights."""
         keys = (f"{module}.{kind}" for kind in (*PACKED_KEYS, "weight"))
         return next(self._tensors[key] for key in keys if key in self._tensors)
 
-    def _error(self, spec: TensorSpec, reason: str) -> UnsupportedModelError:
+    def error(self, spec: TensorSpec, reason: str) -> UnsupportedModelError:
+        """That a tensor is not as it should be."""
         return UnsupportedModelError(f"tensor {spec.name!r} {reason} ({spec.path})")
 
 

@@ -109,23 +109,28 @@ def unpack_iq4_xs(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> Non
     out.view(blocks, 8, 32).mul_(scales[:, :, None])
 
 
-def put_levels(nibbles: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
-    """Write the LEVELS of low and high nibbles: of bytes (..., 16) into floats (..., 2, 16)."""
-    levels = _levels(nibbles.device)
+def put_levels(
+    nibbles: torch.Tensor,
+    out: torch.Tensor,
+    scratch: Scratch,
+    levels: tuple[int, ...] = LEVELS,
+) -> None:
+    """Write the levels of low and high nibbles: of bytes (..., 16) into floats (..., 2, 16)."""
+    table = _on_device(levels, nibbles.device)
     numbers = scratch.take(torch.int32, *nibbles.shape)
     found = scratch.take(torch.int8, nibbles.numel())
     for half in range(2):
         numbers.copy_(nibbles)
         numbers.bitwise_right_shift_(4) if half else numbers.bitwise_and_(15)
-        torch.index_select(levels, 0, numbers.view(-1), out=found)
+        torch.index_select(table, 0, numbers.view(-1), out=found)
         out[..., half, :] = found.view(nibbles.shape)
 
 
 @cache
-def _levels(device: torch.device) -> torch.Tensor:
-    """LEVELS on a device, where they are put once: a copy would wait for the device's work."""
+def _on_device(levels: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Levels on a device, where they are put once: a copy would wait for the device's work."""
     with torch.inference_mode(False):
-        return torch.tensor(LEVELS, dtype=torch.int8, device=device)
+        return torch.tensor(levels, dtype=torch.int8, device=device)
 
 
 def _six_bit_scales(

@@ -21,7 +21,8 @@ from .int_codes import (
     zeros_along_rows,
     zeros_of_columns,
 )
-from .quants import BLOCK_TYPES, SCRATCH_NBYTES
+from .k_quants import put_levels
+from .quants import BLOCK_TYPES, FP4_LEVELS, SCRATCH_NBYTES, powers_of_two
 from .scratch import Scratch
 
 
@@ -57,6 +58,10 @@ class Packed:
       columns are not in order. So rows [start, end) are columns [start, end) of the words, and of
       the zeros' words those from start // pack. The stored zero point is short of
       ``zero_offset``: W = (code - (zero + zero_offset) % 2 ** bits) * scale.
+
+    * "mxfp4": ``packed`` uint8 (rows, width / 2), codes along the width, the first in the low bits,
+      each of which stands for half of one of quants.FP4_LEVELS; ``scale`` uint8 (rows, width / 32),
+      powers of two as those of "fp8". ``bias``, if its expert has one, (rows).
 
     Scales are float32, float16 or bfloat16, as stored. Where all scales are of one channel or
     tensor, ``scale`` may be an expanded view: go by its strides. The same holds for every part: no
@@ -131,6 +136,8 @@ def scales(packed: Packed) -> list[torch.Tensor]:
     if packed.format not in BLOCK_TYPES:
         return [packed.parts["scale"]]
     kind, raw = BLOCK_TYPES[packed.format], packed.parts["raw"]
+    if kind.nbytes % 2:  # a power of two in a byte
+        return [raw.reshape(-1, kind.nbytes)[:, place] for place in kind.scales]
     halves = raw.reshape(-1).view(torch.float16).view(-1, kind.nbytes // 2)
     return [halves[:, place // 2] for place in kind.scales]
 
@@ -176,9 +183,11 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Formats that are no more than floats of another dtype."""
 CT_BITS = {"ct4": 4, "ct8": 8}
 GPTQ_BITS = {"gptq4": 4, "gptq8": 8}
-FORMATS = (*BLOCK_TYPES, *FLOATS, *CT_BITS, "int8", "fp8", "awq4", *GPTQ_BITS)
+FORMATS = (*BLOCK_TYPES, *FLOATS, *CT_BITS, "int8", "fp8", "awq4", "mxfp4", *GPTQ_BITS)
 _AWQ_BITS = 4
-_CODE_NBYTES = {"ct4": 2, "awq4": 1, "gptq4": 1, "gptq8": 1}
+MXFP4_GROUP = 32
+"""Numbers of "mxfp4" that share a scale."""
+_CODE_NBYTES = {"ct4": 2, "mxfp4": 3, "awq4": 1, "gptq4": 1, "gptq8": 1}
 """What taking codes apart needs, for each weight."""
 
 
@@ -191,6 +200,11 @@ def _put_codes(packed: Packed, rows: tuple[int, int], out: torch.Tensor, scratch
         put_awq_codes(parts["packed"][:, start // 8 : end // 8], out, scratch)
     elif kind in GPTQ_BITS:
         put_gptq_codes(parts["packed"][:, start:end], GPTQ_BITS[kind], out, scratch)
+    elif kind == "mxfp4":
+        codes = parts["packed"][start:end].unflatten(1, (-1, MXFP4_GROUP // 2))
+        pairs = out.view(*codes.shape, 2).transpose(-1, -2)
+        put_levels(codes, pairs, scratch, FP4_LEVELS)
+        out.mul_(0.5)
     elif kind == "fp8":  # torch decodes these bits itself, on every device alike
         out.copy_(parts["weight"][start:end].view(torch.float8_e4m3fn))
     else:
@@ -203,7 +217,7 @@ def _zeros(packed: Packed, rows: tuple[int, int]) -> torch.Tensor | int:
     kind, zero = packed.format, packed.parts.get("zero")
     bits = CT_BITS.get(kind) or GPTQ_BITS.get(kind) or _AWQ_BITS
     if zero is None:
-        return 0 if kind in ("int8", "fp8") else 1 << (bits - 1)
+        return 0 if kind in ("int8", "fp8", "mxfp4") else 1 << (bits - 1)
     if kind in CT_BITS:
         numbers = torch.arange(start, end, device=zero.device) + packed.first_row
         return zeros_along_rows(zero, bits, numbers)
@@ -225,8 +239,9 @@ def _scales(packed: Packed, rows: tuple[int, int]) -> torch.Tensor:
     scale = packed.parts["scale"]
     if packed.format == "fp8":
         scale = scale[_block_rows(packed, torch.arange(start, end, device=scale.device))]
-        exponents = scale.dtype == torch.uint8
-        return (scale.view(torch.float8_e8m0fnu) if exponents else scale).float()
+        return powers_of_two(scale) if scale.dtype == torch.uint8 else scale.float()
+    if packed.format == "mxfp4":
+        return powers_of_two(scale[start:end])
     if packed.format == "awq4" or packed.format in GPTQ_BITS:
         return scale[:, start:end].t().float()
     return scale[start:end].float()

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 
-METHODS = ("compressed-tensors", "awq", "gptq", "fp8", "fbgemm_fp8")
+METHODS = ("compressed-tensors", "awq", "gptq", "fp8", "fbgemm_fp8", "mxfp4")
 CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 SPEC_CLASSES = {"embed_tokens": "Embedding"}
 """Classes by which compressed-tensors may mean modules; all others here are "Linear"."""
@@ -94,6 +94,7 @@ def read_quantization(config: object) -> Quantization | None:
     if method not in METHODS:
         raise _refusal("quant_method", method, METHODS)
     rules = {"compressed-tensors": _ct_rules, "awq": _awq_rules, "gptq": _gptq_rules}
+    rules["mxfp4"] = _mxfp4_rules
     try:
         found = tuple(rules.get(method, _fp8_rules)(config))
     except (AttributeError, TypeError, re.error) as error:
@@ -180,6 +181,11 @@ def _gptq_bits(bits: object) -> int:
     if bits not in (4, 8):
         raise _refusal("GPTQ bits", bits, (4, 8))
     return int(str(bits))
+
+
+def _mxfp4_rules(config: Mapping[str, Any]) -> Iterator[_Rule]:
+    """Of gpt-oss, whose experts' tensors say by their names what they are; no other is packed."""
+    yield _Rule(_EVERY, None)
 
 
 def _fp8_rules(config: Mapping[str, Any]) -> Iterator[_Rule]:

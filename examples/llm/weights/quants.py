@@ -15,6 +15,9 @@ import torch
 from . import k_quants
 from .scratch import Scratch
 
+FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""What the sixteen codes of four bits stand for, doubled. Minus zero is zero."""
+
 Unpack = Callable[[torch.Tensor, torch.Tensor, Scratch], None]
 
 
@@ -69,6 +72,18 @@ def unpack_iq4_nl(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> Non
     out.view(blocks, 32).mul_(scales[0, :, None])
 
 
+def unpack_mxfp4(raw: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
+    """A power of two in a byte, 16 bytes of nibbles as in Q4_0, which number the FP4_LEVELS."""
+    blocks = raw.view(-1, 17)
+    k_quants.put_levels(blocks[:, 1:], out.view(-1, 2, 16), scratch, FP4_LEVELS)
+    out.view(-1, 32).mul_(powers_of_two(blocks[:, :1]).mul_(0.5))
+
+
+def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """2 ** (exponent - 127) of bytes, as float32; nan of 255."""
+    return exponents.view(torch.float8_e8m0fnu).float()
+
+
 def _halves(raw: torch.Tensor, nbytes: int, scratch: Scratch, *places: int) -> torch.Tensor:
     """The float16 numbers at the first places of each block, as float32: (places, blocks)."""
     blocks = raw.numel() // nbytes
@@ -108,7 +123,7 @@ class BlockType:
     """Bytes of one block."""
     unpack: Unpack
     scales: tuple[int, ...]
-    """Where a block's float16 numbers are, in bytes."""
+    """Where a block's float16 numbers are, in bytes; a power of two in blocks of odd size."""
 
 
 BLOCK_TYPES = {
@@ -123,6 +138,7 @@ BLOCK_TYPES = {
     "Q5_K": BlockType(256, 176, k_quants.unpack_q5_k, (0, 2)),
     "Q6_K": BlockType(256, 210, k_quants.unpack_q6_k, (208,)),
     "IQ4_NL": BlockType(32, 18, unpack_iq4_nl, (0,)),
+    "MXFP4": BlockType(32, 17, unpack_mxfp4, (0,)),
     "IQ4_XS": BlockType(256, 136, k_quants.unpack_iq4_xs, (0,)),
 }
 """The packed types that can be unpacked, by their GGML names."""

@@ -48,10 +48,10 @@ class ScaleCheck:
             own = scale.index_select(0, slots_S).flatten(1)
             self._found.append((specs, not_finite(own, each=True)))
 
-    def see(self, packed: Packed, spec: TensorSpec, expert: int | None = None) -> None:
+    def see(self, packed: Packed, spec: TensorSpec, number: int | None = None) -> None:
         """Look at the scales of a matrix, or of a piece of one, unless they have been seen;
-        ``expert``: which of the tensor's matrices it is, if it has several."""
-        key = (spec.name, packed.first_row, expert)
+        ``number``: which of the tensor's matrices it is, if it has several."""
+        key = (spec.name, packed.first_row, number)
         if key in self._seen:
             return
         self._seen.add(key)

@@ -37,6 +37,11 @@ class Stored:
     zero_offset: int = 0
     scale_shape: tuple[int, ...] | None = None
     """The scale is viewed so; with 1 for many rows it is expanded where the format has none."""
+    first: int = 0
+    step: int = 1
+    """Rows of its tensors that are its: every so-manieth from the first on."""
+    turned: bool = False
+    """Rows of it are columns of its tensor, which holds floats."""
     expert: int | None = None
     """Which of several matrices of one tensor this is; None: it has a tensor of its own."""
 
@@ -54,6 +59,11 @@ class Stored:
     def scale_key(self) -> str:
         """Of the tensor with the scales."""
         return self.keys.get("scale", self.key)
+
+    @property
+    def number(self) -> int | None:
+        """Which it is of all matrices of its tensor; None: there is no other."""
+        return None if self.expert is None else self.expert * self.step + self.first
 
     @property
     def ordered(self) -> bool:
@@ -106,10 +116,16 @@ class Stored:
         return replace(one, parts=parts)
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor that is this matrix's, without a copy."""
+        """The part of a tensor that is this matrix's; a copy only of what lies turned."""
         if self.expert is not None:
-            return tensor[self.expert]
-        return tensor.view(1, -1) if self.rows == 1 and tensor.dim() == 1 else tensor
+            tensor = tensor[self.expert]
+        elif self.rows == 1 and tensor.dim() == 1:
+            return tensor.view(1, -1)
+        if self.turned and tensor.dim() > 1:
+            return tensor.t()[self.first :: self.step].contiguous()
+        if self.step > 1:
+            tensor = tensor[self.first :: self.step]
+        return tensor.flatten(1) if tensor.dim() > 2 else tensor
 
 
 def _parts_by_row(kind: str, group_rows: int) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import torch
 from layer_streamer import LayerSpec
 
 from ..models.config import ModelConfig
-from ..models.modules import MATRICES, expert_module, shared_key
+from ..models.modules import MATRICES, SINKS, expert_module, shared_key
 from ..models.names import WeightNames
 from .arithmetic import FASTEST, Arithmetic
 from .dequant import Unpacker
@@ -54,6 +54,14 @@ class StepWeights:
         weight_D = self._tensors[f"{self._names.modules[module]}.weight"]
         return norm_weight(weight_D.to(self._unpacker.dtype), self._names)
 
+    def sinks(self) -> torch.Tensor | None:
+        """A score of each query head that attention has beside those of positions; None: the model
+        has none."""
+        own = self._names.modules.get(SINKS)
+        if own is None:
+            return None
+        return self._tensors[own if own in self._tensors else f"{own}.weight"]
+
     def linear(self, x_TD: torch.Tensor, module: str) -> torch.Tensor:
         """x times the transposed weight of a module, plus its bias if it has one: (T, rows)."""
         matrix = self._matrices[module]
@@ -63,9 +71,11 @@ class StepWeights:
         self, x_TD: torch.Tensor, module: str, packed: Packed, matrix: Stored
     ) -> torch.Tensor:
         if self._check is not None:
-            self._check.see(packed, self._layer.tensors[matrix.scale_key], matrix.expert)
-        bias = None
-        if module in self._names.biased:
+            self._check.see(packed, self._layer.tensors[matrix.scale_key], matrix.number)
+        bias = packed.parts.get("bias")  # of an expert
+        if bias is not None:
+            bias = bias.to(x_TD.dtype)
+        elif module in self._names.biased:
             bias = self._tensors[f"{self._names.modules[module]}.bias"]
         return self.arithmetic.project(x_TD, packed, self._unpacker, bias)
 
@@ -149,6 +159,8 @@ class StepWeights:
         where, slots_S = self._store.where, None
         for matrix in MATRICES:
             stored = [self._matrices[expert_module(expert, matrix)] for expert in new]
+            if stored[0].format in FLOATS:
+                continue
             specs = [self._layer.tensors[one.scale_key] for one in stored]
             bank = self.in_slots(matrix)
             if slots_S is None:

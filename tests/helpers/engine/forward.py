@@ -34,6 +34,7 @@ class Forward:
         factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
         self.rotary = Rotary(config, streamer.device, factors=factors)
         self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.sinks: torch.Tensor | None = None
         self.length = 0
 
     def __call__(self, ids: list[int]) -> torch.Tensor:
@@ -46,7 +47,7 @@ class Forward:
             if layer_idx < self.config.num_layers:
                 layer = streamer.manifest.layers[layer_idx]
                 weights = StepWeights(tensors, layer, names, self.unpacker)
-                table = self.rotary.rows(layer_idx, positions)
+                table, self.sinks = self.rotary.rows(layer_idx, positions), weights.sinks()
                 return decoder_layer(x, weights, self.config, table, self.attention)
             if layer_idx == self.config.num_layers:
                 x = rms_norm(x, final, self.config.norm_eps)
@@ -76,7 +77,11 @@ class Forward:
         window = self.config.window(layer_idx)
         hidden = (distance < 0) | (distance >= (window or k.shape[1]))
         scores = q.float() @ k.float().transpose(1, 2) * self.config.attention_scale
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if self.sinks is not None:
+            sinks = self.sinks.float()[:, None, None].expand(-1, q.shape[1], 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights = scores.softmax(-1)[..., : k.shape[1]]
         return (weights @ v.float()).to(v.dtype)
 
     def distance(self, tokens: int, positions: int, device: torch.device) -> torch.Tensor:

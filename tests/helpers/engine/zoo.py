@@ -17,6 +17,8 @@ from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -60,6 +62,7 @@ CLASSES = {
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM),
 }
 SHORT = {"max_position_embeddings": 32}
 THETA = {"rope_theta": 10_000.0}
@@ -120,6 +123,11 @@ CASES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 2, "attention_bias": True, "use_sliding_window": True,
         "sliding_window": 11,
     },
+    "gpt_oss": {
+        "num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 24, "sliding_window": 10,
+        "swiglu_limit": 1.5,
+        "rope_parameters": YARN | {"original_max_position_embeddings": 16, "truncate": False},
+    },
     "olmoe": EXPERTS,
     "olmoe-clipped": EXPERTS | {
         "norm_topk_prob": True, "clip_qkv": 1.5, "num_experts_per_tok": 8, "attention_bias": True
@@ -127,7 +135,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What each case changes in TINY; its name begins with its model type."""
 
-MIXTURES = [name for name in CASES if name.startswith("mixtral") or "moe" in name]
+MIXTURES = [name for name in CASES if name.startswith(("mixtral", "gpt")) or "moe" in name]
 """Of mixtures of experts. A rounding may choose another expert, after which numbers differ by more
 than roundings do: where more is rounded than in float32, one text says nothing of all."""
 DENSE = [name for name in CASES if name not in MIXTURES]

@@ -199,6 +199,8 @@ def outcome(read: Callable[[dict[str, Any]], Any], fields: dict[str, Any]) -> An
         "rope_theta": 20_000.0, "rope_local_base_freq": None,
     }
 )  # fmt: skip
+@example({"model_type": "gpt_oss", "rope_theta": None})
+@example({"model_type": "gpt_oss", "num_key_value_heads": None})
 @settings(max_examples=300, deadline=None)
 @given(CONFIGS)
 def test_any_config_is_read_or_refused_as_transformers_does(fields: dict[str, Any]) -> None:

@@ -191,10 +191,10 @@ def test_a_layer_count_that_contradicts_the_config_is_named(tmp_path):
 
 
 def test_a_packed_type_that_the_engine_cannot_unpack_is_named(tmp_path, monkeypatch):
-    model, path = tiny("llama"), tmp_path / "tiny.gguf"
-    monkeypatch.setitem(MIXED, "mlp.up_proj", "MXFP4")
+    model, path = tiny_model("llama", hidden_size=256), tmp_path / "tiny.gguf"
+    monkeypatch.setitem(MIXED, "mlp.up_proj", "TQ2_0")
     write_gguf(path, model)
-    refuse(path, model.config, r"ffn_up.weight' is MXFP4, .* Q4_1, Q5_0, Q5_1, Q8_0")
+    refuse(path, model.config, r"ffn_up.weight' is TQ2_0, .* Q4_1, Q5_0, Q5_1, Q8_0")
 
 
 @pytest.mark.gpu

@@ -94,10 +94,10 @@ def test_the_head_is_the_embedding_where_the_config_or_the_file_says_so(tmp_path
 
 
 def test_a_packed_type_that_the_engine_cannot_unpack_is_named(tmp_path, monkeypatch):
-    model, path = zoo_model("llama"), tmp_path / "tiny.gguf"
-    monkeypatch.setitem(MIXED, "mlp.up_proj", "MXFP4")
+    model, path = zoo_model("llama", hidden_size=256), tmp_path / "tiny.gguf"
+    monkeypatch.setitem(MIXED, "mlp.up_proj", "TQ2_0")
     write_gguf(path, model)
-    refuse(path, model.config, r"ffn_up.weight' is MXFP4, .* Q4_0, Q4_1, .* IQ4_XS, F32")
+    refuse(path, model.config, r"ffn_up.weight' is TQ2_0, .* Q4_0, Q4_1, .* IQ4_XS, F32")
 
 
 def test_rope_factors_of_another_width_are_named(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from .family import Family
 from .gemma3 import GEMMA3
+from .gpt_oss import GPT_OSS
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
@@ -19,6 +20,8 @@ __all__ = ["FAMILIES", "Family"]
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)
-}
+    for family in (
+        LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS,
+    )
+}  # fmt: skip
 """By transformers' name."""

@@ -94,6 +94,9 @@ class Family:
     zero_centered_norms: bool = False
     """A norm multiplies by 1 + its weight, in float32."""
 
+    sinks: bool = False
+    """Each query head has a learned score that takes a share of its attention and adds nothing."""
+
     clips_qkv: bool = False
     """Queries, keys and values may be clipped before that, by the field ``clip_qkv``."""
     mixture: Mixture | None = None
@@ -120,5 +123,7 @@ class Family:
         lambda keys, config, window: {}
     )
     """What a GGUF file says beside what all do, of a window of so many tokens (0: none)."""
+    gguf_modules: Mapping[str, str] = field(default_factory=dict)
+    """Modules that its GGUF files call otherwise than those of others."""
     gguf_has_window: bool = False
     """Its GGUF files may leave out a window that the model has."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ..modules import MATRICES, ROUTER, expert_of
 
+STACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+"""The tensor of a layer that has all experts' matrices of a kind."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mixture:
@@ -23,6 +26,13 @@ class Mixture:
     always is."""
     rounded: bool = True
     """What they count is rounded to the layer's dtype; else it stays in float32."""
+    of_chosen: bool = False
+    """What they count is a softmax over the chosen ones; else over all."""
+    clamped: bool = False
+    """Gates and what they multiply are clamped, as ``swiglu_limit`` and ``swiglu_alpha`` say, and
+    all three matrices of an expert have a bias."""
+    stacked: bool = False
+    """On the hub those of all experts are one tensor, rows of gate and up taking turns."""
     dense_layers: bool = False
     """Some layers may have one block and no router, as ``mlp_only_layers`` and
     ``decoder_sparse_step`` say."""
@@ -37,9 +47,11 @@ class Mixture:
     def hub_name(self, module: str) -> str:
         """What the engine calls as Qwen does, by its name on the hub."""
         if module == ROUTER:
-            return f"{self.block}.gate"
+            return f"{self.block}.{'router' if self.stacked else 'gate'}"
         found = expert_of(module)
         if found is None:
             return module
         expert, matrix = found
+        if self.stacked:
+            return f"{self.block}.experts.{STACKED[matrix]}"
         return f"{self.block}.experts.{expert}.{self.matrices[MATRICES.index(matrix)]}"
