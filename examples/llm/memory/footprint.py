@@ -161,7 +161,9 @@ class Footprint:
         hidden, ffn = config.hidden_size, config.widest_ffn
         heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         rounded = 2 * kv if self.needs.int8 else 0
-        plain = size * (4 * hidden + 4 * heads + 6 * kv + rounded + 3 * ffn)
+        clamped = config.experts is not None and config.experts.clamp is not None
+        gated = (8 if clamped else 3) * ffn
+        plain = size * (4 * hidden + 4 * heads + 6 * kv + rounded + gated)
         return plain + FLOAT * max(4 * hidden, 5 * heads) + self._routed()
 
     def _routed(self) -> int:
