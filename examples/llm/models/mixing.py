@@ -15,6 +15,7 @@ from ..kernels import fused
 from ..weights.packed import Packed
 from ..weights.weights import StepWeights
 from .config import ModelConfig
+from .experts import Clamp
 from .modules import MATRICES
 
 Product = Callable[[torch.Tensor, str], torch.Tensor]
