@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, Unpack
@@ -20,7 +21,7 @@ from .passes.expert_report import ExpertReport
 from .passes.expert_store import ExpertStore
 from .passes.inputs import LayerFn
 from .passes.statics import sum_by_device
-from .passes.sweep import Opened, Sweep, run_layers, sweep
+from .passes.sweep import Opened, Sweep, led_pass, run_layers, sweep
 from .planning.options import DeviceName, MoreOptions, Options, check_names, shows
 from .planning.plan import Plan
 from .planning.settings import Count, Settings, read_count
@@ -180,6 +181,21 @@ class LayerStreamer:
         anew."""
         parts = self._parts
         return parts is not None and parts.experts is not None and parts.experts.all_filled
+
+    @property
+    def most_on_device(self) -> int:
+        """Of how many ids the device can itself bring experts to slots; 0: it cannot, as without
+        Triton, or page-locked memory for all. The first look takes a moment."""
+        store = self._opened().experts
+        return 0 if store is None or store.lead is None else store.lead.most_ids
+
+    @contextmanager
+    def experts_on_device(self) -> Iterator[None]:
+        """A pass without hand-outs: what is launched in here, as such or as a CUDA graph, may have
+        ``load_on_device`` of experts of an earlier one. Raises as a pass does; StreamerError where
+        ``most_on_device`` is 0."""
+        with led_pass(self._opened()):
+            yield
 
     def run_pass(self, x: X, layer_fn: LayerFn) -> X:
         """One pass: ``x = layer_fn(x, weights, layer_idx)`` for every layer, in order.

@@ -129,6 +129,10 @@ class CudaDevice(AcceleratorDevice):
     def copy_pieces(self, to: Pieces, source: Pieces, nbytes: Numbers, stream: Any) -> None:
         copy_pieces(*to, *source, nbytes, stream)
 
+    def reads_host(self, memory: torch.Tensor) -> bool:
+        with self.guard():
+            return self._runtime is not None and self._runtime.same_address(memory)
+
     def current_stream(self) -> Stream:
         return torch.cuda.current_stream(self.torch_device)
 

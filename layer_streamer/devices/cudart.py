@@ -60,6 +60,8 @@ class Runtime:
             ]  # fmt: skip
             self._attributes = CopyAttributes(order=IN_STREAM_ORDER, flags=BESIDE_COMPUTE)
             self._first = ctypes.c_size_t(0)
+        self._address = library.cudaHostGetDevicePointer
+        self._address.argtypes = [ctypes.POINTER(handle), handle, ctypes.c_uint]
         self._forget = library.cudaGetLastError
         self._describe = library.cudaGetErrorString
         self._describe.restype = ctypes.c_char_p
@@ -100,6 +102,14 @@ class Runtime:
         addresses = [values.ctypes.data for values in numbers]
         attributes, first = ctypes.byref(self._attributes), ctypes.byref(self._first)
         self._check(self._memcpy_batch(*addresses, len(numbers[0]), attributes, first, 1, handle))
+
+    def same_address(self, memory: torch.Tensor) -> bool:
+        """True: the current device's kernels find page-locked memory where the host has it."""
+        found = ctypes.c_void_p()
+        if self._address(ctypes.byref(found), memory.data_ptr(), 0):
+            self._forget()
+            return False
+        return found.value == memory.data_ptr()
 
     def _check(self, code: int) -> None:
         if code:

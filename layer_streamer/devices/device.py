@@ -7,6 +7,7 @@ memory of their own.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
@@ -96,6 +97,14 @@ class Device(Protocol):
         (there, to_at), (here, from_at) = to, source
         for i, j, n in zip(to_at.tolist(), from_at.tolist(), nbytes.tolist(), strict=True):
             self.copy_pinned(there[i : i + n], here[j : j + n], stream)
+
+    def reads_host(self, memory: torch.Tensor) -> bool:
+        """True: its kernels may read this page-locked memory by the host's address."""
+        return False
+
+    def launch(self, work: Callable[[], object]) -> None:
+        """Do ``work``, which only launches kernels on the calling thread's current stream."""
+        work()
 
     def wait_idle(self) -> None:
         """Block until the device has done all work there is."""

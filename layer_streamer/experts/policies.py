@@ -72,7 +72,7 @@ class SegmentedLRU:
     """
 
     def __init__(self, protected: int) -> None:
-        self._most = protected
+        self.protected = protected
         self._once, self._again = OrderedDict[Key, None](), OrderedDict[Key, None]()
 
     def touch(self, key: Key) -> None:
@@ -81,7 +81,7 @@ class SegmentedLRU:
         elif key in self._once:
             del self._once[key]
             self._again[key] = None
-            if len(self._again) > self._most:
+            if len(self._again) > self.protected:
                 last, _ = self._again.popitem(last=False)
                 self._once[last] = None
         else:
@@ -93,6 +93,14 @@ class SegmentedLRU:
     def reset(self) -> None:
         self._once.clear()
         self._again.clear()
+
+    def order(self) -> tuple[list[Key], list[Key]]:
+        """Those asked for once, and those asked for again, each longest ago first."""
+        return list(self._once), list(self._again)
+
+    def follow(self, once: Iterable[Key], again: Iterable[Key]) -> None:
+        """What :meth:`order` says, of another who went by this policy."""
+        self._once, self._again = OrderedDict.fromkeys(once), OrderedDict.fromkeys(again)
 
 
 class DecayedLFU:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from .policies import Key, Policy
+from .policies import Key, Policy, SegmentedLRU
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,17 @@ class Placing:
     """Of each expert that was asked for, in order."""
     missing: tuple[int, ...]
     """Places in that order of those whose slots are yet to be filled; the others are hits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a table with a ``SegmentedLRU`` knows: who is in which slot, and who goes first."""
+
+    free: tuple[int, ...]
+    """Slots that nobody is in, in the order in which they are given."""
+    once: Mapping[Key, int]
+    """Slots of those asked for once, longest ago first."""
+    again: Mapping[Key, int]
 
 
 class SlotTable:
@@ -95,6 +106,32 @@ class SlotTable:
         self._slots = dict[Key, int]()
         self._free = list(range(self._count))
         self._settled = True
+
+    def lend(self) -> Held | None:
+        """What there is to know, for another who goes on with the slots; this table counts as empty
+        until it hears by :meth:`take_back`. None: of another policy."""
+        if not isinstance(self._policy, SegmentedLRU):
+            return None
+        if not self._settled:
+            self.clear()
+        self._settled = False
+        once, again = ({k: self._slots[k] for k in keys} for keys in self._policy.order())
+        return Held(tuple(self._free), once, again)
+
+    def take_back(self, held: Held) -> None:
+        """How it is after the other one's work."""
+        assert isinstance(self._policy, SegmentedLRU), "nothing else is lent"
+        self._settled = False
+        self._departures += 1
+        self._policy.follow(held.once, held.again)
+        self._slots, self._free = {**held.once, **held.again}, list(held.free)
+        self._settled = True
+
+    @property
+    def protected(self) -> int | None:
+        """How many its ``SegmentedLRU`` keeps apart; None: it has another policy."""
+        policy = self._policy
+        return policy.protected if isinstance(policy, SegmentedLRU) else None
 
     def _make_room(self, needed: Collection[Key], busy: Collection[int]) -> int:
         for at, slot in enumerate(self._free):

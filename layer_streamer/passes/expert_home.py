@@ -81,6 +81,17 @@ class MappedExperts:
     def wait(self) -> None:
         return
 
+    def places(self, layer_idx: int, expert: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Where an expert lies: the byte of a slot that a part goes to, and the memory (uint8) that
+        it comes from; the same parts of all experts, wherever these lie."""
+        for region, to, start, nbytes in self._extents(layer_idx, expert):
+            yield to, region.memory[start : start + nbytes]
+
+    @property
+    def regions(self) -> Sequence[torch.Tensor]:
+        """The pages."""
+        return [region.memory for region in self._mapped.regions]
+
     def _pieces(self, layer_idx: int, expert: int) -> list[tuple[Region, Numbers]]:
         """By region: (where to in the slot, where from in the region, bytes), (n, 3)."""
         found: dict[int, tuple[Region, list[tuple[int, int, int]]]] = {}
@@ -89,17 +100,28 @@ class MappedExperts:
         return [(region, np.array(pieces, dtype=np.int64)) for region, pieces in found.values()]
 
     def _cut(self, layer_idx: int, expert: int) -> Iterator[tuple[Region, tuple[int, int, int]]]:
-        banks, segment = self._layers[layer_idx].banks, self._device.pin_segment
+        """(where to, where from, bytes): what adjoins in both is one piece, up to the end of a
+        registration."""
+        segment, run = self._device.pin_segment, None
+        for region, to, start, nbytes in self._extents(layer_idx, expert):
+            if run and run[0] is region and (run[1] + run[3], run[2] + run[3]) == (to, start):
+                run = region, run[1], run[2], run[3] + nbytes
+                continue
+            if run:
+                yield from _cut_piece(*run, segment)
+            run = region, to, start, nbytes
+        if run:
+            yield from _cut_piece(*run, segment)
+
+    def _extents(self, layer_idx: int, expert: int) -> Iterator[tuple[Region, int, int, int]]:
+        """What an expert has in files: the region, where to in the slot, where from, bytes."""
+        banks = self._layers[layer_idx].banks
         for view in self._views[layer_idx]:
             to = view.offset
             for extent in filter(holds, banks[view.key][expert].extents):
                 region = self._mapped.find(extent.path, extent.offset)
-                start = extent.offset - region.offset
-                end = start + extent.nbytes
-                while start < end:  # no copy may cross from one registration to the next
-                    nbytes = min(end - start, segment - start % segment)
-                    yield region, (to, start, nbytes)
-                    start, to = start + nbytes, to + nbytes
+                yield region, to, extent.offset - region.offset, extent.nbytes
+                to += extent.nbytes
 
 
 class ReadExperts:
@@ -182,6 +204,17 @@ class SplitExperts:
 
     def wait(self) -> None:
         self._read.wait()
+
+
+def _cut_piece(
+    region: Region, to: int, start: int, nbytes: int, segment: int
+) -> Iterator[tuple[Region, tuple[int, int, int]]]:
+    """No copy may cross from one registration to the next."""
+    end = start + nbytes
+    while start < end:
+        size = min(end - start, segment - start % segment)
+        yield region, (to, start, size)
+        start, to = start + size, to + size
 
 
 class _Place(NamedTuple):

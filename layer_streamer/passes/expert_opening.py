@@ -7,12 +7,19 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from ..checkpoint.experts import ExpertLayer, split_experts
-from ..checkpoint.manifest import Manifest
+from ..checkpoint.manifest import Manifest, TensorSpec
 from ..devices.device import Device
 from ..errors import ConfigError
 from ..experts.policies import make_policy
 from ..planning.budget import format_bytes
-from ..planning.layout import View, lay_out_resident, plan_steps
+from ..planning.layout import (
+    COPY_ALIGNMENT,
+    TENSOR_ALIGNMENT,
+    View,
+    align_up,
+    lay_out_resident,
+    plan_steps,
+)
 from ..planning.planner import device_budget_of
 from ..planning.settings import Settings
 from ..transport.pipeline import Pipeline
@@ -148,4 +155,15 @@ def _counts(experts: Layers, asked: int) -> dict[_Alike, int]:
 
 
 def _alike(layer: ExpertLayer) -> _Alike:
-    return lay_out_resident(layer.expert(0), None)
+    """In a slot tensors lie as in their file, so that those that adjoin there are one copy."""
+    first = sorted(layer.banks.items(), key=lambda bank: _place(bank[1][0]))
+    views, end = list[View](), 0
+    for key, (spec, *_) in first:
+        views.append(View(key, spec.dtype, spec.shape, end, spec.nbytes))
+        end = align_up(end + spec.nbytes, TENSOR_ALIGNMENT)
+    return tuple(views), align_up(end, COPY_ALIGNMENT)
+
+
+def _place(spec: TensorSpec) -> tuple[str, int]:
+    extent = spec.extents[0]
+    return str(extent.path), extent.offset

@@ -9,7 +9,7 @@ import torch
 from ..devices.device import Device
 from ..errors import StreamerError
 from ..experts.policies import Key, Policy
-from ..experts.slots import Placing, SlotTable
+from ..experts.slots import Held, Placing, SlotTable
 from ..planning.layout import View
 from ..transport.memory import Watch, allocate
 
@@ -29,7 +29,8 @@ class ExpertPool:
         self._watch = Watch([self.slab])
         (handed_out,) = self._watch.memory
         with torch.inference_mode(False):
-            self.banks = {view.key: _bank(handed_out, view, slot_nbytes, count) for view in views}
+            banks = {view.key: _bank(handed_out, view, slot_nbytes, count) for view in views}
+        self.banks = dict(sorted(banks.items()))
 
     def __len__(self) -> int:
         return len(self._table)
@@ -67,6 +68,21 @@ class ExpertPool:
         for key in keys:
             self._table.drop(key)
         self._table.settle()
+
+    @property
+    def protected(self) -> int | None:
+        """See ``SlotTable``."""
+        return self._table.protected
+
+    def lend(self) -> Held | None:
+        """See ``SlotTable``. A backward that needs what is in any slot is to raise from here on."""
+        self._watch.expire()
+        return self._table.lend()
+
+    def take_back(self, held: Held) -> None:
+        """See ``SlotTable``."""
+        self._watch.expire()
+        self._table.take_back(held)
 
     def check_unwritten(self) -> None:
         """StreamerError if the caller has written to a bank; then all slots are empty."""

@@ -6,20 +6,24 @@ behind all use of a slot that has been given up: a load gives up what the load b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
 from ..checkpoint.experts import ExpertLayer
-from ..devices.device import Device, Stream
+from ..devices.device import Device
 from ..errors import ConfigError, StreamerError
 from ..experts.policies import Key
 from ..experts.slots import Placing
+from .expert_copies import ExpertCopies
 from .expert_home import Home, Wanted
+from .expert_lead import DeviceLead, open_lead
 from .expert_pool import ExpertPool
 from .expert_report import ExpertReport, more_needed
+from .expert_tables import ExpertTables
 
 
 class ExpertStore:
@@ -39,10 +43,7 @@ class ExpertStore:
         self.layers, self.pools = layers, pools
         self._each_pool = tuple(set(pools.values()))
         self._home, self._device = home, device
-        self._stream = device.new_stream()
-        self._given_up, self._brought = device.new_event(), device.new_event()
-        self._given_up.record(device.current_stream())
-        self.follow_allocation()
+        self.copies = ExpertCopies(device)
         self._in_use: tuple[ExpertPool, tuple[int, ...]] | None = None
         """The slots that a load has handed out, until they are given up."""
         self._coming: tuple[ExpertPool, list[Key]] | None = None
@@ -50,10 +51,19 @@ class ExpertStore:
         self._ahead: tuple[ExpertPool, list[Key], Placing] | None = None
         """What the next load asks for, and has been brought for it."""
         self._hinted = set[Key]()
-        self._tables = dict[int, tuple[int, torch.Tensor, tuple[int, ...]]]()
-        """By layer, where all have a slot of their own: the pool's departures, and the slots of its
-        experts since."""
-        self._report = self.last_pass = ExpertReport()
+        self._tables = ExpertTables(
+            layers, pools, lambda i, experts: self._arrange(i, self._keys(i, experts))[0]
+        )
+        self._report = ExpertReport()
+        self._last_pass: ExpertReport | DeviceLead = self._report
+        self._lead: DeviceLead | None = None
+
+    @property
+    def last_pass(self) -> ExpertReport:
+        """What became of experts in the last pass that has ended; waits for one that the device
+        led. Any thread."""
+        last = self._last_pass
+        return last.report() if isinstance(last, DeviceLead) else last
 
     @property
     def device_nbytes(self) -> int:
@@ -67,7 +77,44 @@ class ExpertStore:
 
     def finish(self) -> None:
         """A pass has ended."""
-        self.last_pass = self._report
+        self._last_pass = self._report
+
+    @cached_property
+    def lead(self) -> DeviceLead | None:
+        """What has the device bring experts by itself; None where it cannot."""
+        self._lead = open_lead(self.pools, self.layers, self._home, self._device)
+        return self._lead
+
+    def load_on_device(self, layer_idx: int, ids_P: torch.Tensor) -> torch.Tensor | None:
+        """Slots of experts whose numbers only the device knows; None: outside of a pass
+        that it leads."""
+        lead = self._lead
+        return lead.load(layer_idx, ids_P) if lead is not None and lead.in_pass else None
+
+    @contextmanager
+    def led_by_device(self) -> Iterator[None]:
+        """A pass in which the device brings experts by itself. StreamerError as of ``give_up``."""
+        lead = self.lead
+        assert lead is not None, "who asks for that has looked"
+        if not lead.leads:
+            self._settle_hints()
+            self.give_up()
+            self._ahead = None
+            self._hinted.clear()
+            self.copies.order_after_copies(self._device.current_stream())
+            lead.take()
+        lead.begin()
+        try:
+            yield
+        finally:
+            lead.end()
+        try:
+            for pool in self._each_pool:
+                pool.check_unwritten()
+        except StreamerError:
+            lead.give_back(spoilt=True)
+            raise
+        self._last_pass = lead
 
     def give_up(self) -> None:
         """What was loaded may be overwritten once the work that has been enqueued is done.
@@ -76,8 +123,7 @@ class ExpertStore:
         """
         if self._in_use is None:
             return
-        self._given_up.record(self._device.current_stream())
-        self.follow_use()
+        self.copies.give_up()
         self._in_use = None
         for pool in self._each_pool:
             pool.check_unwritten()
@@ -104,37 +150,23 @@ class ExpertStore:
         return placing.slots
 
     @property
-    def holds_all(self) -> bool:
-        """True: every expert of every layer has a slot of its own."""
-        experts = sum(layer.num_experts for layer in self.layers.values())
-        return experts <= sum(map(len, self._each_pool))
-
-    @property
     def all_filled(self) -> bool:
         """True: ``all_there`` has brought every layer's, and none has left its slot since."""
-        told = {i: departures for i, (departures, _, _) in self._tables.items()}
-        return all(told.get(i) == pool.departures for i, pool in self.pools.items())
+        return self._tables.filled
 
     def all_there(self, layer_idx: int) -> tuple[torch.Tensor, tuple[int, ...]] | None:
         """The slots of all experts of a layer, brought if need be, on the device and as numbers;
         the tensor stays where it is. None: some have to share theirs. Raises what reads raise."""
-        if not self.holds_all:
+        if not self._tables.all_fit:
             return None
-        pool = self.pools[layer_idx]
-        told = self._tables.get(layer_idx)
-        if told is not None and told[0] == pool.departures:
-            self._in_use = pool, ()  # who writes to it is found out
-            return told[1], told[2]
-        layer = self.layers[layer_idx]
-        placing, _ = self._arrange(layer_idx, self._keys(layer_idx, range(layer.num_experts)))
-        nbytes = len(placing.missing) * layer.expert_nbytes
+        found = self._tables.find(layer_idx)
+        if found is not None:
+            self._in_use = self.pools[layer_idx], ()  # who writes to it is found out
+            return found
+        table, slots, brought = self._tables.make(layer_idx)
+        nbytes = brought * self.layers[layer_idx].expert_nbytes
         self._report = replace(self._report, copied_bytes=self._report.copied_bytes + nbytes)
-        slots = torch.tensor(placing.slots, dtype=torch.int64, device="cpu")
-        with torch.inference_mode(False):
-            table = torch.empty_like(slots, device=pool.slab.device) if told is None else told[1]
-            table.copy_(slots)
-        self._tables[layer_idx] = pool.departures, table, placing.slots
-        return table, placing.slots
+        return table, slots
 
     def bring_ahead(self, layer_idx: int, experts: Sequence[int]) -> None:
         """Bring what the next load asks for, in this order, while what was loaded is in use: to
@@ -177,13 +209,12 @@ class ExpertStore:
         self._settle_hints()
         self.give_up()
         current = self._device.current_stream()
-        if current == self._stream and not self._device.unified:
-            self._change_stream()
+        self.copies.avoid(current)
         placing, early = self._place(layer_idx, keys)
         self._in_use = pool, placing.slots
         self._fill(pool, keys, placing)
         self._arrive()
-        self.order_after_copies(current)
+        self.copies.order_after_copies(current)
         return placing, early
 
     def _place(self, layer_idx: int, keys: list[Key]) -> tuple[Placing, int]:
@@ -217,7 +248,7 @@ class ExpertStore:
             self._hinted.difference_update(missing)
             self._coming = pool, missing
             try:
-                self._home.bring(wanted, pool.slab, self._stream)
+                self._home.bring(wanted, pool.slab, self.copies.stream)
             except Exception:
                 pool.failed(missing)
                 raise
@@ -235,12 +266,14 @@ class ExpertStore:
             pool.failed(missing)
             self._coming = None
             raise
-        self._brought.record(self._stream)
+        self.copies.brought()
         self._coming = None
 
     def _settle_hints(self) -> None:
-        """Wait for what was hinted at. Of an expert that could not be read the error is raised when
-        it is asked for, and read again."""
+        """Have the slots, and wait for what was hinted at. Of an expert that could not be read the
+        error is raised when it is asked for, and read again."""
+        if self._lead is not None:
+            self._lead.give_back()
         with suppress(StreamerError):
             self._arrive()
 
@@ -252,7 +285,7 @@ class ExpertStore:
 
     def wait_copied(self) -> None:
         """Block until nothing copies from the host's memory any more."""
-        self._stream.synchronize()
+        self.copies.wait_copied()
 
     @property
     def nbytes(self) -> int:
@@ -263,25 +296,3 @@ class ExpertStore:
     def pinned(self) -> bool:
         """It is page-locked."""
         return all(owner.pinned for owner in self._home.owners)
-
-    def _change_stream(self) -> None:
-        """Torch deals streams out in turn, and has dealt the caller this one: go on by another."""
-        self._given_up.record(self._stream)
-        self._stream = self._device.new_stream()
-        self.follow_stream()
-
-    def follow_allocation(self) -> None:
-        """The first copies wait for whatever used the slots' memory before it was theirs."""
-        self._given_up.wait(self._stream)
-
-    def follow_use(self) -> None:
-        """Copies wait for the work on what has been given up."""
-        self._given_up.wait(self._stream)
-
-    def follow_stream(self) -> None:
-        """Copies wait for those on the stream before, and for what these wait for."""
-        self._given_up.wait(self._stream)
-
-    def order_after_copies(self, current: Stream) -> None:
-        """The caller's stream waits for all that was brought."""
-        self._brought.wait(current)

@@ -86,6 +86,15 @@ class LayerExperts:
         self.where = dict(enumerate(slots))
         return table
 
+    def load_on_device(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """As ``load``, but the host is not asked: slots of ids (n,) of int64 that are on the
+        device, where kernels look them up, choose who goes and bring what is missing. All of it is
+        enqueued on the current stream, and may be captured in a CUDA graph. To be called in the
+        streamer's ``experts_on_device``, for ``most_on_device`` ids at most; None elsewhere. Ids
+        have to be of experts that there are: nobody hears of others, whose slots are any.
+        """
+        return self._store.load_on_device(self._layer_idx, ids)
+
     def hint(self, ids: Ids, layer: int) -> int:
         """Bring experts of a ``layer`` (its number in the checkpoint) that may be asked for soon,
         while this one is computed: as many as half of the slots that are not in use, those named

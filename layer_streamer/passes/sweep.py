@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from itertools import cycle
 from typing import Any, NamedTuple, TypeAlias
 
@@ -88,6 +89,23 @@ def run_layers(parts: Opened, owner: object, x: Any, layer_fn: LayerFn) -> Any:
     if stopped is not None:
         raise stopped
     return move(x, devices[0])
+
+
+@contextmanager
+def led_pass(parts: Opened) -> Iterator[None]:
+    """A pass whose experts the device brings by itself, launched by the caller."""
+    store = parts.experts
+    if store is None or store.lead is None:
+        raise StreamerError("the device cannot bring experts by itself: see most_on_device")
+    current = Pass()
+    try:
+        parts.claims.claim(current)
+        with store.led_by_device():
+            yield
+        # While the device works: it reads pages that are locked, and does not fall over others.
+        parts.pipeline.files.check_unchanged()
+    finally:
+        current.over = True
 
 
 def _end(parts: Opened, current: Pass) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ordering import HANG_SECONDS, open_on
 
 from layer_streamer import StreamerError
+from layer_streamer.passes.expert_copies import ExpertCopies
 from layer_streamer.passes.expert_store import ExpertStore
 from layer_streamer.transport.fetcher import Fetcher
 
@@ -58,7 +59,7 @@ class Mixture:
         store = streamer._parts.experts
         for number in range(passes):
             # torch deals streams out in turn: the caller may be given the one for copies.
-            mine = [*self.streams, store._stream] if number % 3 == 1 else self.streams
+            mine = [*self.streams, store.copies.stream] if number % 3 == 1 else self.streams
             fails_at = self._random.choice([None, None, 0, 2])
             with self._device.on(self._random.choice(mine)):
                 try:
@@ -140,12 +141,12 @@ def test_work_launched_on_experts_only_ever_sees_their_own_bytes(
 
 
 WAITS = {
-    "copies for what used the memory before": (ExpertStore, "follow_allocation", True),
-    "copies for the use of a slot": (ExpertStore, "follow_use", True),
-    "copies for those of the stream before": (ExpertStore, "follow_stream", True),
-    "the caller for copies": (ExpertStore, "order_after_copies", True),
-    "copies of what was read for the use of a slot": (ExpertStore, "follow_use", False),
-    "the caller for copies of what was read": (ExpertStore, "order_after_copies", False),
+    "copies for what used the memory before": (ExpertCopies, "follow_allocation", True),
+    "copies for the use of a slot": (ExpertCopies, "follow_use", True),
+    "copies for those of the stream before": (ExpertCopies, "follow_stream", True),
+    "the caller for copies": (ExpertCopies, "order_after_copies", True),
+    "copies of what was read for the use of a slot": (ExpertCopies, "follow_use", False),
+    "the caller for copies of what was read": (ExpertCopies, "order_after_copies", False),
     "reads for the copies out of where they go": (Fetcher, "wait_copied", False),
 }
 
@@ -178,7 +179,7 @@ def test_copies_of_a_load_that_was_interrupted_have_happened_before_page_locks_g
     device = FakeDevice(0, eager=0.0)
     streamer = open_on(device, checkpoint, {"experts": "demand", "expert_slots": 3})
     with monkeypatch.context() as patched:
-        patched.setattr(ExpertStore, "order_after_copies", interrupt)
+        patched.setattr(ExpertCopies, "order_after_copies", interrupt)
         with pytest.raises(KeyboardInterrupt):
             streamer.run_pass(0, lambda x, w, i: w.experts.load([1, 4]))
     streamer.close()

@@ -63,7 +63,7 @@ def test_the_next_round_is_on_its_way_before_the_present_one_is_given_up(
     with open_checkpoint(device, tmp_path, **options) as streamer:
         store: Any = streamer._opened().experts
         told = list[Any]()
-        bring, follow_use = store._home.bring, store.follow_use
+        bring, follow_use = store._home.bring, store.copies.follow_use
 
         def note_brought(wanted: Any, *rest: Any) -> None:
             told.append([one.expert for one in wanted])
@@ -74,7 +74,7 @@ def test_the_next_round_is_on_its_way_before_the_present_one_is_given_up(
             follow_use()
 
         monkeypatch.setattr(store._home, "bring", note_brought)
-        monkeypatch.setattr(store, "follow_use", note_given_up)
+        monkeypatch.setattr(store.copies, "follow_use", note_given_up)
         for layer_idx, weights in streamer.sweep():
             experts: Any = weights.experts  # type: ignore[attr-defined]
             for part, _ in experts.whole() if layer_idx == 0 else ():

@@ -270,7 +270,7 @@ def test_after_an_interrupt_in_a_load_everything_is_exact(
     with opened(tmp_path, kind, 5) as streamer:
         store = streamer._opened().experts
         assert store is not None
-        owner: Any = {"bring": store._home, "place": store.pools[0]}.get(where, store)
+        owner: Any = {"bring": store._home, "place": store.pools[0]}.get(where, store.copies)
         check(streamer, expected, [[0, 1, 2]] * LAYERS)
         usual = getattr(owner, where)
         for after in (False, True):

@@ -185,7 +185,11 @@ class FakeDevice:
         dst.copy_(src)
         self._copies[arena] -= 1
 
-    def launch(self, operation: Callable[[], None]) -> None:
+    def reads_host(self, memory: torch.Tensor) -> bool:
+        """Kernels, which Triton's interpreter runs, see all memory."""
+        return memory.data_ptr() in self._pinned
+
+    def launch(self, operation: Callable[[], object]) -> None:
         """Enqueue work on the calling thread's current stream."""
         self.current_stream().push(operation)
 

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from layer_streamer.devices import slot_kernels
 from layer_streamer.llm.kernels import (
     decode_launching,
     fixed_products,
@@ -109,6 +110,7 @@ def compile_all(dtype: torch.dtype, *, has_cores: bool) -> None:
     launching.launch_rotate([heads, heads[:4]], table, interleaved=False)
     launching.launch_rotate([heads], table, interleaved=True)
     compile_mixtures(matrices, dtype)
+    compile_tables()
     for sizes in ((28, 4, 128, None), (32, 8, 64, 512), (8, 1, 256, None)):
         compile_decoding(*sizes, dtype)
 
@@ -146,6 +148,23 @@ def compile_mixtures(matrices: list[Packed], dtype: torch.dtype) -> None:
                 torch.zeros(2, experts, dtype=dtype), per_token, normed=True, rounded=True,
                 over_chosen=over_chosen,
             )  # fmt: skip
+
+
+def compile_tables() -> None:
+    """What a GPU does that keeps tables of slots by itself."""
+
+    def numbers(count: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(count, dtype=dtype)
+
+    for slots, pairs in ((5, 1), (2354, 8), (9000, slot_kernels.MOST_PAIRS)):
+        ranks, clock = numbers(slots, torch.int64), numbers(2, torch.int64)
+        table = slot_kernels.Table(numbers(6144), numbers(slots), ranks, clock)
+        ids, told = numbers(pairs, torch.int64), numbers(2 + 3 * pairs)
+        slot_kernels.place(table, ids, slot_kernels.Layer(0, 128, 4), ids, told)
+    sources, targets = torch.zeros(9, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
+    for word in slot_kernels.WORDS:
+        pieces = slot_kernels.Pieces(sources, targets, numbers(4).view(2, 2), word)
+        slot_kernels.fill(pieces, numbers(5), torch.zeros(16, dtype=torch.uint8), 16)
 
 
 def compile_decoding(

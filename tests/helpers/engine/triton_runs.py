@@ -13,7 +13,8 @@ from paths import ENGINE, ROOT
 
 CHECKS = ENGINE / "kernels_against_torch.py"
 EVERY_CASE = "EVERY_CASE"
-FEW = os.environ.get("TRITON_INTERPRET") == "1" and EVERY_CASE not in os.environ
+INTERPRETED_HERE = os.environ.get("TRITON_INTERPRET") == "1"
+FEW = INTERPRETED_HERE and EVERY_CASE not in os.environ
 """The interpreter takes a millisecond for a program: by default it gets few of the cases."""
 of_many = pytest.mark.skipif(FEW, reason=f"one of many: with {EVERY_CASE}")
 INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

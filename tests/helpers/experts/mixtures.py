@@ -102,5 +102,5 @@ def check(streamer: LayerStreamer, expected: Experts, asked: Sequence[Sequence[i
             for expert, slot in zip(part, slots, strict=True):
                 for name in experts.names:
                     wanted = expected[layer_idx, expert, name]
-                    found = experts.bank(name)[slot]
+                    found = experts.bank(name)[slot].cpu()
                     assert found.dtype == wanted.dtype and same_bytes(found, wanted)
