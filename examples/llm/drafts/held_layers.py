@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -32,6 +33,7 @@ class HeldLayers:
         self._behind, self.manifest, self._tensors = behind, manifest, tuple(tensors)
         self.device, self.devices = behind.device, (behind.device,)
         self.num_steps, self.experts_stay = len(self._tensors), False
+        self.most_on_device = 0
         self.plan = _Here(("device",) * self.num_steps)
 
     def run_pass(self, x: X, layer_fn: Callable[..., X]) -> X:
@@ -39,6 +41,10 @@ class HeldLayers:
         for layer_idx, tensors in enumerate(self._tensors):
             x = layer_fn(x, tensors, layer_idx)
         return x
+
+    def experts_on_device(self) -> AbstractContextManager[None]:
+        """Nobody brings experts here."""
+        raise NotImplementedError
 
     def load_static(self, name: str) -> torch.Tensor:
         """The same tensor as that of the layers behind."""

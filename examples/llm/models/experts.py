@@ -72,7 +72,11 @@ def experts_of(hf_config: Any, mixture: Mixture) -> Experts | None:
 
 
 def _clamp(hf_config: Any) -> Clamp:
-    alpha, limit = (getattr(hf_config, f"swiglu_{name}") for name in ("alpha", "limit"))
+    # transformers before 5.23 has these numbers in its code.
+    alpha, limit = (
+        getattr(hf_config, "swiglu_alpha", 1.702),
+        getattr(hf_config, "swiglu_limit", 7.0),
+    )
     check("swiglu_alpha", alpha, float)
     check("swiglu_limit", limit, float)
     return Clamp(alpha=float(alpha), limit=float(limit))

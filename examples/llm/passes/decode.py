@@ -82,7 +82,8 @@ class Decoder:
     ) -> None:
         """``interleaved``: see ``rope.rotate``. ``whole``: nothing streams, and all experts are in
         slots of their own."""
-        self.whole, self.ready = whole, False
+        self.whole, self.ready, self.led = whole, False, False
+        """``led``: only experts do not stay, and the device brings those."""
         device, rows = kv.device, min(chunking.captured_rows, kv.layout.tokens)
         self.part, self.mixture = (
             (None, None) if whole else _where_something_streams(config, kv, rows, chunking)
@@ -155,8 +156,9 @@ class Decoder:
         ids = torch.tensor(tokens + tokens[-1:] * more, device="cpu")
         return Batch(ids, tuple((row, 1) for row in rows), (chunk,), self._last[: len(ids)])
 
-    def attention(self, batch: Batch) -> DecodeAttention:
-        """How the rows of a pass look back."""
+    def attention(self, batch: Batch, *, whole: bool = False) -> DecodeAttention:
+        """How the rows of a pass look back, of one that is captured as a ``whole``, or where none
+        other is."""
         from ..kernels.decode_launching import Look
 
         numbers = self._numbers[: len(batch.ids)]
@@ -176,7 +178,7 @@ class Decoder:
         found = DecodeAttention(
             self._config, self._rotary, batch, looks, interleaved=self._interleaved
         )
-        if not self.whole:
+        if not (self.whole or whole):
             found.tables = self._rotations(batch)
         return found
 
@@ -246,7 +248,10 @@ def open_decoder(
     if problem is not None:
         logger.info("no passes are captured: %s", problem)
         return None
-    whole = set(streamer.plan.tiers) == {"device"} and kv.host is None
-    if config.experts is not None:
-        whole = whole and streamer.plan.expert_slots >= config.experts.total
-    return Decoder(config, kv, rotary, chunking=chunking, interleaved=interleaved, whole=whole)
+    whole, led = set(streamer.plan.tiers) == {"device"} and kv.host is None, False
+    if whole and config.experts is not None:
+        whole = streamer.plan.expert_slots >= config.experts.total
+        led = not whole and streamer.most_on_device >= config.experts.per_token
+    decoder = Decoder(config, kv, rotary, chunking=chunking, interleaved=interleaved, whole=whole)
+    decoder.led = led
+    return decoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 import torch
@@ -38,6 +39,13 @@ class Layers(Protocol):
     @property
     def experts_stay(self) -> bool:
         """All experts that come on demand are in slots of their own."""
+
+    @property
+    def most_on_device(self) -> int:
+        """Of how many experts of a layer the device has slots without the host; 0: of none."""
+
+    def experts_on_device(self) -> AbstractContextManager[None]:
+        """A pass in which it does."""
 
     @property
     def num_steps(self) -> int:

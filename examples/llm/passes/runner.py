@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..drafts.tree import Tree
 from ..kernels.triton_support import triton_serves
 from ..kv.cache import KVCache
 from ..models.config import ModelConfig
+from ..models.mixing import goes_by_token
 from ..models.names import WeightNames
 from ..models.rope import Rotary
 from ..weights.dequant import Unpacker
@@ -62,6 +64,7 @@ class Runner:
         self.head_is_loaded = streamer.num_steps == manifest.num_layers
         loaded = [*names.head_parts, *([names.head] if self.head_is_loaded else [])]
         self._head_parts = {name: streamer.load_static(name) for name in loaded}
+        self._led: dict[int, bool] = {}  # by rows, whether the device brings what they ask for
         self.on_pass: Callable[[int], object] | None = None
         """Hears of each pass, over so many tokens, once it has ended."""
         self._check = ScaleCheck()
@@ -116,7 +119,8 @@ class Runner:
             wanted = [len(ids) for _, ids in entries]
         with torch.inference_mode():
             captured = 0 if self.decoder is None or on_layer else self._captured(entries)
-            logits = self._replay(entries) if captured and self.captures_passes else None
+            whole = captured == len(entries) and self._is_one_capture(captured)
+            logits = self._replay(entries) if whole else None
             if logits is None:
                 sections = self._sections(entries, wanted, drafts, captured=captured)
                 logits = self._stream(sections, on_layer=on_layer)
@@ -127,7 +131,7 @@ class Runner:
 
     @property
     def most_tokens(self) -> int:
-        """Of one pass: there is room for so many residuals, whatever the rows' windows hold."""
+        """Of one pass, whatever the rows' windows hold."""
         return len(self._stream_ND)
 
     @property
@@ -139,6 +143,11 @@ class Runner:
     def captures_passes(self) -> bool:
         """True: one that decodes is captured as a whole, and costs what its tokens do."""
         return self.decoder is not None and self.decoder.whole
+
+    @property
+    def keeps_steps(self) -> bool:
+        """True: what passes of the streamer hand out serves those that are captured."""
+        return self.decoder is not None and (self.decoder.whole or self.decoder.led)
 
     def repeat(self, entries: Sequence[Entry], around: Callable[[Step, Batch, Any], Step]) -> None:
         """A pass of the streamer that leaves the rows as they are, for who looks at it: its step
@@ -159,6 +168,22 @@ class Runner:
         if decoder.whole and self.config.experts is not None and not self.streamer.experts_stay:
             return 0
         return decoder.takes(entries)
+
+    def _is_one_capture(self, rows: int) -> bool:
+        """True: a pass over so many rows, which take one token each, is captured as a whole."""
+        decoder, experts = self.decoder, self.config.experts
+        if decoder is None or decoder.whole or not decoder.led or experts is None:
+            return self.captures_passes
+        size = decoder.size(rows)
+        served = self._led.get(size)
+        if served is None:
+            served = size * experts.per_token <= self.streamer.most_on_device
+            served = self._led[size] = served and all(
+                goes_by_token(self._stream_ND[:size], self.weights(tensors, i), self.config)
+                for i, tensors in decoder.steps
+                if self.config.mixture(i) is not None
+            )
+        return served
 
     def _sections(
         self,
@@ -224,13 +249,15 @@ class Runner:
         embedded_ND = self._begin([Section(batch, ())])
 
         def launch() -> None:
-            section = Section(batch, [decoder.attention(batch)])
+            section = Section(batch, [decoder.attention(batch, whole=True)])
             step = RunnerStep(self, [section], decoder.logits(batch))
             x_ND = embedded_ND
             for layer_idx, tensors in decoder.steps:
                 x_ND = step(x_ND, tensors, layer_idx)
 
-        return decoder.forward(batch, launch)
+        with self.streamer.experts_on_device() if decoder.led else nullcontext():
+            logits = decoder.forward(batch, launch)
+        return None if logits is None else logits[: len(entries)]
 
     def _begin(self, sections: Sequence[Section]) -> torch.Tensor:
         """The residual stream with each section's first chunk as the first layer gets it. The

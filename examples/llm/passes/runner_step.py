@@ -50,7 +50,7 @@ class RunnerStep:
         self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int
     ) -> torch.Tensor:
         runner = self._runner
-        if runner.captures_passes:
+        if runner.keeps_steps:
             self.steps.append((layer_idx, tensors))
         last_layer = runner.config.num_layers - 1
         if layer_idx <= last_layer:

@@ -111,8 +111,12 @@ class StepWeights:
 
     def slots_of(self, ids_TK: torch.Tensor) -> torch.Tensor | None:
         """The slots of experts that tokens have chosen, token by token, on the device: without a
-        look at them where all are there, else brought, which waits for the device. None: they are
-        more than there are slots."""
+        look at them where all are there, or where the device brings them; else brought, which waits
+        for the device. None: they are more than there are slots."""
+        assert self._store is not None
+        slots_P: torch.Tensor | None = self._store.load_on_device(ids_TK.flatten())
+        if slots_P is not None:
+            return slots_P
         table = self.all_there()
         if table is not None:
             return table[ids_TK.flatten()]
@@ -120,8 +124,8 @@ class StepWeights:
         where = self.bring(asked)
         if where is None:
             return None
-        slots = torch.tensor([where[expert] for expert in asked], dtype=torch.int64, device="cpu")
-        return slots.to(ids_TK.device, non_blocking=True)
+        slots_P = torch.tensor([where[expert] for expert in asked], dtype=torch.int64, device="cpu")
+        return slots_P.to(ids_TK.device, non_blocking=True)
 
     def all_there(self) -> torch.Tensor | None:
         """The slots of all experts, on the device; None: not each has one."""

@@ -157,6 +157,9 @@ def zoo_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             randomise(key, parameter, zero_centered=name.startswith("gemma"))
+    for module in model.modules():
+        if hasattr(module, "limit"):  # which transformers before 5.23 does not take from a config
+            module.limit = CASES[name]["swiglu_limit"]
     return model
 
 

@@ -20,6 +20,8 @@ from layer_streamer.llm.passes.runner import Runner
 
 SLOTS = {"all": 10_000, "some": 14, "few": 5}
 """Of all layers. Five hold what a token passes, but not always what two do."""
+PACKABLE = [name for name in MIXTURES if name != "gpt_oss"]
+"""What compressed-tensors' words hold."""
 ROUNDED = 2e-2
 """What logits in float16 may differ by, where an expert that is as good as another may be chosen in
 its place."""
@@ -60,7 +62,7 @@ def packed_checkpoint(tmp_path: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("slots", ["some"] if FEW else SLOTS)
-@pytest.mark.parametrize("name", ["qwen2_moe-dense"] if FEW else MIXTURES)
+@pytest.mark.parametrize("name", ["qwen2_moe-dense"] if FEW else PACKABLE)
 def test_captured_mixtures_give_the_logits_of_launched_ones(
     tmp_path: Path, name: str, slots: str, launched: list[int]
 ) -> None:
