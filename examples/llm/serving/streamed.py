@@ -16,10 +16,12 @@ from ..scheduling.events import Events
 from ..text.logprobs import TokenLogprob
 from ..text.tokenizer import raw_ids, rendered_ids
 from .asking.order import Order
-from .calls.begun import matcher_of
-from .calls.families import family_of
+from .calls.begun import CallForm, matcher_of
+from .calls.families import HARMONY, family_of
+from .calls.heads import MESSAGE, HeadText
 from .replying.reasoning import OPENING, ReasoningSplitter, thinks
 from .token_text import TokenTexts
+from .turn_marks import TurnMarks
 from .working.pieces import Account, Piece, ScoredToken
 from .working.served import Facts, Load, Ready, Tag
 
@@ -41,6 +43,7 @@ class StreamedEngine:
         self._tags: dict[Request, Tag] = {}
         self._told: dict[Request, int] = {}
         self._texts = TokenTexts(tokenizer)
+        self._marks = TurnMarks(tokenizer, _template(tokenizer))
         self.facts = Facts(
             name=name,
             max_length=engine.max_length,
@@ -65,34 +68,52 @@ class StreamedEngine:
 
     def prepare(self, order: Order) -> Sequence[Ready]:
         """Tokenise and check."""
-        ids = [self._engine.encode(one, order.template_options) for one in order.prompts]
+        ids = [self._encoded(one, order) for one in order.prompts]
         left = self._engine.max_length - min(map(len, ids))
         options = dict(order.options)
-        options["max_new_tokens"] = min(options["max_new_tokens"], left)
+        options["max_new_tokens"] = min(options["max_new_tokens"], max(left, 1))
         rows = [one for one in ids for _ in range(order.n)]
+        made = self._engine.requests(rows, **options)
         begun, found = self._begun(order), list[Ready]()
-        for prompt, request in zip(rows, self._engine.requests(rows, **options), strict=True):
+        for prompt, request in zip(rows, made, strict=True):
             if request.error is not None:
                 raise request.error
-            if order.ignore_eos:
-                request.stop_ids = frozenset()
+            known = self._marks.stops(request.stop_ids)
+            request.stop_ids = frozenset() if order.ignore_eos else known
             request.salt = order.owner.encode()
-            ready = Ready(prompt, request, self._thinks_first(prompt))
+            lead = self._marks.lead(prompt, self._decode)
+            ready = Ready(prompt, request, self._thinks_first(prompt), lead)
             if begun is not None and order.call_form is not None:
-                mark, heard = order.call_form.mark, answers(self.facts.template, ready)
-                held = LazyMatcher(begun, self._engine.vocabulary, mark, heard)
-                held.ends_the_text = order.call_form.ends
-                request.sampler.constraint = held
+                request.sampler.constraint = self._held(begun, order.call_form, ready)
             found.append(ready)
         return found
 
+    def _encoded(self, prompt: Any, order: Order) -> list[int]:
+        ids = self._engine.encode(prompt, order.template_options)
+        lead = self._marks.lead(ids, self._decode) if order.primed else ""
+        if not lead or MESSAGE in lead:
+            return ids
+        return [*ids, *rendered_ids(self._engine.tokenizer, order.primed)]
+
     def _begun(self, order: Order) -> Matcher | None:
-        """What calls are held to that texts begin by themselves; None: nothing."""
-        if order.call_form is None:
+        """What calls are held to; None: nothing."""
+        form = order.call_form
+        if form is None:
             return None
+        if form.whole:
+            return matcher_of(form, order.callable_tools, self._engine.vocabulary)
         with suppress(ValueError, ImportError):  # they are read, then, and free
-            return matcher_of(order.call_form, order.tools, self._engine.vocabulary)
+            return matcher_of(form, order.callable_tools, self._engine.vocabulary)
         return None
+
+    def _held(self, begun: Matcher, form: CallForm, ready: Ready) -> Matcher | LazyMatcher:
+        """A row's own: from its beginning on, or from where it begins to call."""
+        if form.whole:
+            return begun.copy()
+        heard = answers(self.facts.template, ready)
+        held = LazyMatcher(begun, self._engine.vocabulary, form.mark, heard)
+        held.ends_the_text = form.ends
+        return held
 
     def tokenize(self, prompt: Any, *, special: bool) -> Sequence[int]:
         """Ids of a text or of messages."""
@@ -186,7 +207,10 @@ class StreamedEngine:
 
 
 def answers(template: str | None, ready: Ready) -> Callable[[str], str]:
-    """Gives of a text, which comes piece by piece, what is no reasoning."""
+    """Gives of a text, which comes piece by piece, what is no reasoning; of one in channels, only
+    the heads of its messages."""
+    if family_of(template) == HARMONY:
+        return HeadText(ready.lead).push
     if not thinks(template):
         return lambda text: text
     splitter = ReasoningSplitter(inside=ready.inside_reasoning)

@@ -54,6 +54,10 @@ class Order:
     """A text may call more than once."""
     forced: bool = False
     """The text is nothing but calls."""
+    named: str = ""
+    """The one tool that is to be called; "": any."""
+    primed: str = ""
+    """The rest of a head that prompts are to end in, where templates leave it to the model."""
     call_form: CallForm | None = None
     """What calls look like that the text may begin by itself; None: nothing holds them to it."""
     ignore_eos: bool = False
@@ -64,6 +68,11 @@ class Order:
     def is_constrained(self) -> bool:
         """True: the text follows a form from its first character on."""
         return any(name in self.options for name in CONSTRAINTS)
+
+    @property
+    def callable_tools(self) -> Sequence[Mapping[str, Any]]:
+        """Those that a call may be of."""
+        return [one for one in self.tools if self.named in ("", one["function"]["name"])]
 
     @property
     def count(self) -> int:
@@ -93,6 +102,7 @@ def order_of_chat(body: ChatBody, owner: str = "") -> Order:
         tools=tools,
         several=several_calls(body),
         forced=forced,
+        named=body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else "",
         ignore_eos=bool(body.ignore_eos),
         owner=owner,
     )

@@ -6,21 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..calls.begun import form_of
-from ..calls.families import family_of, parser_of, shows_special
+from ..calls.begun import WHOLE, form_of
+from ..calls.families import HARMONY, family_of, parser_of, shows_special
 from ..calls.generic import generic_schema, instructions
+from ..calls.harmony import FINAL
 from ..replying.choice_text import ChoiceText
 from ..replying.reasoning import ReasoningSplitter, thinks
 from ..working.served import Ready
 from .order import Order
+from .turns import turns_of
 
 
 def fitted(order: Order, template: str | None) -> Order:
     """The order, for a model with this chat template: one that knows no tools is told of them in
     words, and held to a form in which its calls can be told."""
+    family = family_of(template)
+    if family == HARMONY:
+        return _in_channels(order)
     if not order.tools:
         return order
-    family = family_of(template)
     options = dict(order.options)
     if shows_special(family) and not order.forced:
         options["skip_special_tokens"] = False
@@ -37,6 +41,22 @@ def fitted(order: Order, template: str | None) -> Order:
     return replace(order, template_options=template_options)
 
 
+def _in_channels(order: Order) -> Order:
+    """What is constrained is the answer, in its channel."""
+    form = None
+    if order.forced:
+        form = WHOLE
+    elif order.tools:
+        form = form_of(HARMONY, None, several=order.several)
+    return replace(
+        order,
+        prompts=[turns_of(messages) for messages in order.prompts],
+        options={**order.options, "skip_special_tokens": False},
+        call_form=form,
+        primed=FINAL if order.is_constrained and not order.forced else "",
+    )
+
+
 def _told(messages: Sequence[Mapping[str, Any]], words: str) -> list[Mapping[str, Any]]:
     """Messages whose system says so as well."""
     first = messages[0]
@@ -51,11 +71,13 @@ def _told(messages: Sequence[Mapping[str, Any]], words: str) -> list[Mapping[str
 def texts_of(order: Order, ready: Sequence[Ready], template: str | None) -> list[ChoiceText]:
     """What takes each text of an accepted order apart. One that is constrained is all answer: no
     reasoning fits its form."""
-    family, splits = family_of(template), thinks(template) and not order.is_constrained
+    family = family_of(template)
+    splits = thinks(template) and not order.is_constrained and family != HARMONY
+    parses = bool(order.tools) or family == HARMONY
     return [
         ChoiceText(
             ReasoningSplitter(inside=one.inside_reasoning) if splits else None,
-            parser_of(family, order.tools, forced=order.forced) if order.tools else None,
+            parser_of(family, order.tools, forced=order.forced, lead=one.lead) if parses else None,
             several=order.several,
         )
         for one in ready

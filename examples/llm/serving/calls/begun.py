@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...constraints.constraint import Constraint
 from ...constraints.matcher import Matcher
 from ...constraints.vocabulary import Vocabulary
+from .channelled import CHANNEL_MARKS, TO, channelled_calls, whole_channelled_calls
 from .forced import call_schema
 from .hermes import CLOSING, OPENING
 from .mistral import MARK
@@ -28,6 +29,10 @@ class CallForm:
     """What follows a call."""
     ends: bool = False
     """So does the end of the text."""
+    marks: Mapping[str, str] = field(default_factory=dict)
+    """What the grammar has rules of, by their names: special tokens, where there are such."""
+    whole: bool = False
+    """The text is nothing but a call, and held from its beginning on."""
 
 
 def form_of(family: str, template: str | None, *, several: bool = True) -> CallForm | None:
@@ -38,14 +43,22 @@ def form_of(family: str, template: str | None, *, several: bool = True) -> CallF
         return CallForm(OPENING, tagged_calls, CLOSING, ends=not several)
     if family == "mistral" and "[ARGS]" not in (template or ""):
         return CallForm(MARK, _list if several else _list_of_one, ends=not several)
+    if family == "harmony":
+        return CallForm(TO, channelled_calls, ends=True, marks=CHANNEL_MARKS)
     return None
+
+
+WHOLE = CallForm("", whole_channelled_calls, ends=True, marks=CHANNEL_MARKS, whole=True)
+"""Of a text of gpt-oss that has to call."""
 
 
 def matcher_of(
     form: CallForm, tools: Sequence[Mapping[str, Any]], vocabulary: Vocabulary
 ) -> Matcher | None:
     """What a begun call is held to. Arguments whose schema cannot be compiled may be any object;
-    None if nothing can."""
+    None if nothing can. ValueError for what a whole text cannot be held to."""
+    if form.whole:
+        return _compiled(form, tools, vocabulary)
     with suppress(ValueError):
         return _compiled(form, tools, vocabulary)
     with suppress(ValueError):
@@ -66,9 +79,14 @@ def _compiled(
 ) -> Matcher:
     lark = form.grammar(tools)
     if form.closing:
-        special = vocabulary.special(form.closing)
-        lark += f" {SPACE} {json.dumps(form.closing) if special is None else f'<[{special}]>'}"
-    return Matcher.of(Constraint.of_lark(lark), vocabulary)
+        lark += f" {SPACE} {_mark(form.closing, vocabulary)}"
+    rules = [f"{name}: {_mark(mark, vocabulary)}" for name, mark in form.marks.items()]
+    return Matcher.of(Constraint.of_lark("\n".join([lark, *rules])), vocabulary)
+
+
+def _mark(text: str, vocabulary: Vocabulary) -> str:
+    special = vocabulary.special(text)
+    return json.dumps(text) if special is None else f"<[{special}]>"
 
 
 def _object(tools: Sequence[Mapping[str, Any]]) -> str:

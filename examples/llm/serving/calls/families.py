@@ -11,11 +11,17 @@ from .coder import FUNCTION, Coder
 from .forced import Forced
 from .found import CallParser
 from .generic import Generic
+from .harmony import Harmony
+from .heads import CHANNEL
 from .hermes import OPENING, Hermes
 from .llama import TAG, Llama
 from .mistral import MARK, Mistral
 
-MARKS = {"coder": FUNCTION, "hermes": OPENING, "mistral": MARK, "llama": TAG}
+HARMONY = "harmony"
+"""Calls, reasoning and the answer are in channels."""
+MARKS = {
+    HARMONY: CHANNEL, "coder": FUNCTION, "hermes": OPENING, "mistral": MARK, "llama": TAG,
+}  # fmt: skip
 """What a family's template says that no other's before it does."""
 
 
@@ -28,8 +34,13 @@ def family_of(template: str | None) -> str:
     return "llama" if "ipython" in text and '"parameters"' in text else "generic"
 
 
-def parser_of(family: str, tools: Sequence[Mapping[str, Any]], *, forced: bool) -> CallParser:
-    """A new one, for one text."""
+def parser_of(
+    family: str, tools: Sequence[Mapping[str, Any]], *, forced: bool, lead: str = ""
+) -> CallParser:
+    """A new one, for one text. ``lead``: the head in which the prompt ends, where a family has
+    such."""
+    if family == HARMONY:
+        return Harmony({tool["function"]["name"] for tool in tools}, lead)
     if forced:
         return Forced()
     if family == "coder":
@@ -42,7 +53,7 @@ def parser_of(family: str, tools: Sequence[Mapping[str, Any]], *, forced: bool) 
 
 def shows_special(family: str) -> bool:
     """True: calls are marked by special tokens, which are to come with the text."""
-    return family in ("llama", "mistral")
+    return family in ("llama", "mistral", HARMONY)
 
 
 def new_call_id(family: str) -> str:

@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 from ...constraints.schema import parts_of
-from .found import Call, Found, call_of, read_json
+from .found import Found, call_of, read_json
 
 
 def call_schema(
@@ -76,5 +76,5 @@ class Forced:
         calls = [call_of(item, "arguments") for item in items]
         read = [call for call in calls if call is not None]
         if read and len(read) == len(calls):
-            return list[Call | str](read)
+            return list[Found](read)
         return [text] if text else []

@@ -18,8 +18,15 @@ class Call:
     """The JSON of an object."""
 
 
-Found = str | Call
-"""Text that is no call, or a call."""
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """Reasoning, where that stands among calls and text."""
+
+    text: str
+
+
+Found = str | Call | Thought
+"""Text that is no call, a call, or what led to them."""
 
 
 class CallParser(Protocol):

@@ -23,9 +23,10 @@ KEY = re.compile(r"[^<>\n]+")
 JSON_TYPES = {"integer", "number", "boolean", "object", "array", "null"}
 
 
-def as_json(schema: Mapping[str, Any]) -> str:
-    """In Lark: JSON of a schema. ValueError for one that is beyond a bound."""
-    return f"%json {json.dumps(read_schema(schema) | {'x-guidance': AS_WRITTEN})}"
+def as_json(schema: Mapping[str, Any], **written: Any) -> str:
+    """In Lark: JSON of a schema, ``written`` otherwise than templates show it. ValueError for one
+    that is beyond a bound."""
+    return f"%json {json.dumps(read_schema(schema) | {'x-guidance': AS_WRITTEN | written})}"
 
 
 def tagged_calls(tools: Sequence[Mapping[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..calls.found import Call, CallParser
+from ..calls.found import Call, CallParser, Thought
 from .reasoning import ReasoningSplitter
 
 
@@ -28,7 +28,7 @@ class ChoiceText:
     splitter: ReasoningSplitter | None = None
     """None: the model has no such part."""
     parser: CallParser | None = None
-    """None: there are no tools."""
+    """None: there are no tools, and no reasoning stands among calls."""
     several: bool = True
     """False: the text ends behind its first call, whatever the model goes on with."""
     whole: Delta = field(default_factory=Delta)
@@ -61,6 +61,7 @@ class ChoiceText:
             if first is not None and not self.several:
                 del found[first + 1 :]
             answer = "".join(one for one in found if isinstance(one, str))
+            reasoning += "".join(one.text for one in found if isinstance(one, Thought))
             calls = [one for one in found if isinstance(one, Call)]
         delta, whole = Delta(answer, reasoning, calls), self.whole
         whole.answer, whole.reasoning = whole.answer + answer, whole.reasoning + reasoning

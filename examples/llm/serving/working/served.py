@@ -51,6 +51,9 @@ class Ready:
     """What the engine made of it."""
     inside_reasoning: bool = False
     """The prompt ends where the model begins to think."""
+    lead: str = ""
+    """The head of a message in which the prompt ends, or the beginning of one, where messages of
+    the model have heads."""
 
 
 Tag: TypeAlias = Any
