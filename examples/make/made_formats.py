@@ -9,14 +9,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from random_packed import Fill, code_scale
+from shapes import STACKED
 
 from layer_streamer.llm.quantize.grouping import GROUPS, quantization_config
 from layer_streamer.llm.quantize.shards import Entry
 
-FORMATS = ("ct4", "ct8", "fp8")
+FORMATS = ("ct4", "ct8", "fp8", "mxfp4")
 """Of safetensors; for those of GGUF see ``made_gguf``."""
 BLOCK = 128
 """Rows and columns that share a scale of fp8."""
+GROUP = 32
+"""Columns that share a power of two of mxfp4."""
 
 
 def packed_tensors(
@@ -25,8 +28,12 @@ def packed_tensors(
     """Every tensor of the checkpoint, what the packed ones are filled with, and the
     quantization_config.
 
-    ValueError if no group divides a matrix.
+    ValueError if no group divides a matrix, or if the format is not one of these experts.
     """
+    if kind == "mxfp4":
+        return _mxfp4(shapes, dtype)
+    if any(map(is_stacked, shapes)):
+        raise ValueError(f"--format {kind}: experts that lie stacked are not packed so")
     matrices = {name for name in shapes if _is_packed(name)}
     group = 0 if kind == "fp8" else _group({shapes[name][1] for name in matrices})
     entries: dict[str, Entry] = {}
@@ -41,6 +48,36 @@ def packed_tensors(
             entries[f"{module}.{part}"], fills[f"{module}.{part}"] = entry, filled
     routers = {name.split(".", 3)[3].removesuffix(".weight") for name in shapes if _is_router(name)}
     return entries, fills, _config(kind, group, sorted(routers))
+
+
+def is_stacked(name: str) -> bool:
+    """True: a matrix of all experts of a layer."""
+    return name.endswith(STACKED)
+
+
+def _mxfp4(
+    shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> tuple[dict[str, Entry], dict[str, Fill], dict[str, Any]]:
+    """The experts' matrices alone are packed, rows before columns."""
+    if not any(map(is_stacked, shapes)):
+        raise ValueError("--format mxfp4: only experts that lie stacked are packed so")
+    entries: dict[str, Entry] = {}
+    fills: dict[str, Fill] = {}
+    for name, shape in shapes.items():
+        if not is_stacked(name):
+            entries[name] = Entry(dtype, shape)
+            continue
+        count, width, rows = shape
+        if width % GROUP:
+            raise ValueError(f"--format mxfp4: no block of it divides {width} columns")
+        groups = (count, rows, width // GROUP)
+        entries[f"{name}_blocks"] = Entry("uint8", (*groups, GROUP // 2))
+        entries[f"{name}_scales"] = Entry("uint8", groups)
+        for part, kind in (("blocks", "codes"), ("scales", "exponents")):
+            fills[f"{name}_{part}"] = Fill(kind, entries[f"{name}_{part}"].nbytes)
+    plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": [*plain, "lm_head"]}
+    return entries, fills, config
 
 
 def _is_router(name: str) -> bool:

@@ -33,6 +33,8 @@ def gguf_file(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], kind: str, mark: str
 ) -> tuple[Shard, dict[str, Fill]]:
     """The file, and what its packed tensors are filled with. ``mark`` goes into the metadata."""
+    if config["model_type"] == "gpt_oss":
+        raise ValueError(f"--format {kind}: experts that lie stacked are not packed so")
     metadata = _metadata(config) | {"general.description": mark} | _tokenizer(config)
     infos, fills, counts = b"", dict[str, Fill](), dict[str, int]()
     end = 0

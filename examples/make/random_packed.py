@@ -20,6 +20,9 @@ MIN_POOL_NBYTES = 1 << 24
 """As for plain values: more than any file system compresses at a time."""
 SPREAD = 0.25
 """Scales are up to so much above and below their mean."""
+EXPONENT = 119
+"""The smaller of two bytes for a power of two, with which random codes of MXFP4 deviate by 0.9
+SCALE; its exponent is 127 less."""
 GGML_TYPES = {"F32": (0, 1, 4), "Q5_0": (6, 32, 22), "Q8_0": (8, 32, 34), "Q4_K": (12, 256, 144)}
 """GGML's number of a type, the weights of a block, and its bytes."""
 
@@ -29,8 +32,9 @@ class Fill:
     """What a tensor is filled with."""
 
     kind: str
-    """"codes": any bytes; "fp8": any numbers but NaN; "scale": numbers of ``dtype`` around
-    ``mean``; "Q4_K", "Q5_0", "Q8_0": blocks of that type; "exact": ``content``."""
+    """"codes": any bytes; "exponents": powers of two of MXFP4's blocks; "fp8": any numbers but NaN;
+    "scale": numbers of ``dtype`` around ``mean``; "Q4_K", "Q5_0", "Q8_0": blocks of that type;
+    "exact": ``content``."""
     nbytes: int
     dtype: str = "float32"
     mean: float = 0.0
@@ -104,6 +108,9 @@ def _make_pool(fill: Fill, generator: np.random.Generator, num_blocks: int) -> t
     if fill.kind == "scale":
         return encode(_around(fill.mean, count, generator), fill.dtype), unit
     raw = generator.integers(0, 256, count * unit, dtype=np.uint8)
+    if fill.kind == "exponents":
+        raw &= 1
+        raw += EXPONENT
     if fill.kind == "fp8":
         raw[raw & 127 == 127] ^= 1
     if fill.kind in GGML_TYPES:

@@ -118,6 +118,34 @@ _OLMOE = {
     "use_cache": True,
     "vocab_size": 50304,
 }
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "eos_token_id": 200002,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 131072,
+    "num_experts_per_tok": 4,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn",
+        "original_max_position_embeddings": 4096, "truncate": False,
+    },
+    "rope_theta": 150_000.0,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 201088,
+}  # fmt: skip
 
 
 def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
@@ -153,6 +181,7 @@ SHAPES: dict[str, Mapping[str, Any]] = {
     "qwen2.5-7b": _QWEN2 | _sizes(3584, 18944, 28, 28, 4) | {"max_window_layers": 28},
     "olmoe": _OLMOE | _sizes(2048, 1024, 16, 16, 16),
     "llama3-8b": _LLAMA3 | _sizes(4096, 14336, 32, 32, 8),
+    "gpt-oss-20b": _GPT_OSS | _sizes(2880, 2880, 24, 64, 8),
     "qwen3-30b-a3b": _QWEN3_MOE | _sizes(2048, 6144, 48, 32, 4),
     "qwen2.5-32b": _QWEN2 | _sizes(5120, 27648, 64, 40, 8),
     "mixtral-8x7b": _MIXTRAL | _sizes(4096, 14336, 32, 32, 8),
@@ -178,18 +207,23 @@ def _layer_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, .
     hidden, kind = config["hidden_size"], config["model_type"]
     width = config.get("head_dim") or hidden // config["num_attention_heads"]
     q, kv = width * config["num_attention_heads"], width * config["num_key_value_heads"]
+    if kind == "gpt_oss":
+        yield "self_attn.sinks", (config["num_attention_heads"],)
     for module, rows in {"q_proj": q, "k_proj": kv, "v_proj": kv}.items():
         yield f"self_attn.{module}.weight", (rows, hidden)
-        if kind == "qwen2":
+        if kind in ("qwen2", "gpt_oss"):
             yield f"self_attn.{module}.bias", (rows,)
     yield "self_attn.o_proj.weight", (hidden, q)
+    if kind == "gpt_oss":
+        yield "self_attn.o_proj.bias", (hidden,)
+        yield from _stacked_shapes(config)
     if kind in ("qwen3_moe", "olmoe"):
         q, kv = (width, width) if kind == "qwen3_moe" else (q, kv)
         yield "self_attn.q_norm.weight", (q,)
         yield "self_attn.k_norm.weight", (kv,)
     if kind in EXPERTS:
         yield from _expert_shapes(config, EXPERTS[kind])
-    else:
+    elif kind != "gpt_oss":
         yield from _block_shapes("mlp", _PROJECTIONS, hidden, config["intermediate_size"])
     yield "input_layernorm.weight", (hidden,)
     yield "post_attention_layernorm.weight", (hidden,)
@@ -229,6 +263,20 @@ def _expert_shapes(
     for expert in range(count):
         block, width = f"{experts.block}.experts.{expert}", config[experts.width]
         yield from _block_shapes(block, experts.matrices, hidden, width)
+
+
+STACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""Matrices of all experts of a layer of gpt-oss, each a tensor; what is a row to others is a column
+of theirs."""
+
+
+def _stacked_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    count, hidden = config["num_local_experts"], config["hidden_size"]
+    width = config["intermediate_size"]
+    yield from {"mlp.router.weight": (count, hidden), "mlp.router.bias": (count,)}.items()
+    for name, sizes in zip(STACKED, ((hidden, 2 * width), (width, hidden)), strict=True):
+        yield name, (count, *sizes)
+        yield f"{name}_bias", (count, sizes[1])
 
 
 def _block_shapes(

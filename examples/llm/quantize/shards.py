@@ -24,6 +24,7 @@ DTYPES = {
     "bfloat16": ("BF16", 2),
     "int32": ("I32", 4),
     "int64": ("I64", 8),
+    "uint8": ("U8", 1),
     "float8_e4m3fn": ("F8_E4M3", 1),
 }
 """All that is written, by torch's name: its name in safetensors and the bytes of an element."""

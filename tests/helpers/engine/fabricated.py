@@ -13,6 +13,7 @@ TINY = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 500, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+OSS = "tiny-gpt-oss"
 TIED, UNTIED, LLAMA = "tiny-tied", "tiny-untied", "tiny-llama"
 FEW = {"num_experts_per_tok": 2}
 MIXTURES = {
@@ -30,6 +31,8 @@ def add_tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, TIED, SHAPES["qwen2.5-0.5b"] | TINY)
     monkeypatch.setitem(SHAPES, UNTIED, SHAPES["qwen2.5-7b"] | TINY)
     monkeypatch.setitem(SHAPES, LLAMA, SHAPES["llama3-8b"] | TINY)
+    few = FEW | {"num_local_experts": 4, "head_dim": 24, "sliding_window": 4, "pad_token_id": 0}
+    monkeypatch.setitem(SHAPES, OSS, SHAPES["gpt-oss-20b"] | TINY | few)
     for name, (shape, changes) in MIXTURES.items():
         monkeypatch.setitem(SHAPES, name, SHAPES[shape] | changes)
     monkeypatch.setattr(random_values, "MIN_POOL_ELEMENTS", 1 << 16)
