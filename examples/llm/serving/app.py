@@ -18,7 +18,7 @@ from ..errors import EngineError
 from .api_error import ApiError, of_findings
 from .asking.bodies import ChatBody, CompletionBody, DetokenizeBody, EmbeddingsBody, TokenizeBody
 from .asking.order import inputs_of, messages_of, order_of_chat, order_of_completion
-from .asking.tooling import fitted, texts_of
+from .asking.tooling import fitted, messages_for, texts_of
 from .calls.families import family_of
 from .guarding.guard import Guard
 from .guarding.guarded import Guarded, error_reply
@@ -89,7 +89,9 @@ class Api:
     async def tokenize(self, body: TokenizeBody) -> Response:
         """Ids of a text, or of messages in the chat template."""
         engine = self._worker.engine
-        prompt: Any = body.content if body.messages is None else messages_of(body.messages)
+        prompt: Any = body.content
+        if body.messages is not None:
+            prompt = messages_for(messages_of(body.messages), engine.facts.template)
         self._limits.check_prompt(prompt)
         special = bool(body.add_special)
         ids = await self._worker.prepare(lambda: engine.tokenize(prompt, special=special))

@@ -315,8 +315,10 @@ def test_messages_and_effort_reach_the_template_as_it_reads_them(oss: Running) -
         {"role": "assistant", "content": "So.", "reasoning": "Yes."},
     ]
     body = {"messages": messages, "tools": TOOLS, "reasoning_effort": "high"}
-    engine = oss.worker.engine
-    assert engine.detokenize(prepared(oss, **body).ids) == (
+    engine, ready = oss.worker.engine, prepared(oss, **body)
+    _, data = oss.post("/tokenize", {"messages": messages})
+    assert json.loads(data)["count"] == len(ready.ids) + len("medium") - len("high")
+    assert engine.detokenize(ready.ids) == (
         "<|start|>system<|message|>high<|end|><|start|>user<|message|>?<|end|>"
         "<|start|>assistant<|channel|>analysis<|message|>Hm.\n\nSee.<|end|>"
         '<|start|>assistant to=functions.heat<|channel|>commentary json<|message|>{"a": 1}<|call|>'

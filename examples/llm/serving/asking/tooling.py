@@ -41,6 +41,13 @@ def fitted(order: Order, template: str | None) -> Order:
     return replace(order, template_options=template_options)
 
 
+def messages_for(
+    messages: Sequence[Mapping[str, Any]], template: str | None
+) -> Sequence[Mapping[str, Any]]:
+    """Messages by the names that this chat template has for what is in them."""
+    return turns_of(messages) if family_of(template) == HARMONY else messages
+
+
 def _in_channels(order: Order) -> Order:
     """What is constrained is the answer, in its channel."""
     form = None
