@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
     say("groups: " + ", ".join(f"{name.partition('.')[2]} {n}" for name, n in groups.items()))
     errors = run_job(job)
     say(error_table(errors, groups))
+    tell_of_unseen(model, errors)
     before, after = model.manifest.nbytes, sum(p.stat().st_size for p in job.out.iterdir())
     say(f"{before / 1e9:.3f} GB before, {after / 1e9:.3f} GB after ({after / before:.1%})")
     if text is not None:
@@ -123,13 +125,13 @@ def run_job(job: Job) -> dict[str, Errors]:
     partial = job.out.with_name(job.out.name + ".partial")
     there = sum(p.stat().st_size for p in partial.iterdir()) if partial.is_dir() else 0
     check_room(job.out, job.nbytes() - there)
-    each, layers = job.layer_weights(), job.model.config.num_layers
-    with ProgressBar(total=layers * each, leave=False, disable=None, bar_format=BAR) as bar:
+    layers = [job.layer_weights(layer_idx) for layer_idx in range(job.model.config.num_layers)]
+    with ProgressBar(total=sum(layers), leave=False, disable=None, bar_format=BAR) as bar:
 
-        def start(count: int) -> None:
-            if count < layers:
-                say(f"going on: {layers - count} of {layers} layers are done")
-            bar.reset(total=count * each)
+        def start(missing: Collection[int]) -> None:
+            if len(missing) < len(layers):
+                say(f"going on: {len(layers) - len(missing)} of {len(layers)} layers are done")
+            bar.reset(total=sum(layers[layer_idx] for layer_idx in missing))
 
         try:
             with naming(partial):
@@ -139,6 +141,18 @@ def run_job(job: Job) -> dict[str, Errors]:
             if partial.is_dir():
                 say(f"{partial} is kept: the same command goes on with it")
             raise
+
+
+def tell_of_unseen(model: Model, errors: Mapping[str, Errors]) -> None:
+    """How many experts the calibration text says nothing of, if there are any."""
+    from ..llm.models.modules import EXPERTS, MATRICES
+
+    experts, found = model.config.experts, errors.get(f"{EXPERTS}{MATRICES[0]}")
+    if experts is not None and found is not None and found.unseen:
+        say(
+            f"{found.unseen:,} of {experts.total:,} experts were chosen by no token of the "
+            "calibration text: all weights of a row count alike in them"
+        )
 
 
 def compare(model: Model, job: Job, path: Path, ids: list[int]) -> None:

@@ -158,7 +158,7 @@ def _module_names(config: ModelConfig, manifest: Manifest) -> dict[str, str]:
             norms, own = family.output_norms, family.gguf_modules.get(module)
             found[module] = own or gguf_module(module, output_norms=norms, apart=apart)
         else:
-            found[module] = family.mixture.hub_name(module) if family.mixture else module
+            found[module] = family.hub_name(module)
     return found
 
 

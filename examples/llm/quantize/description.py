@@ -11,7 +11,7 @@ from ..hub import BESIDES
 from ..models.config_fields import text_part
 from ..opening import Model
 from ..weights.converted import converted_config
-from .grouping import quantization_config
+from .grouping import kinds_of_floats, quantization_config
 from .layers import Recipe
 from .shards import as_json, name_of
 
@@ -44,7 +44,8 @@ def _config(model: Model, recipe: Recipe) -> dict[str, Any]:
     dtype = name_of(recipe.dtype)
     if "torch_dtype" in fields:  # the older name of the same
         fields["torch_dtype"] = dtype
-    quantization = quantization_config(recipe.groups, recipe.rounding.bits)
+    floats = kinds_of_floats(model.config)
+    quantization = quantization_config(recipe.groups, recipe.rounding.bits, floats)
     return fields | {"dtype": dtype, "quantization_config": quantization}
 
 

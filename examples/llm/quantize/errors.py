@@ -19,6 +19,8 @@ class Errors:
     signal: float = 0.0
     """Squares of the weights themselves."""
     largest: float = 0.0
+    unseen: int = 0
+    """Matrices that no token of the calibration text has passed."""
 
     def see(self, found: torch.Tensor, expected: torch.Tensor) -> None:
         """Take in weights and what they should be, both float32."""
@@ -33,6 +35,7 @@ class Errors:
         self.squares += other.squares
         self.signal += other.signal
         self.largest = max(self.largest, other.largest)
+        self.unseen += other.unseen
 
     @property
     def relative(self) -> float:
@@ -40,12 +43,13 @@ class Errors:
         return math.sqrt(self.squares / self.signal) if self.signal else 0.0
 
     def as_list(self) -> list[float]:
-        return [self.weights, self.squares, self.signal, self.largest]
+        return [self.weights, self.squares, self.signal, self.largest, self.unseen]
 
     @classmethod
     def of_list(cls, values: Sequence[float]) -> Errors:
-        weights, squares, signal, largest = values
-        return cls(int(weights), float(squares), float(signal), float(largest))
+        """Of ``as_list``, which has had no more than four values."""
+        weights, squares, signal, largest, *unseen = values
+        return cls(int(weights), float(squares), float(signal), float(largest), int(sum(unseen)))
 
 
 def _sum_of_squares(values: torch.Tensor) -> float:
@@ -53,18 +57,16 @@ def _sum_of_squares(values: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
-def error_table(by_module: Mapping[str, Errors], groups: Mapping[str, int]) -> str:
+def error_table(by_kind: Mapping[str, Errors], groups: Mapping[str, int]) -> str:
     """A line for each kind of matrix, and one for all."""
-    lines = [f"{'matrix':<18} {'weights':>14} {'group':>5} {'relative RMS':>12} {'largest':>9}"]
-    total = Errors()
-    for module, errors in by_module.items():
+    wide = max(map(len, by_kind), default=0)
+    title = f"{'weights':>14} {'group':>5} {'relative RMS':>12} {'largest':>9}"
+    lines, total = [f"{'matrix':<{wide}} {title}"], Errors()
+    for kind, errors in by_kind.items():
         total.add(errors)
-        lines.append(_line(module, errors, str(groups[module])))
-    return "\n".join([*lines, _line("all", total, "")])
+        lines.append(f"{kind:<{wide}} {_numbers(errors, str(groups[kind]))}")
+    return "\n".join([*lines, f"{'all':<{wide}} {_numbers(total, '')}"])
 
 
-def _line(name: str, errors: Errors, group: str) -> str:
-    return (
-        f"{name:<18} {errors.weights:>14,} {group:>5} {errors.relative:>12.5f} "
-        f"{errors.largest:>9.2g}"
-    )
+def _numbers(errors: Errors, group: str) -> str:
+    return f"{errors.weights:>14,} {group:>5} {errors.relative:>12.5f} {errors.largest:>9.2g}"

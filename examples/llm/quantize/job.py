@@ -12,6 +12,7 @@ import torch
 
 from layer_streamer import LayerSpec
 
+from ..models.modules import shared_key
 from ..opening import Model
 from ..passes.attention import fast_kernels
 from .description import description, source_stamp
@@ -59,28 +60,35 @@ class Job:
         digest = hashlib.sha256(text.encode()).hexdigest()
         return f"{len(self.calibration)} tokens, SHA-256 {digest[:16]}"
 
-    def layer_weights(self) -> int:
-        """Weights of a layer that are quantized: the progress that a layer is."""
-        modules = self.model.names.layers[0]
-        return sum(matrix.rows * matrix.width for matrix in modules.values())
+    def layer_weights(self, layer_idx: int) -> int:
+        """Weights of a layer that are quantized: the progress that it is."""
+        own, groups = self.model.names.layers[layer_idx], self.recipe.groups
+        return sum(m.rows * m.width for name, m in own.items() if shared_key(name) in groups)
 
     def nbytes(self) -> int:
         """What the tensors of OUT take."""
-        names, rounding, groups = self.model.names, self.recipe.rounding, self.recipe.groups
-        itemsize = rounding.dtype.itemsize
+        names, itemsize = self.model.names, self.recipe.dtype.itemsize
         statics = {names.embedding: names.embedding_matrix, names.head: names.head_matrix}
         total = sum(matrix.rows * matrix.width * itemsize for matrix in statics.values())
-        for module, matrix in names.layers[0].items():
-            scales = matrix.width // groups[module] * itemsize
-            each = matrix.rows * (matrix.width * rounding.bits // 8 + scales)
-            total += each * self.model.config.num_layers
+        for layer in names.layers:
+            for module, matrix in layer.items():
+                total += matrix.rows * self._row_nbytes(shared_key(module), matrix.width)
         return total
+
+    def _row_nbytes(self, kind: str, width: int) -> int:
+        """Of a kind of matrix."""
+        itemsize, group = self.recipe.dtype.itemsize, self.recipe.groups.get(kind)
+        if group is None:
+            return width * itemsize
+        return width * self.recipe.rounding.bits // 8 + width // group * itemsize
 
 
 def quantize(
-    job: Job, on_weights: Callable[[int], object], on_start: Callable[[int], object]
+    job: Job,
+    on_weights: Callable[[int], object],
+    on_start: Callable[[Collection[int]], object],
 ) -> dict[str, Errors]:
-    """Write OUT; the errors by module, of all layers.
+    """Write OUT; the errors by kind of matrix, of all layers.
 
     Goes on with what an earlier run has left in OUT.partial. ``on_start`` hears of the layers that
     are to be done, ``on_weights`` of weights that are done. An error or an interrupt leaves
@@ -92,7 +100,7 @@ def quantize(
         first, *layer_files, last = job.files
         missing = set(unfinished.missing)
         layers_missing = {i for i, name in enumerate(layer_files) if name in missing}
-        on_start(len(layers_missing))
+        on_start(layers_missing)
         if first in missing:
             embedding = matrix_entry(model, names.embedding_matrix, dtype)
             unfinished.write(first, {"model.embed_tokens.weight": embedding}, {})
@@ -131,7 +139,7 @@ def _quantize_layers(
                 if layer_idx in missing:
                     found, errors = quantizer.tensors(tensors, layer, importance)
                     entries = {name: Entry.of(tensor) for name, tensor in found.items()}
-                    record = {module: error.as_list() for module, error in errors.items()}
+                    record = {kind: error.as_list() for kind, error in errors.items()}
                     unfinished.write(files[layer_idx], entries, record)
                 if layer_idx == max(missing):
                     break
@@ -140,6 +148,6 @@ def _quantize_layers(
 def _errors(unfinished: Unfinished, files: Sequence[str]) -> dict[str, Errors]:
     total: dict[str, Errors] = {}
     for name in files:
-        for module, values in unfinished.record(name).items():
-            total.setdefault(module, Errors()).add(Errors.of_list(values))
+        for kind, values in unfinished.record(name).items():
+            total.setdefault(kind, Errors()).add(Errors.of_list(values))
     return total

@@ -11,9 +11,12 @@ import torch
 from layer_streamer import LayerSpec
 
 from ..errors import UnsupportedModelError
+from ..models.modules import shared_key
+from ..models.names import weight_shapes
 from ..opening import Model
 from ..weights.converted import in_order, permuted_heads
 from ..weights.dequant import Unpacker
+from ..weights.packed import Packed
 from .errors import Errors
 from .matrix import Quantized
 from .scales import Rounding
@@ -25,7 +28,7 @@ class Recipe:
 
     rounding: Rounding
     groups: Mapping[str, int]
-    """Weights that share a scale, by module."""
+    """Weights that share a scale, by kind of matrix: :func:`.grouping.choose_groups`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,20 +56,26 @@ class LayerQuantizer:
         layer: LayerSpec,
         importance: Mapping[str, torch.Tensor],
     ) -> tuple[dict[str, torch.Tensor], dict[str, Errors]]:
-        """The tensors of the layer by their full names, on the host, and the errors by module.
+        """The tensors of the layer by their full names, on the host, and the errors by kind of
+        matrix.
 
         ``importance``: what columns count, by module; all count alike in a module that it lacks.
         """
         found: dict[str, torch.Tensor] = {}
         errors: dict[str, Errors] = {}
         names, config = self._model.names, self._model.config
-        for module, own in names.modules.items():
-            prefix = f"model.layers.{layer.layer_idx}.{module}"
-            if module in self._recipe.groups:
+        matrices = names.layers[layer.layer_idx]
+        for module in weight_shapes(config, layer.layer_idx):
+            own, kind = names.modules[module], shared_key(module)
+            prefix = f"model.layers.{layer.layer_idx}.{config.family.hub_name(module)}"
+            if kind in self._recipe.groups:
                 quantized = self._quantize(streamed, layer, module, importance.get(module))
+                quantized.errors.unseen = int(bool(importance) and module not in importance)
                 parts = quantized.tensors(permuted_heads(module, names, config))
-                found |= {f"{prefix}.{kind}": tensor for kind, tensor in parts.items()}
-                errors[module] = quantized.errors
+                found |= {f"{prefix}.{part}": tensor for part, tensor in parts.items()}
+                errors.setdefault(kind, Errors()).add(quantized.errors)
+            elif module in matrices:
+                found[f"{prefix}.weight"] = self._floats(matrices[module].packed(streamed))
             else:
                 found[f"{prefix}.weight"] = self._vector(streamed[f"{own}.weight"], module)
             if module in config.biased:
@@ -80,8 +89,8 @@ class LayerQuantizer:
         module: str,
         importance: torch.Tensor | None,
     ) -> Quantized:
-        matrix = self._model.names.layers[layer.layer_idx][module]
-        quantized = Quantized(self._recipe.groups[module], self._recipe.rounding, importance)
+        matrix, group = self._model.names.layers[layer.layer_idx][module], shared_key(module)
+        quantized = Quantized(self._recipe.groups[group], self._recipe.rounding, importance)
         for _, _, rows_NK in self._unpacker.blocks(matrix.packed(streamed)):
             quantized.add(rows_NK)
             self._on_weights(rows_NK.numel())
@@ -91,6 +100,11 @@ class LayerQuantizer:
                 f"tensor {spec.name!r} has weights that are not finite ({spec.path})"
             )
         return quantized
+
+    def _floats(self, packed: Packed) -> torch.Tensor:
+        """A matrix that is not quantized."""
+        blocks = (rows.to(self._recipe.dtype).cpu() for _, _, rows in self._unpacker.blocks(packed))
+        return torch.cat(list(blocks))
 
     def _vector(self, stored: torch.Tensor, module: str) -> torch.Tensor:
         """A norm or a bias as transformers has it."""

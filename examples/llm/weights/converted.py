@@ -45,7 +45,7 @@ class Source:
 def sources(manifest: Manifest, config: ModelConfig, names: WeightNames) -> dict[str, Source]:
     """Every tensor of the model by its name in transformers, in the order of its passes."""
     shift = 0.0 if names.norm_offset is None else names.norm_offset - 1.0
-    embedding, mixture = names.embedding_matrix, config.family.mixture
+    embedding = names.embedding_matrix
     spec = manifest.static[names.embedding]
     found = {"model.embed_tokens.weight": Source(spec, matrix=embedding)}
     for layer in manifest.layers:
@@ -55,7 +55,7 @@ def sources(manifest: Manifest, config: ModelConfig, names: WeightNames) -> dict
                 if f"{own}.{kind}" not in layer.tensors:
                     continue
                 if kind == "weight" or module in config.biased:
-                    hub_name = module if mixture is None else mixture.hub_name(module)
+                    hub_name = config.family.hub_name(module)
                     found[f"model.layers.{layer.layer_idx}.{hub_name}.{kind}"] = Source(
                         layer.tensors[f"{own}.{kind}"],
                         permuted_heads(module, names, config),

@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from zoo import reference
 
+from layer_streamer.llm.opening import Model
 from layer_streamer.llm.quantize.codes import decode, unpack_codes
+from layer_streamer.llm.quantize.moments import Watched
+from layer_streamer.llm.quantize.texts import TextPass, float_unpacker, open_streamer
 from layer_streamer.llm.quantize.unfinished import INDEX
 from layer_streamer.tools import cli
+
+CPU = torch.device("cpu")
 
 
 def run(*arguments: object) -> int:
@@ -51,3 +58,30 @@ def save(directory: Path, model: Any, dtype: torch.dtype = torch.float32) -> Pat
     """The model as a safetensors directory."""
     model.to(dtype).save_pretrained(directory)
     return directory
+
+
+def load(directory: Path) -> Any:
+    """transformers' model, decompressed, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    reference(model, list(range(3, 9)), 5)  # the first pass is what decompresses
+    return model
+
+
+def read(path: Path) -> Model:
+    """What describes a model."""
+    return Model.read(path, lambda _: None)
+
+
+def importance_of(model: Model, ids: list[int]) -> list[dict[str, torch.Tensor]]:
+    """By layer and module."""
+    found = []
+    with open_streamer(model, CPU) as streamer, torch.inference_mode():
+        unpacker = float_unpacker(model, CPU)
+        text = TextPass(model, streamer, unpacker, ids)
+        x_ND = text.embed()
+        for layer_idx, tensors in streamer.sweep():
+            layer = model.manifest.layers[layer_idx]
+            watched = Watched(tensors, layer, model.names, unpacker)
+            text.layer(x_ND, watched)
+            found.append(dict(watched.importance()))
+    return found

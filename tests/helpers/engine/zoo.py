@@ -172,6 +172,18 @@ def randomise(name: str, parameter: torch.Tensor, *, zero_centered: bool) -> Non
         parameter.normal_(0.0, 0.2)
 
 
+def biased(model: Any, scores: dict[int, float]) -> Any:
+    """The model with routers that see one positive number of every token, and choose by it: experts
+    with these scores before and after all others."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 60.0
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight[0] = 1.0
+            for expert, score in scores.items():
+                layer.mlp.gate.weight[expert, 0] = score
+    return model
+
+
 def reference(model: Any, ids: list[int] = IDS, prompt: int = PROMPT) -> torch.Tensor:
     """transformers' float32 logits: of the prompt in one go, then of one token at a time."""
     cache, found = DynamicCache(config=model.config), []

@@ -16,7 +16,7 @@ from assets import open_runner, relative_error, tiny_checkpoint
 from forward import open_forward
 from gguf_models import file_config, write_gguf
 from packed_models import write_packed
-from zoo import CLASSES, IDS, PROMPT, reference, stepwise, zoo_config, zoo_model
+from zoo import CLASSES, IDS, PROMPT, biased, reference, stepwise, zoo_config, zoo_model
 
 from layer_streamer import read_manifest
 from layer_streamer.llm.engine import StreamingEngine
@@ -25,23 +25,10 @@ from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.models.config import model_config
 from layer_streamer.llm.models.names import weight_names
 from layer_streamer.llm.passes.decode import captured_rows, obstacle
-from layer_streamer.llm.quantize.grouping import choose_groups
 from layer_streamer.llm.weights.weights import StepWeights
 
 TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 TOLERANCE = 1e-5
-
-
-def biased(model: Any, scores: dict[int, float]) -> Any:
-    """The model with routers that see one positive number of every token, and choose by it: experts
-    with these scores before and after all others."""
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 60.0
-        for layer in model.model.layers:
-            layer.post_attention_layernorm.weight[0] = 1.0
-            for expert, score in scores.items():
-                layer.mlp.gate.weight[expert, 0] = score
-    return model
 
 
 @pytest.fixture
@@ -237,12 +224,10 @@ def test_passes_over_a_mixture_that_comes_whole_are_not_captured(tmp_path: Path)
     assert captured_rows(torch.device("cuda"), config) == 0
 
 
-def test_a_mixture_is_no_draft_of_itself_and_is_not_quantized(tmp_path: Path) -> None:
+def test_a_mixture_is_no_draft_of_itself(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, zoo_model("olmoe"))
     with pytest.raises(ValueError, match="not with a mixture of experts"):
         StreamingEngine(path, device="cpu", max_length=64, draft="self")
-    with pytest.raises(ValueError, match="olmoe model is a mixture of experts, which is run but"):
-        choose_groups(load_config(path), None)
 
 
 def test_drafts_by_lookup_change_no_token_of_a_mixture(tmp_path: Path) -> None:

@@ -10,33 +10,22 @@ import torch.nn.functional as F
 from assets import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantizing import save, weights
+from quantizing import importance_of, read, save, weights
 from zoo import zoo_model
 
 from layer_streamer.llm.models.config import model_config
-from layer_streamer.llm.opening import Model
 from layer_streamer.llm.quantize.grouping import choose_groups
 from layer_streamer.llm.quantize.job import Job, quantize
 from layer_streamer.llm.quantize.layers import Recipe
 from layer_streamer.llm.quantize.moments import LEAST_SHARE, Watched
 from layer_streamer.llm.quantize.perplexity import perplexity
 from layer_streamer.llm.quantize.scales import Rounding
-from layer_streamer.llm.quantize.texts import (
-    WINDOW,
-    TextPass,
-    float_unpacker,
-    open_streamer,
-    windows,
-)
+from layer_streamer.llm.quantize.texts import WINDOW, windows
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 512, (300,), generator=torch.Generator().manual_seed(5)).tolist()
 """More than the context of the tiny models, which is 256."""
 NAMES = ("llama-biases", "qwen2-window", "qwen3-tied", "mistral", "gemma3_text", "llama-dynamic")
-
-
-def read(path) -> Model:
-    return Model.read(path, lambda _: None)
 
 
 def parts(model):
@@ -49,21 +38,6 @@ def parts(model):
     dynamic = model.config.rope_parameters.get("rope_type") == "dynamic"
     end = len(IDS) // size * size if dynamic else len(IDS)
     return [IDS[at : at + size] for at in range(0, end, size)]
-
-
-def importance_of(model: Model, ids: list[int]) -> list[dict[str, torch.Tensor]]:
-    """By layer and module."""
-    found = []
-    with open_streamer(model, CPU) as streamer, torch.inference_mode():
-        unpacker = float_unpacker(model, CPU)
-        text = TextPass(model, streamer, unpacker, ids)
-        x_ND = text.embed()
-        for layer_idx, tensors in streamer.sweep():
-            layer = model.manifest.layers[layer_idx]
-            watched = Watched(tensors, layer, model.names, unpacker)
-            text.layer(x_ND, watched)
-            found.append(dict(watched.importance()))
-    return found
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,6 @@
 """What quantize.py writes of tiny models, for transformers and for the engine."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ from assets import edit_weights, relative_error
 from forward import open_forward
 from gguf_models import write_gguf
 from packed_models import write_packed
-from quantizing import contents, run, save, tensors, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from quantizing import contents, load, run, save, tensors, weights
+from transformers import AutoTokenizer
 from zoo import reference, stepwise, zoo_model
 
 from layer_streamer.llm.metadata import load_config
@@ -32,13 +31,6 @@ CASES = {
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def load(directory: Path):
-    """transformers' model, decompressed, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    reference(model, list(range(3, 9)), 5)  # the first pass is what decompresses
-    return model
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -127,3 +127,7 @@ class Family:
     """Modules that its GGUF files call otherwise than those of others."""
     gguf_has_window: bool = False
     """Its GGUF files may leave out a window that the model has."""
+
+    def hub_name(self, module: str) -> str:
+        """A layer's module by its name on the hub, of the one in the engine."""
+        return module if self.mixture is None else self.mixture.hub_name(module)
