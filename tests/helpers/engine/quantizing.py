@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -85,3 +88,18 @@ def importance_of(model: Model, ids: list[int]) -> list[dict[str, torch.Tensor]]
             text.layer(x_ND, watched)
             found.append(dict(watched.importance()))
     return found
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ctrl-C when the n-th file has been written, and not yet been given its name."""
+    left = number
+    fsync = os.fsync
+
+    def sync(file: int) -> None:
+        nonlocal left
+        fsync(file)
+        left -= 1
+        if left == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "fsync", sync)

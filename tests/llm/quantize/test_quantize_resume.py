@@ -10,7 +10,7 @@ import sys
 import pytest
 from gguf_models import write_gguf
 from paths import PYTHONPATH, ROOT
-from quantizing import contents, run
+from quantizing import contents, interrupt_at, run
 from zoo import zoo_model
 
 from layer_streamer.llm.metadata import load_config
@@ -50,21 +50,6 @@ def looks_unfinished(out) -> bool:
         with pytest.raises(ValueError, match=r"no config\.json"):
             load_config(partial)
     return True
-
-
-def interrupt_at(monkeypatch, number: int) -> None:
-    """Ctrl-C when the n-th file has been written, and not yet been given its name."""
-    left = number
-    fsync = os.fsync
-
-    def sync(file):
-        nonlocal left
-        fsync(file)
-        left -= 1
-        if left == 0:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(os, "fsync", sync)
 
 
 @pytest.mark.parametrize("number", range(1, 6))
