@@ -11,7 +11,8 @@ import pytest
 import torch
 from assets import relative_error
 from gguf_models import write_gguf
-from quantizing import CPU, contents, importance_of, interrupt_at, read, run, save, tensors
+from packed_models import hub_parameters
+from quantizing import CPU, contents, importance_of, interrupt_at, read, run, save, tensors, weights
 from tokenizers_made import byte_level
 from zoo import IDS, biased, zoo_model
 
@@ -20,7 +21,7 @@ from layer_streamer.llm.quantize.errors import Errors
 from layer_streamer.llm.quantize.grouping import choose_groups
 from layer_streamer.llm.quantize.job import Job, quantize
 from layer_streamer.llm.quantize.layers import Recipe
-from layer_streamer.llm.quantize.moments import LEAST_SHARE
+from layer_streamer.llm.quantize.moments import ALIKE
 from layer_streamer.llm.quantize.scales import Rounding
 
 TYPES = ("mixtral", "qwen2_moe-dense", "qwen3_moe-dense", "olmoe")
@@ -74,8 +75,28 @@ def test_moments_of_an_expert_are_those_of_the_tokens_that_its_router_sends(
     }  # fmt: skip
     for (layer_idx, module), x_SK in expected.items():
         squares = x_SK.double().square().mean(0)
-        shares = (squares / squares.mean()).clamp_min(LEAST_SHARE)
+        shares = (squares / squares.mean() * len(x_SK) + ALIKE) / (len(x_SK) + ALIKE)
         assert relative_error(found[layer_idx][module].double(), shares) <= 1e-4, module
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_a_few_tokens_do_not_make_experts_worse_for_others_than_no_text(
+    tmp_path: Path, name: str
+) -> None:
+    model = zoo_model(name)
+    source = save(tmp_path / "in", model)
+    few, others = inputs_of_experts(model, IDS[:3]), inputs_of_experts(model, IDS[3:])
+    done(job_of(source, tmp_path / "aware", IDS[:3]))
+    done(job_of(source, tmp_path / "blind", []))
+    hub_name, original = read(source).config.family.hub_name, dict(hub_parameters(model))
+    found = {out: weights(tmp_path / out, 4) for out in ("aware", "blind")}
+    squares = dict.fromkeys(found, 0.0)
+    for layer_idx, module in few.keys() & others.keys():
+        key = f"model.layers.{layer_idx}.{hub_name(module)}.weight"
+        for out in found:
+            error = others[layer_idx, module] @ (found[out][key] - original[key]).t()
+            squares[out] += float(error.double().square().sum() / error.numel())
+    assert squares["aware"] < 1.05 * squares["blind"]
 
 
 @pytest.mark.parametrize("name", TYPES)
