@@ -34,6 +34,7 @@ def open_streamer(model: Model, device: torch.device, *, head: bool = False) -> 
         model.manifest,
         device=device,
         n_gpu=1,
+        n_cpu_pinned=0,  # which on a CPU would be more slots
         read_mode="buffered",
         tail=[model.names.head] if head else [],
     )

@@ -20,7 +20,7 @@ from layer_streamer.llm.quantize.layers import Recipe
 from layer_streamer.llm.quantize.moments import LEAST_SHARE, Watched
 from layer_streamer.llm.quantize.perplexity import perplexity
 from layer_streamer.llm.quantize.scales import Rounding
-from layer_streamer.llm.quantize.texts import WINDOW, windows
+from layer_streamer.llm.quantize.texts import WINDOW, open_streamer, windows
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 512, (300,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -76,6 +76,14 @@ def test_perplexity_is_that_of_transformers(tmp_path, monkeypatch, name, logit_t
     found = perplexity(read(save(tmp_path / "in", model)), ids, CPU, layers.append)
     assert found == pytest.approx(math.exp(total / count), rel=1e-4)
     assert layers == list(range(model.config.num_hidden_layers))
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_two_layers_are_in_memory_however_many_there_are(tmp_path, head):
+    source = read(save(tmp_path / "in", zoo_model("llama", num_hidden_layers=9)))
+    with open_streamer(source, CPU, head=head) as streamer:
+        assert streamer.plan.placement.device_slots[0].count == 2
+        assert streamer.plan.placement.host_bytes == 0
 
 
 @given(st.integers(0, 5000), st.integers(1, 3000))

@@ -1,8 +1,9 @@
-"""A real model, quantized: what it loses. And what a large one takes."""
+"""A real model, quantized: what it loses. And what large ones take."""
 
 import pydoc_data.topics
 import subprocess
 import sys
+from pathlib import Path
 
 import make_checkpoint
 import pytest
@@ -115,7 +116,9 @@ from layer_streamer.llm.quantize.grouping import choose_groups
 from layer_streamer.llm.quantize.job import Job, quantize
 from layer_streamer.llm.quantize.layers import Recipe
 from layer_streamer.llm.quantize.scales import Rounding
+from layer_streamer.llm.threads import leave_a_core
 
+leave_a_core()
 model = Model.read(sys.argv[1], print)
 recipe = Recipe(Rounding(8, torch.bfloat16), choose_groups(model.config, None))
 job = Job(model=model, recipe=recipe, out=Path(sys.argv[2]), device=torch.device("cpu"),
@@ -123,6 +126,13 @@ job = Job(model=model, recipe=recipe, out=Path(sys.argv[2]), device=torch.device
 quantize(job, lambda _: None, lambda _: None)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
+
+
+def peak_nbytes(made: Path, out: Path, tokens: int) -> int:
+    """Memory of a process of its own that quantizes a model, calibrated with so many tokens."""
+    command = [sys.executable, "-c", MEASURED, str(made), str(out), str(tokens)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(result.stdout.splitlines()[-1]) * 1024
 
 
 @pytest.mark.slow
@@ -133,9 +143,22 @@ def test_quantizing_the_shape_of_a_7b_model_takes_less_than_4_gib(tmp_path, monk
     made, tokens = tmp_path / "in", 1024
     monkeypatch.setitem(SHAPES, "qwen2.5-7b", SHAPES["qwen2.5-7b"] | {"vocab_size": 65536})
     assert make_checkpoint.main([str(made), "--shape", "qwen2.5-7b", "--layers", "2"]) == 0
-    arguments = [str(made), str(tmp_path / "out"), str(tokens)]
-    command = [sys.executable, "-c", MEASURED, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak = int(result.stdout.splitlines()[-1]) * 1024
+    peak = peak_nbytes(made, tmp_path / "out", tokens)
     others = (quantize.CALIBRATION_TOKENS - tokens) * 3584 * 4
     assert 1 << 30 < peak < (4 << 30) - others, peak
+
+
+@pytest.mark.slow
+def test_more_layers_of_a_mixture_take_no_more_memory(tmp_path, monkeypatch):
+    """A layer is 0.3 GB, of which two are held, and half of one as it is written."""
+    smaller = {"vocab_size": 4096, "num_experts": 32}
+    monkeypatch.setitem(SHAPES, "qwen3-30b-a3b", SHAPES["qwen3-30b-a3b"] | smaller)
+    peaks = []
+    for layers in (2, 5):
+        made = tmp_path / str(layers)
+        arguments = ["--shape", "qwen3-30b-a3b", "--layers", str(layers)]
+        assert make_checkpoint.main([str(made), *arguments]) == 0
+        peaks.append(peak_nbytes(made, tmp_path / f"out{layers}", 64))
+    layer = (made / "model.safetensors").stat().st_size / 5
+    assert 2e8 < layer < 4e8 and peaks[1] < peaks[0] + layer / 2, peaks
+    assert peaks[1] < 3 * layer + (1 << 30), peaks
