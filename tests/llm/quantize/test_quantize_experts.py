@@ -138,7 +138,7 @@ def test_progress_and_room_are_of_the_matrices_of_each_layer(tmp_path: Path, nam
     assert sum(steps) == 8 * words
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_a_gguf_mixture_and_its_safetensors_twin_give_the_same_tensors(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +156,7 @@ def test_a_gguf_mixture_and_its_safetensors_twin_give_the_same_tensors(
 LINE = r"(\d+) of 24 experts were chosen by no token of the calibration text: all weights of a row"
 
 
-@pytest.mark.parametrize("number", [1, 3, 5])
+@pytest.mark.parametrize("number", [2, 4])
 def test_an_interrupted_run_over_a_mixture_goes_on_and_counts_the_same_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: int
 ) -> None:

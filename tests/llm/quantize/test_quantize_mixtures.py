@@ -18,7 +18,7 @@ from compressed_tensors.utils.match import is_match
 from forward import open_forward
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_models import hub_parameters
+from packed_models import hub_parameters, write_packed
 from quantizing import load, run, save, tensors, weights
 from safetensors.torch import load_file
 from zoo import MIXTURES, reference, stepwise, zoo_config, zoo_model
@@ -118,6 +118,20 @@ def test_the_package_rounds_experts_to_the_same_words(
         assert theirs["weight_shape"].tolist() == found[f"{module}.weight_shape"].tolist()
         seen += ".experts." in key
     assert seen == 3 * (5 * 3 if name == "mixtral" else 8 * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "packing"), [("mixtral", "awq-g32"), ("qwen2_moe-dense", "gptq4-v2-act-order")]
+)
+def test_a_mixture_in_another_packed_format_can_be_quantized(
+    tmp_path: Path, name: str, packing: str
+) -> None:
+    model = zoo_model(name)
+    write_packed(tmp_path / "in", model, packing)  # puts what the file holds into the model
+    assert run(tmp_path / "in", tmp_path / "out", "--bits", 8, "--dtype", "float32") == 0
+    found = weights(tmp_path / "out", 8)
+    for key, expected in hub_parameters(model):
+        assert relative_error(found[key], expected) <= 0.02, key
 
 
 def scheme_of(config: dict[str, Any], module: str) -> QuantizationScheme | None:
