@@ -65,17 +65,19 @@ class MappedExperts:
         """What has been found out of experts, at their first time."""
 
     def bring(self, wanted: Sequence[Wanted], slab: torch.Tensor, stream: Any) -> None:
-        by_region: dict[int, tuple[Region, list[Numbers]]] = {}
+        by_region: dict[int, tuple[Region, list[Numbers], list[int]]] = {}
         for one in wanted:
             key = (one.layer_idx, one.expert)
             known = self._known.get(key)
             if known is None:
                 known = self._known[key] = self._pieces(*key)
             for region, pieces in known:
-                there = pieces + np.array((one.offset, 0, 0))
-                by_region.setdefault(id(region), (region, []))[1].append(there)
-        for region, parts in by_region.values():
+                _, parts, offsets = by_region.setdefault(id(region), (region, [], []))
+                parts.append(pieces)
+                offsets.append(one.offset)
+        for region, parts, offsets in by_region.values():
             to, from_, nbytes = np.concatenate(parts).T
+            to += np.repeat(offsets, [len(part) for part in parts])
             self._device.copy_pieces((slab, to), (region.memory, from_), nbytes, stream)
 
     def wait(self) -> None:

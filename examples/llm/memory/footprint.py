@@ -163,6 +163,10 @@ class Footprint:
         rounded = 2 * kv if self.needs.int8 else 0
         clamped = config.experts is not None and config.experts.clamp is not None
         gated = (8 if clamped else 3) * ffn
+        if config.experts is not None and self.needs.device_type != "cpu":
+            # All pairs of tokens and experts at a time, where these are in slots.
+            pair = hidden + 3 * config.experts.width
+            gated = max(gated, config.experts.per_token * pair)
         plain = size * (4 * hidden + 4 * heads + 6 * kv + rounded + gated)
         return plain + FLOAT * max(4 * hidden, 5 * heads) + self._routed()
 

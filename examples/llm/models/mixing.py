@@ -116,25 +116,26 @@ def _mix_by_expert(
     weights: StepWeights,
     config: ModelConfig,
 ) -> torch.Tensor:
-    """As many experts at a time as there are slots, each over all tokens that pass it; meanwhile
-    the next layer's are brought, where nearly all of them will be asked for."""
+    """Experts in rounds, each over all tokens that pass it, while the next round's come, or the
+    next layer's, where nearly all of them will be asked for."""
     kernels = fused.slot_kernels(x_TD.device)
     assert kernels is not None
-    order_P, ends = pairs
+    (order_P, ends), starts = pairs, [0, *pairs[1]]
     y_PD = x_TD.new_empty(len(order_P), x_TD.shape[1])
     with fused.current(x_TD):
-        for part in weights.parts(_needed(ends)):
-            where = weights.bring(part)
-            assert where is not None, "parts are no more than there are slots"
-            if len(order_P) > 2 * len(ends):
-                weights.bring_ahead()
-            routed = kernels.route(order_P, ends, [(expert, where[expert]) for expert in part])
+        for where in weights.rounds(_needed(ends)):
+            first, last = starts[min(where)], ends[max(where)]
+            shifted = [end - first for end in ends]
+            routed = kernels.route(order_P[first:last], shifted, sorted(where.items()))
             gate, up, down = (weights.in_slots(matrix) for matrix in MATRICES)
-            gate_PF, up_PF = (x_TD.new_empty(len(order_P), gate.rows) for _ in range(2))
+            gate_PF, up_PF = (x_TD.new_empty(last - first, gate.rows) for _ in range(2))
             kernels.multiply(gate, x_TD, routed, gate_PF, per_token=shares_TK.shape[1])
             kernels.multiply(up, x_TD, routed, up_PF, per_token=shares_TK.shape[1])
             gated_PF = weights.arithmetic.gated(gate_PF, up_PF, config.family.activation)
             kernels.multiply(down, gated_PF, routed, y_PD)
+        # Once the device has its work: what is on its way meanwhile takes longer than that.
+        if len(order_P) > 2 * len(ends):
+            weights.bring_ahead()
     return fused.combine(y_PD, shares_TK)
 
 

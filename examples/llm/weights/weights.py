@@ -135,10 +135,13 @@ class StepWeights:
             self._see_experts(range(len(table)))
         return table
 
-    def parts(self, needed: Sequence[int]) -> Iterator[list[int]]:
-        """Experts, ascending, as many at a time as there are slots."""
+    def rounds(self, needed: Sequence[int]) -> Iterator[Mapping[int, int]]:
+        """Experts, ascending, in slots, which are told: all, or as many at a time as half of the
+        slots are, while the next ones come."""
         assert self._store is not None
-        yield from self._store.parts(needed)
+        for part, _ in self._store.rounds(needed):
+            self._see_experts(part)
+            yield self._store.where
 
     def bring_ahead(self) -> None:
         """Have experts of the next layer brought while this one is computed."""
