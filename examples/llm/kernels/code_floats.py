@@ -15,6 +15,7 @@ import triton.language as tl
 from .blocks256 import half_float
 
 ONE = 127 << 23
+UNIT = tl.constexpr(2.0**126)
 
 
 @triton.jit
@@ -31,6 +32,23 @@ def signed_byte(word: tl.tensor, one: int, AT: tl.constexpr) -> tl.tensor:
     """Eight bits of words from bit AT on, of which the last is a sign, as float32."""
     bits = (word & (255 << AT)) ^ (one + (((23 - AT) << 23) + (128 << AT)))
     return bits.to(tl.float32, bitcast=True) - ((1 << (23 - AT)) + 128)
+
+
+@triton.jit
+def fp4(word: tl.tensor, AT: tl.constexpr) -> tl.tensor:
+    """The E2M1 number (sign, two bits of exponent, one of mantissa) in words from bit AT on, as
+    float32. With its bits where a float32 has such, it stands for 2 ** -126 times as much; numbers
+    without an exponent do, too."""
+    bits = (((word >> AT) & 7) << 22) | (((word >> AT) & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * UNIT
+
+
+@triton.jit
+def power_of_two(byte: tl.tensor) -> tl.tensor:
+    """2 ** (byte - 127) as float32; NaN for 255."""
+    exponent = byte.to(tl.uint32)
+    bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
+    return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -128,6 +128,16 @@ def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor, *, always: bool = False) 
     return F.silu(gate_TF).mul_(up_TF)
 
 
+def clamped_gates(
+    gate_PF: torch.Tensor, up_PF: torch.Tensor, alpha: float, limit: float
+) -> torch.Tensor:
+    """``mixing.clamped`` in one launch, in the memory of ``gate``, rounded once. Only where Triton
+    serves; contiguous."""
+    with current(gate_PF):
+        gated: torch.Tensor = _kernels("launching").launch_clamped(gate_PF, up_PF, alpha, limit)
+    return gated
+
+
 def multiply_tiles(x_TD: torch.Tensor, w_ND: torch.Tensor, out_TN: torch.Tensor) -> None:
     """out = x times transposed w, of floats, in tiles of a fixed number of tokens. Only where
     Triton serves."""

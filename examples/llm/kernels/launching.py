@@ -148,6 +148,17 @@ def launch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate
 
 
+def launch_clamped(
+    gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float
+) -> torch.Tensor:
+    """(up + 1) * gate * sigmoid(alpha * gate) of both clamped, gate above alone, in place of
+    ``gate``; both contiguous."""
+    count = gate.numel()
+    grid = (triton.cdiv(count, SWIGLU_BLOCK),)
+    pointwise.clamped_times[grid](gate, up, count, alpha, limit, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    return gate
+
+
 HEADS_AT_ONCE = 4
 
 

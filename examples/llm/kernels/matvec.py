@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .code_floats import code, eight_x, four
+from .code_floats import code, eight_x, four, fp4, power_of_two
 
 
 @triton.jit
@@ -221,6 +221,39 @@ def sums_of_words(  # noqa: PLR0913
         held, more = load_words(words, piece, BITS, ROWS)
         parts = piece_products(held, more, x, piece * 32, one, BITS, TOKENS, ROWS)
         total = add_scaled(total, parts, factors, own < pieces, TOKENS, ROWS)
+    return total
+
+
+@triton.jit
+def sums_of_fp4(
+    words: tl.tuple,
+    scales: tl.tuple,
+    x: tl.tuple,
+    pieces: int,
+    ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
+) -> tl.tuple:
+    """Of one token and rows of MXFP4, the sums that threads have; a piece is 32 codes of E2M1, with
+    an exponent of its own in ``scales``."""
+    total = zeros(ROWS, PIECES)
+    for step in range(0, pieces, PIECES):
+        own = step + tl.arange(0, PIECES)
+        piece = tl.minimum(own, pieces - 1)
+        held, _ = load_words(words, piece, 4, ROWS)
+        parts = zeros(ROWS, PIECES)
+        for q in tl.static_range(4):
+            numbers = eight_x(x[0], piece * 32 + 8 * q)
+            added: tl.tuple = ()
+            for r in tl.static_range(ROWS):
+                part, word = parts[r], four(held[r])[q]
+                for k in tl.static_range(8):
+                    part += fp4(word, 4 * k) * numbers[k]
+                added += (part,)
+            parts = added
+        factors: tl.tuple = ()
+        for r in tl.static_range(ROWS):
+            factors += (power_of_two(tl.load(scales[r] + piece)),)
+        total = add_scaled(total, parts, factors, own < pieces, 1, ROWS)
     return total
 
 

@@ -52,6 +52,23 @@ def silu_times(gate: tl.tensor, up: tl.tensor, count: int, BLOCK: tl.constexpr) 
 
 
 @triton.jit
+def clamped_times(
+    gate: tl.tensor, up: tl.tensor, count: int, alpha: float, limit: float, BLOCK: tl.constexpr
+) -> None:
+    """gate = (up + 1) * gate * sigmoid(alpha * gate), both clamped before."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    place = tl.arange(0, BLOCK)
+    inside = place < count - first
+    number = tl.load(gate + first + place, mask=inside, other=0).to(tl.float32)
+    factor = tl.load(up + first + place, mask=inside, other=0).to(tl.float32)
+    # Which keep what is not a number.
+    number = tl.where(number > limit, limit, number)
+    factor = tl.where(factor > limit, limit, tl.where(factor < -limit, -limit, factor))
+    number = (factor + 1) * (number / (1 + tl.exp(-alpha * number)))
+    tl.store(gate + first + place, number.to(gate.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def rope(  # noqa: PLR0913 - a kernel has no records
     x: tl.tensor,
     out: tl.tensor,

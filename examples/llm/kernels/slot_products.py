@@ -15,7 +15,7 @@ import triton.language as tl
 from ..weights.packed import FLOATS, Packed
 from .code_floats import ONE, eight_x
 from .launching import PIECE, PRODUCTS, rows_at_once
-from .matvec import own_rows, store_sums, sums_of_words, zeros
+from .matvec import own_rows, store_sums, sums_of_fp4, sums_of_words, zeros
 from .matvec_blocks import sums_of_blocks
 from .matvec_q4_k import sums_of_q4_k
 from .unpacking import CHUNK, Launch
@@ -23,7 +23,10 @@ from .unpacking import CHUNK, Launch
 ALIGNMENT = 16
 """Bytes: of the first slot, and of the distance to the next."""
 
-_KINDS = {"ct4": "words", "ct8": "words", "Q4_0": "blocks", "Q8_0": "blocks", "Q4_K": "Q4_K"}
+_KINDS = {
+    "ct4": "words", "ct8": "words", "mxfp4": "words",
+    "Q4_0": "blocks", "Q8_0": "blocks", "Q4_K": "Q4_K",
+}  # fmt: skip
 _FLOAT_TILE, _FLOAT_WARPS, _FLOAT_PIECE = (4, 64), 2, 8
 
 
@@ -65,20 +68,16 @@ def multiply_slots(  # noqa: PLR0913 - a kernel has no records
     per_x: int,
     pieces: int,
     one: int,
-    code_slot: int,
-    code_row: int,
-    scale_slot: int,
-    scale_row: int,
-    scale_group: int,
+    code_slot: int, code_row: int, scale_slot: int, scale_row: int, scale_group: int,
     bias_slot: int,
     KIND: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BIAS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
 ) -> None:  # fmt: skip
     """y (pairs, rows): pair p is row p // per_x of x times the matrix in slot ``slots[p]``.
 
-    Slots lie ``code_slot`` times 16 bytes apart. KIND "words", "blocks" and "Q4_K" are what
-    ``matvec.multiply_words`` and its like know, rows of words ``code_row`` pieces apart. "floats"
-    are of BITS and of x's dtype, likewise. A piece is PIECE weights.
+    Slots lie ``code_slot`` times 16 bytes apart. KIND "words" (E2M1 where scales are bytes),
+    "blocks" and "Q4_K" are what ``matvec`` and its like know, rows of words ``code_row`` pieces
+    apart. "floats" are of BITS and of x's dtype, likewise. A piece is PIECE weights.
     """
     pair = tl.program_id(1)
     slot = tl.load(slots + pair).to(tl.int64)
@@ -87,8 +86,11 @@ def multiply_slots(  # noqa: PLR0913 - a kernel has no records
         words = codes.to(tl.pointer_type(tl.uint32)) + slot * code_slot * 4
         words = own_rows(words, code_row * BITS, rows, ROWS)
         scales = own_rows(scale + slot * scale_slot, scale_row, rows, ROWS)
-        total = sums_of_words(words, scales, (x,), pieces, one, scale_group,
-                              BITS, GROUP, 1, ROWS, PIECES)  # fmt: skip
+        if scale.dtype.element_ty == tl.uint8:
+            total = sums_of_fp4(words, scales, (x,), pieces, ROWS, PIECES)
+        else:
+            total = sums_of_words(words, scales, (x,), pieces, one, scale_group,
+                                  BITS, GROUP, 1, ROWS, PIECES)  # fmt: skip
     elif KIND == "blocks":
         own = codes.to(tl.pointer_type(tl.uint16)) + slot * code_slot * 8
         own = own_rows(own, pieces // (BITS // 2) * (1 + 2 * BITS), rows, ROWS)
@@ -117,7 +119,7 @@ def serves(bank: Packed, x_TD: torch.Tensor) -> bool:
     if width % CHUNK or bank.group % CHUNK or not bank.symmetric or "g_idx" in bank.parts:
         return False
     if _KINDS[kind] == "words":
-        return codes.stride(-1) == 1 and codes.stride(1) % _bits(kind) == 0
+        return codes.stride(-1) == 1 and codes.stride(1) % _piece_length(bank) == 0
     return codes.stride(-1) == 1 and codes.stride(1) == codes.shape[-1]
 
 
@@ -138,9 +140,8 @@ def launch_slots(
     codes, scale = _codes(bank), bank.parts.get("scale")
     assert codes is not None
     own = PRODUCTS.get(kind) or Launch(multiply_slots, _FLOAT_TILE, _FLOAT_WARPS)
-    piece, bits = PIECE.get(kind, _FLOAT_PIECE), _bits(kind)
+    piece = _FLOAT_PIECE if kind in FLOATS else PIECE.get(kind, CHUNK)
     y_PN = x_TD.new_empty(pairs, rows)
-    words = _KINDS.get(kind) == "words"
     height = rows_at_once(own, rows * pairs, 1)
     multiply_slots[(triton.cdiv(rows, height), pairs)](
         codes,
@@ -155,12 +156,12 @@ def launch_slots(
         bank.width // piece,
         ONE,
         codes.stride(0) * codes.element_size() // ALIGNMENT,
-        codes.stride(1) // (bits if words else _FLOAT_PIECE),
+        codes.stride(1) // _piece_length(bank),
         *((0, 0, 0) if scale is None else scale.stride()),
         0 if bias is None else bias.stride(0),
         KIND=_KINDS.get(kind, "floats"),
         PIECE=piece,
-        BITS=bits,
+        BITS=_bits(kind),
         GROUP=bank.group // CHUNK,
         BIAS=bias is not None,
         ROWS=height,
@@ -177,6 +178,13 @@ def _codes(bank: Packed) -> torch.Tensor | None:
     if bank.format not in _KINDS:
         return None
     return bank.parts["packed" if _KINDS[bank.format] == "words" else "raw"]
+
+
+def _piece_length(bank: Packed) -> int:
+    """Elements of what weights are read from that a piece takes; of blocks, any number."""
+    if bank.format == "mxfp4":
+        return CHUNK // 2
+    return _bits(bank.format) if _KINDS.get(bank.format) == "words" else _FLOAT_PIECE
 
 
 def _bits(kind: str) -> int:

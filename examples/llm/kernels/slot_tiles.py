@@ -70,7 +70,8 @@ def multiplies(bank: Packed, x_TD: torch.Tensor) -> bool:
 def multiply(
     bank: Packed, x: torch.Tensor, routed: Routed, out: torch.Tensor, *, per_token: int = 0
 ) -> None:
-    """out = x times the transposed matrix of each pair's expert, (P, rows).
+    """out = x times the transposed matrix of each pair's expert, plus its bias if it has one:
+    (P, rows).
 
     ``per_token``: x has a row for each token, which so many pairs share, and ``out`` gets pairs as
     they are sorted; 0: x has a row for each sorted pair, and ``out`` gets them token by token.
@@ -80,6 +81,7 @@ def multiply(
     codes, scale, strides, nbytes = tiles.parts_of(_first(bank))
     own = _codes(bank)
     slot_scales = bank.parts["scale"].stride(0) if "scale" in bank.parts else 0
+    bias = bank.parts.get("bias")
     grid = (len(routed.tiles_N3), triton.cdiv(bank.rows, shape.rows))
     if not grid[0]:
         return
@@ -87,6 +89,7 @@ def multiply(
         codes,
         scale,
         x,
+        out if bias is None else bias,
         out,
         routed.tiles_N3,
         routed.order_P,
@@ -96,6 +99,7 @@ def multiply(
         ONE,
         own.stride(0) * own.itemsize,
         slot_scales,
+        0 if bias is None else bias.stride(0),
         *strides,
         KIND=bank.format,
         NBYTES=nbytes,
@@ -103,6 +107,7 @@ def multiply(
         STEP=(step.piece, step.chunk, step.chunks),
         EVEN=bank.width % (step.chunk * step.chunks) == 0,
         GATHERS=bool(per_token),
+        BIAS=bias is not None,
         ROWS=shape.rows,
         TOKENS=routed.at_once,
         num_warps=shape.warps,
@@ -122,30 +127,14 @@ def _first(bank: Packed) -> Packed:
 
 @triton.jit(do_not_specialize=["rows", "per_token", "one"])
 def multiply_in_slots(  # noqa: PLR0913 - a kernel has no records
-    codes: tl.tensor,
-    scale: tl.tensor,
-    x: tl.tensor,
-    y: tl.tensor,
-    tiles: tl.tensor,
-    order: tl.tensor,
-    rows: int,
-    width: int,
-    per_token: int,
-    one: int,
-    slot_nbytes: int,
-    slot_scales: int,
-    pieces: int,
-    scale_row: int,
-    scale_group: int,
-    KIND: tl.constexpr,
-    NBYTES: tl.constexpr,
-    GROUP: tl.constexpr,
-    STEP: tl.constexpr,
-    EVEN: tl.constexpr,
-    GATHERS: tl.constexpr,
-    ROWS: tl.constexpr,
+    codes: tl.tensor, scale: tl.tensor, x: tl.tensor, bias: tl.tensor, y: tl.tensor,
+    tiles: tl.tensor, order: tl.tensor,
+    rows: int, width: int, per_token: int, one: int, slot_nbytes: int, slot_scales: int,
+    slot_biases: int, pieces: int, scale_row: int, scale_group: int,
+    KIND: tl.constexpr, NBYTES: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
+    EVEN: tl.constexpr, GATHERS: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """y from x and matrices ``slot_nbytes`` of codes and ``slot_scales`` scales apart. GATHERS: of
     x what sorted pairs come from; else they are written to where they came from."""
     CHUNK: tl.constexpr = STEP[1]
@@ -169,5 +158,6 @@ def multiply_in_slots(  # noqa: PLR0913 - a kernel has no records
         KIND, GROUP, STEP, EVEN, TOKENS,
     )  # fmt: skip
     inside = row[:, None] < rows
-    number = rounded(total, y, row[:, None], inside, y.dtype.element_ty, False)
+    added = bias + slot * slot_biases
+    number = rounded(total, added, row[:, None], inside, y.dtype.element_ty, BIAS)
     tl.store(y + to_row[None, :] * rows + row[:, None], number, mask=inside & (pair < end)[None, :])

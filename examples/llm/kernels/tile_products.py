@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .blocks32 import q4_0_weights, q8_0_weights
 from .blocks256 import half_float, head_word, q6_k_weights
-from .code_floats import code
+from .code_floats import code, fp4, power_of_two
 from .matvec_q4_k import scales_and_minima
 from .pointwise import rounded
 
@@ -95,6 +95,15 @@ def word_weights(words: tl.tensor, factor: tl.tensor, one: int, BITS: tl.constex
 
 
 @triton.jit
+def fp4_weights(words: tl.tensor, factor: tl.tensor) -> tl.tensor:
+    """Of E2M1 codes, eight in each word (A, B, 4): (A, B, 32)."""
+    a, b, c, d = fp4(words, 0), fp4(words, 8), fp4(words, 16), fp4(words, 24)
+    even = in_order(a * factor, b * factor, c * factor, d * factor)
+    a, b, c, d = fp4(words, 4), fp4(words, 12), fp4(words, 20), fp4(words, 28)
+    return tl.interleave(even, in_order(a * factor, b * factor, c * factor, d * factor))
+
+
+@triton.jit
 def block_tiles(
     raw: tl.tensor,
     step: int,
@@ -139,14 +148,19 @@ def grouped_tiles(  # noqa: PLR0913 - a kernel has no records
     GROUP: tl.constexpr,
     CHUNKS: tl.constexpr,
 ) -> tl.tuple:
-    """The same of codes of BITS beside scales, which GROUP chunks of 32 share, or all, if 0."""
+    """The same of codes of BITS beside scales, which GROUP chunks of 32 share, or all, if 0; of
+    E2M1 where scales are exponents in bytes."""
     ROWS: tl.constexpr = codes.shape[0]
     chunk = step * CHUNKS + tl.arange(0, CHUNKS)[None, :, None]
     group = chunk // GROUP if GROUP else chunk * 0
-    factor = tl.load(scales + group * scale_group, mask=inside, other=0).to(tl.float32)
+    factor = tl.load(scales + group * scale_group, mask=inside, other=0)
     at = codes.to(tl.pointer_type(tl.uint32)) + chunk * BITS + tl.arange(0, BITS)[None, None, :]
     words = tl.load(at, mask=inside, other=0)
-    return (tl.reshape(word_weights(words, factor, one, BITS), (ROWS, CHUNKS * 32)),)
+    if scales.dtype.element_ty == tl.uint8:
+        weights = fp4_weights(words, power_of_two(factor))
+    else:
+        weights = word_weights(words, factor.to(tl.float32), one, BITS)
+    return (tl.reshape(weights, (ROWS, CHUNKS * 32)),)
 
 
 @triton.jit
@@ -166,7 +180,7 @@ def step_tiles(  # noqa: PLR0913
     inside = tl.full((1, 1, 1), True, tl.int1)
     if not EVEN:
         inside = step * CHUNKS + tl.arange(0, CHUNKS)[None, :, None] < chunks
-    if KIND == "ct4":
+    if KIND == "ct4" or KIND == "mxfp4":  # noqa: PLR1714 - Triton knows no sets
         tiles = grouped_tiles(lines, scales, scale_group, step, inside, one, 4, GROUP, CHUNKS)
     elif KIND == "ct8":
         tiles = grouped_tiles(lines, scales, scale_group, step, inside, one, 8, GROUP, CHUNKS)

@@ -36,6 +36,7 @@ STEPS = {
     "Q8_0": Step(32, 32, 4),
     "ct4": Step(32, 32, 4),
     "ct8": Step(32, 32, 4),
+    "mxfp4": Step(32, 32, 4),
 }
 """128 columns each: registers for several programs on a multiprocessor, of which some load while
 others compute; 256 take twice as many, and spill in Q6_K."""
@@ -63,6 +64,7 @@ ALTERNATIVES = (
 )
 """What measurements compare."""
 
+_CHUNK_NBYTES = {"ct4": CHUNK // 2, "ct8": CHUNK, "mxfp4": CHUNK // 2}
 PROGRAMS = 512
 """A matrix of few rows has its columns split among up to so many programs of 64 rows: about four on
 each multiprocessor of the largest GPUs. One alone cannot load fast enough."""
@@ -82,8 +84,9 @@ def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     if packed.format in BLOCK_TYPES:
         raw = packed.parts["raw"]
         return raw.is_contiguous() and raw.data_ptr() % 4 == 0
-    codes, words = packed.parts["packed"], 4 if packed.format == "ct4" else 8
-    return codes.stride(-1) == 1 and codes.stride(0) % words == 0
+    codes = packed.parts["packed"]
+    apart = codes.stride(0) * codes.itemsize
+    return codes.stride(-1) == 1 and apart % _CHUNK_NBYTES[packed.format] == 0
 
 
 def splits_of(rows: int, width: int) -> int:
@@ -170,7 +173,7 @@ def parts_of(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...
         block = BLOCK_TYPES[kind]
         return parts["raw"], parts["raw"], (packed.width // block.weights, 0, 0), block.nbytes
     codes, scale = parts["packed"].view(torch.uint8), parts["scale"]
-    nbytes = CHUNK // 2 if kind == "ct4" else CHUNK
+    nbytes = _CHUNK_NBYTES[kind]
     return codes, scale, (codes.stride(0) // nbytes, *scale.stride()), nbytes
 
 

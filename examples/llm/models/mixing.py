@@ -38,7 +38,7 @@ def mix(
     Added up in float32, in the order of the experts' numbers. transformers rounds each term to the
     layer's dtype before, and adds them up in another order.
     """
-    if len(x_TD) <= FEW and goes_by_token(x_TD, weights, config):
+    if len(x_TD) <= FEW and goes_by_token(x_TD, weights):
         slots_P = weights.slots_of(ids_TK)
         if slots_P is not None:
             return mix_by_token(x_TD, slots_P, shares_TK, weights, config)
@@ -46,29 +46,24 @@ def mix(
     assert experts is not None
     sorted_P, order_P = ids_TK.flatten().sort(stable=True)  # and of each expert by tokens
     ends = torch.searchsorted(sorted_P, torch.arange(experts.count, device=x_TD.device), right=True)
-    way = _mix_by_expert if _goes_by_expert(x_TD, weights, config) else _mix_one_by_one
+    way = _mix_by_expert if _goes_by_expert(x_TD, weights) else _mix_one_by_one
     # The only wait for the device.
     return way(x_TD, (order_P, ends.tolist()), shares_TK, weights, config)
 
 
-def goes_by_token(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) -> bool:
+def goes_by_token(x_TD: torch.Tensor, weights: StepWeights) -> bool:
     """True: ``mix_by_token`` can be called."""
-    if not weights.on_demand or not weights.arithmetic.by_slot or _clamps(config):
+    if not weights.on_demand or not weights.arithmetic.by_slot:
         return False
     banks = (weights.in_slots(matrix) for matrix in MATRICES)
     return all(fused.slots_multiply(bank, x_TD) or _in_tiles(bank, x_TD) for bank in banks)
 
 
-def _goes_by_expert(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) -> bool:
+def _goes_by_expert(x_TD: torch.Tensor, weights: StepWeights) -> bool:
     """True: ``_mix_by_expert`` can be called."""
-    if not weights.on_demand or not weights.arithmetic.by_slot or _clamps(config):
+    if not weights.on_demand or not weights.arithmetic.by_slot:
         return False
     return all(_in_tiles(weights.in_slots(matrix), x_TD) for matrix in MATRICES)
-
-
-def _clamps(config: ModelConfig) -> bool:
-    """True: gates are clamped, and matrices have biases, which products by slot do not add yet."""
-    return config.experts is not None and config.experts.clamp is not None
 
 
 def _in_tiles(bank: Packed, x_TD: torch.Tensor) -> bool:
@@ -88,7 +83,7 @@ def mix_by_token(
     each = shares_TK.shape[1]
     gate_PF = _multiply_slots(gate, x_TD, slots_P, each)
     up_PF = _multiply_slots(up, x_TD, slots_P, each)
-    gated_PF = weights.arithmetic.gated(gate_PF, up_PF, config.family.activation)
+    gated_PF = _gated(gate_PF, up_PF, weights, config)
     return fused.combine(_multiply_slots(down, gated_PF, slots_P, 1), shares_TK)
 
 
@@ -97,12 +92,22 @@ def _multiply_slots(
 ) -> torch.Tensor:
     """Of each pair, a row of x, which so many share, times its expert's matrix: (P, rows)."""
     if fused.slots_multiply(bank, x):
-        return fused.multiply_slots(bank, x, slots_P, per_x)
+        return fused.multiply_slots(bank, x, slots_P, per_x, bank.parts.get("bias"))
     kernels, y_PN = fused.slot_kernels(x.device), x.new_empty(len(slots_P), bank.rows)
     assert kernels is not None
     with fused.current(x):
         kernels.multiply(bank, x, kernels.one_by_one(slots_P), y_PN, per_token=per_x)
     return y_PN
+
+
+def _gated(
+    gate_PF: torch.Tensor, up_PF: torch.Tensor, weights: StepWeights, config: ModelConfig
+) -> torch.Tensor:
+    """What the last matrices get, perhaps in the memory of ``gate``."""
+    clamp = None if config.experts is None else config.experts.clamp
+    if clamp is None:
+        return weights.arithmetic.gated(gate_PF, up_PF, config.family.activation)
+    return fused.clamped_gates(gate_PF, up_PF, clamp.alpha, clamp.limit)
 
 
 Sorted = tuple[torch.Tensor, list[int]]
@@ -131,7 +136,7 @@ def _mix_by_expert(
             gate_PF, up_PF = (x_TD.new_empty(last - first, gate.rows) for _ in range(2))
             kernels.multiply(gate, x_TD, routed, gate_PF, per_token=shares_TK.shape[1])
             kernels.multiply(up, x_TD, routed, up_PF, per_token=shares_TK.shape[1])
-            gated_PF = weights.arithmetic.gated(gate_PF, up_PF, config.family.activation)
+            gated_PF = _gated(gate_PF, up_PF, weights, config)
             kernels.multiply(down, gated_PF, routed, y_PD)
         # Once the device has its work: what is on its way meanwhile takes longer than that.
         if len(order_P) > 2 * len(ends):

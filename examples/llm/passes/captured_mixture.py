@@ -105,9 +105,7 @@ class CapturedMixture:
         False: that cannot be done, or not all at once."""
         served = self._by_token.get(weights.layer_idx)
         if served is None:
-            served = self._by_token[weights.layer_idx] = goes_by_token(
-                normed_RD, weights, self._config
-            )
+            served = self._by_token[weights.layer_idx] = goes_by_token(normed_RD, weights)
         if not served:
             return False
         if self._event is not None:

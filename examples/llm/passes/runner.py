@@ -179,7 +179,7 @@ class Runner:
         if served is None:
             served = size * experts.per_token <= self.streamer.most_on_device
             served = self._led[size] = served and all(
-                goes_by_token(self._stream_ND[:size], self.weights(tensors, i), self.config)
+                goes_by_token(self._stream_ND[:size], self.weights(tensors, i))
                 for i, tensors in decoder.steps
                 if self.config.mixture(i) is not None
             )

@@ -109,7 +109,7 @@ def compile_all(dtype: torch.dtype, *, has_cores: bool) -> None:
     table = torch.zeros(2, 2, 64)
     launching.launch_rotate([heads, heads[:4]], table, interleaved=False)
     launching.launch_rotate([heads], table, interleaved=True)
-    compile_mixtures(matrices, dtype)
+    compile_mixtures(matrices, dtype, has_cores=has_cores)
     compile_tables()
     for sizes in ((28, 4, 128, None), (32, 8, 64, 512), (8, 1, 256, None)):
         compile_decoding(*sizes, dtype)
@@ -127,11 +127,15 @@ def compile_slots(packed: Packed, x: torch.Tensor) -> None:
         slot_tiles.multiply(bank, x, routed, out)
 
 
-def compile_mixtures(matrices: list[Packed], dtype: torch.dtype) -> None:
+def compile_mixtures(matrices: list[Packed], dtype: torch.dtype, *, has_cores: bool) -> None:
     """The kernels of few tokens that pass experts, of which these are matrices."""
     kind = next(kind for kind, own in FLOATS.items() if own == dtype)
     weight = torch.zeros(16, 2048, dtype=dtype)
     matrices = [*matrices, Packed(format=kind, rows=16, width=2048, parts={"weight": weight})]
+    parts = {
+        name: torch.zeros(16, n, dtype=torch.uint8) for name, n in (("packed", 1440), ("scale", 90))
+    }
+    matrices.append(Packed(format="mxfp4", rows=16, width=2880, parts=parts, group=32))
     slots = torch.zeros(8, dtype=torch.long)
     for matrix in matrices:
         parts = {name: part.expand(2, *part.shape) for name, part in matrix.parts.items()}
@@ -139,6 +143,12 @@ def compile_mixtures(matrices: list[Packed], dtype: torch.dtype) -> None:
         if slot_products.serves(bank, x):
             slot_products.launch_slots(bank, x, slots, 8)
             slot_products.launch_slots(bank, x, slots[:1], 1, torch.zeros(2, 16, dtype=dtype))
+    gate = torch.zeros(2, 2880, dtype=dtype)
+    launching.launch_clamped(gate, gate, 1.702, 7.0)
+    if has_cores:
+        compile_slots(
+            replace(matrices[-1], parts={**matrices[-1].parts, "bias": gate[0, :16]}), gate
+        )
     y, shares = torch.zeros(16, 2048, dtype=dtype), torch.zeros(2, 8)
     launching.launch_combine(y, shares)
     launching.launch_combine(y, shares, y[:2])

@@ -22,7 +22,17 @@ def matrix(kind: str, seed: int) -> Packed:
         return cases.integers("ct4", ROWS, 160, 32, dtype=torch.float16)
     if kind == "ct8, channel":
         return cases.integers("ct8", ROWS, 96)
+    if kind == "mxfp4":
+        return fp4()
     return blocks(kind, ROWS, 512 if kind in ("Q4_K", "Q6_K") else 160)
+
+
+def fp4() -> Packed:
+    """With a bias, and rows that take turns with those of another matrix."""
+    packed = torch.randint(0, 256, (2 * ROWS, 80), dtype=torch.uint8)[1::2]
+    scale = torch.randint(118, 126, (2 * ROWS, 5), dtype=torch.uint8)[1::2]
+    parts = {"packed": packed, "scale": scale, "bias": torch.randn(2 * ROWS)[1::2]}
+    return Packed(format="mxfp4", rows=ROWS, width=160, parts=parts, group=32)
 
 
 def bank_of(matrices: list[Packed]) -> Packed:
@@ -51,7 +61,7 @@ def chosen(tokens: int, experts: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q4_0", "Q8_0", "ct4", "ct8, channel"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q4_0", "Q8_0", "ct4", "ct8, channel", "mxfp4"])
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_each_pair_is_multiplied_by_its_own_expert(
     kind: str, tokens: int, dtype: torch.dtype
@@ -64,14 +74,14 @@ def test_each_pair_is_multiplied_by_its_own_expert(
     pairs, found = routed(ids_TK, slots), torch.full((tokens * PER_TOKEN, ROWS), torch.nan)
     found = found.to(DEVICE, dtype)
     slot_tiles.multiply(bank, x_TD.to(DEVICE), pairs, found, per_token=PER_TOKEN)
+    half_ulp = torch.finfo(dtype).eps / 2
     for at, pair in enumerate(pairs.order_P.tolist()):
-        weight = rows_of(matrices[slots[int(ids_TK.flatten()[pair])]], dtype).double()
-        x = x_TD[pair // PER_TOKEN].double()
-        error = (found[at].cpu().double() - weight @ x).abs()
-        half_ulp = torch.finfo(dtype).eps / 2
-        assert (
-            error <= 1.01 * half_ulp * (weight @ x).abs() + 2**-20 * (weight.abs() @ x.abs())
-        ).all()
+        own = matrices[slots[int(ids_TK.flatten()[pair])]]
+        weight, x = rows_of(own, dtype).double(), x_TD[pair // PER_TOKEN].double()
+        product, bias = weight @ x, own.parts.get("bias", torch.zeros(ROWS)).double()
+        error = (found[at].cpu().double() - product - bias).abs()
+        rounded = product.abs() + (product + bias).abs() * ("bias" in own.parts)
+        assert (error <= 1.01 * half_ulp * rounded + 2**-20 * (weight.abs() @ x.abs())).all()
 
 
 def test_sorted_pairs_are_written_to_where_they_came_from() -> None:

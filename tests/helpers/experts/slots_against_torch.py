@@ -13,6 +13,8 @@ import torch
 
 from layer_streamer.llm.kernels import fused, launching
 from layer_streamer.llm.kernels.triton_support import interpreted
+from layer_streamer.llm.models.experts import Clamp
+from layer_streamer.llm.models.mixing import clamped
 from layer_streamer.llm.weights.packed import FLOATS, Packed, unpack_rows
 
 DEVICE = torch.device("cpu" if interpreted() else "cuda")
@@ -42,6 +44,16 @@ def floats(kind: str, rows: int, width: int, seed: int) -> Packed:
     return Packed(format=kind, rows=rows, width=width, parts={"weight": weight})
 
 
+def fp4(rows: int, width: int, seed: int) -> Packed:
+    """Codes of E2M1, and exponents, the least one that there is among them."""
+    random = torch.Generator().manual_seed(seed)
+    packed = torch.randint(0, 256, (rows, width // 2), generator=random, dtype=torch.uint8)
+    scale = torch.randint(122, 131, (rows, width // 32), generator=random, dtype=torch.uint8)
+    scale[:, 1] = 0
+    parts = {"packed": packed, "scale": scale}
+    return Packed(format="mxfp4", rows=rows, width=width, parts=parts, group=32)
+
+
 BANKS = {
     "ct4": lambda rows, seed: integers("ct4", rows, 2176, 128, seed),
     "ct4, channel": lambda rows, seed: integers("ct4", rows, 96, 0, seed),
@@ -50,6 +62,7 @@ BANKS = {
     "Q4_0": lambda rows, seed: blocks("Q4_0", rows, 1056, seed),
     "Q8_0": lambda rows, seed: blocks("Q8_0", rows, 544, seed),
     "Q4_K": lambda rows, seed: blocks("Q4_K", rows, 512, seed),
+    "mxfp4": lambda rows, seed: fp4(rows, 2112, seed),
     "F32": lambda rows, seed: floats("F32", rows, 520, seed),
     "F16": lambda rows, seed: floats("F16", rows, 520, seed),
     "BF16": lambda rows, seed: floats("BF16", rows, 520, seed),
@@ -122,7 +135,11 @@ def test_each_pair_has_the_product_of_its_slot_and_its_row_of_x(name, dtype):
 def test_a_pairs_bits_are_those_of_its_matrix_and_token_alone(name):
     bank, x, found = products(name, DTYPES[-1])
     for pair in (0, 3):
-        alone = launching.multiply(slot(bank, PAIRS[pair]), x[pair // 2][None])
+        one = x[pair // 2][None]
+        if name == "mxfp4":  # no kernel has it of one matrix
+            alone = fused.multiply_slots(bank, one, numbers(PAIRS[pair]), 1)
+        else:
+            alone = launching.multiply(slot(bank, PAIRS[pair]), one)
         assert torch.equal(found[pair], alone[0])
 
 
@@ -252,3 +269,15 @@ def test_shares_over_the_chosen_are_a_softmax_of_their_logits():
     ids, shares = fused.choose(logits, 4, normed=False, rounded=False, over_chosen=True)
     expected = torch.softmax(logits.gather(1, ids), -1)
     torch.testing.assert_close(shares, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clamped_gates_are_those_of_plain_torch(dtype):
+    random = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(3, 700, generator=random).mul_(4).to(dtype) for _ in range(2))
+    gate[0, :2] = torch.tensor([torch.nan, torch.inf])
+    (expected,) = clamped(torch.cat((gate, up), 1).float(), Clamp(alpha=1.702, limit=5.0))
+    found = fused.clamped_gates(gate.to(DEVICE), up.to(DEVICE), 1.702, 5.0).cpu()
+    assert found.dtype == dtype
+    bound = {torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
+    torch.testing.assert_close(found.float(), expected, rtol=bound, atol=1e-6, equal_nan=True)
