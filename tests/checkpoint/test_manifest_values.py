@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ import pytest
 import torch
 from assets import smollm2
 from checkpoints import tiny_checkpoint, tiny_tensors, write_gguf, write_safetensors
-from paths import ROOT
+from interpreters import run_script
 
 from layer_streamer import (
     CheckpointChangedError,
@@ -163,11 +161,7 @@ def test_another_process_opens_what_it_is_sent(tmp_path: Path) -> None:
         "with LayerStreamer.from_checkpoint(manifest, device='cpu') as streamer:\n"
         "    print(sum(float(w['mlp.up_proj.weight'].sum()) for _, w in streamer.sweep()))\n"
     )
-    run = [sys.executable, "-c", code, str(tmp_path / "sent")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
+    done = run_script(code, tmp_path / "sent")
     with LayerStreamer.from_checkpoint(tmp_path, device="cpu") as streamer:
         total = sum(float(weights["mlp.up_proj.weight"].sum()) for _, weights in streamer.sweep())
     assert (float(done.stdout), done.stderr) == (total, "")

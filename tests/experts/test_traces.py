@@ -6,18 +6,15 @@ import json
 import logging
 import os
 import resource
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from damage import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreters import Fork
 from made_traces import any_trace, write_trace, zipf_trace
-from paths import PYTHONPATH
 
 from layer_streamer.errors import ConfigError
 from layer_streamer.experts.trace import ExpertPass, Trace, TraceHeader, read_trace
@@ -251,15 +248,11 @@ def test_a_process_that_is_killed_leaves_whole_passes(tmp_path: Path) -> None:
         "writer = TraceWriter(Path(sys.argv[1]), TraceHeader(3, 8, 2, 96))\n"
         "while True:\n"
         "    writer.append(ExpertPass(1, ((0, (3, 7)), (2, (0, 7)))))\n"
-        "    print(flush=True)\n"
+        "    print(file=sys.stderr)\n"
     )
-    environment: Any = os.environ | {"PYTHONPATH": PYTHONPATH}
-    command = [sys.executable, "-c", program, str(path)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
+    with Fork(program, path) as child:
         for _ in range(3):
-            child.stdout.readline()
-        child.kill()
+            child.stderr.readline()
     passes = read_trace(path).passes
     assert len(passes) >= 3 and set(passes) == {ONE}
     write_trace(path, Trace(HEADER, (ONE,)))

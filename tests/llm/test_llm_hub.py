@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from gguf_models import write_gguf
 from hub_server import COMMIT, REPO, serve
+from interpreters import run_script
 from paths import ROOT
 from zoo import zoo_model
 
@@ -156,12 +157,9 @@ for name in sys.argv[1:]:
 
 def find(home: Path, endpoint: str, *names: str, **environment: str) -> list[str]:
     """What another process, with a cache of its own, finds under these names."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": "."}
-    result = subprocess.run(
-        [sys.executable, "-c", FIND, *names],
-        env=os.environ | settings | environment,
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
+    result = run_script(FIND, *names, environment=settings | environment)
+    assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 

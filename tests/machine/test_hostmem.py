@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from cgroups import V1, V2, real_cgroup
 from checkpoints import write_raw_safetensors
+from interpreters import run_script
 
 from layer_streamer.machine import hostmem
 from layer_streamer.machine.hostmem import available_host_bytes
@@ -194,11 +193,7 @@ def test_in_a_real_cgroup_an_auto_budget_stays_below_its_limit(tmp_path: Path) -
     # A hole: zeros that take no time to write, and memory like any other bytes.
     os.truncate(path, path.stat().st_size + NUM_LAYERS * LAYER)
     with real_cgroup(LIMIT) as folder:
-        child = subprocess.run(
-            [sys.executable, "-c", CHILD, str(tmp_path), str(folder)],
-            capture_output=True, text=True, timeout=300, check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )  # fmt: skip
+        child = run_script(CHILD, tmp_path, folder)
     assert child.returncode == 0, child.stderr
     said = json.loads(child.stdout.splitlines()[-1])
     assert said["before"] <= LIMIT

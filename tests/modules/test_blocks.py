@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from paths import ROOT
+from interpreters import run_script
 from torch import nn
 
 from layer_streamer import ConfigError
@@ -217,9 +215,7 @@ except ValueError:
 
 
 def test_neither_transformers_nor_diffusers_is_imported_for_another_module() -> None:
-    command = [sys.executable, "-c", IMPORTED]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert out.strip() == "set()"
+    assert run_script(IMPORTED).stdout.strip() == "set()"
 
 
 def test_models_of_transformers_bring_their_marks() -> None:

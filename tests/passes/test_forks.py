@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import tiny_checkpoint
-from interpreters import run_scripts
+from interpreters import run_script
 from routes import NUM_LAYERS
 
 START = """
@@ -107,7 +107,5 @@ SCRIPTS += [
 )
 def test_the_child_is_told_so_and_the_parent_goes_on(tmp_path: Path, script: str) -> None:
     tiny_checkpoint(tmp_path, NUM_LAYERS)
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    (done,) = run_scripts([script], tmp_path, logs)
+    done = run_script(script, tmp_path, strict=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

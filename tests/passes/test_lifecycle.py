@@ -6,8 +6,6 @@ import gc
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -21,8 +19,7 @@ import pytest
 import torch
 from checkpoints import tiny_checkpoint, tiny_tensors
 from fake_device import FakeDevice
-from interpreters import run_scripts
-from paths import ROOT
+from interpreters import Fork, run_script
 from routes import (
     NUM_LAYERS,
     ROUTES,
@@ -282,7 +279,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str,
     """How each of SCRIPTS ended, and what it printed."""
     path = tmp_path_factory.mktemp("scripts")
     tiny_checkpoint(path, NUM_LAYERS)
-    done = run_scripts(SCRIPTS, path, tmp_path_factory.mktemp("logs"))
+    done = [run_script(script, path, strict=True) for script in SCRIPTS]
     return {process.args: (process.returncode, process.stdout, process.stderr) for process in done}
 
 
@@ -305,18 +302,11 @@ def test_a_forked_child_is_told_so_and_its_end_does_not_touch_the_parent(
 def test_a_real_sigint_ends_a_child_in_a_pass_with_keyboard_interrupt(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, NUM_LAYERS)
     script = OPEN + (
-        "print('ready', flush=True)\nwhile True: streamer.run_pass(None, lambda x, w, i: x)\n"
+        "print('ready', file=sys.stderr)\nwhile True: streamer.run_pass(None, lambda x, w, i: x)\n"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=300)
-    assert child.returncode == -signal.SIGINT
-    assert errors.rstrip().endswith("KeyboardInterrupt")
+    with Fork(script, tmp_path) as child:
+        assert child.stderr.readline() == b"ready\n"
+        child.send_signal(signal.SIGINT)
+        done = child.wait()
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")

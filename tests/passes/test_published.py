@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_tensors
-from paths import ROOT
+from interpreters import run_script
 from safetensors.torch import save_file
 from support import make_device, opened_on
 
@@ -170,4 +168,5 @@ def test_importing_changes_nothing_and_starts_nothing() -> None:
         "assert threading.active_count() == 1\n"
         "assert not torch.cuda.is_initialized()\n"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, cwd=ROOT)
+    done = run_script(script, strict=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from typing import Any
 
 import pytest
 from checkpoints import tiny_checkpoint
-from paths import PYTHONPATH, ROOT
+from interpreters import run_script
+from paths import ROOT
 
 from layer_streamer import LayerStreamer, LayerStreamerTuner, plan_checkpoint
 from layer_streamer.checkpoint.manifest import manifest_from_tensor_info
@@ -164,12 +164,5 @@ def test_a_type_checker_knows_the_names_and_types_of_options(tmp_path: Path) -> 
 
 def test_an_option_that_is_added_to_the_table_alone_is_everywhere(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path)
-    command = [sys.executable, "-c", EVERYWHERE, str(tmp_path)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": PYTHONPATH},
-    )
+    done = run_script(EVERYWHERE, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 import torch
 from assets import one_torch_thread
 from checkpoints import random_tensor, tiny_checkpoint, write_safetensors
-from paths import ROOT
+from interpreters import COMMAND, Fork
 from routes import RING
 from support import make_device, open_checkpoint
 from test_plan_command import BAD
@@ -346,21 +344,17 @@ def test_an_interrupt_at_any_measurement_ends_with_130_and_prints_nothing(
 
 
 def test_ctrl_c_in_the_terminal_ends_a_real_bench(model: Path) -> None:
-    command = [sys.executable, "-m", "layer_streamer", "bench", str(model), *CPU]
-    with subprocess.Popen(
-        [*command, "--passes", "1000000", "--tokens", "0"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as running:  # fmt: skip
-        assert running.stderr is not None
+    command = ["bench", model, *CPU, "--passes", "1000000", "--tokens", "0"]
+    with Fork(COMMAND, *command) as running:
         said = b""
         while b"bytes from disk" not in said:
             more = running.stderr.read1()
             assert more, "it ended by itself"
             said += more
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=300)
-    assert (running.returncode, out) == (130, b"")
-    assert b"Traceback" not in err
+        done = running.wait()
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "Traceback" not in done.stderr
 
 
 def test_spread_reads_go_round_through_the_memory_that_was_said(model: Path) -> None:

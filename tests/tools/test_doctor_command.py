@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from cgroups import real_cgroup
 from checkpoints import tiny_checkpoint, write_raw_safetensors
 from doctoring import check_fits, marked
-from paths import PYTHONPATH
+from interpreters import run_script
 
 from layer_streamer.__main__ import main
 from layer_streamer.doctor import report as doctor
@@ -208,12 +207,7 @@ def scenes() -> dict[str, str]:
             pass
         if os.getuid() == 0:
             asked.append("no_home")
-        done = subprocess.run(
-            [sys.executable, "-c", REAL, str(folder), *asked],
-            capture_output=True, text=True, timeout=300, check=False,
-            env={**os.environ, "PYTHONPATH": PYTHONPATH, "XDG_CACHE_HOME": "",
-                 "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )  # fmt: skip
+        done = run_script(REAL, folder, *asked, environment={"XDG_CACHE_HOME": ""})
     assert done.stderr == ""
     found = {}
     for part in done.stdout.split("scene ")[1:]:

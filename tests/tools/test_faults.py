@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import resource
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from checkpoints import tiny_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreters import COMMAND, run_script
 
 from layer_streamer import ConfigError
 from layer_streamer.tools import inspect_command
@@ -97,9 +97,8 @@ def test_the_limit_that_was_met_is_named_where_there_is_one(
 
 def test_a_stdout_that_is_full_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path)
-    command = [sys.executable, "-m", "layer_streamer", "inspect", str(tmp_path)]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = run_script(COMMAND, "inspect", tmp_path, stdout=full)
     assert (done.returncode, done.stderr) == (2, f"error: {FULL}\n")
 
 

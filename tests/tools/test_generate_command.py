@@ -17,6 +17,7 @@ from assets import (
     tiny_checkpoint,
     tiny_model,
 )
+from interpreters import COMMAND, run_script
 from paths import ROOT
 from safetensors.torch import save_file
 
@@ -48,10 +49,8 @@ def tiny(tmp_path_factory):
     return directory, model
 
 
-def run(*arguments: object, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False, **options
-    )
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    return run_script(COMMAND, "generate", *arguments)
 
 
 def without_notes(err: bytes) -> list[str]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from assets import smollm2
 from checkpoints import tiny_checkpoint, tiny_tensors, write_safetensors
-from paths import ROOT
+from interpreters import COMMAND, run_script
 
 from layer_streamer.__main__ import main
 
@@ -82,8 +81,8 @@ def test_an_error_is_one_line_on_stderr(
 
 def test_it_runs_as_a_module_and_survives_a_reader_that_goes_away(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path)
-    command = f"{sys.executable} -m layer_streamer inspect {tmp_path} | true"
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as gone:
+        done = run_script(COMMAND, "inspect", tmp_path, stdout=gone)
+    assert (done.returncode, done.stderr) == (0, "")

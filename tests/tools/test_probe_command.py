@@ -6,15 +6,13 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from paths import ROOT
+from interpreters import COMMAND, Fork
 from probing import KIB, TINY, refuse, settle_on_a_disk, write_model
 
 from layer_streamer.__main__ import main
@@ -206,12 +204,9 @@ def test_ctrl_c_in_the_terminal_ends_a_real_probe_with_nothing_left(tmp_path: Pa
     (tmp_path / "here").mkdir()
     file = tmp_path / "model.bin"
     file.write_bytes(os.urandom(4 << 20))
-    command = [sys.executable, "-m", "layer_streamer", "probe", str(file), "--device", "cpu"]
-    with subprocess.Popen(
-        [*command, "--seconds", "60"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
-    ) as probing:  # fmt: skip
-        assert probing.stderr is not None
+    command = ["probe", file, "--device", "cpu", "--seconds", "60"]
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with Fork(COMMAND, *command, environment=cache) as probing:
         said = b""
         # The bar names it: a measurement of a minute has begun.
         while b"direct reads" not in said and b"cold reads" not in said:
@@ -219,9 +214,9 @@ def test_ctrl_c_in_the_terminal_ends_a_real_probe_with_nothing_left(tmp_path: Pa
             assert more, "it ended by itself"
             said += more
         probing.send_signal(signal.SIGINT)
-        out, err = probing.communicate(timeout=300)
-    assert (probing.returncode, out) == (130, b""), err
-    assert b"Traceback" not in err
+        done = probing.wait()
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "cache").exists()
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from checkpoints import random_tensor, tiny_checkpoint, write_safetensors
 from disks import stamp, warnings_of
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreters import run_script
 from support import Witness, make_device, open_checkpoint, raw
 
 from layer_streamer import CheckpointChangedError, ReadError
@@ -248,12 +247,7 @@ def test_a_mapped_file_that_shrinks_ends_the_pass_and_does_not_kill(
     # that a GPU's driver has them copied by the processor.
     tensors = {f"model.layers.{i}.w": random_tensor((100_000,), torch.int8, i) for i in range(8)}
     paths = [write_safetensors(tmp_path / f"{n}.safetensors", tensors) for n in range(len(WHEN))]
-    child = subprocess.run(
-        [sys.executable, "-c", f"WHEN, DEVICE = {WHEN}, {device!r}\n{SHRINK}", *map(str, paths)],
-        capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1",
-             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )  # fmt: skip
+    child = run_script(f"WHEN, DEVICE = {WHEN}, {device!r}\n{SHRINK}", *paths)
     assert (child.returncode, child.stderr) == (0, ""), child.stdout
     for line, when, path in zip(child.stdout.splitlines(), WHEN, paths, strict=True):
         assert line.startswith(f"{when}: ")

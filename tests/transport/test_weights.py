@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
-from paths import ROOT
+from interpreters import run_script
 from support import make_device, open_checkpoint
 from torch.utils._pytree import keystr, tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
@@ -169,11 +166,7 @@ def test_torchs_registry_learns_of_it_when_a_streamer_is_opened_and_not_before(
         "    with layer_streamer.LayerStreamer.from_checkpoint(sys.argv[1], device='cpu'): pass\n"
         "print([node.__name__ for node in set(nodes) - before])\n"
     )
-    run = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_script(code, tmp_path, strict=True)
     assert (done.stdout, done.stderr) == ("['Weights']\n", "")
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreters import run_script
 from parts import PART, part_of, parts
-from paths import ENGINE, PYTHONPATH, ROOT
+from paths import ENGINE, PYTHONPATH
 from triton_runs import CHECKS, EVERY_CASE, INTERPRETED, needs_triton, run_checks
 
 from layer_streamer.llm.kernels import fused, triton_support
@@ -158,4 +159,4 @@ def test_the_formats_that_take_no_scratch_are_those_that_have_a_kernel():
     code = "from layer_streamer.llm.kernels.fused import *\n"
     code += "from layer_streamer.llm.kernels.unpacking import *\n"
     code += "assert KERNEL_FORMATS == set(LAUNCHES) == set(ALTERNATIVES)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert run_script(code).returncode == 0

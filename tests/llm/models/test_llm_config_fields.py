@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from interpreters import run_script
 from transformers import AutoConfig
 
 from layer_streamer.llm.metadata import load_config
@@ -220,4 +219,4 @@ def test_reading_a_config_does_not_import_transformers(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from layer_streamer.llm.metadata import load_config;"
         "load_config(Path(sys.argv[1])); sys.exit('transformers' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert run_script(program, tmp_path).returncode == 0

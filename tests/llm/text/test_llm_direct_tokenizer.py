@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from byte_model import byte_tokenizer
 from gguf_models import write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreters import run_script
 from transformers import AutoTokenizer
 
 from layer_streamer import read_manifest
@@ -200,7 +200,7 @@ def test_a_prompt_is_encoded_without_importing_transformers() -> None:
         "chat_ids(Model.read(sys.argv[1], print).tokenizer, 'Hello');"
         "sys.exit('transformers' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program, str(smollm2())], check=True)
+    assert run_script(program, smollm2()).returncode == 0
 
 
 def test_a_directory_without_the_description_is_read_through_transformers(saved: Path) -> None:
