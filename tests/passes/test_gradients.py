@@ -174,7 +174,7 @@ OPTIONS = st.fixed_dictionaries({
     passes=st.integers(1, 3),
     close_first=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 def test_a_gradient_is_that_of_the_plain_model_or_an_error(  # noqa: PLR0917 - what is drawn
     tmp_path_factory: pytest.TempPathFactory,
     options: dict[str, Any],

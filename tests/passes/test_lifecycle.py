@@ -35,7 +35,7 @@ from support import footprint, in_thread, open_checkpoint
 
 from layer_streamer import LayerStreamer
 
-ROUNDS = 200
+ROUNDS = 100
 INTERRUPTS = 150
 MOMENTS = route_params(
     "pools", "two partial", "cuda pools", "cuda mapped", "cuda partial",
@@ -169,7 +169,7 @@ def test_opening_and_closing_leaves_nothing_behind(tmp_path: Path, route: str) -
     gc.collect()
     assert footprint() == before
     assert (torch.cuda.memory_allocated() if "cuda" in route else 0) == on_gpu
-    # A leaked arena or slab of each round would be 200 x 0.4 MB or more.
+    # A leaked arena or slab of each round would be 100 x 0.4 MB or more.
     assert psutil.Process().memory_info().rss - memory < 32 << 20
 
 

@@ -87,8 +87,15 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("dead", [True, False])
-@pytest.mark.parametrize("make", ERRORS, ids=lambda make: make.func.__name__)
+@pytest.mark.parametrize(
+    ("make", "dead"),
+    [
+        pytest.param(make, dead, marks=[] if dead == number % 2 else pytest.mark.slow)
+        for number, make in enumerate(ERRORS)
+        for dead in (False, True)
+    ],
+    ids=lambda value: value.func.__name__ if isinstance(value, partial) else None,
+)
 def test_an_error_of_stderr_at_any_write_ends_no_pass_and_no_tune(
     streamer: LayerStreamer, monkeypatch: Any, make: Callable[[], Exception], dead: bool
 ) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from paths import CORE, PYTHONPATH
+from interpreters import run_script
+from paths import CORE
 
-PASSES = 50
+PASSES = 30
 ROUTES = ("cpu pools", "cpu mapped", "pools", "ring")
 
 
@@ -22,11 +20,7 @@ ROUTES = ("cpu pools", "cpu mapped", "pools", "ring")
 def test_passes_keep_no_object_more_however_many_jobs_their_reads_are(
     tmp_path: Path, tensors: Any, routes: tuple[str, ...]
 ) -> None:
-    command = [sys.executable, str(CORE / "steady_state.py"), str(tmp_path), str(PASSES), *routes]
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_script((CORE / "steady_state.py").read_text(), tmp_path, PASSES, *routes)
     assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout)
     assert set(grown) == set(routes)

@@ -53,7 +53,7 @@ def with_budgets(
     return {**options, **budgets(checkpoint, devices, plain, resident)}
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     pools=st.sampled_from(sorted(POOLS)),

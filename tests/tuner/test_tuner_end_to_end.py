@@ -15,14 +15,15 @@ import pytest
 import torch
 import tuner_setups
 from checkpoints import tiny_checkpoint
-from paths import ROOT
 from tuner_support import Marked, checkpoint, marked, run_script
 
 from layer_streamer import LayerStreamer, LayerStreamerTuner, TuneError
+from layer_streamer.tools.cli import main
 from layer_streamer.tuner.survey import take_survey
 
 __all__ = ["checkpoint", "marked"]
 
+COMMAND = [sys.executable, "-m", "layer_streamer"]
 VALUES: dict[str, Any] = {
     "device": "cpu",
     "n_gpu_values": [1],
@@ -125,10 +126,13 @@ def test_the_published_example_runs_as_a_script_without_a_guard(
     assert not torch.cuda.is_initialized()
 
 
+@pytest.mark.parametrize(
+    "modes", [["mapped"], pytest.param(["buffered", "mapped"], marks=pytest.mark.slow)]
+)
 def test_a_tune_finds_settings_that_open_and_a_second_one_starts_nothing(
-    checkpoint: Path, marked: Marked
+    checkpoint: Path, marked: Marked, modes: list[str]
 ) -> None:
-    options = VALUES | {"read_mode_values": ["buffered", "mapped"]}
+    options = VALUES | {"read_mode_values": modes}
     tuner = LayerStreamerTuner.from_checkpoint(checkpoint, strategy="grid", **options)
     best = tuner.tune()
     assert tuner.best is not None
@@ -178,7 +182,7 @@ def test_a_tune_on_a_gpu_leaves_cuda_alone_in_this_process(
 
 def example(checkpoint: Path, *options: str) -> list[str]:
     return [
-        sys.executable, "-m", "layer_streamer", "tune", str(checkpoint), "--device", "cpu",
+        "tune", str(checkpoint), "--device", "cpu",
         "--n-cpu-pinned-values", "none", "--read-mode-values", "buffered",
         "--read-threads-values", "1", "--read-chunk-values", "none", "--n-runs", "2", *options,
     ]  # fmt: skip
@@ -190,7 +194,7 @@ def test_the_example_prints_a_call_that_can_be_pasted(
 ) -> None:
     report = tmp_path / "report"
     process = subprocess.run(
-        example(checkpoint, "--n-gpu-values", "1", "--report", str(report)),
+        [*COMMAND, *example(checkpoint, "--n-gpu-values", "1", "--report", str(report))],
         capture_output=True, text=True, env=os.environ | marked.environment, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -212,7 +216,7 @@ def test_ctrl_c_in_the_example_tells_the_best_so_far_and_the_rest_goes_on_later(
         checkpoint, "--n-gpu-values", "1,2,3,4,5,6", "--strategy", "grid", "--results", str(results)
     )
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | marked.environment
+        [*COMMAND, *command], stderr=subprocess.PIPE, text=True, env=os.environ | marked.environment
     ) as process:
         assert process.stderr is not None
         seen = ""
@@ -229,15 +233,12 @@ def test_ctrl_c_in_the_example_tells_the_best_so_far_and_the_rest_goes_on_later(
     assert 1 <= finished < 6
 
 
-def test_the_example_refuses_what_cannot_be_in_one_line(tmp_path: Path) -> None:
-    process = subprocess.run(
-        example(tmp_path / "nothing", "--n-gpu-values", "1"),
-        capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert process.returncode == 2
-    assert process.stderr.startswith("error: ")
-    assert process.stderr.count("\n") == 1
+def test_the_example_refuses_what_cannot_be_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(example(tmp_path / "nothing", "--n-gpu-values", "1")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_a_survey_imports_what_this_process_does_and_nothing_of_the_folder(

@@ -315,7 +315,7 @@ def failing(how: str, checkpoint: Path, **options: Any) -> TrialRecord:
 @pytest.mark.parametrize(
     ("how", "ending"),
     [
-        ("segfaults", "signal"),
+        pytest.param("segfaults", "signal", marks=pytest.mark.slow),
         pytest.param("exits_three", "exit", marks=pytest.mark.slow),
         pytest.param("raises", "exception", marks=pytest.mark.slow),
         pytest.param("refused_torch_memory", "out of memory", marks=pytest.mark.slow),

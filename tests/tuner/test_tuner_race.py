@@ -50,7 +50,7 @@ def make_race(predicted: list[float], **options: Any) -> Race:
     return Race(entries, NO_COSTS, **options)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=60)
 @given(worlds(), st.sampled_from([None, 0.0, 0.1, 0.5]), st.sampled_from([0.0, 0.02, 0.1]))
 def test_a_race_ends_with_the_best_to_within_its_tolerance(
     world: tuple[list[float], list[float]], margin: float | None, tolerance: float
@@ -62,7 +62,7 @@ def test_a_race_ends_with_the_best_to_within_its_tolerance(
     assert race.best_seconds <= min(true) * (1 + tolerance) * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=60)
 @given(worlds(), st.integers(0, len(GRID)), st.sampled_from([None, 0.1]))
 def test_no_candidate_is_ever_faster_than_its_lower_bound(
     world: tuple[list[float], list[float]], num_tried: int, margin: float | None

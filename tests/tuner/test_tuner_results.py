@@ -53,15 +53,17 @@ def test_what_was_written_is_read_again_field_by_field(tmp_path: Path) -> None:
     assert read(tmp_path / "r") == [Result(record(number), LIMITS) for number in range(3)]
 
 
+@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_file_torn_at_any_byte_keeps_all_whole_lines_and_can_be_continued(
-    tmp_path: Path,
+    tmp_path: Path, stride: int
 ) -> None:
     path = tmp_path / "r"
     write(path, 2)
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     ends = [sum(map(len, lines[: i + 1])) for i in range(len(lines))]
-    for cut in range(len(whole) + 1):
+    around = {end + off for end in [0, *ends] for off in range(-2, 3)} & set(range(len(whole) + 1))
+    for cut in sorted({*range(0, len(whole), stride), *around}):
         path.write_bytes(whole[:cut])
         # A line is there once its last brace is; the line's end can be missing.
         num_lines = sum(cut >= end - 1 for end in ends)
@@ -158,7 +160,7 @@ def lines_of_one_result(folder: Path) -> tuple[str, Any]:
     return first, json.loads(second)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(data=st.data())
 def test_whatever_a_line_holds_the_others_are_read_and_what_is_taken_can_be_used(
     tmp_path: Path, data: st.DataObject

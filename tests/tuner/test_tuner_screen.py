@@ -52,7 +52,7 @@ def planned(path: Path, *, unified: bool = False, **values: Any) -> Planned:
     return only
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(device=st.integers(0, 600_000), host=st.integers(0, 900_000), unified=st.booleans())
 def test_what_is_pruned_exceeds_a_bound_and_what_is_kept_does_not(
     checkpoint: Path, device: int, host: int, unified: bool

@@ -26,11 +26,11 @@ pytestmark = [
 ]
 
 ENDINGS: list[Any] = [
-    (setups.raises, "exception", "ValueError: a setup that raises (in stage 'setup')\n"),
     (setups.segfaults, "signal", "SIGSEGV, in stage 'run 1'"),
     (setups.refused_torch_memory, "out of memory", "RuntimeError: [enforce fail"),
 ]
 RARER: list[Any] = [
+    (setups.raises, "exception", "ValueError: a setup that raises (in stage 'setup')\n"),
     (setups.closes_everything, "exit", "exit code 74 without a result, in stage 'run 1'; "),
     (setups.kills_its_parent, "signal", "the trial's supervisor was ended (SIGKILL), in stage "),
     (setups.exits_three, "exit", "exit code 3 without a result, in stage 'run 1'"),

@@ -17,8 +17,8 @@ from typing import IO, Any
 
 from paths import PYTHONPATH, ROOT
 
-HANG_SECONDS = 300
-"""For one script; the kernel ends those that take longer."""
+HANG_SECONDS = 900
+"""For one script, as for one test; the kernel ends those that take longer."""
 AT_FIRST = os.environ | {"PYTHONPATH": PYTHONPATH}
 """Without what a test sets for its own processes."""
 COMMAND = "import runpy; runpy.run_module('layer_streamer', run_name='__main__', alter_sys=True)"

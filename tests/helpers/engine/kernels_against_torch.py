@@ -201,6 +201,8 @@ def random_x(tokens: int, width: int) -> torch.Tensor:
 )
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_with_few_tokens_is_that_of_the_unpacked_matrix(name, tokens):
+    if tokens == 1 and name not in OF_EACH_KERNEL:
+        pytest.skip("one of many")
     packed = PRODUCTS[name]
     for dtype in DTYPES if tokens < 3 else DTYPES[-1:]:
         check_product(packed, random_x(tokens, packed.width).to(dtype))
@@ -275,7 +277,7 @@ def test_a_bias_is_added_to_the_rounded_product(name, bias_dtype):
     packed = cases.on(PRODUCTS[name], DEVICE)
     bias = 9 * torch.randn(packed.rows, generator=torch.Generator().manual_seed(0))
     bias = bias.to(bias_dtype).to(DEVICE)
-    for dtype in DTYPES:
+    for dtype in DTYPES[-1:] if FEW else DTYPES:
         x = random_x(2, packed.width).to(dtype).to(DEVICE)
         expected = launching.multiply(packed, x).add_(bias)
         assert torch.equal(launching.multiply(packed, x, bias_N=bias), expected)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import packed_cases as cases
 import pytest
 import torch
+from triton_runs import FEW
 
 from layer_streamer.llm.kernel_timing import random_matrix
 from layer_streamer.llm.kernels import tiles
@@ -85,7 +86,7 @@ def test_weights_in_a_tile_are_those_of_unpacked_rows(name, dtype):
     assert torch.equal(found.t(), rows_of(packed, dtype)[:, columns])
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 33, 70])
+@pytest.mark.parametrize("tokens", [1, 17, 70] if FEW else [1, 5, 16, 17, 33, 70])
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q4_0", "Q8_0", "ct4, group 32", "ct8"])
 def test_a_product_is_that_of_the_rounded_weights(name, tokens):
     for dtype in DTYPES:

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from interpreters import run_script
 from paths import ENGINE, ROOT
 
+PYTEST = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 CHECKS = ENGINE / "kernels_against_torch.py"
 EVERY_CASE = "EVERY_CASE"
 INTERPRETED_HERE = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,10 +28,14 @@ needs_triton = pytest.mark.skipif(
 
 def run_checks(environment: dict[str, str], *checks: Path) -> None:
     """In a process of its own: Triton reads its environment when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
-    command += ["--tb=short", "--maxfail=3"]  # what fails is often one cause, and is to be seen
-    done = subprocess.run(
-        [*command, *map(str, checks or [CHECKS])], cwd=ROOT, env=os.environ | environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-5000:]
+    options = ["-q", "-m", "", "-p", "no:cacheprovider"]
+    options += ["--tb=short", "--maxfail=3"]  # what fails is often one cause, and is to be seen
+    options += map(str, checks or [CHECKS])
+    if environment["TRITON_INTERPRET"] == "1":
+        done = run_script(PYTEST, *options, environment=environment)
+    else:  # with all threads that there are, for what the CPU computes beside the GPU
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options], cwd=ROOT, env=os.environ | environment,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

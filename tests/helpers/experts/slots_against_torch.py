@@ -10,6 +10,7 @@ import numpy as np
 import packed_cases as cases
 import pytest
 import torch
+from triton_runs import FEW
 
 from layer_streamer.llm.kernels import fused, launching
 from layer_streamer.llm.kernels.triton_support import interpreted
@@ -131,7 +132,12 @@ def test_each_pair_has_the_product_of_its_slot_and_its_row_of_x(name, dtype):
         assert (found[pair].cpu().float() - expected).abs().max() < bound
 
 
-@pytest.mark.parametrize("name", [name for name in BANKS if name not in FLOATS])
+OF_EACH_KERNEL = ["ct4, channel", "Q8_0", "Q4_K"]
+
+
+@pytest.mark.parametrize(
+    "name", OF_EACH_KERNEL if FEW else [name for name in BANKS if name not in FLOATS]
+)
 def test_a_pairs_bits_are_those_of_its_matrix_and_token_alone(name):
     bank, x, found = products(name, DTYPES[-1])
     for pair in (0, 3):

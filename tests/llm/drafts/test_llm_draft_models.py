@@ -70,7 +70,7 @@ def test_the_text_is_the_one_without_a_draft(
     paths: dict[str, Path], plain: StreamingEngine, draft: str
 ) -> None:
     with open_with(paths, draft) as engine:
-        for options in (GREEDY, SAMPLED, SAMPLED | {"stop": "a"}):
+        for options in (GREEDY, SAMPLED | {"stop": "a"}):
             assert_same(texts(engine, **options), texts(plain, **options))
 
 
@@ -189,8 +189,15 @@ def test_a_conversation_is_not_taken_again_by_the_draft(paths: dict[str, Path]) 
         assert taken <= 4
 
 
-@pytest.mark.parametrize("draft", ["other", "self"])
-@pytest.mark.parametrize("where", [1, 3])
+@pytest.mark.parametrize(
+    ("draft", "where"),
+    [
+        ("other", 1),
+        ("self", 3),
+        pytest.param("other", 3, marks=pytest.mark.slow),
+        pytest.param("self", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_draft_model_that_fails_costs_its_draft_and_not_the_row(
     paths: dict[str, Path],
     plain: StreamingEngine,

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from interpreters import run_script
 from parts import PART, part_of, parts
-from paths import ENGINE, PYTHONPATH
+from paths import ENGINE, EXPERTS, PYTHONPATH
 from triton_runs import CHECKS, EVERY_CASE, INTERPRETED, needs_triton, run_checks
 
 from layer_streamer.llm.kernels import fused, triton_support
 from layer_streamer.llm.weights.packed import unpack_rows
 
+TILES, SLOTS = ENGINE / "tiles_against_torch.py", EXPERTS / "slots_against_torch.py"
 COMPILED = [("7.5", "float32"), ("7.5", "float16")]  # which has no bfloat16
 COMPILED += [(gpu, dtype) for gpu in ("8.0", "9.0") for dtype in ("float32", "float16", "bfloat16")]
 
@@ -27,13 +28,13 @@ COMPILED += [(gpu, dtype) for gpu in ("8.0", "9.0") for dtype in ("float32", "fl
 @needs_triton
 def test_every_kernel_gives_what_plain_torch_gives_in_the_interpreter():
     """Those that unpack and multiply few tokens, and those on tensor cores: imported once."""
-    run_checks(INTERPRETED, CHECKS, ENGINE / "tiles_against_torch.py")
+    run_checks(INTERPRETED, CHECKS, TILES)
 
 
 @needs_triton
 @pytest.mark.slow
 def test_so_it_is_in_every_case():
-    run_checks(INTERPRETED | {EVERY_CASE: "1"}, CHECKS)
+    run_checks(INTERPRETED | {EVERY_CASE: "1"}, CHECKS, TILES, SLOTS)
 
 
 @needs_triton

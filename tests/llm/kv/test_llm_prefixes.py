@@ -248,7 +248,10 @@ TIERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize(
+    "tier",
+    [pytest.param(t, marks=pytest.mark.slow if t == "some on the host" else []) for t in TIERS],
+)
 def test_logits_are_those_of_texts_that_are_computed_anew(
     model: tuple[Path, Any], tier: str
 ) -> None:

@@ -36,7 +36,12 @@ CASES = {
 } | {"gemma3_text": GEMMA_FILE} | MIXTURE_FILES  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+RARER = ("llama-tied", "llama-linear", "qwen2-tied", "qwen3-tied", "qwen3-yarn", "mistral-full")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in RARER else []) for n in CASES]
+)
 def test_a_file_gives_the_logits_of_the_model_that_it_holds(tmp_path, name):
     model, path = zoo_model(name, **CASES[name]), tmp_path / "tiny.gguf"
     write_gguf(path, model)

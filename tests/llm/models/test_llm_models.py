@@ -22,7 +22,16 @@ VISIBLE = 100 * TOLERANCE
 """What each mutation must exceed, or the comparison would not see it."""
 
 
-@pytest.mark.parametrize("name", CASES)
+RARER = (
+    "llama-tied", "llama-one-kv-head", "qwen2-tied", "qwen2-window-not-used", "qwen3-tied",
+    "qwen3-biases", "mistral-full", "mixtral-full", "olmoe-clipped", "gemma3_text-untied",
+)  # fmt: skip
+"""Which test_llm_runner.py has, too."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in RARER else []) for n in CASES]
+)
 def test_prompt_and_teacher_forced_steps_give_the_logits_of_transformers(tmp_path, name):
     model = zoo_model(name)
     path = tiny_checkpoint(tmp_path, model)

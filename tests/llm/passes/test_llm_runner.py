@@ -20,7 +20,7 @@ from layer_streamer.llm.passes.batch import pack
 from layer_streamer.llm.passes.chunking import Chunking
 from layer_streamer.llm.passes.runner import Runner
 
-TOLERANCE, STEPS = 1e-5, 32
+TOLERANCE, STEPS = 1e-5, 16
 LENGTHS = (50, 23, 1)
 """Of the prompts of a ragged batch; each row goes on for STEPS more tokens."""
 ROUTES: dict[str, dict[str, Any]] = {

@@ -33,8 +33,14 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("name", list(CASES))
+OF_BITS = [(name, bits) for name in CASES for bits in (4, 8)]
+FEW = [(name, bits) for name, bits in OF_BITS if bits == 4 or name == "llama"]
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [pytest.param(*c, marks=[] if c in FEW else pytest.mark.slow) for c in OF_BITS],
+)
 def test_transformers_and_the_engine_load_what_is_written(tmp_path, capsys, name, bits):
     source, out = tmp_path / "a.gguf", tmp_path / "out"
     write_gguf(source, zoo_model(name, **CASES[name]), tokenizer=True)
