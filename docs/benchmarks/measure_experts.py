@@ -1,7 +1,9 @@
 """Measure a mixture of experts on a GPU: whole layers, experts on demand, and all of them there.
 
     python examples/make/make_checkpoint.py /tmp/q30 --shape qwen3-30b-a3b --format ct4
-    python docs/benchmarks/measure_experts.py /tmp/q30 OUT [--cap 8GiB] [--exponent 1.0]
+    python examples/make/make_checkpoint.py /tmp/q3 --shape qwen3-a3b --format ct4
+    python docs/benchmarks/measure_experts.py /tmp/q30 OUT [--cap 8GiB] [--exponent 1.0] \
+        [--dense /tmp/q3]
 
 Weights are random, and so would be which experts a token chooses. So the router's product is
 computed, and then its choice is replaced: by experts that are drawn without putting back, by Zipf's
@@ -37,6 +39,7 @@ from layer_streamer.experts.policies import make_policy
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.models import feed_forward
 from layer_streamer.llm.passes import captured_mixture
+from layer_streamer.streamer import store_of
 
 CONTEXT, NEW, WARM, DRAWS = 128, 128, 64, 1024
 WAYS = ("demand", "all", "whole")
@@ -110,7 +113,12 @@ def decode(engine: StreamingEngine, args: argparse.Namespace) -> dict[str, Any]:
     steps = zipf.steps(zipf.turn - warm - new + 1, warm + new)
     seconds = found["decode"][warm:]
     reports = [*reports, engine.streamer.last_experts][-new:]
-    record = {"decode": seconds, "link": link.rates, "weight_bytes": found["weight_bytes"]}
+    # Experts come in none of the streamer's steps: of these a token uses some.
+    used = found["used_bytes"] + config.num_layers * experts.per_token * expert_nbytes(engine)
+    record = {
+        "decode": seconds, "link": link.rates, "weight_bytes": found["weight_bytes"],
+        "used_bytes": used,
+    }  # fmt: skip
     if reports[0] is None or args.child == "all":
         return record
     slots = sum({id(p): len(p) for p in engine.streamer._opened().experts.pools.values()}.values())
@@ -124,6 +132,12 @@ def decode(engine: StreamingEngine, args: argparse.Namespace) -> dict[str, Any]:
             "belady": most_hits(steps, slots),
         },
     }  # fmt: skip
+
+
+def expert_nbytes(engine: StreamingEngine) -> int:
+    """Of one; 0: they come with their layers."""
+    store = store_of(engine.streamer)
+    return 0 if store is None else next(iter(store.layers.values())).expert_nbytes
 
 
 def prompt(engine: StreamingEngine, count: int, turns: int) -> list[float]:
@@ -164,11 +178,41 @@ def copies(device: torch.device) -> list[dict[str, float]]:
                 seconds.append(time.perf_counter() - began)
                 on_device.append(first.elapsed_time(last) / 1000)
             row = {"size": size, "count": count, "seconds": median(seconds)}
-            found.append(row | {"on_device": median(on_device)})
+            kernel = by_kernel(there, home, places, size, stream)
+            found.append(row | {"on_device": median(on_device), "by_kernel": kernel})
     link.measure()
-    return [
-        row | {"share": row["size"] * row["count"] / row["on_device"] / link.rate} for row in found
-    ]
+    for row in found:
+        nbytes = row["size"] * row["count"] / link.rate
+        row |= {"share": nbytes / row["on_device"], "kernel_share": nbytes / row["by_kernel"]}
+    return found
+
+
+def by_kernel(
+    there: torch.Tensor, home: torch.Tensor, places: Any, size: int, stream: torch.cuda.Stream
+) -> float:
+    """Seconds of the same bytes where a kernel reads them, in a CUDA graph as the engine has it."""
+    from layer_streamer.devices import slot_kernels  # and with it Triton
+
+    count, device = len(places), there.device
+    sources = torch.from_numpy(places + home.data_ptr()).to(device).view(-1, 1)
+    chunks = torch.tensor(slot_kernels.cut([size], 8), dtype=torch.int32, device=device)
+    pieces = slot_kernels.Pieces(sources, torch.tensor([[0, size]], device=device), chunks, 8)
+    told = [count, count, *(number for i in range(count) for number in (i, i))]
+    told_N = torch.tensor(told, dtype=torch.int32, device=device)
+    graph, seconds = torch.cuda.CUDAGraph(), []
+    with torch.cuda.stream(stream):
+        slot_kernels.fill(pieces, told_N, there, size)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            slot_kernels.fill(pieces, told_N, there, size)
+        for _ in range(20):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            graph.replay()
+            last.record()
+            stream.synchronize()
+            seconds.append(first.elapsed_time(last) / 1000)
+    return median(seconds)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -176,6 +220,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     if args.child == "copies":
         return {"way": "copies", "copies": copies(device)}
+    if args.child == "dense":
+        with open_engine(
+            args.dense, args.device, device_budget=args.all, max_length=512, max_batch=1
+        ) as engine:
+            return {"way": "dense", **run(engine, [prompt_of(CONTEXT)], WARM + NEW)}
     capped = args.child != "all"
     memory = Capped(parse_bytes("cap", args.cap), cuda=capped and device.type == "cuda")
     budget: Any = memory.budget if capped else args.all
@@ -195,7 +244,7 @@ def describe(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None
         print(
             f"{row['count']:>3} experts of {row['size'] / 1e6:5.1f} MB at once: "
             f"{row['share']:.3f} of the link, {row['on_device'] * 1e3:.3f} ms; until the host "
-            f"knows, {row['seconds'] * 1e3:.3f}"
+            f"knows, {row['seconds'] * 1e3:.3f}; read by a kernel {row['kernel_share']:.3f}"
         )
     demand, there, whole = (found[way] for way in WAYS)
     seconds, compute = median(demand["decode"]), median(there["decode"])
@@ -212,6 +261,13 @@ def describe(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None
         f"{demand['missed_bytes'] / MIB:.1f} MiB a token missing; of the whole trace {hits:.3f}, "
         f"Belady's {trace['belady'] / trace['asked']:.3f}"
     )
+    if "dense" in found:
+        dense = found["dense"]
+        share = median(dense["decode"]) / dense["used_bytes"] * there["used_bytes"]
+        print(
+            f"all there: {compute * 1e3:.2f} ms for {there['used_bytes'] / 1e9:.2f} GB, "
+            f"{compute / share:.2f} x a dense pass that is captured, byte for byte"
+        )
     for way in WAYS:
         print(f"prompt of {args.prompt}, {way}: {median(found[way]['prompt']):.4f} s")
 
@@ -224,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("out", type=Path, metavar="OUT")
     add("--cap", default="8GiB", help="GPU memory of the processes that are held to it")
     add("--all", default="auto", help="device budget that holds all experts")
+    add("--dense", type=Path, metavar="CHECKPOINT", help="of which a pass reads as many bytes")
     add("--exponent", type=float, default=1.0, help="of Zipf's law; 0: all alike")
     add("--prompt", type=int, default=2048)
     add("--turns", type=int, default=5, metavar="N")
@@ -234,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(args)), flush=True)
         return 0
     found = {}
-    for way in (*WAYS, "copies"):
+    for way in (*WAYS, "copies", *(["dense"] if args.dense else [])):
         command = [sys.executable, __file__, *sys.argv[1:], "--child", way]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[way] = json.loads(result.stdout.splitlines()[-1])

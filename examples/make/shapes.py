@@ -94,6 +94,12 @@ _QWEN3_MOE = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+_OF_MIXTURES = ("expert", "moe", "decoder_sparse", "mlp_only", "norm_topk", "router")
+_QWEN3 = {
+    name: value
+    for name, value in _QWEN3_MOE.items()
+    if not any(part in name for part in _OF_MIXTURES)
+} | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "max_window_layers": 48}
 _OLMOE = {
     "architectures": ["OlmoeForCausalLM"],
     "model_type": "olmoe",
@@ -179,6 +185,7 @@ SHAPES: dict[str, Mapping[str, Any]] = {
         "vocab_size": 151936,
     },
     "qwen2.5-7b": _QWEN2 | _sizes(3584, 18944, 28, 28, 4) | {"max_window_layers": 28},
+    "qwen3-a3b": _QWEN3 | _sizes(2048, 6144, 48, 32, 4),
     "olmoe": _OLMOE | _sizes(2048, 1024, 16, 16, 16),
     "llama3-8b": _LLAMA3 | _sizes(4096, 14336, 32, 32, 8),
     "gpt-oss-20b": _GPT_OSS | _sizes(2880, 2880, 24, 64, 8),
@@ -188,7 +195,8 @@ SHAPES: dict[str, Mapping[str, Any]] = {
     "llama3-70b": _LLAMA3 | _sizes(8192, 28672, 80, 64, 8),
     "qwen2.5-72b": _QWEN2 | _sizes(8192, 29568, 80, 64, 8),
 }
-"""Fields of config.json of each model, smallest first."""
+"""Fields of config.json of each model, smallest first. Nobody has made "qwen3-a3b": a pass reads as
+much of it as a token of qwen3-30b-a3b does of that."""
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -217,8 +225,8 @@ def _layer_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, .
     if kind == "gpt_oss":
         yield "self_attn.o_proj.bias", (hidden,)
         yield from _stacked_shapes(config)
-    if kind in ("qwen3_moe", "olmoe"):
-        q, kv = (width, width) if kind == "qwen3_moe" else (q, kv)
+    if kind in ("qwen3", "qwen3_moe", "olmoe"):
+        q, kv = (q, kv) if kind == "olmoe" else (width, width)
         yield "self_attn.q_norm.weight", (q,)
         yield "self_attn.k_norm.weight", (kv,)
     if kind in EXPERTS:

@@ -27,6 +27,7 @@ from transformers import (
     MixtralConfig,
     OlmoeConfig,
     Qwen2Config,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
@@ -119,7 +120,8 @@ def test_every_shape_names_the_tensors_of_transformers_model(shape):
 def make_config(shape: str):
     kinds = {
         "qwen2": Qwen2Config, "llama": LlamaConfig, "mixtral": MixtralConfig,
-        "qwen3_moe": Qwen3MoeConfig, "olmoe": OlmoeConfig, "gpt_oss": GptOssConfig,
+        "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig, "olmoe": OlmoeConfig,
+        "gpt_oss": GptOssConfig,
     }  # fmt: skip
     return kinds[SHAPES[shape]["model_type"]].from_dict(dict(SHAPES[shape]))
 
