@@ -83,6 +83,7 @@ class Library:
         self.cudaMemcpyAsync = lambda *given: self.singles.append(given)
         self.cudaEventRecord = lambda *_: 0
         self.cudaStreamWaitEvent = lambda *_: 0
+        self.cudaHostGetDevicePointer = lambda *_: 0
         self.cudaGetErrorString = lambda code: b"out of luck"
         self.forgotten = 0
 

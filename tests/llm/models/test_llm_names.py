@@ -106,7 +106,13 @@ def test_rope_factors_of_another_width_are_named(tmp_path):
     refuse(path, model.config, r"'rope_freqs.weight' has shape \[9\], the config says \[12\]")
 
 
-@pytest.mark.parametrize("name", SHAPES)
+IN_TURNS = "gpt_oss"
+"""Has its experts' matrices in others' rows, which its own tests look at."""
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, fields in SHAPES.items() if fields["model_type"] != IN_TURNS]
+)
 def test_the_tensors_of_known_models_are_those_that_the_config_asks_for(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(dict(SHAPES[name])))
     config = load_config(tmp_path)
