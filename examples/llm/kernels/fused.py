@@ -182,7 +182,7 @@ def multiply_slots(
 
     ``bank`` is a matrix as any, but for a first dimension of its parts, the slots. ``slots_P``,
     contiguous, fewer than 65536, is read on the device alone, and must name no slot that is not
-    there. The last stride of ``bias`` is 1; it is added to the rounded product.
+    there. ``bias`` is added to the rounded product.
     """
     with current(x_TD):
         found: torch.Tensor = _kernels("slot_products").launch_slots(

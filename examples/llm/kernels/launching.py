@@ -94,7 +94,7 @@ def multiply(
         packed.width // PIECE[packed.format],
         ONE,
         *strides,
-        BIAS=bias_N is not None,
+        BIAS=int(bias_N is not None),
         num_warps=own.warps,
         **tile,
     )

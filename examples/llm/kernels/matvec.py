@@ -60,11 +60,12 @@ def store_sums(  # noqa: PLR0913 - a kernel has no records
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    """Of each token and row, the sum over pieces; rounded, and the bias added to that, if BIAS."""
+    """Of each token and row, the sum over pieces; rounded, and the bias added to that, of rows that
+    lie BIAS elements apart, unless BIAS is 0."""
     for r in tl.static_range(ROWS):
         row = tl.program_id(0) * ROWS + r
         if BIAS:
-            added = tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
+            added = tl.load(bias + row * BIAS, mask=row < rows, other=0).to(tl.float32)
         for t in tl.static_range(TOKENS):
             token = tl.program_id(1) * TOKENS + t
             one = tl.sum(total[t * ROWS + r], axis=0).to(y.dtype.element_ty)

@@ -146,10 +146,11 @@ def rounded(
     kind: tl.constexpr,
     BIAS: tl.constexpr,
 ) -> tl.tensor:
-    """float32 sums in the dtype ``kind``; the bias of their rows is added to that, if BIAS."""
+    """float32 sums in the dtype ``kind``; the bias of their rows, which lie BIAS elements apart, is
+    added to that, unless BIAS is 0."""
     one = total.to(kind)
     if BIAS:
-        added = tl.load(bias + row, mask=inside, other=0).to(tl.float32)
+        added = tl.load(bias + row * BIAS, mask=inside, other=0).to(tl.float32)
         one = (one.to(tl.float32) + added).to(kind)
     return one
 

@@ -163,7 +163,7 @@ def launch_slots(
         PIECE=piece,
         BITS=_bits(kind),
         GROUP=bank.group // CHUNK,
-        BIAS=bias is not None,
+        BIAS=0 if bias is None else bias.stride(1),
         ROWS=height,
         PIECES=own.tile[1],
         num_warps=own.warps,

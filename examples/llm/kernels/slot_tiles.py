@@ -107,7 +107,7 @@ def multiply(
         STEP=(step.piece, step.chunk, step.chunks),
         EVEN=bank.width % (step.chunk * step.chunks) == 0,
         GATHERS=bool(per_token),
-        BIAS=bias is not None,
+        BIAS=0 if bias is None else bias.stride(1),
         ROWS=shape.rows,
         TOKENS=routed.at_once,
         num_warps=shape.warps,

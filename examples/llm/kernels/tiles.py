@@ -138,7 +138,7 @@ def multiply(
         GROUP=packed.group // CHUNK,
         STEP=(step.piece, step.chunk, step.chunks),
         EVEN=packed.width % (step.chunk * step.chunks) == 0,
-        BIAS=bias_N is not None and splits == 1,
+        BIAS=int(bias_N is not None and splits == 1),
         ROWS=own.rows,
         TOKENS=at_once,
         num_warps=own.warps,
@@ -152,7 +152,7 @@ def multiply(
 
 def _add_shares(sums: torch.Tensor, bias_N: torch.Tensor | None, y_TN: torch.Tensor) -> None:
     """y = the sum of the shares' (splits, T, rows), plus a bias."""
-    bias, biased = (y_TN, False) if bias_N is None else (bias_N, True)
+    bias, biased = (y_TN, 0) if bias_N is None else (bias_N, 1)
     count, rows = y_TN.numel(), y_TN.shape[1]
     pointwise.add_splits[(triton.cdiv(count, SUMS_BLOCK),)](
         sums, bias, y_TN, rows, count, BIAS=biased, SPLITS=len(sums), BLOCK=SUMS_BLOCK

@@ -39,8 +39,9 @@ def bank_of(matrices: list[Packed]) -> Packed:
     """In slots as a pool has them, which have some bytes more than the matrix."""
     parts = {}
     for name, first in matrices[0].parts.items():
-        slab = torch.full((len(matrices), first.numel() + 64), 127, dtype=first.dtype)
-        bank = slab[:, 16 : 16 + first.numel()].unflatten(1, first.shape)
+        step = 2 if name == "bias" else 1  # of one that takes turns with another's
+        slab = torch.full((len(matrices), step * first.numel() + 64), 127, dtype=first.dtype)
+        bank = slab[:, 16 : 16 + step * first.numel() : step].unflatten(1, first.shape)
         for slot, own in enumerate(matrices):
             bank[slot] = own.parts[name]
         parts[name] = bank

@@ -161,7 +161,7 @@ def test_pairs_and_rows_beside_a_pair_change_none_of_its_bits(name, monkeypatch)
 @pytest.mark.parametrize("name", ["ct4, channel", "F32"])
 def test_a_bias_is_that_of_the_pairs_slot(name):
     bank = bank_of(matrices_of(name))
-    bias = torch.full((SLOTS, ROWS + 2), float("nan"), device=DEVICE)[:, :ROWS]
+    bias = torch.full((SLOTS, 2 * ROWS + 2), float("nan"), device=DEVICE)[:, 1 : 2 * ROWS : 2]
     bias.copy_(torch.arange(SLOTS * ROWS).view(SLOTS, ROWS))
     x, slots = random_x(name, 2, DTYPES[-1]), numbers(1, 3, 0)
     expected = fused.multiply_slots(bank, x, slots, 2)
