@@ -19,6 +19,7 @@ import torch
 
 from ..checkpoint.experts import ExpertLayer
 from ..devices.device import Device, Numbers
+from ..errors import ConfigError
 from ..experts.policies import Key
 from ..experts.slots import Held
 from .expert_home import MappedExperts
@@ -161,8 +162,12 @@ class DeviceLead:
         self._leads = False
 
     def load(self, layer_idx: int, ids_P: torch.Tensor) -> torch.Tensor:
-        """The slots of experts that the current stream has brought when it comes to what follows;
-        ``most_ids`` at most."""
+        """The slots of experts that the current stream has brought when it comes to what follows.
+        ConfigError for more than ``most_ids``."""
+        if len(ids_P) > self.most_ids:
+            raise ConfigError(
+                f"layer {layer_idx}: {len(ids_P)} ids at once, the device brings {self.most_ids}"
+            )
         kernels, told, count = self._kernels, self._told[layer_idx], self._layers[layer_idx]
         led = next(led for led in self._led if layer_idx in led.layers)
         first = led.layers.index(layer_idx) * led.experts

@@ -186,6 +186,20 @@ def test_outside_of_its_pass_a_device_brings_nothing(tmp_path: Path) -> None:
             assert weights.experts.load_on_device(ids) is None  # type: ignore[attr-defined]
 
 
+def test_more_ids_than_a_device_brings_at_once_are_refused_and_harm_nobody(tmp_path: Path) -> None:
+    expected = alone(tmp_path)
+    with opened(tmp_path, 5) as streamer:
+        layers, asked = handed_out(streamer), [[0, 1, 2], [3], [4, 5]]
+        for count in (streamer.most_on_device + 1, 1000):
+            with (
+                pytest.raises(ConfigError, match=r"layer 1.*brings 5"),
+                streamer.experts_on_device(),
+            ):
+                layers[1].load_on_device(torch.zeros(count, dtype=torch.int64, device=WHERE))
+            led(streamer, layers, expected, asked)
+            check(streamer, expected, asked)
+
+
 def test_numbers_of_no_expert_harm_nobody(tmp_path: Path) -> None:
     expected = alone(tmp_path)
     with opened(tmp_path, 5) as streamer:
