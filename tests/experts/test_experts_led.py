@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from paths import ROOT
-from triton_runs import INTERPRETED, needs_triton, run_checks
+from triton_runs import EVERY_CASE, INTERPRETED, needs_triton, run_checks
 
 CHECKS = ROOT / "tests" / "helpers" / "experts" / "led_by_device.py"
 
@@ -12,6 +12,12 @@ CHECKS = ROOT / "tests" / "helpers" / "experts" / "led_by_device.py"
 @needs_triton
 def test_experts_that_a_device_brings_are_exact_over_the_late_fake() -> None:
     run_checks(INTERPRETED, CHECKS)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_experts_that_a_device_brings_are_exact_in_many_more_passes() -> None:
+    run_checks(INTERPRETED | {EVERY_CASE: "1"}, CHECKS)
 
 
 @needs_triton

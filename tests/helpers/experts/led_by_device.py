@@ -32,7 +32,7 @@ ASKED = st.lists(
 )  # fmt: skip
 LED_OR_NOT = st.lists(st.tuples(st.booleans(), ASKED), min_size=1, max_size=6)
 quickly = settings(
-    max_examples=8 if FEW else 60,
+    max_examples=3 if FEW else 60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
