@@ -115,10 +115,7 @@ def decode(engine: StreamingEngine, args: argparse.Namespace) -> dict[str, Any]:
     reports = [*reports, engine.streamer.last_experts][-new:]
     # Experts come in none of the streamer's steps: of these a token uses some.
     used = found["used_bytes"] + config.num_layers * experts.per_token * expert_nbytes(engine)
-    record = {
-        "decode": seconds, "link": link.rates, "weight_bytes": found["weight_bytes"],
-        "used_bytes": used,
-    }  # fmt: skip
+    record = {"decode": seconds, "link": link.rates, "used_bytes": used}
     if reports[0] is None or args.child == "all":
         return record
     slots = sum({id(p): len(p) for p in engine.streamer._opened().experts.pools.values()}.values())
