@@ -60,9 +60,14 @@ class SlotTable:
         keys = tuple(keys)
         return tuple(map(self._slots.__getitem__, keys)) if all(k in self for k in keys) else None
 
-    def place(self, keys: Sequence[Key], busy: Collection[int] = ()) -> Placing:
+    def place(
+        self, keys: Sequence[Key], busy: Collection[int] = (), *, asked: bool = True
+    ) -> Placing:
         """A slot for each of ``keys``, which differ: where it is, else a free one, else that of an
         expert that goes. None of ``keys`` goes, and no slot that is ``busy`` is given anew.
+
+        Not ``asked``: they may be asked for later, and the policy hears of them then. They go after
+        all others, but only until more are placed so: then they are as those asked for once.
 
         ConfigError if that leaves too few slots; then nothing has been placed.
         """
@@ -75,12 +80,18 @@ class SlotTable:
                 f"{len(needed)} experts at once, {self._count} slots, {len(taken)} of them busy"
             )
         self._settled = False
+        if not asked:
+            self._count_early(taken)
         slots, missing = [], []
         for at, key in enumerate(keys):
             if key not in self._slots:
                 missing.append(at)
                 self._slots[key] = self._make_room(needed, taken)
-            self._policy.touch(key)
+                if not asked:
+                    self._early[key] = None
+            if asked:
+                self._early.pop(key, None)
+                self._policy.touch(key)
             slots.append(self._slots[key])
         return Placing(tuple(slots), tuple(missing))
 
@@ -94,7 +105,10 @@ class SlotTable:
             settled = self._settled
             self._settled = False
             self._departures += 1
-            self._policy.victim(key.__eq__)
+            if key in self._early:
+                del self._early[key]
+            else:
+                self._policy.victim(key.__eq__)
             self._free.append(self._slots.pop(key))
             self._settled = settled
 
@@ -104,6 +118,8 @@ class SlotTable:
         self._departures += 1
         self._policy.reset()
         self._slots = dict[Key, int]()
+        self._early = dict[Key, None]()
+        """Those that nobody has asked for yet."""
         self._free = list(range(self._count))
         self._settled = True
 
@@ -115,6 +131,7 @@ class SlotTable:
         if not self._settled:
             self.clear()
         self._settled = False
+        self._count_early(())
         once, again = ({k: self._slots[k] for k in keys} for keys in self._policy.order())
         return Held(tuple(self._free), once, again)
 
@@ -133,11 +150,24 @@ class SlotTable:
         policy = self._policy
         return policy.protected if isinstance(policy, SegmentedLRU) else None
 
+    def _count_early(self, busy: Collection[int]) -> None:
+        """Whoever was placed early, and is not ``busy``, counts as asked for."""
+        for key in [key for key in self._early if self._slots[key] not in busy]:
+            del self._early[key]
+            self._policy.touch(key)
+
     def _make_room(self, needed: Collection[Key], busy: Collection[int]) -> int:
         for at, slot in enumerate(self._free):
             if slot not in busy:
                 return self._free.pop(at)
         self._departures += 1
-        gone = self._policy.victim(lambda key: key not in needed and self._slots[key] not in busy)
+
+        def may_go(key: Key) -> bool:
+            return key not in needed and self._slots[key] not in busy
+
+        gone = self._policy.victim(may_go)
+        if gone is None:
+            gone = next(filter(may_go, self._early), None)
+            self._early.pop(gone or (-1, -1), None)
         assert gone is not None, "there are as many slots as were counted"
         return self._slots.pop(gone)

@@ -78,7 +78,12 @@ class MappedExperts:
         for region, parts, offsets in by_region.values():
             to, from_, nbytes = np.concatenate(parts).T
             to += np.repeat(offsets, [len(part) for part in parts])
-            self._device.copy_pieces((slab, to), (region.memory, from_), nbytes, stream)
+            # Those of a size in one call, the largest first: one expert after the other, with what
+            # is small between what is large, took a quarter longer on an H200.
+            order = np.argsort(-nbytes, kind="stable")
+            for same in np.split(order, np.flatnonzero(np.diff(nbytes[order])) + 1):
+                places = (slab, to[same]), (region.memory, from_[same])
+                self._device.copy_pieces(*places, nbytes[same], stream)
 
     def wait(self) -> None:
         return

@@ -47,14 +47,16 @@ class ExpertPool:
         """Slots of experts, which counts as no use of them; None unless all are there."""
         return self._table.find(keys)
 
-    def place(self, keys: Sequence[Key], busy: Collection[int] = ()) -> Placing:
-        """Slots for experts, none of those that are ``busy`` anew. What is missing is to be
-        brought, and then :meth:`filled` called, or :meth:`failed`. ConfigError for more than there
-        are slots.
+    def place(
+        self, keys: Sequence[Key], busy: Collection[int] = (), *, asked: bool = True
+    ) -> Placing:
+        """Slots for experts, none of those that are ``busy`` anew, as of ``SlotTable``. What is
+        missing is to be brought, and then :meth:`filled` called, or :meth:`failed`. ConfigError for
+        more than there are slots.
 
         A backward that needs what was in a slot that is filled again is to raise from here on.
         """
-        placing = self._table.place(keys, busy)
+        placing = self._table.place(keys, busy, asked=asked)
         if placing.missing:
             self._watch.expire()
         return placing

@@ -175,7 +175,7 @@ class ExpertStore:
         _, busy = self._in_use or (pool, ())
         keys = self._keys(layer_idx, experts)
         self._settle_hints()
-        placing = pool.place(keys, busy)
+        placing = pool.place(keys, busy, asked=False)
         self._fill(pool, keys, placing)
         self._ahead = pool, keys, placing
         copied = self._report.copied_bytes + len(placing.missing) * layer.expert_nbytes
@@ -186,13 +186,15 @@ class ExpertStore:
         how many are on their way. Nothing waits for them but the next load."""
         layer, pool = self.layers[layer_idx], self.pools[layer_idx]
         in_use = [self._in_use, self._ahead and (self._ahead[0], self._ahead[2].slots)]
-        busy = [slot for some in in_use if some and some[0] is pool for slot in some[1]]
+        busy = {slot for some in in_use if some and some[0] is pool for slot in some[1]}
         self._settle_hints()
-        keys = [key for key in self._keys(layer_idx, experts) if key not in pool]
+        keys = self._keys(layer_idx, experts)
+        busy.update(slot for key in keys for slot in pool.find([key]) or ())
+        keys = [key for key in keys if key not in pool]
         keys = keys[: (len(pool) - len(busy)) // 2]  # the rest may hold what is wanted as well
         if not keys:
             return 0
-        self._fill(pool, keys, pool.place(keys, busy))
+        self._fill(pool, keys, pool.place(keys, busy, asked=False))
         self._hinted.update(keys)
         found = self._report
         self._report = replace(
@@ -220,12 +222,9 @@ class ExpertStore:
     def _place(self, layer_idx: int, keys: list[Key]) -> tuple[Placing, int]:
         """Where a load's experts are to be, and how many of them were brought ahead for it."""
         pool, ahead, self._ahead = self.pools[layer_idx], self._ahead, None
-        if ahead is not None and ahead[1] == keys:
-            slots = pool.find(keys)
-            if slots is not None:
-                return Placing(slots, ()), len(ahead[2].missing)
+        mine = ahead is not None and ahead[1] == keys and pool.find(keys) is not None
         try:
-            return pool.place(keys), 0
+            return pool.place(keys), len(ahead[2].missing) if ahead is not None and mine else 0
         except ConfigError as error:
             raise ConfigError(f"layer {layer_idx}: {error}: load them in parts") from None
 

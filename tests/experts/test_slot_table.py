@@ -18,6 +18,7 @@ STEPS = st.lists(
     st.tuples(
         st.lists(st.sampled_from(KEYS), max_size=6, unique=True),
         st.frozensets(st.integers(0, 5), max_size=4),
+        st.booleans(),
     ),
     max_size=20,
 )
@@ -28,10 +29,10 @@ def test_every_expert_has_a_slot_of_its_own_and_only_a_hit_needs_no_filling(
     steps: list[Any], name: PolicyName, data: st.DataObject
 ) -> None:
     table, inside = SlotTable(6, make_policy(name, 6, 2)), dict[int, Key]()
-    for keys, busy in steps:
+    for keys, busy, asked in steps:
         before = dict(inside)
         try:
-            placed = table.place(keys, busy)
+            placed = table.place(keys, busy, asked=asked)
         except ConfigError:
             assert len(keys) > 6 - len(busy - {s for s, key in before.items() if key in keys})
         else:
@@ -51,6 +52,57 @@ def place(table: SlotTable, keys: list[Key], busy: Any = ()) -> Placing:
     placed = table.place(keys, busy)
     table.settle()
     return placed
+
+
+@given(
+    steps=st.lists(st.sets(st.sampled_from(KEYS), min_size=1, max_size=4)),
+    data=st.data(),
+    name=st.sampled_from(POLICIES[:2]),
+)
+def test_bringing_early_what_is_asked_for_next_counts_as_nothing(
+    steps: list[set[Key]], data: st.DataObject, name: PolicyName
+) -> None:
+    # Of "segmented", too, where no more are kept apart than there are slots.
+    plain, early = (SlotTable(8, make_policy(name, 10, 2)) for _ in range(2))
+    for step in steps:
+        keys = sorted(step)
+        there = [slot for key in keys for slot in early.find([key]) or ()]
+        missing = [key for key in keys if key not in early]
+        some = data.draw(st.integers(0, len(missing)))
+        early.place(missing[:some], there, asked=False)
+        early.settle()
+        place(plain, keys)
+        place(early, keys)
+        assert [key in plain for key in KEYS] == [key in early for key in KEYS]
+
+
+def test_going_through_all_of_them_early_leaves_those_that_were_asked_for_again() -> None:
+    table = SlotTable(10, make_policy("segmented", 10, 2))
+    favourites = KEYS[:6]
+    place(table, favourites)
+    place(table, favourites)
+    for key in KEYS[6:] * 3:
+        table.place([key], asked=False)
+        table.settle()
+        place(table, [key])
+    assert place(table, favourites).missing == ()
+
+
+def test_what_is_early_and_never_asked_for_goes_in_its_turn() -> None:
+    table = SlotTable(3, make_policy("lru", 3, 2))
+    for early, asked in ((KEYS[0], KEYS[1]), (KEYS[2], KEYS[3]), (KEYS[4], KEYS[5])):
+        table.place([early], asked=False)
+        table.settle()
+        place(table, [asked])
+    assert [KEYS.index(key) for key in KEYS if key in table] == [2, 4, 5]
+
+
+def test_what_is_early_gives_way_to_what_is_asked_for_when_nobody_else_can() -> None:
+    table = SlotTable(2, make_policy("segmented", 2, 2))
+    table.place(KEYS[:2], asked=False)
+    table.settle()
+    assert place(table, KEYS[2:3], busy={1}).slots == (0,)
+    assert place(table, KEYS[3:4], busy={0}).slots == (1,)
 
 
 def test_more_experts_at_once_than_slots_change_nothing() -> None:
