@@ -6,8 +6,8 @@
         [--dense /tmp/q3]
 
 Weights are random, and so would be which experts a token chooses. So the router's product is
-computed, and then its choice is replaced: by experts that are drawn without putting back, by Zipf's
-law, in an order that each layer has of its own; what each of them counts is the router's. Four
+computed, and others are put in its place: of experts that are drawn without putting back, by Zipf's
+law, in an order that each layer has of its own. Four
 processes: experts on demand and whole layers, with GPU memory capped, and all experts in slots
 without a cap, which is what a pass takes if nothing is missing; and copies of experts alone, by
 size and number, beside the link. Of decoding the median seconds a token, the hits, what Belady's
@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from engine_runs import MIB, Capped, Link, machine, open_engine, prompt_of, run, wait
+from zipf_router import Zipf
 
 from layer_streamer import copy_pieces, parse_bytes
 from layer_streamer.experts.hits import count_hits, most_hits
@@ -41,60 +42,19 @@ from layer_streamer.llm.models import feed_forward
 from layer_streamer.llm.passes import captured_mixture
 from layer_streamer.streamer import store_of
 
-CONTEXT, NEW, WARM, DRAWS = 128, 128, 64, 1024
+CONTEXT, NEW, WARM = 128, 128, 64
 WAYS = ("demand", "all", "whole")
 SIZES = (600_000, 1_800_000, 2_700_000, 13_200_000)
 """Of a matrix of Qwen3.6-35B-A3B, an expert of it, of Qwen3-30B-A3B and of gpt-oss, in 4 bits."""
-
-
-class Zipf:
-    """Chooses experts in place of a router: draws that were made before, one of each layer for each
-    token in turn, kept on the device, so that captured passes look them up there."""
-
-    def __init__(self, layers: int, count: int, each: int, args: argparse.Namespace) -> None:
-        dice = np.random.default_rng(0)
-        p = (np.arange(count) + 1.0) ** -args.exponent
-        orders = [dice.permutation(count) for _ in range(layers)]
-        draws = [
-            [
-                np.sort(order[dice.choice(count, each, replace=False, p=p / p.sum())])
-                for order in orders
-            ]
-            for _ in range(DRAWS)
-        ]
-        device = torch.device(args.device)
-        self.draws = np.array(draws)  # (draws, layers, each)
-        self._draws = torch.from_numpy(self.draws).to(device)
-        self._turn, self._first = torch.zeros(1, dtype=torch.long, device=device), True
-        self._layers = layers
-
-    def __call__(
-        self, x_TD: torch.Tensor, weights: Any, experts: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``feed_forward.choose``."""
-        logits_TX = weights.linear(x_TD, feed_forward.ROUTER)
-        layer = weights.layer_idx
-        if layer == 0:
-            self._turn.add_(len(x_TD))
-        turns = (self._turn + torch.arange(len(x_TD), device=x_TD.device)) % DRAWS
-        ids_TK = self._draws[turns, layer]
-        return ids_TK, logits_TX.float().gather(1, ids_TK).softmax(-1)
-
-    def steps(self, turn: int, count: int) -> list[list[tuple[int, int]]]:
-        """What ``count`` tokens ask for from this turn on, layer by layer."""
-        rows = [self.draws[(turn + i) % DRAWS] for i in range(count)]
-        return [[(i, int(e)) for e in ids] for row in rows for i, ids in enumerate(row)]
-
-    @property
-    def turn(self) -> int:
-        return int(self._turn)
 
 
 def decode(engine: StreamingEngine, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds a token, once slots have filled, and what became of experts meanwhile."""
     config, experts = engine.config, engine.config.experts
     assert experts is not None
-    zipf = Zipf(config.num_layers, experts.count, experts.per_token, args)
+    device = torch.device(args.device)
+    sizes = config.num_layers, experts.count, experts.per_token
+    zipf = Zipf(*sizes, args.exponent, max(args.prompt, CONTEXT), device)
     feed_forward.choose = captured_mixture.choose = zipf  # type: ignore[assignment]
     reports: list[Any] = []
     noting = engine._runner.forward
@@ -137,9 +97,10 @@ def expert_nbytes(engine: StreamingEngine) -> int:
     return 0 if store is None else next(iter(store.layers.values())).expert_nbytes
 
 
-def prompt(engine: StreamingEngine, count: int, turns: int) -> list[float]:
-    """Seconds of a pass over a prompt that begins as none before."""
-    found = []
+def prompt(engine: StreamingEngine, count: int, turns: int) -> dict[str, list[float]]:
+    """Seconds of a pass over a prompt that begins as none before, and the bytes of experts that
+    were missing."""
+    found, missed = list[float](), list[float]()
     for turn in range(turns + 1):
         engine.scheduler.places.forget()
         began = time.perf_counter()
@@ -147,7 +108,9 @@ def prompt(engine: StreamingEngine, count: int, turns: int) -> list[float]:
             [[turn + 1, *prompt_of(count - 1)]], max_new_tokens=1, temperature=0
         ):
             found.append(time.perf_counter() - began)
-    return found[1:]
+        report = engine.streamer.last_experts
+        missed.append(0 if report is None else report.copied_bytes)
+    return {"prompt": found[1:], "prompt_bytes": missed[1:]}
 
 
 def copies(device: torch.device) -> list[dict[str, float]]:
@@ -231,7 +194,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         max_batch=1, **options,
     ) as engine:  # fmt: skip
         record = {"way": args.child, "plan": str(engine.plan), **decode(engine, args)}
-        record["prompt"] = prompt(engine, args.prompt, args.turns)
+        record |= prompt(engine, args.prompt, args.turns)
     return record | (memory.taken() if capped else {})
 
 
@@ -267,6 +230,9 @@ def describe(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None
         )
     for way in WAYS:
         print(f"prompt of {args.prompt}, {way}: {median(found[way]['prompt']):.4f} s")
+    link = median(demand["prompt_bytes"]) / max(demand["link"])
+    share = median(demand["prompt"]) / max(link, median(there["prompt"]))
+    print(f"on demand {share:.3f} x the longer of its missing bytes ({link:.4f} s) and all there")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ def test_experts_are_measured_on_a_cpu_too(tmp_path: Path) -> None:
     found = script("measure_experts.py", path, out, *options)
     assert found.returncode == 0, found.stderr[-2000:]
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [one["way"] for one in records] == ["demand", "whole", "all", "copies"]
+    assert [one["way"] for one in records] == ["demand", "all", "whole", "copies"]
     trace = records[0]["of_trace"]
     assert 0 < trace["segmented"] <= trace["belady"] < trace["asked"]
     assert "tokens/s" in found.stdout and "Belady's" in found.stdout

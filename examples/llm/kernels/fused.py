@@ -31,6 +31,9 @@ WIDEST_TOKEN = 1 << 15
 """Numbers that one program can norm."""
 MOST_EXPERTS = 1024
 """Of which one program chooses."""
+FEW_ROWS, FEW_TOKENS = 256, 2
+"""Of a matrix of floats that a kernel reads faster than a library: a router's 128 rows of 2,048 in
+bfloat16 took 5.0 us on an H200."""
 
 
 Pairs = Any
@@ -117,11 +120,8 @@ def plain_rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> to
 
 def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor, *, always: bool = False) -> torch.Tensor:
     """silu(gate) * up, in the memory of ``gate`` where a kernel serves."""
-    if (
-        _few_kernels(gate_TF, "swiglu", always)
-        and gate_TF.is_contiguous()
-        and up_TF.is_contiguous()
-    ):
+    straight = gate_TF.is_contiguous() and up_TF.is_contiguous()
+    if straight and _few_kernels(gate_TF, "swiglu", always):
         with current(gate_TF):
             gated: torch.Tensor = _kernels("launching").launch_swiglu(gate_TF, up_TF)
         return gated
@@ -171,34 +171,39 @@ def slots_multiply(bank: Packed, x_TD: torch.Tensor) -> bool:
 
 
 def multiply_slots(
-    bank: Packed,
-    x_TD: torch.Tensor,
-    slots_P: torch.Tensor,
-    per_x: int = 1,
-    bias: torch.Tensor | None = None,
+    banks: Sequence[Packed], x_TD: torch.Tensor, slots_P: torch.Tensor, per_x: int = 1
 ) -> torch.Tensor:
-    """Of pair p, row p // per_x of x times the transposed matrix in slot ``slots_P[p]``, plus that
-    of ``bias`` (slots, rows): (P, rows). Only where ``slots_multiply``.
+    """Of each bank and pair p, row p // per_x of x times the transposed matrix in slot
+    ``slots_P[p]``, rounded, plus the bank's bias (slots, rows) if it has one: (banks, P, rows).
+    Only where ``slots_multiply``, of banks of one shape.
 
-    ``bank`` is a matrix as any, but for a first dimension of its parts, the slots. ``slots_P``,
+    A bank is a matrix as any, but for a first dimension of its parts, the slots. ``slots_P``,
     contiguous, fewer than 65536, is read on the device alone, and must name no slot that is not
-    there. ``bias`` is added to the rounded product.
+    there.
     """
     with current(x_TD):
-        found: torch.Tensor = _kernels("slot_products").launch_slots(
-            bank, x_TD, slots_P, per_x, bias
-        )
+        found: torch.Tensor = _kernels("slot_products").launch_slots(banks, x_TD, slots_P, per_x)
     return found
 
 
-def combine(
-    y_PD: torch.Tensor, shares_TK: torch.Tensor, added_TD: torch.Tensor | None = None
-) -> torch.Tensor:
+def multiply_floats(weight_ND: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor | None:
+    """x times a transposed matrix of floats, in float32, rounded: (T, N); None where that is not
+    faster than a library: of so few rows and tokens as a router has while it decodes, it is."""
+    if weight_ND.shape[0] > FEW_ROWS or len(x_TD) > FEW_TOKENS or x_TD.dtype == torch.float64:
+        return None
+    if weight_ND.dtype != x_TD.dtype or not triton_serves(x_TD.device):
+        return None
+    with current(x_TD):
+        found: torch.Tensor | None = _kernels("slot_products").multiply_floats(weight_ND, x_TD)
+    return found
+
+
+def combine(y_PD: torch.Tensor, shares_TK: torch.Tensor) -> torch.Tensor:
     """(T, D): what K experts made of each token, y (T * K, D), by their shares: float32 sums in
-    the order of k, rounded once to y's dtype; and ``added``, of that dtype, added to that. All are
-    contiguous, shares float32. Only where Triton serves."""
+    the order of k, rounded once to y's dtype. Both are contiguous, shares float32. Only where
+    Triton serves."""
     with current(y_PD):
-        mixed: torch.Tensor = _kernels("launching").launch_combine(y_PD, shares_TK, added_TD)
+        mixed: torch.Tensor = _kernels("launching").launch_combine(y_PD, shares_TK)
     return mixed
 
 

@@ -24,7 +24,8 @@ PRODUCTS = {
     "Q4_K": Launch(matvec_q4_k.multiply_q4_k, (4, 64), warps=2),
 }
 """Tiles are (rows for one token, pieces of a step): 32 pieces or more for each warp. Pieces and
-warps, and with them the order of sums, are the same for any number of tokens."""
+warps, and with them the order of sums, are the same for any number of tokens: they follow from the
+width."""
 
 PIECE = {"ct4": 32, "ct8": 32, "Q4_0": 16, "Q8_0": 8, "Q4_K": 64}
 """Weights of a piece."""
@@ -35,6 +36,8 @@ PRODUCT_ALTERNATIVES: tuple[tuple[Tile, int], ...] = (
 )
 """(tile, warps) that bench_kernels.py compares."""
 
+WARP = 32
+"""Threads."""
 WARPS = 1600
 """A matrix of fewer rows than give work to so many warps has fewer of them in each: about twelve
 warps on each multiprocessor of the largest GPUs, so that there are loads under way while others
@@ -70,7 +73,8 @@ def multiply(
     own = launch or PRODUCTS[packed.format]
     height, pieces = own.tile
     if launch is None:
-        height = rows_at_once(own, packed.rows, at_once)
+        own = narrowed(own, packed.width // PIECE[packed.format])
+        height, pieces = rows_at_once(own, packed.rows, at_once), own.tile[1]
     y_TN = x_TD.new_empty(tokens, packed.rows)
     parts, bits = packed.parts, 8 if "8" in packed.format else 4
     tile: dict[str, Any] = {"TOKENS": at_once, "ROWS": height, "PIECES": pieces}
@@ -101,10 +105,16 @@ def multiply(
     return y_TN
 
 
+def narrowed(launch: Launch, pieces: int) -> Launch:
+    """Of rows of so many pieces: one warp, if these are no more than it takes in a step."""
+    height, most = launch.tile
+    return Launch(launch.kernel, (height, WARP), 1) if pieces <= WARP < most else launch
+
+
 def rows_at_once(launch: Launch, rows: int, at_once: int) -> int:
     """How many rows a program has; the order of sums does not depend on it."""
     height, pieces = launch.tile
-    threads = 32 * launch.warps
+    threads = WARP * launch.warps
     if at_once > 1:  # x, read by all rows of a thread, is what takes time
         height = max(height, MANY_ROWS)
     while height > 1 and (
@@ -198,20 +208,16 @@ def launch_rotate(
 COMBINE_BLOCK = 512
 
 
-def launch_combine(
-    y_PD: torch.Tensor, shares_TK: torch.Tensor, added_TD: torch.Tensor | None = None
-) -> torch.Tensor:
+def launch_combine(y_PD: torch.Tensor, shares_TK: torch.Tensor) -> torch.Tensor:
     """(T, D): each token's K rows of y (T * K, D), in their order, times its shares, float32,
-    summed in float32 and rounded to y's dtype; plus ``added``. All contiguous, of one dtype."""
+    summed in float32 and rounded to y's dtype. Both contiguous."""
     (tokens, per_token), width = shares_TK.shape, y_PD.shape[1]
     out_TD = y_PD.new_empty(tokens, width)
     pointwise.combine_shares[(tokens, triton.cdiv(width, COMBINE_BLOCK))](
         y_PD,
         shares_TK,
-        out_TD if added_TD is None else added_TD,
         out_TD,
         width,
-        ADD=added_TD is not None,
         K=per_token,
         BLOCK=COMBINE_BLOCK,
         num_warps=4,

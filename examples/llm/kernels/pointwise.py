@@ -178,18 +178,15 @@ def add_splits(  # noqa: PLR0913
 
 
 @triton.jit
-def combine_shares(  # noqa: PLR0913 - a kernel has no records
+def combine_shares(
     y: tl.tensor,
     shares: tl.tensor,
-    added: tl.tensor,
     out: tl.tensor,
     width: int,
-    ADD: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """out (T, width) = the sum of a token's K rows of y, from the first on, times their shares;
-    rounded, and ``added`` added to that, if ADD."""
+    """out (T, width) = the sum of a token's K rows of y, from the first on, times their shares."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -198,11 +195,7 @@ def combine_shares(  # noqa: PLR0913 - a kernel has no records
         pair = token * K + k
         one = tl.load(y + pair * width + column, mask=inside, other=0).to(tl.float32)
         total += one * tl.load(shares + pair)
-    mixed = total.to(out.dtype.element_ty)
-    if ADD:
-        more = tl.load(added + token * width + column, mask=inside, other=0).to(tl.float32)
-        mixed = (mixed.to(tl.float32) + more).to(out.dtype.element_ty)
-    tl.store(out + token * width + column, mixed, mask=inside)
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

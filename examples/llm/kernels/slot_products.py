@@ -2,11 +2,14 @@
 
 A pair is a token and an expert that it passes. A program computes ROWS numbers of one pair, as the
 kernels of one matrix do for one token: in the same pieces and steps, so a pair's bits are those of
-its matrix and token alone. Which slots these are is read on the device, so that a launch can be
-part of a CUDA graph; what they hold may change between its replays.
+its matrix and token alone. Two matrices of an expert that are alike take one launch. Which slots
+these are is read on the device, so that a launch can be part of a CUDA graph; what they hold may
+change between its replays.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,7 +17,7 @@ import triton.language as tl
 
 from ..weights.packed import FLOATS, Packed
 from .code_floats import ONE, eight_x
-from .launching import PIECE, PRODUCTS, rows_at_once
+from .launching import PIECE, PRODUCTS, narrowed, rows_at_once
 from .matvec import own_rows, store_sums, sums_of_fp4, sums_of_words, zeros
 from .matvec_blocks import sums_of_blocks
 from .matvec_q4_k import sums_of_q4_k
@@ -63,46 +66,48 @@ def multiply_slots(  # noqa: PLR0913 - a kernel has no records
     bias: tl.tensor,
     y: tl.tensor,
     slots: tl.tensor,
-    rows: int,
-    pairs: int,
-    per_x: int,
-    pieces: int,
-    one: int,
+    rows: int, pairs: int, per_x: int, pieces: int, one: int,
     code_slot: int, code_row: int, scale_slot: int, scale_row: int, scale_group: int,
-    bias_slot: int,
+    bias_slot: int, code_bank: int, scale_bank: int, bias_bank: int,
     KIND: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BIAS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """y (pairs, rows): pair p is row p // per_x of x times the matrix in slot ``slots[p]``.
+    """y (banks, pairs, rows): pair p is row p // per_x of x times the matrix in slot ``slots[p]``,
+    or in the first where that is None.
 
-    Slots lie ``code_slot`` times 16 bytes apart. KIND "words" (E2M1 where scales are bytes),
-    "blocks" and "Q4_K" are what ``matvec`` and its like know, rows of words ``code_row`` pieces
-    apart. "floats" are of BITS and of x's dtype, likewise. A piece is PIECE weights.
+    Slots lie ``code_slot`` times 16 bytes apart, banks ``code_bank`` times. KIND "words" (E2M1
+    where scales are bytes), "blocks" and "Q4_K" are what ``matvec`` and its like know, rows of
+    words ``code_row`` pieces apart. "floats" are of BITS and of x's dtype, likewise. A piece is
+    PIECE weights.
     """
-    pair = tl.program_id(1)
-    slot = tl.load(slots + pair).to(tl.int64)
+    pair, bank = tl.program_id(1), tl.program_id(2)
+    slot = tl.zeros((), tl.int64) if slots is None else tl.load(slots + pair).to(tl.int64)
+    first = slot * code_slot + bank * code_bank
+    scale += slot * scale_slot + bank * scale_bank
+    y += bank.to(tl.int64) * pairs * rows
     x += (pair // per_x).to(tl.int64) * (pieces * PIECE)
     if KIND == "words":
-        words = codes.to(tl.pointer_type(tl.uint32)) + slot * code_slot * 4
+        words = codes.to(tl.pointer_type(tl.uint32)) + first * 4
         words = own_rows(words, code_row * BITS, rows, ROWS)
-        scales = own_rows(scale + slot * scale_slot, scale_row, rows, ROWS)
+        scales = own_rows(scale, scale_row, rows, ROWS)
         if scale.dtype.element_ty == tl.uint8:
             total = sums_of_fp4(words, scales, (x,), pieces, ROWS, PIECES)
         else:
             total = sums_of_words(words, scales, (x,), pieces, one, scale_group,
                                   BITS, GROUP, 1, ROWS, PIECES)  # fmt: skip
     elif KIND == "blocks":
-        own = codes.to(tl.pointer_type(tl.uint16)) + slot * code_slot * 8
+        own = codes.to(tl.pointer_type(tl.uint16)) + first * 8
         own = own_rows(own, pieces // (BITS // 2) * (1 + 2 * BITS), rows, ROWS)
         total = sums_of_blocks(own, (x,), pieces, one, BITS, 1, ROWS, PIECES)
     elif KIND == "Q4_K":
-        words = codes.to(tl.pointer_type(tl.uint32)) + slot * code_slot * 4
+        words = codes.to(tl.pointer_type(tl.uint32)) + first * 4
         words = own_rows(words, pieces // 4 * 36, rows, ROWS)
         total = sums_of_q4_k(words, (x,), pieces, one, 1, ROWS, PIECES)
     else:
-        own = codes + slot * code_slot * (128 // BITS)
+        own = codes + first * (128 // BITS)
         total = sums_of_floats(own_rows(own, code_row * 8, rows, ROWS), (x,), pieces, ROWS, PIECES)
-    store_sums(y, bias + slot * bias_slot, total, rows, pairs, BIAS, 1, ROWS)
+    bias += slot * bias_slot + bank * bias_bank
+    store_sums(y, bias, total, rows, pairs, BIAS, 1, ROWS)
 
 
 def serves(bank: Packed, x_TD: torch.Tensor) -> bool:
@@ -124,31 +129,57 @@ def serves(bank: Packed, x_TD: torch.Tensor) -> bool:
 
 
 def launch_slots(
-    bank: Packed,
-    x_TD: torch.Tensor,
-    slots_P: torch.Tensor,
-    per_x: int = 1,
-    bias: torch.Tensor | None = None,
+    banks: Sequence[Packed], x_TD: torch.Tensor, slots_P: torch.Tensor, per_x: int = 1
 ) -> torch.Tensor:
-    """Of pair p, row p // per_x of x times the transposed matrix in slot ``slots_P[p]`` of a bank,
-    plus that of ``bias`` (slots, rows): (P, rows), in the dtype of x.
+    """Of each bank and pair p, row p // per_x of x times the transposed matrix in slot
+    ``slots_P[p]``, plus the bank's ``bias`` (slots, rows) if it has one: (banks, P, rows), in the
+    dtype of x.
 
-    ``bank`` is of one matrix, but for a first dimension of its parts, the slots. ``slots_P``,
-    integers, is contiguous; no number is outside of the bank: nobody looks.
+    A bank is of one matrix, but for a first dimension of its parts, the slots; all are of one shape
+    and format. ``slots_P``, integers, is contiguous; no number is outside of a bank: nobody looks.
     """
-    kind, rows, pairs = bank.format, bank.rows, len(slots_P)
-    codes, scale = _codes(bank), bank.parts.get("scale")
+    y_BPN = x_TD.new_empty(len(banks), len(slots_P), banks[0].rows)
+    steps = _steps(banks)
+    for i, bank in enumerate(banks[:1] if steps else banks):
+        together = (len(banks), steps) if steps else (1, (0, 0, 0))
+        _launch(bank, *together, (x_TD, slots_P, per_x), y_BPN[i])
+    return y_BPN
+
+
+def multiply_floats(weight_ND: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor | None:
+    """x times one transposed matrix of floats, (T, N); None where it lies as no bank may."""
+    kind = next(kind for kind, dtype in FLOATS.items() if dtype == weight_ND.dtype)
+    rows, width = weight_ND.shape
+    bank = Packed(format=kind, rows=rows, width=width, parts={"weight": weight_ND[None]})
+    if not serves(bank, x_TD):
+        return None
+    y_TN = x_TD.new_empty(len(x_TD), rows)
+    _launch(bank, 1, (0, 0, 0), (x_TD, None, 1), y_TN)
+    return y_TN
+
+
+_Asked = tuple[torch.Tensor, torch.Tensor | None, int]
+"""x, slots, and how many pairs share a row of x."""
+
+
+def _launch(
+    bank: Packed, count: int, steps: tuple[int, int, int], asked: _Asked, y: torch.Tensor
+) -> None:
+    """``launch_slots`` of so many banks, the first of them this one."""
+    (x_TD, slots_P, per_x), kind, rows = asked, bank.format, bank.rows
+    pairs, codes, scale = len(y), _codes(bank), bank.parts.get("scale")
+    bias = bank.parts.get("bias")
     assert codes is not None
     own = PRODUCTS.get(kind) or Launch(multiply_slots, _FLOAT_TILE, _FLOAT_WARPS)
     piece = _FLOAT_PIECE if kind in FLOATS else PIECE.get(kind, CHUNK)
-    y_PN = x_TD.new_empty(pairs, rows)
-    height = rows_at_once(own, rows * pairs, 1)
-    multiply_slots[(triton.cdiv(rows, height), pairs)](
+    own = narrowed(own, bank.width // piece)
+    height = rows_at_once(own, rows * pairs * count, 1)
+    multiply_slots[(triton.cdiv(rows, height), pairs, count)](
         codes,
         codes if scale is None else scale,
         x_TD,
-        y_PN if bias is None else bias,
-        y_PN,
+        y if bias is None else bias,
+        y,
         slots_P,
         rows,
         pairs,
@@ -159,6 +190,7 @@ def launch_slots(
         codes.stride(1) // _piece_length(bank),
         *((0, 0, 0) if scale is None else scale.stride()),
         0 if bias is None else bias.stride(0),
+        *steps,
         KIND=_KINDS.get(kind, "floats"),
         PIECE=piece,
         BITS=_bits(kind),
@@ -168,7 +200,35 @@ def launch_slots(
         PIECES=own.tile[1],
         num_warps=own.warps,
     )
-    return y_PN
+
+
+def _steps(banks: Sequence[Packed]) -> tuple[int, int, int] | None:
+    """From one bank to the next, of codes in 16 bytes, of scales and biases in numbers; None: there
+    is no such step."""
+    first, *others = banks
+    if not others:
+        return 0, 0, 0
+    if len(others) > 1 or _form(first) != _form(others[0]):
+        return None
+    apart = {
+        name: others[0].parts[name].data_ptr() - part.data_ptr()
+        for name, part in first.parts.items()
+    }
+    codes = apart["packed" if "packed" in apart else "raw" if "raw" in apart else "weight"]
+    if codes % ALIGNMENT:
+        return None
+    sizes = ((apart.get(name, 0), first.parts.get(name)) for name in ("scale", "bias"))
+    scale, bias = (0 if part is None else step // part.itemsize for step, part in sizes)
+    return codes // ALIGNMENT, scale, bias
+
+
+def _form(bank: Packed) -> tuple[object, ...]:
+    """What banks of one launch agree in."""
+    parts = [
+        (name, part.dtype, part.shape, part.stride(), part.untyped_storage().data_ptr())
+        for name, part in bank.parts.items()
+    ]
+    return bank.format, bank.rows, bank.width, bank.group, parts
 
 
 def _codes(bank: Packed) -> torch.Tensor | None:

@@ -28,7 +28,8 @@ class Routed:
     """Pairs of tokens and experts, sorted by experts."""
 
     tiles_N3: torch.Tensor
-    """Of each program's pairs: the slot of their expert, the first of them, the end; int32."""
+    """Of each program's pairs: the slot of their expert, the first of them, the end, which is the
+    first if there are none; int32."""
     order_P: torch.Tensor
     """Which pair each of the sorted ones is, token by token; int32."""
     at_once: int
@@ -39,10 +40,7 @@ def route(order_P: torch.Tensor, ends: Sequence[int], slots: Sequence[tuple[int,
     """Programs for experts, given (expert, slot) of each. ``ends``: of each expert's pairs among
     the sorted ones, whose numbers before were ``order_P``. To be waited for by nobody."""
     starts = [0, *ends]
-    counts = [ends[expert] - starts[expert] for expert, _ in slots]
-    least, most = min(tiles.SHAPES), max(tiles.SHAPES)
-    mean = -(-sum(counts) // max(len(counts), 1))
-    at_once = min(max(triton.next_power_of_2(mean), least), most)
+    at_once = _at_once(sum(ends[expert] - starts[expert] for expert, _ in slots), len(slots))
     found = [
         (slot, first, min(first + at_once, ends[expert]))
         for expert, slot in slots
@@ -50,6 +48,32 @@ def route(order_P: torch.Tensor, ends: Sequence[int], slots: Sequence[tuple[int,
     ]
     numbers = torch.from_numpy(np.array(found, dtype=np.int32).reshape(-1, 3))
     return Routed(numbers.to(order_P.device, non_blocking=True), order_P.int(), at_once)
+
+
+ROUTED_AT_ONCE = 2048
+"""Pairs that a program of ``route_pairs`` looks at."""
+
+
+def route_all(ids_TK: torch.Tensor, slots_X: torch.Tensor) -> Routed:
+    """``route`` where all experts are in these slots, by the device: the host waits for nothing,
+    and has programs that find nothing to do started, too. ``ids_TK``: contiguous."""
+    pairs, experts, device = ids_TK.numel(), len(slots_X), ids_TK.device
+    at_once = _at_once(pairs, experts)
+    programs = pairs // at_once + experts
+    tiles_N3 = torch.empty(programs, 3, dtype=torch.int32, device=device)
+    order_P = torch.empty(pairs, dtype=torch.int32, device=device)
+    route_pairs[(experts,)](
+        ids_TK, slots_X, order_P, tiles_N3, pairs, experts, programs,
+        AT_ONCE=at_once, BLOCK=ROUTED_AT_ONCE, num_warps=8,
+    )  # fmt: skip
+    return Routed(tiles_N3, order_P, at_once)
+
+
+def _at_once(pairs: int, experts: int) -> int:
+    """Pairs of a program, where so many experts have so many."""
+    mean = -(-pairs // max(experts, 1))
+    at_once: int = triton.next_power_of_2(mean)
+    return min(max(at_once, min(tiles.SHAPES)), max(tiles.SHAPES))
 
 
 def one_by_one(slots_P: torch.Tensor) -> Routed:
@@ -125,6 +149,40 @@ def _first(bank: Packed) -> Packed:
     return replace(bank, parts={name: part[0] for name, part in bank.parts.items()})
 
 
+@triton.jit(do_not_specialize=["pairs", "programs"])
+def route_pairs(  # noqa: PLR0913 - a kernel has no records
+    ids: tl.tensor, slots: tl.tensor, order: tl.tensor, tiles: tl.tensor,
+    pairs: int, experts: int, programs: int,
+    AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """A program finds the pairs of an expert, in their order, and writes where they are sorted and
+    who computes them. Expert e, whose pairs begin at s, has programs from s // AT_ONCE + e on: so
+    each finds its place without the others, and some programs remain without pairs."""
+    expert = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    start, count = 0, 0
+    for first in range(0, pairs, BLOCK):
+        asked = tl.load(ids + first + at, mask=first + at < pairs, other=experts)
+        start += tl.sum((asked < expert).to(tl.int32), 0)
+        count += tl.sum((asked == expert).to(tl.int32), 0)
+    place = start
+    for first in range(0, pairs, BLOCK):
+        mine = tl.load(ids + first + at, mask=first + at < pairs, other=experts) == expert
+        rank = tl.cumsum(mine.to(tl.int32), 0)
+        tl.store(order + place + rank - 1, first + at, mask=mine)
+        place += tl.sum(mine.to(tl.int32), 0)
+    end, slot = start + count, tl.load(slots + expert).to(tl.int32)
+    own = start // AT_ONCE + expert
+    following = end // AT_ONCE + expert + 1
+    if expert == experts - 1:
+        following = programs
+    for tile in range(own, following):
+        first = tl.minimum(start + (tile - own) * AT_ONCE, end)
+        tl.store(tiles + 3 * tile, slot)
+        tl.store(tiles + 3 * tile + 1, first)
+        tl.store(tiles + 3 * tile + 2, tl.minimum(first + AT_ONCE, end))
+
+
 @triton.jit(do_not_specialize=["rows", "per_token", "one"])
 def multiply_in_slots(  # noqa: PLR0913 - a kernel has no records
     codes: tl.tensor, scale: tl.tensor, x: tl.tensor, bias: tl.tensor, y: tl.tensor,
@@ -143,7 +201,7 @@ def multiply_in_slots(  # noqa: PLR0913 - a kernel has no records
     slot, first, end = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     pair = first + tl.arange(0, TOKENS)
-    sorted_pair = tl.minimum(pair, end - 1)
+    sorted_pair = tl.maximum(tl.minimum(pair, end - 1), 0)
     came_from = tl.load(order + sorted_pair).to(tl.int64)
     if GATHERS:
         from_row, to_row = came_from // per_token, sorted_pair.to(tl.int64)
@@ -153,8 +211,9 @@ def multiply_in_slots(  # noqa: PLR0913 - a kernel has no records
     lines = codes + slot * slot_nbytes + own_row * (pieces * NBYTES)
     scales = scale + slot * slot_scales + own_row * scale_row
     numbers = x + from_row[None, :] * width
+    steps = tl.where(first < end, tl.cdiv(width, CHUNKS * CHUNK), 0)
     total = tile_totals(
-        lines, scales, numbers, 0, tl.cdiv(width, CHUNKS * CHUNK), width, scale_group, one,
+        lines, scales, numbers, 0, steps, width, scale_group, one,
         KIND, GROUP, STEP, EVEN, TOKENS,
     )  # fmt: skip
     inside = row[:, None] < rows

@@ -6,7 +6,7 @@ Shapes are in the names of tensors, as in ``feed_forward``, and:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -23,6 +23,9 @@ Product = Callable[[torch.Tensor, str], torch.Tensor]
 FEW = 32
 """Tokens, of each of whose experts a program computes some rows, whoever else has chosen it. Of
 more, those that pass one expert share its weights."""
+CROWD = 16
+"""Pairs of each expert, in the mean: of so many, nearly all experts have some, and nobody waits to
+hear which."""
 
 
 def mix(
@@ -44,9 +47,14 @@ def mix(
             return mix_by_token(x_TD, slots_P, shares_TK, weights, config)
     experts = config.mixture(weights.layer_idx)
     assert experts is not None
+    by_expert = _goes_by_expert(x_TD, weights)
+    if by_expert and ids_TK.numel() >= CROWD * experts.count:
+        slots_X = weights.all_slots()
+        if slots_X is not None:
+            return _mix_all(x_TD, ids_TK, slots_X, shares_TK, weights, config)
     sorted_P, order_P = ids_TK.flatten().sort(stable=True)  # and of each expert by tokens
     ends = torch.searchsorted(sorted_P, torch.arange(experts.count, device=x_TD.device), right=True)
-    way = _mix_by_expert if _goes_by_expert(x_TD, weights) else _mix_one_by_one
+    way = _mix_by_expert if by_expert else _mix_one_by_one
     # The only wait for the device.
     return way(x_TD, (order_P, ends.tolist()), shares_TK, weights, config)
 
@@ -81,23 +89,26 @@ def mix_by_token(
     """``mix`` where experts lie in these slots, token by token: it waits for nothing."""
     gate, up, down = (weights.in_slots(matrix) for matrix in MATRICES)
     each = shares_TK.shape[1]
-    gate_PF = _multiply_slots(gate, x_TD, slots_P, each)
-    up_PF = _multiply_slots(up, x_TD, slots_P, each)
+    gate_PF, up_PF = _multiply_slots((gate, up), x_TD, slots_P, each)
     gated_PF = _gated(gate_PF, up_PF, weights, config)
-    return fused.combine(_multiply_slots(down, gated_PF, slots_P, 1), shares_TK)
+    (down_PD,) = _multiply_slots((down,), gated_PF, slots_P, 1)
+    return fused.combine(down_PD, shares_TK)
 
 
 def _multiply_slots(
-    bank: Packed, x: torch.Tensor, slots_P: torch.Tensor, per_x: int
+    banks: Sequence[Packed], x: torch.Tensor, slots_P: torch.Tensor, per_x: int
 ) -> torch.Tensor:
-    """Of each pair, a row of x, which so many share, times its expert's matrix: (P, rows)."""
-    if fused.slots_multiply(bank, x):
-        return fused.multiply_slots(bank, x, slots_P, per_x, bank.parts.get("bias"))
-    kernels, y_PN = fused.slot_kernels(x.device), x.new_empty(len(slots_P), bank.rows)
+    """Of each pair, a row of x, which so many share, times its expert's matrices, which are of one
+    shape: (banks, P, rows)."""
+    if all(fused.slots_multiply(bank, x) for bank in banks):
+        return fused.multiply_slots(banks, x, slots_P, per_x)
+    kernels = fused.slot_kernels(x.device)
+    y_BPN = x.new_empty(len(banks), len(slots_P), banks[0].rows)
     assert kernels is not None
     with fused.current(x):
-        kernels.multiply(bank, x, kernels.one_by_one(slots_P), y_PN, per_token=per_x)
-    return y_PN
+        for bank, y_PN in zip(banks, y_BPN, strict=True):
+            kernels.multiply(bank, x, kernels.one_by_one(slots_P), y_PN, per_token=per_x)
+    return y_BPN
 
 
 def _gated(
@@ -112,6 +123,43 @@ def _gated(
 
 Sorted = tuple[torch.Tensor, list[int]]
 """Which pair each of those sorted by experts was, token by token; where each expert's end."""
+
+
+def _mix_all(
+    x_TD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    slots_X: torch.Tensor,
+    shares_TK: torch.Tensor,
+    weights: StepWeights,
+    config: ModelConfig,
+) -> torch.Tensor:
+    """All experts of the layer, which are in these slots, over all tokens that pass them, while the
+    next layer's come: it waits for nothing."""
+    kernels = fused.slot_kernels(x_TD.device)
+    assert kernels is not None
+    y_PD = x_TD.new_empty(ids_TK.numel(), x_TD.shape[1])
+    with fused.current(x_TD):
+        routed = kernels.route_all(ids_TK, slots_X)
+        _pass_through(x_TD, routed, y_PD, weights, config)
+        weights.bring_ahead()
+    return fused.combine(y_PD, shares_TK)
+
+
+def _pass_through(
+    x_TD: torch.Tensor,
+    routed: fused.Pairs,
+    y_PD: torch.Tensor,
+    weights: StepWeights,
+    config: ModelConfig,
+) -> None:
+    """Have y of the pairs that are routed, token by token."""
+    kernels, each = fused.slot_kernels(x_TD.device), len(y_PD) // len(x_TD)
+    assert kernels is not None
+    gate, up, down = (weights.in_slots(matrix) for matrix in MATRICES)
+    gate_PF, up_PF = x_TD.new_empty(2, len(routed.order_P), gate.rows)
+    kernels.multiply(gate, x_TD, routed, gate_PF, per_token=each)
+    kernels.multiply(up, x_TD, routed, up_PF, per_token=each)
+    kernels.multiply(down, _gated(gate_PF, up_PF, weights, config), routed, y_PD)
 
 
 def _mix_by_expert(
@@ -132,12 +180,7 @@ def _mix_by_expert(
             first, last = starts[min(where)], ends[max(where)]
             shifted = [end - first for end in ends]
             routed = kernels.route(order_P[first:last], shifted, sorted(where.items()))
-            gate, up, down = (weights.in_slots(matrix) for matrix in MATRICES)
-            gate_PF, up_PF = (x_TD.new_empty(last - first, gate.rows) for _ in range(2))
-            kernels.multiply(gate, x_TD, routed, gate_PF, per_token=shares_TK.shape[1])
-            kernels.multiply(up, x_TD, routed, up_PF, per_token=shares_TK.shape[1])
-            gated_PF = _gated(gate_PF, up_PF, weights, config)
-            kernels.multiply(down, gated_PF, routed, y_PD)
+            _pass_through(x_TD, routed, y_PD, weights, config)
         # Once the device has its work: what is on its way meanwhile takes longer than that.
         if len(order_P) > 2 * len(ends):
             weights.bring_ahead()

@@ -168,7 +168,9 @@ def project(
 ) -> Tensor:
     """``Arithmetic.project``, the fastest way."""
     if packed.format in FLOATS and packed.parts["weight"].dtype == x_TD.dtype:
-        y_TN = F.linear(x_TD, packed.parts["weight"])
+        weight_ND = packed.parts["weight"]
+        y_TN = fused.multiply_floats(weight_ND, x_TD)
+        y_TN = F.linear(x_TD, weight_ND) if y_TN is None else y_TN
         return y_TN if bias_N is None else y_TN.add_(bias_N)
     if kernel_multiplies(packed, x_TD):
         return multiply(packed, x_TD, bias_N)

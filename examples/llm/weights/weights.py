@@ -39,7 +39,7 @@ class StepWeights:
         self._store = getattr(tensors, "experts", None)
         """Brings the layer's experts, where they do not come with it."""
         self._names, self._unpacker, self._check = names, unpacker, check
-        self._matrices = names.layers[layer.layer_idx]
+        self._matrices, self._in_slots = names.layers[layer.layer_idx], dict[str, Packed]()
         self.arithmetic = arithmetic
         self.layer_idx = layer.layer_idx
         self.interleaved_rope = names.interleaved_rope
@@ -101,8 +101,11 @@ class StepWeights:
     def in_slots(self, matrix: str) -> Packed:
         """A matrix of all experts that are in slots, as of ``Stored.in_slots``. Only where experts
         are brought on demand."""
-        stored = self._matrices[expert_module(0, matrix)]
-        return stored.in_slots(dict(self._banks(stored)))
+        found = self._in_slots.get(matrix)
+        if found is None:
+            stored = self._matrices[expert_module(0, matrix)]
+            found = self._in_slots[matrix] = stored.in_slots(dict(self._banks(stored)))
+        return found
 
     @property
     def on_demand(self) -> bool:
@@ -134,6 +137,20 @@ class StepWeights:
         if table is not None:
             self._see_experts(range(len(table)))
         return table
+
+    def all_slots(self) -> torch.Tensor | None:
+        """As ``all_there``, of all that are brought now; None: there are not twice as many slots,
+        and while these are in use no others come."""
+        table = self.all_there()
+        if table is not None:
+            return table
+        assert self._store is not None
+        every = range(len(self._store))
+        if 2 * len(every) > self._store.num_slots:
+            return None
+        slots_X: torch.Tensor = self._store.load(every)
+        self._see_experts(every)
+        return slots_X
 
     def rounds(self, needed: Sequence[int]) -> Iterator[Mapping[int, int]]:
         """Experts, ascending, in slots, which are told: all, or as many at a time as half of the

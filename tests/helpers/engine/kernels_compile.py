@@ -140,9 +140,12 @@ def compile_mixtures(matrices: list[Packed], dtype: torch.dtype, *, has_cores: b
     for matrix in matrices:
         parts = {name: part.expand(2, *part.shape) for name, part in matrix.parts.items()}
         bank, x = replace(matrix, parts=parts), torch.zeros(1, matrix.width, dtype=dtype)
+        if matrix.format == kind:
+            assert slot_products.multiply_floats(weight, x) is not None
         if slot_products.serves(bank, x):
-            slot_products.launch_slots(bank, x, slots, 8)
-            slot_products.launch_slots(bank, x, slots[:1], 1, torch.zeros(2, 16, dtype=dtype))
+            slot_products.launch_slots((bank,), x, slots, 8)
+            biased = replace(bank, parts=parts | {"bias": torch.zeros(2, 16, dtype=dtype)})
+            slot_products.launch_slots((biased,), x, slots[:1])
     gate = torch.zeros(2, 2880, dtype=dtype)
     launching.launch_clamped(gate, gate, 1.702, 7.0)
     if has_cores:
@@ -151,7 +154,6 @@ def compile_mixtures(matrices: list[Packed], dtype: torch.dtype, *, has_cores: b
         )
     y, shares = torch.zeros(16, 2048, dtype=dtype), torch.zeros(2, 8)
     launching.launch_combine(y, shares)
-    launching.launch_combine(y, shares, y[:2])
     for experts, per_token in ((8, 2), (60, 4), (128, 8), (1024, 16)):
         for over_chosen in (False, True):
             launching.launch_choose(

@@ -17,6 +17,7 @@ from zoo import IDS, MIXTURES, zoo_model
 
 from layer_streamer.llm.kernels import slot_tiles
 from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.models import mixing
 from layer_streamer.llm.passes.runner import Runner
 
 SLOTS = {"all": 10_000, "some": 14, "few": 5}
@@ -40,15 +41,21 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield found
 
 
-def run(path: Path, rows: int, look: Callable[[Runner], Any] = passes, **options: Any) -> Any:
+def run(
+    path: Path,
+    rows: int,
+    look: Callable[[Runner], Any] = passes,
+    steps: int = STEPS,
+    **options: Any,
+) -> Any:
     """Logits of prompts, then of some tokens of each row, captured unless ``rows`` is 0, and what
     ``look`` says at the end."""
     given = {"experts": "demand", "device_budget": "1GiB", "dtype": torch.float16}
     with opened(path, load_config(path), rows=rows, **given | options) as runner:
         prompts = [IDS[k : k + n] for k, n in enumerate(PROMPTS)]
-        places = [runner.kv.rows.add(len(ids) + STEPS) for ids in prompts]
+        places = [runner.kv.rows.add(len(ids) + steps) for ids in prompts]
         found = [runner.forward(list(zip(places, prompts, strict=True)))]
-        for i in range(STEPS):
+        for i in range(steps):
             found.append(runner.forward([(row, [IDS[i + k]]) for k, row in enumerate(places)]))
         return torch.cat(found).float().cpu(), look(runner)
 
@@ -76,3 +83,27 @@ def test_captured_mixtures_give_the_logits_of_launched_ones(
     assert experts is not None
     assert (none, captured, whole) == (0, STEPS, SLOTS[slots] >= experts.total)
     assert launched and relative_error(found, expected) <= ROUNDED
+
+
+@pytest.mark.parametrize("slots", ["all"] if FEW else SLOTS)
+@pytest.mark.parametrize("name", ["qwen3_moe"] if FEW else MIXTURES)
+def test_prompts_that_pass_nearly_all_experts_give_the_logits_of_whole_layers(
+    tmp_path: Path, name: str, slots: str, launched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, routed = packed_checkpoint(tmp_path, name), list[int]()
+    route_all = slot_tiles.route_all
+
+    def heed(ids_TK: torch.Tensor, slots_X: torch.Tensor) -> slot_tiles.Routed:
+        routed.append(len(slots_X))
+        return route_all(ids_TK, slots_X)
+
+    monkeypatch.setattr(slot_tiles, "route_all", heed)
+    monkeypatch.setattr(mixing, "FEW", 0)
+    monkeypatch.setattr(mixing, "CROWD", 1)
+    experts = load_config(path).experts
+    assert experts is not None
+    expected, _ = run(path, 0, steps=0, experts="whole")
+    found, _ = run(path, 0, steps=0, expert_slots=SLOTS[slots])
+    assert relative_error(found, expected) <= ROUNDED
+    at_once = SLOTS[slots] >= min(2 * experts.count, experts.total)
+    assert bool(routed) == at_once and set(routed) <= {experts.count}

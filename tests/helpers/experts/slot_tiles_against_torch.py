@@ -51,7 +51,7 @@ def bank_of(matrices: list[Packed]) -> Packed:
 def routed(ids_TK: torch.Tensor, slots: dict[int, int]) -> slot_tiles.Routed:
     """As the engine has it: experts ascending, pairs of each by tokens."""
     sorted_P, order_P = ids_TK.flatten().sort(stable=True)
-    count = int(ids_TK.max()) + 1
+    count = max(int(ids_TK.max()), *slots) + 1
     ends = torch.searchsorted(sorted_P, torch.arange(count), right=True).tolist()
     return slot_tiles.route(order_P.to(DEVICE), ends, sorted(slots.items()))
 
@@ -83,6 +83,41 @@ def test_each_pair_is_multiplied_by_its_own_expert(
         error = (found[at].cpu().double() - product - bias).abs()
         rounded = product.abs() + (product + bias).abs() * ("bias" in own.parts)
         assert (error <= 1.01 * half_ulp * rounded + 2**-20 * (weight.abs() @ x.abs())).all()
+
+
+IDS = {
+    "of all experts": chosen(300, 5),
+    "of one expert alone": torch.full((45, 1), 3),
+    "of the first and the last": torch.tensor([[0, 4]] * 33),
+    "of more than a program looks at": torch.arange(2500).view(-1, 1) * 7 % 5,
+    "one": torch.tensor([[4]]),
+}
+
+
+@pytest.mark.parametrize("ids_TK", IDS.values(), ids=IDS.keys())
+def test_the_device_sorts_pairs_and_shares_them_out_as_the_host_does(ids_TK: torch.Tensor) -> None:
+    slots = torch.tensor([4, 2, 0, 1, 3])
+    found = slot_tiles.route_all(ids_TK.to(DEVICE), slots.to(DEVICE))
+    expected = routed(ids_TK, dict(enumerate(slots.tolist())))
+    assert torch.equal(found.order_P, expected.order_P) and found.order_P.dtype == torch.int32
+    tiles, other = found.tiles_N3.tolist(), expected.tiles_N3.tolist()
+    assert found.at_once == expected.at_once
+    assert [tile for tile in tiles if tile[1] != tile[2]] == other
+    assert all(0 <= slot < 5 and 0 <= first <= end for slot, first, end in tiles)
+
+
+def test_programs_without_pairs_write_nothing() -> None:
+    matrices = [matrix("Q4_0", seed) for seed in range(SLOTS)]
+    bank, ids_TK = cases.on(bank_of(matrices), DEVICE), IDS["of the first and the last"]
+    x_PD = random_x(66, bank.width, DTYPES[0]).to(DEVICE)
+    ways = (
+        routed(ids_TK, {i: i for i in range(5)}),
+        slot_tiles.route_all(ids_TK.to(DEVICE), torch.arange(5, device=DEVICE)),
+    )
+    found = [torch.full((70, ROWS), 7.0).to(DEVICE, DTYPES[0]) for _ in ways]
+    for way, out in zip(ways, found, strict=True):
+        slot_tiles.multiply(bank, x_PD, way, out)
+    assert torch.equal(*found) and found[0][66:].eq(7).all()
 
 
 def test_sorted_pairs_are_written_to_where_they_came_from() -> None:

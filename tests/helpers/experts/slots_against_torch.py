@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton_runs import FEW
 
-from layer_streamer.llm.kernels import fused, launching
+from layer_streamer.llm.kernels import fused, launching, slot_products
 from layer_streamer.llm.kernels.triton_support import interpreted
 from layer_streamer.llm.models.experts import Clamp
 from layer_streamer.llm.models.mixing import clamped
@@ -108,6 +108,11 @@ def numbers(*slots: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.tensor(slots, dtype=dtype, device=DEVICE)
 
 
+def multiply(bank: Packed, x: torch.Tensor, slots: torch.Tensor, per_x: int = 1) -> torch.Tensor:
+    (found,) = fused.multiply_slots((bank,), x, slots, per_x)
+    return found
+
+
 PAIRS = (3, 0, 3, 1)
 
 
@@ -116,7 +121,7 @@ def products(name: str, dtype: torch.dtype) -> tuple[Packed, torch.Tensor, torch
     """A bank, two tokens, and y of PAIRS, of which two at a time share a token."""
     bank, x = bank_of(matrices_of(name)), random_x(name, 2, dtype)
     assert fused.slots_multiply(bank, x)
-    return bank, x, fused.multiply_slots(bank, x, numbers(*PAIRS, dtype=torch.int32), 2)
+    return bank, x, multiply(bank, x, numbers(*PAIRS, dtype=torch.int32), 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -143,7 +148,7 @@ def test_a_pairs_bits_are_those_of_its_matrix_and_token_alone(name):
     for pair in (0, 3):
         one = x[pair // 2][None]
         if name == "mxfp4":  # no kernel has it of one matrix
-            alone = fused.multiply_slots(bank, one, numbers(PAIRS[pair]), 1)
+            alone = multiply(bank, one, numbers(PAIRS[pair]))
         else:
             alone = launching.multiply(slot(bank, PAIRS[pair]), one)
         assert torch.equal(found[pair], alone[0])
@@ -153,9 +158,9 @@ def test_a_pairs_bits_are_those_of_its_matrix_and_token_alone(name):
 def test_pairs_and_rows_beside_a_pair_change_none_of_its_bits(name, monkeypatch):
     bank = bank_of(matrices_of(name, 5))
     x = random_x(name, 2, torch.float32)
-    alone = [fused.multiply_slots(bank, x[i : i + 1], numbers(i)) for i in range(2)]
+    alone = [multiply(bank, x[i : i + 1], numbers(i)) for i in range(2)]
     monkeypatch.setattr(launching, "WARPS", 1)
-    assert torch.equal(fused.multiply_slots(bank, x, numbers(0, 1)), torch.cat(alone))
+    assert torch.equal(multiply(bank, x, numbers(0, 1)), torch.cat(alone))
 
 
 @pytest.mark.parametrize("name", ["ct4, channel", "F32"])
@@ -164,9 +169,51 @@ def test_a_bias_is_that_of_the_pairs_slot(name):
     bias = torch.full((SLOTS, 2 * ROWS + 2), float("nan"), device=DEVICE)[:, 1 : 2 * ROWS : 2]
     bias.copy_(torch.arange(SLOTS * ROWS).view(SLOTS, ROWS))
     x, slots = random_x(name, 2, DTYPES[-1]), numbers(1, 3, 0)
-    expected = fused.multiply_slots(bank, x, slots, 2)
+    expected = multiply(bank, x, slots, 2)
+    biased = replace(bank, parts=bank.parts | {"bias": bias})
     expected = (expected.float() + bias[slots]).to(x.dtype)
-    assert torch.equal(fused.multiply_slots(bank, x, slots, 2, bias), expected)
+    assert torch.equal(multiply(biased, x, slots, 2), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["mxfp4"] if FEW else BANKS)
+def test_matrices_of_one_expert_that_lie_alike_have_the_bits_of_each_alone(name, bias):
+    whole = bank_of(matrices_of(name, 2 * ROWS))
+    if bias:
+        values = torch.arange(SLOTS * 2 * ROWS, dtype=torch.float32, device=DEVICE)
+        whole = replace(whole, parts=whole.parts | {"bias": values.view(SLOTS, 2 * ROWS)})
+    halves = [
+        replace(whole, rows=ROWS, parts={n: p[:, own] for n, p in whole.parts.items()})
+        for own in (slice(ROWS), slice(ROWS, None))
+    ]
+    x, slots = random_x(name, 2, DTYPES[-1]), numbers(*PAIRS)
+    apart = [next(iter(half.parts.values())).data_ptr() for half in halves]
+    one_launch = (apart[1] - apart[0]) % slot_products.ALIGNMENT == 0
+    assert (slot_products._steps(halves) is not None) == one_launch
+    apart = [
+        halves[0],
+        replace(halves[1], parts={n: p.clone() for n, p in halves[1].parts.items()}),
+    ]
+    assert slot_products._steps(apart) is None
+    for banks in (halves, halves[::-1], apart):
+        found = fused.multiply_slots(banks, x, slots, 2)
+        alone = torch.stack([multiply(bank, x, slots, 2) for bank in banks])
+        torch.testing.assert_close(found, alone, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_router_has_the_logits_of_its_floats(dtype, tokens):
+    weight = torch.randn(5, 520, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
+    x = torch.randn(tokens, 520, generator=torch.Generator().manual_seed(4)).to(DEVICE, dtype)
+    found = fused.multiply_floats(weight, x)
+    assert found is not None
+    expected = x.double() @ weight.double().t()
+    bound = torch.finfo(dtype).eps / 2 * expected.abs() + 2**-20 * (x.abs() @ weight.abs().t())
+    assert found.dtype == dtype and ((found.double() - expected).abs() <= bound).all()
+    for other in (weight[:, :515], weight.double(), weight.repeat(60, 1)):
+        fit = x[:, : other.shape[1]].to(other.dtype)
+        assert fused.multiply_floats(other, fit) is None
 
 
 def test_scales_that_slots_share_are_read_by_their_strides():
@@ -174,7 +221,7 @@ def test_scales_that_slots_share_are_read_by_their_strides():
     shared = bank.parts["scale"][1:2, :1]
     wide = replace(bank, parts=bank.parts | {"scale": shared.expand(SLOTS, ROWS, 1)})
     x = random_x("ct4, channel", 1, torch.float32)
-    found = fused.multiply_slots(wide, x, numbers(2), 1)
+    found = multiply(wide, x, numbers(2))
     alone = replace(wide, parts={n: p[2] for n, p in wide.parts.items()})
     assert torch.equal(found, launching.multiply(alone, x))
 
@@ -215,8 +262,6 @@ def test_shares_are_added_up_in_the_order_of_the_experts(per_token, dtype):
     for k in range(per_token):
         total += y[k::per_token].float() * shares[:, k, None]
     assert torch.equal(fused.combine(y, shares), total.to(dtype))
-    added = torch.randn(tokens, width, generator=random).to(dtype).to(DEVICE)
-    assert torch.equal(fused.combine(y, shares, added), total.to(dtype) + added)
 
 
 def routed(logits: torch.Tensor, per_token: int, *, normed: bool) -> tuple[torch.Tensor, ...]:
