@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from .policies import Key, Policy, SegmentedLRU
+from .policies import Key, MayGo, Policy, SegmentedLRU
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,10 @@ class SlotTable:
     def __contains__(self, key: Key) -> bool:
         return self._settled and key in self._slots
 
-    def find(self, keys: Iterable[Key]) -> tuple[int, ...] | None:
-        """Where experts are, which counts as no use of them; None unless all are there."""
-        keys = tuple(keys)
-        return tuple(map(self._slots.__getitem__, keys)) if all(k in self for k in keys) else None
+    def there(self, keys: Iterable[Key]) -> dict[Key, int]:
+        """Those that are in slots, and in which; it counts as no use of them."""
+        held = self._slots if self._settled else {}
+        return {key: held[key] for key in keys if key in held}
 
     def place(
         self, keys: Sequence[Key], busy: Collection[int] = (), *, asked: bool = True
@@ -82,11 +82,15 @@ class SlotTable:
         self._settled = False
         if not asked:
             self._count_early(taken)
+
+        def may_go(key: Key) -> bool:
+            return key not in needed and self._slots[key] not in taken
+
         slots, missing = [], []
         for at, key in enumerate(keys):
             if key not in self._slots:
                 missing.append(at)
-                self._slots[key] = self._make_room(needed, taken)
+                self._slots[key] = self._make_room(may_go, taken)
                 if not asked:
                     self._early[key] = None
             if asked:
@@ -156,18 +160,13 @@ class SlotTable:
             del self._early[key]
             self._policy.touch(key)
 
-    def _make_room(self, needed: Collection[Key], busy: Collection[int]) -> int:
+    def _make_room(self, may_go: MayGo, busy: Collection[int]) -> int:
         for at, slot in enumerate(self._free):
             if slot not in busy:
                 return self._free.pop(at)
         self._departures += 1
-
-        def may_go(key: Key) -> bool:
-            return key not in needed and self._slots[key] not in busy
-
         gone = self._policy.victim(may_go)
         if gone is None:
-            gone = next(filter(may_go, self._early), None)
-            self._early.pop(gone or (-1, -1), None)
-        assert gone is not None, "there are as many slots as were counted"
+            gone = next(filter(may_go, self._early))
+            del self._early[gone]
         return self._slots.pop(gone)

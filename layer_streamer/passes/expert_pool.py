@@ -43,9 +43,9 @@ class ExpertPool:
         """See ``SlotTable``."""
         return self._table.departures
 
-    def find(self, keys: Iterable[Key]) -> tuple[int, ...] | None:
-        """Slots of experts, which counts as no use of them; None unless all are there."""
-        return self._table.find(keys)
+    def there(self, keys: Iterable[Key]) -> dict[Key, int]:
+        """See ``SlotTable``."""
+        return self._table.there(keys)
 
     def place(
         self, keys: Sequence[Key], busy: Collection[int] = (), *, asked: bool = True

@@ -189,8 +189,9 @@ class ExpertStore:
         busy = {slot for some in in_use if some and some[0] is pool for slot in some[1]}
         self._settle_hints()
         keys = self._keys(layer_idx, experts)
-        busy.update(slot for key in keys for slot in pool.find([key]) or ())
-        keys = [key for key in keys if key not in pool]
+        there = pool.there(keys)
+        busy.update(there.values())
+        keys = [key for key in keys if key not in there]
         keys = keys[: (len(pool) - len(busy)) // 2]  # the rest may hold what is wanted as well
         if not keys:
             return 0
@@ -222,7 +223,7 @@ class ExpertStore:
     def _place(self, layer_idx: int, keys: list[Key]) -> tuple[Placing, int]:
         """Where a load's experts are to be, and how many of them were brought ahead for it."""
         pool, ahead, self._ahead = self.pools[layer_idx], self._ahead, None
-        mine = ahead is not None and ahead[1] == keys and pool.find(keys) is not None
+        mine = ahead is not None and ahead[1] == keys and len(pool.there(keys)) == len(keys)
         try:
             return pool.place(keys), len(ahead[2].missing) if ahead is not None and mine else 0
         except ConfigError as error:

@@ -66,10 +66,10 @@ def test_bringing_early_what_is_asked_for_next_counts_as_nothing(
     plain, early = (SlotTable(8, make_policy(name, 10, 2)) for _ in range(2))
     for step in steps:
         keys = sorted(step)
-        there = [slot for key in keys for slot in early.find([key]) or ()]
-        missing = [key for key in keys if key not in early]
+        there = early.there(keys)
+        missing = [key for key in keys if key not in there]
         some = data.draw(st.integers(0, len(missing)))
-        early.place(missing[:some], there, asked=False)
+        early.place(missing[:some], there.values(), asked=False)
         early.settle()
         place(plain, keys)
         place(early, keys)
