@@ -57,8 +57,11 @@ class LayerExperts:
         """
         asked = _numbers(ids)
         where = self.bring(asked)
-        slots = torch.tensor([where[expert] for expert in asked], dtype=torch.int64, device="cpu")
-        return slots.to(self._store.pools[self._layer_idx].slab.device, non_blocking=True)
+        device = self._store.pools[self._layer_idx].slab.device
+        # Page-locked: else the host waits until all experts on their way have been copied.
+        numbers, pinned = [where[expert] for expert in asked], device.type == "cuda"
+        slots = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=pinned)
+        return slots.to(device, non_blocking=True)
 
     def bring(self, ids: Sequence[int]) -> Mapping[int, int]:
         """As ``load``, for who needs numbers: the slot of each of ``ids``, also as ``where``."""

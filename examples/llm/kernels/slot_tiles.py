@@ -47,6 +47,8 @@ def route(order_P: torch.Tensor, ends: Sequence[int], slots: Sequence[tuple[int,
         for first in range(starts[expert], ends[expert], at_once)
     ]
     numbers = torch.from_numpy(np.array(found, dtype=np.int32).reshape(-1, 3))
+    if order_P.is_cuda:  # else the host waits until experts on their way have been copied
+        numbers = numbers.pin_memory()
     return Routed(numbers.to(order_P.device, non_blocking=True), order_P.int(), at_once)
 
 

@@ -127,8 +127,7 @@ class StepWeights:
         where = self.bring(asked)
         if where is None:
             return None
-        slots_P = torch.tensor([where[expert] for expert in asked], dtype=torch.int64, device="cpu")
-        return slots_P.to(ids_TK.device, non_blocking=True)
+        return _sent([where[expert] for expert in asked], ids_TK.device)
 
     def all_there(self) -> torch.Tensor | None:
         """The slots of all experts, on the device; None: not each has one."""
@@ -188,8 +187,8 @@ class StepWeights:
             specs = [self._layer.tensors[one.scale_key] for one in stored]
             bank = self.in_slots(matrix)
             if slots_S is None:
-                slots_S = torch.tensor([where[expert] for expert in new], device="cpu")
-                slots_S = slots_S.to(bank.parts[stored[0].streamed].device, non_blocking=True)
+                device = bank.parts[stored[0].streamed].device
+                slots_S = _sent([where[expert] for expert in new], device)
             self._check.see_slots(bank, slots_S, specs)
 
     def _in_its_slot(self, stored: Stored, expert: int) -> Packed:
@@ -203,6 +202,14 @@ class StepWeights:
         assert self._store is not None
         for key in stored.keys.values():
             yield key, self._store.bank(key if stored.expert is not None else shared_key(key))
+
+
+def _sent(slots: Sequence[int], device: torch.device) -> torch.Tensor:
+    """(n,) of int64, on the device, from page-locked memory: else the host waits until experts on
+    their way have been copied."""
+    pinned = device.type == "cuda"
+    numbers = torch.tensor(slots, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    return numbers.to(device, non_blocking=True)
 
 
 def norm_weight(weight_D: torch.Tensor, names: WeightNames) -> torch.Tensor:

@@ -118,6 +118,8 @@ def find_routes(choices_TK: torch.Tensor, num_experts: int, device: torch.device
     counts = chosen.bincount(minlength=num_experts)[:num_experts]
     experts: list[int] = counts.nonzero().flatten().tolist()
     ends: list[int] = counts.cumsum(0).tolist()
+    if device.type == "cuda":  # else the host waits until experts on their way have been copied
+        order = order.pin_memory()
     order = order.to(device, non_blocking=True)
     tokens = max(len(choices_TK), 1)
     return Routes(experts, ends, order % tokens, order // tokens)
