@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 
 from ..devices.device import Device
+from ..devices.staging import Staging
 from ..errors import StreamerError
 from ..experts.policies import Key, Policy
 from ..experts.slots import Held, Placing, SlotTable
@@ -25,6 +26,7 @@ class ExpertPool:
         aligns them all."""
         self.slot_nbytes = slot_nbytes
         self.slab = allocate(count * slot_nbytes, device)
+        self.numbers = Staging(device)
         self._table = SlotTable(count, policy)
         self._watch = Watch([self.slab])
         (handed_out,) = self._watch.memory

@@ -57,11 +57,8 @@ class LayerExperts:
         """
         asked = _numbers(ids)
         where = self.bring(asked)
-        device = self._store.pools[self._layer_idx].slab.device
-        # Page-locked: else the host waits until all experts on their way have been copied.
-        numbers, pinned = [where[expert] for expert in asked], device.type == "cuda"
-        slots = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=pinned)
-        return slots.to(device, non_blocking=True)
+        # Not from any memory: the host would wait until all experts on their way have been copied.
+        return self._store.pools[self._layer_idx].numbers.send([where[expert] for expert in asked])
 
     def bring(self, ids: Sequence[int]) -> Mapping[int, int]:
         """As ``load``, for who needs numbers: the slot of each of ``ids``, also as ``where``."""
