@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
 
+from ..reading.families import family_of
 from ..serving.api_error import ApiError
 from ..serving.asking.tooling import texts_of
-from ..serving.calls.families import family_of
 from ..serving.replying.answering import error_of
 from ..serving.replying.replies import Envelope, usage
 from ..serving.replying.writers import ChatWriter, PlainWriter, Writer

@@ -15,11 +15,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from ..errors import EngineError
+from ..reading.families import family_of
 from .api_error import ApiError, of_findings
 from .asking.bodies import ChatBody, CompletionBody, DetokenizeBody, EmbeddingsBody, TokenizeBody
 from .asking.order import inputs_of, messages_of, order_of_chat, order_of_completion
 from .asking.tooling import fitted, messages_for, texts_of
-from .calls.families import family_of
 from .guarding.guard import Guard
 from .guarding.guarded import Guarded, error_reply
 from .limits import Limits

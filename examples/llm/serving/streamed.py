@@ -11,17 +11,17 @@ from ..constraints.lazy import LazyMatcher
 from ..constraints.matcher import Matcher
 from ..engine import StreamingEngine
 from ..errors import one_line_errors
+from ..reading.begun import CallForm, matcher_of
+from ..reading.families import HARMONY, family_of
+from ..reading.heads import MESSAGE, HeadText
+from ..reading.reasoning import OPENING, ReasoningSplitter, thinks
+from ..reading.turn_marks import TurnMarks
 from ..request import Request
 from ..scheduling.events import Events
 from ..text.logprobs import TokenLogprob
 from ..text.tokenizer import raw_ids, rendered_ids
 from .asking.order import Order
-from .calls.begun import CallForm, matcher_of
-from .calls.families import HARMONY, family_of
-from .calls.heads import MESSAGE, HeadText
-from .replying.reasoning import OPENING, ReasoningSplitter, thinks
 from .token_text import TokenTexts
-from .turn_marks import TurnMarks
 from .working.pieces import Account, Piece, ScoredToken
 from .working.served import Facts, Load, Ready, Tag
 

@@ -18,10 +18,10 @@ from layer_streamer.llm.constraints.lazy import LazyMatcher
 from layer_streamer.llm.constraints.matcher import Matcher
 from layer_streamer.llm.constraints.vocabulary import Vocabulary
 from layer_streamer.llm.drafts.tree import Tree
-from layer_streamer.llm.serving.calls.begun import CallForm, form_of, matcher_of
-from layer_streamer.llm.serving.calls.coder import Coder
-from layer_streamer.llm.serving.calls.found import Call, overlap
-from layer_streamer.llm.serving.calls.tagged import VALUE_END
+from layer_streamer.llm.reading.begun import CallForm, form_of, matcher_of
+from layer_streamer.llm.reading.coder import Coder
+from layer_streamer.llm.reading.found import Call, overlap
+from layer_streamer.llm.reading.tagged import VALUE_END
 from layer_streamer.llm.text.following import follow
 from layer_streamer.llm.text.sampling import Sampler, Sampling
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layer_streamer.llm.constraints.schema import Nodes, parts_of, read_schema, refer
-from layer_streamer.llm.serving.calls.families import family_of, new_call_id, parser_of
-from layer_streamer.llm.serving.calls.forced import forced_schema
-from layer_streamer.llm.serving.calls.found import Call
-from layer_streamer.llm.serving.calls.generic import generic_schema, instructions
+from layer_streamer.llm.reading.families import family_of, new_call_id, parser_of
+from layer_streamer.llm.reading.forced import forced_schema
+from layer_streamer.llm.reading.found import Call
+from layer_streamer.llm.reading.generic import generic_schema, instructions
 
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
 
-from layer_streamer.llm.serving.calls.families import family_of
-from layer_streamer.llm.serving.calls.found import Call, Thought
-from layer_streamer.llm.serving.calls.harmony import BETWEEN, Harmony
-from layer_streamer.llm.serving.calls.heads import HEAD, MARKS, OWN, lead_of, may_be_head
-from layer_streamer.llm.serving.replying.choice_text import ChoiceText
+from layer_streamer.llm.reading.choice_text import ChoiceText
+from layer_streamer.llm.reading.families import family_of
+from layer_streamer.llm.reading.found import Call, Thought
+from layer_streamer.llm.reading.harmony import BETWEEN, Harmony
+from layer_streamer.llm.reading.heads import HEAD, MARKS, OWN, lead_of, may_be_head
 
 GOLDEN = json.loads((ROOT / "tests/data/harmony.json").read_text(encoding="utf-8"))
 """Made by openai-harmony: texts, and the messages that it finds in them."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layer_streamer.llm.serving.replying.reasoning import ReasoningSplitter, thinks
+from layer_streamer.llm.reading.reasoning import ReasoningSplitter, thinks
 
 TEXTS = st.lists(
     st.sampled_from(["<think>", "</think>", "<think", ">", "</thi", "nk>", " ", "\n", "a", "b<"]),

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layer_streamer.llm.reading.choice_text import ChoiceText
+from layer_streamer.llm.reading.hermes import Hermes
+from layer_streamer.llm.reading.reasoning import ReasoningSplitter
 from layer_streamer.llm.serving.api_error import ApiError
-from layer_streamer.llm.serving.calls.hermes import Hermes
-from layer_streamer.llm.serving.replying.choice_text import ChoiceText
-from layer_streamer.llm.serving.replying.reasoning import ReasoningSplitter
 from layer_streamer.llm.serving.replying.replies import (
     Envelope,
     chat_logprobs,

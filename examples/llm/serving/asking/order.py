@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...reading.begun import CallForm
+from ...reading.forced import forced_schema
 from ..api_error import refused
-from ..calls.begun import CallForm
-from ..calls.forced import forced_schema
 from .bodies import ChatBody, CompletionBody, EmbeddingsBody, Message, NamedTool, Sampled, Tool
 
 DEFAULT_TOKENS = 1024

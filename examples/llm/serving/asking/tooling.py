@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..calls.begun import WHOLE, form_of
-from ..calls.families import HARMONY, family_of, parser_of, shows_special
-from ..calls.generic import generic_schema, instructions
-from ..calls.harmony import FINAL
-from ..replying.choice_text import ChoiceText
-from ..replying.reasoning import ReasoningSplitter, thinks
+from ...reading.begun import WHOLE, form_of
+from ...reading.choice_text import ChoiceText
+from ...reading.families import HARMONY, family_of, parser_of, shows_special
+from ...reading.generic import generic_schema, instructions
+from ...reading.harmony import FINAL
+from ...reading.reasoning import ReasoningSplitter, thinks
 from ..working.served import Ready
 from .order import Order
 from .turns import turns_of

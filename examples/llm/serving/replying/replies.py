@@ -12,9 +12,9 @@ from typing import Any
 
 from layer_streamer import __version__
 
-from ..calls.families import new_call_id
+from ...reading.choice_text import Delta
+from ...reading.families import new_call_id
 from ..working.pieces import Account, ScoredToken
-from .choice_text import Delta
 
 Json = dict[str, Any]
 FINGERPRINT = f"layer-streamer-{__version__}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from ...reading.choice_text import ChoiceText
 from ..working.pieces import Piece, ScoredToken
-from .choice_text import ChoiceText
 from .replies import Envelope, Json, chat_logprobs, delta_message, message, plain_logprobs
 
 

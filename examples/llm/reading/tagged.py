@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...constraints.schema import MOST_NBYTES, read_schema
+from ..constraints.schema import MOST_NBYTES, read_schema
 from .coder import END, FUNCTION, PARAMETER, PARAMETER_END
 from .forced import moved
 

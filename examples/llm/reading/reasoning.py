@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..calls.found import overlap
+from .found import overlap
 
 OPENING, CLOSING = "<think>", "</think>"
 

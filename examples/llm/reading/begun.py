@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...constraints.constraint import Constraint
-from ...constraints.matcher import Matcher
-from ...constraints.vocabulary import Vocabulary
+from ..constraints.constraint import Constraint
+from ..constraints.matcher import Matcher
+from ..constraints.vocabulary import Vocabulary
 from .channelled import CHANNEL_MARKS, TO, channelled_calls, whole_channelled_calls
 from .forced import call_schema
 from .hermes import CLOSING, OPENING

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from ...constraints.schema import parts_of
+from ..constraints.schema import parts_of
 from .found import Found, call_of, read_json
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .calls.families import HARMONY, family_of
-from .calls.heads import END, START, TURN_ENDS, lead_of
+from .families import HARMONY, family_of
+from .heads import END, START, TURN_ENDS, lead_of
 
 
 class TurnMarks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..calls.found import Call, CallParser, Thought
+from .found import Call, CallParser, Thought
 from .reasoning import ReasoningSplitter
 
 

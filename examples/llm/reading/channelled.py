@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...constraints.schema import MOST_NBYTES
+from ..constraints.schema import MOST_NBYTES
 from .harmony import FUNCTIONS
 from .heads import CALL, CHANNEL, CONSTRAIN, MESSAGE
 from .tagged import as_json

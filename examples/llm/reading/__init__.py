@@ -1,0 +1,1 @@
+"""What a model's text is made of: reasoning, answer, calls of tools, as each family has them."""

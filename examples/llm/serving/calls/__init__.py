@@ -1,1 +1,0 @@
-"""Calls of tools in a model's text: how each family of models writes them."""
