@@ -23,6 +23,7 @@ from .models.rope_config import rotated_alike
 from .opening import Limits, Model, model_of, place
 from .parts import open_parts, plan_parts
 from .passes.pooling import vectors
+from .reading.turn_marks import TurnMarks
 from .request import Event, Request
 from .scheduling.client import Client
 from .scheduling.scheduler import Scheduler
@@ -211,7 +212,7 @@ class StreamingEngine:
             room=self._room,
             tokenizer=self.tokenizer if self._has_text(bool(asked.stop)) else None,
             notify=self._notify,
-            stop_ids=self._stop_ids(),
+            stop_ids=self._stop_ids,
             matcher=asked.matcher(lambda: self.vocabulary),
         ).requests(prompts)
 
@@ -277,8 +278,11 @@ class StreamingEngine:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """What constraints are compiled for; its errors are those of :class:`Vocabulary`."""
-        return Vocabulary(self.tokenizer, self.config.vocab_size, self._stop_ids())
+        return Vocabulary(self.tokenizer, self.config.vocab_size, self._stop_ids)
 
+    @cached_property
     def _stop_ids(self) -> frozenset[int]:
-        own = id_set(self.tokenizer.eos_token_id) if self._has_text() else frozenset[int]()
-        return self.config.eos_ids | own
+        if not self._has_text():
+            return self.config.eos_ids
+        own = id_set(self.tokenizer.eos_token_id)
+        return TurnMarks(self.tokenizer).stops(self.config.eos_ids | own)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from ..text.tokenizer import shown_text
 from .found import overlap
 
 OPENING, CLOSING = "<think>", "</think>"
+NEAR = 16
+"""Tokens at the end of a prompt in which it is seen whether the model is to think first."""
 
 
 def thinks(template: str | None) -> bool:
     """True for a chat template that knows of such a part."""
     return CLOSING in (template or "")
+
+
+def thinks_first(tokenizer: Any, ids: Sequence[int]) -> bool:
+    """True for a prompt that ends in the opening mark: the text begins behind it."""
+    return shown_text(tokenizer, ids[-NEAR:]).rstrip().endswith(OPENING)
 
 
 class ReasoningSplitter:

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from ..constraints.lazy import LazyMatcher
 from ..constraints.matcher import Matcher
 from ..engine import StreamingEngine
-from ..errors import one_line_errors
 from ..reading.begun import CallForm, matcher_of
 from ..reading.families import HARMONY, family_of
-from ..reading.heads import MESSAGE, HeadText
-from ..reading.reasoning import OPENING, ReasoningSplitter, thinks
+from ..reading.heads import HeadText
+from ..reading.reasoning import ReasoningSplitter, thinks, thinks_first
 from ..reading.turn_marks import TurnMarks
 from ..request import Request
 from ..scheduling.events import Events
 from ..text.logprobs import TokenLogprob
-from ..text.tokenizer import raw_ids, rendered_ids
+from ..text.tokenizer import raw_ids, rendered_ids, shown_text, template_of
 from .asking.order import Order
 from .token_text import TokenTexts
 from .working.pieces import Account, Piece, ScoredToken
 from .working.served import Facts, Load, Ready, Tag
-
-NEAR = 16
-"""Tokens at the end of a prompt in which it is seen whether the model is to think first."""
 
 
 class StreamedEngine:
@@ -37,18 +33,18 @@ class StreamedEngine:
         """``name``: of the model, for clients."""
         self._engine, self._scheduler = engine, engine.scheduler
         tokenizer = engine.tokenizer
-        _warm_up(engine, _template(tokenizer))
+        _warm_up(engine, template_of(tokenizer))
         self._events = Events()
         self._requests: dict[Tag, Request] = {}
         self._tags: dict[Request, Tag] = {}
         self._told: dict[Request, int] = {}
         self._texts = TokenTexts(tokenizer)
-        self._marks = TurnMarks(tokenizer, _template(tokenizer))
+        self._marks = TurnMarks(tokenizer)
         self.facts = Facts(
             name=name,
             max_length=engine.max_length,
             max_rows=engine.max_batch,
-            template=_template(tokenizer),
+            template=template_of(tokenizer),
             places=engine.plan.kv_tokens,
             where=_where(engine),
         )
@@ -78,11 +74,11 @@ class StreamedEngine:
         for prompt, request in zip(rows, made, strict=True):
             if request.error is not None:
                 raise request.error
-            known = self._marks.stops(request.stop_ids)
-            request.stop_ids = frozenset() if order.ignore_eos else known
+            if order.ignore_eos:
+                request.stop_ids = frozenset()
             request.salt = order.owner.encode()
-            lead = self._marks.lead(prompt, self._decode)
-            ready = Ready(prompt, request, self._thinks_first(prompt), lead)
+            first = thinks_first(self._engine.tokenizer, prompt)
+            ready = Ready(prompt, request, first, self._marks.lead(prompt))
             if begun is not None and order.call_form is not None:
                 request.sampler.constraint = self._held(begun, order.call_form, ready)
             found.append(ready)
@@ -90,10 +86,7 @@ class StreamedEngine:
 
     def _encoded(self, prompt: Any, order: Order) -> list[int]:
         ids = self._engine.encode(prompt, order.template_options)
-        lead = self._marks.lead(ids, self._decode) if order.primed else ""
-        if not lead or MESSAGE in lead:
-            return ids
-        return [*ids, *rendered_ids(self._engine.tokenizer, order.primed)]
+        return self._marks.primed(ids) if order.primed else ids
 
     def _begun(self, order: Order) -> Matcher | None:
         """What calls are held to; None: nothing."""
@@ -128,7 +121,7 @@ class StreamedEngine:
         for item in ids:
             if item >= size:
                 raise ValueError(f"token id {item}: must be from 0 to {size - 1}")
-        return self._decode(ids)
+        return shown_text(self._engine.tokenizer, ids)
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[float]]:
         """A vector of each prompt."""
@@ -185,14 +178,6 @@ class StreamedEngine:
         top = [self._texts.scored(token, logprob) for token, logprob in one.top]
         return self._texts.scored(one.token, one.logprob, *top)
 
-    def _thinks_first(self, ids: Sequence[int]) -> bool:
-        return self._decode(ids[-NEAR:]).rstrip().endswith(OPENING)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        with one_line_errors("the tokenizer cannot decode them", ValueError):
-            return str(self._engine.tokenizer.decode(list(ids), **options))
-
     def _experts(self) -> dict[str, int]:
         report = self._engine.streamer.last_experts
         if report is None:
@@ -238,14 +223,6 @@ def _account(request: Request) -> Account:
         drafted=sum(some.tokens for some in drafts),
         agreed=sum(some.agreed for some in drafts),
     )
-
-
-def _template(tokenizer: Any) -> str | None:
-    """The chat template's text; of several the one for tools, whose marks are looked for."""
-    found = tokenizer.chat_template
-    if isinstance(found, Mapping):
-        found = found.get("tool_use") or found.get("default")
-    return found if isinstance(found, str) else None
 
 
 def _where(engine: StreamingEngine) -> dict[str, int]:

@@ -5,8 +5,10 @@ Works on any tokenizer of transformers; knows nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ..errors import one_line_errors
 
 CONTEXT_TOKENS = 8
 """Tokens before the new ones, at least, that are decoded with them: a token's text depends on its
@@ -20,6 +22,21 @@ BROKEN = "\ufffd"
 
 def has_chat_template(tokenizer: Any) -> bool:
     return bool(tokenizer.chat_template)
+
+
+def template_of(tokenizer: Any) -> str | None:
+    """The chat template's text; of several the one for tools, whose marks are looked for."""
+    found = tokenizer.chat_template
+    if isinstance(found, Mapping):
+        found = found.get("tool_use") or found.get("default")
+    return found if isinstance(found, str) else None
+
+
+def shown_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of ids, special tokens with it; ValueError, in one line, if it has none."""
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    with one_line_errors("the tokenizer cannot decode them", ValueError):
+        return str(tokenizer.decode(list(ids), **options))
 
 
 def raw_ids(tokenizer: Any, text: str) -> list[int]:

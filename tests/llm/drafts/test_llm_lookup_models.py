@@ -40,7 +40,7 @@ def test_a_tiny_models_text_is_that_of_transformers_own_lookup(tmp_path: Path) -
         )  # fmt: skip
     with StreamingEngine(path, device="cpu", max_length=64, lookup=True) as engine:
         drafts_always(engine)
-        engine._stop_ids = frozenset  # type: ignore[method-assign]
+        engine._stop_ids = frozenset()
         done = engine.generate(prompt, max_new_tokens=40, temperature=0.0, return_details=True)
         again = engine.generate(prompt, max_new_tokens=40, temperature=0.0, return_details=True)
     assert list(done.ids) == whole[0, len(prompt) :].tolist()

@@ -56,8 +56,8 @@ class Order:
     """The text is nothing but calls."""
     named: str = ""
     """The one tool that is to be called; "": any."""
-    primed: str = ""
-    """The rest of a head that prompts are to end in, where templates leave it to the model."""
+    primed: bool = False
+    """Prompts end in the head of an answer, which templates leave to the model."""
     call_form: CallForm | None = None
     """What calls look like that the text may begin by itself; None: nothing holds them to it."""
     ignore_eos: bool = False

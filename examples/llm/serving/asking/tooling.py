@@ -10,7 +10,6 @@ from ...reading.begun import WHOLE, form_of
 from ...reading.choice_text import ChoiceText
 from ...reading.families import HARMONY, family_of, parser_of, shows_special
 from ...reading.generic import generic_schema, instructions
-from ...reading.harmony import FINAL
 from ...reading.reasoning import ReasoningSplitter, thinks
 from ..working.served import Ready
 from .order import Order
@@ -60,7 +59,7 @@ def _in_channels(order: Order) -> Order:
         prompts=[turns_of(messages) for messages in order.prompts],
         options={**order.options, "skip_special_tokens": False},
         call_form=form,
-        primed=FINAL if order.is_constrained and not order.forced else "",
+        primed=order.is_constrained and not order.forced,
     )
 
 
