@@ -2,8 +2,8 @@
 
     layer-streamer chat MODEL --device-budget 6GiB
 
-Answers go to stdout, everything else to stderr. Where stdin is no terminal, each of its lines is a
-message. Exit code 2 is an error.
+Answers go to stdout, everything else to stderr, what the model thinks before it answers as well.
+Where stdin is no terminal, each of its lines is a message. Exit code 2 is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .engine_options import (
     save_timeline,
     template_options,
 )
-from .generate_command import write
+from .generate_command import voice_of
 from .module_answers import ModuleChat, modules_answer, open_answers
 
 
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
 
     with open_engine(args, model) as engine:
         options = given(args, GENERATION) | {"chat_template_kwargs": template_options(args)}
-        run_chat(Chat(engine, write, options), read_lines(open_reader()), say)
+        voice = voice_of(args)
+        run_chat(Chat(engine, voice.say, options, voice.think), read_lines(open_reader()), say)
         save_timeline(args, engine)
 
 
@@ -65,4 +66,5 @@ def talk_with_modules(args: argparse.Namespace) -> None:
     with open_answers(args) as answers:
         if not answers.has_template:
             say("the model has no chat template: continuing the conversation as it is")
-        run_chat(ModuleChat(answers, write), read_lines(open_reader()), say)
+        voice = voice_of(args)
+        run_chat(ModuleChat(answers, voice.say, voice.think), read_lines(open_reader()), say)

@@ -82,7 +82,7 @@ def publish(args: argparse.Namespace, text: str, document: str) -> None:
     Alone with ``--json``; not at all where stdout is a terminal.
     """
     if not args.json:
-        print(_shown(text))
+        print(shown(text))
     if args.json or not sys.stdout.isatty():
         print(document)
     sys.stdout.flush()
@@ -92,10 +92,10 @@ def say(message: str) -> None:
     """A line on stderr: results alone go to stdout."""
     if sys.stderr is not None:  # as where it was closed; print() would take stdout
         with suppress(OSError, ValueError):  # nobody reads it: no reason to end
-            print(_shown(message), file=sys.stderr, flush=True)
+            print(shown(message), file=sys.stderr, flush=True)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """The lines of a text, with what a terminal would act on in them escaped."""
     return "\n".join(map(printable, text.split("\n")))
 

@@ -44,6 +44,8 @@ def add_answering(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     add = group.add_argument
     add("--modules", action="store_true", help="by the model's own class, of transformers")
     tokens_help = f"of an answer at most (default: {max_new_tokens})"
+    hide_help = "do not show what a model thinks before it answers, which goes to stderr"
+    add("--hide-thinking", action="store_true", help=hide_help)
     add("--max-new-tokens", type=at_least(1), default=max_new_tokens, metavar="N", help=tokens_help)
     add_choosing(group)
 

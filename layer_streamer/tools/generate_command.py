@@ -3,8 +3,8 @@
     layer-streamer generate MODEL --prompt "What is the capital of France?"
     layer-streamer generate MODEL --prompts questions.jsonl --output answers.jsonl
 
-Only the generated text goes to stdout; progress and the closing summary go to stderr. Exit code 2
-is an error, 130 is Ctrl-C.
+Only the answer goes to stdout; what the model thinks before, progress and the closing summary go to
+stderr. Exit code 2 is an error, 130 is Ctrl-C.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from .engine_options import (
     template_options,
 )
 from .module_answers import answer_with_modules, modules_answer
+from .voice import Voice
 
 if TYPE_CHECKING:
     from ..llm.engine import StreamingEngine
     from ..llm.opening import Model
+    from ..llm.reading.reader import Reader
 
 MAX_NEW_TOKENS = 128
 CONSTRAINTS = ("schema", "regex", "grammar")
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError("--modules: answers one --prompt")
         for name in given(args, CONSTRAINTS):
             raise ValueError(f"--{name}: the engine's, which --modules does without")
-        answer_with_modules(args, as_prompt(read_prompt(args.prompt), args), write)
+        answer_with_modules(args, as_prompt(read_prompt(args.prompt), args), voice_of(args))
         return
     model = read_model_or_tell(args)
     prompt, room = None, dict[str, Any]()
@@ -114,6 +116,18 @@ def as_prompt(text: str, args: argparse.Namespace) -> Any:
     return text if args.raw else [{"role": "user", "content": text}]
 
 
+def voice_of(args: argparse.Namespace) -> Voice:
+    """What tells the text."""
+    return Voice(thinks=not args.hide_thinking)
+
+
+def reader_of(tokenizer: Any, args: argparse.Namespace) -> Reader:
+    """What reads the text that was asked for."""
+    from ..llm.reading.reader import Reader
+
+    return Reader(tokenizer, given(args, (*GENERATION, *CONSTRAINTS)), raw=args.raw)
+
+
 def room_for(model: Model, text: str, args: argparse.Namespace) -> int:
     """Tokens of the prompt and its answer, as far as the model's context goes."""
     from ..llm.errors import one_line_errors
@@ -122,26 +136,30 @@ def room_for(model: Model, text: str, args: argparse.Namespace) -> int:
     encoder = PromptEncoder(lambda: model.tokenizer, model.config.vocab_size, lambda _: None)
     with one_line_errors("the tokenizer cannot take the prompt"):
         ids = encoder.encode(as_prompt(text, args), template_options(args))
+        ids = reader_of(model.tokenizer, args).begin(ids)
     room: int = len(ids) + args.max_new_tokens
     return min(room, model.config.max_positions)
 
 
 def answer(engine: StreamingEngine, text: str, args: argparse.Namespace) -> None:
-    """Generate, each token's text on stdout as soon as it is known."""
+    """Generate, each token's text told as soon as it is known."""
     from ..llm.memory.totals import Totals
     from ..progress import ProgressBar
 
-    ids = engine.encode(as_prompt(text, args), template_options(args))
+    reader, voice = reader_of(engine.tokenizer, args), voice_of(args)
+    ids = reader.begin(engine.encode(as_prompt(text, args), template_options(args)))
+    read = reader.text(ids)
     totals, layers = Totals(prompt_tokens=len(ids)), engine.config.num_layers
     with ProgressBar(total=layers, desc="prompt", unit="layer", leave=False, disable=None) as bar:
-        options = given(args, (*GENERATION, *CONSTRAINTS))
-        events = engine.events([ids], on_layer=lambda _: bar.update(), **options)
+        events = engine.events([ids], on_layer=lambda _: bar.update(), **reader.options)
         began = time.perf_counter()
         for request, piece in events:
             bar.close()
             totals.add_pass(engine.streamer, time.perf_counter() - began, request)
-            write(piece)
+            voice.tell(read.push(piece))
             began = time.perf_counter()
+    voice.tell(read.finish())
+    voice.end()
     say("\n" + totals.summary(engine.streamer))
 
 
@@ -157,9 +175,3 @@ def answer_file(engine: StreamingEngine, args: argparse.Namespace) -> None:
     with nullcontext(file) if args.output is None else closing(file):
         for found in prompts.run(args.prompts, done, given(args, (*GENERATION, *CONSTRAINTS))):
             write_record(file, found)
-
-
-def write(text: str) -> None:
-    """Text to stdout at once, as UTF-8 whatever the locale."""
-    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
-    sys.stdout.buffer.flush()

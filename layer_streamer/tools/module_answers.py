@@ -1,6 +1,6 @@
 """Answers of models that the engine does not compute: transformers' own code over streamed weights.
 
-Only the generated text goes to stdout, as it comes.
+Only the answer goes to stdout, as it comes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from ..llm.errors import PromptTooLongError, one_line_errors
+from ..llm.reading.choice_text import Delta
+from ..llm.reading.reader import Reader
 from ..llm.text.conversation import Conversation, Put, Turn, ended_at
 from .command import require_engine, say, streamer_options
 from .engine_options import (
@@ -21,6 +23,7 @@ from .engine_options import (
     stay_offline,
     template_options,
 )
+from .voice import Voice
 
 DRAWS = ("top_k", "top_p", "min_p")
 """Options that mean that tokens are drawn."""
@@ -55,9 +58,10 @@ class ModuleAnswers:
                 **template_options(self._args),
             )["input_ids"]
 
-    def answer(self, ids: Any, put: Put) -> str:
+    def answer(self, ids: Any, tell: Callable[[Delta], None], *, raw: bool = False) -> str:
         """Generate, word by word; returns why the text ended early, "" if all was said.
 
+        ``raw``: the prompt is none of the chat template's, and its text is told as it is.
         PromptTooLongError if the model has no room for a single token.
         """
         import torch
@@ -69,11 +73,10 @@ class ModuleAnswers:
             raise PromptTooLongError(f"{count} tokens, the model's context is {self.length}")
         if self._args.seed is not None:
             torch.manual_seed(self._args.seed)
-        show = self._args.skip_special_tokens is not None
-        printer: Any = transformers.TextStreamer(
-            self._tokenizer, skip_prompt=True, skip_special_tokens=not show
-        )
-        printer.on_finalized_text = lambda text, stream_end=False: put(text)
+        reader = Reader(self._tokenizer, given(self._args, ("skip_special_tokens",)), raw=raw)
+        read, skips = reader.text(ids[0].tolist()), {"skip_special_tokens": True, **reader.options}
+        printer: Any = transformers.TextStreamer(self._tokenizer, skip_prompt=True, **skips)
+        printer.on_finalized_text = lambda text, stream_end=False: tell(read.push(text))
         with torch.no_grad():
             found = self.model.generate(
                 ids.to(self.model.device),
@@ -81,6 +84,7 @@ class ModuleAnswers:
                 tokenizer=self._tokenizer,
                 **{**self._generation, "max_new_tokens": room},
             )
+        tell(read.finish())
         before = 1 if self.model.config.is_encoder_decoder else count
         ends = self.model.generation_config.eos_token_id
         said = found.shape[1] - before
@@ -92,26 +96,27 @@ class ModuleAnswers:
 class ModuleChat(Conversation):
     """A conversation with a model's own class."""
 
-    def __init__(self, answers: ModuleAnswers, write: Put) -> None:
-        super().__init__(write)
+    def __init__(self, answers: ModuleAnswers, write: Put, think: Put = lambda text: None) -> None:
+        super().__init__(write, think)
         self._answers = answers
 
     def speak(self, messages: list[Turn], put: Put) -> str:
         """The model's answer to a conversation; without a chat template, it goes on with it."""
         answers = self._answers
         if answers.has_template:
-            return answers.answer(answers.encode(messages), put)
-        return answers.answer(answers.encode("\n".join(m["content"] for m in messages)), put)
+            ids = answers.encode(messages)
+        else:
+            ids = answers.encode("\n".join(turn["content"] for turn in messages))
+        return answers.answer(ids, lambda delta: self.tell(delta, put))
 
 
-def answer_with_modules(
-    args: argparse.Namespace, prompt: str | list[Turn], write: Callable[[str], None]
-) -> None:
+def answer_with_modules(args: argparse.Namespace, prompt: str | list[Turn], voice: Voice) -> None:
     """Answer one prompt with the model's own class. ValueError for options of the engine."""
     with open_answers(args) as answers:
         if not isinstance(prompt, str) and not answers.has_template:
             prompt = prompt[0]["content"]
-        answers.answer(answers.encode(prompt), write)
+        answers.answer(answers.encode(prompt), voice.tell, raw=isinstance(prompt, str))
+        voice.end()
         say("")
         handle = answers.model.layer_streamer
         for name, report in handle.last_pass.items():

@@ -21,7 +21,7 @@ from byte_model import VOCABULARY, byte_model, byte_tokenizer
 from paths import ROOT
 from recipes import quiet
 
-from layer_streamer.tools import chat_command
+from layer_streamer.tools import chat_command, voice
 from layer_streamer.tools.cli import main
 from layer_streamer.tools.module_answers import ModuleChat, open_answers
 
@@ -77,7 +77,7 @@ def chat(
     """Exit code, and what was written."""
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    monkeypatch.setattr(chat_command, "write", lambda text: written.write(text.encode()))
+    monkeypatch.setattr(voice, "write", lambda text: written.write(text.encode()))
     return main(["chat", str(folder), *OPTIONS, *options]), written.getvalue()
 
 
@@ -118,7 +118,7 @@ def test_ctrl_c_ends_an_answer_and_the_next_one_is_right(
 
     want = answers(folder, "one two three")
     monkeypatch.setattr("sys.stdin", io.StringIO("one two three\n/new\none two three\n"))
-    monkeypatch.setattr(chat_command, "write", write)
+    monkeypatch.setattr(voice, "write", write)
     assert main(["chat", str(folder), *OPTIONS]) == 0
     text, whole = "".join(pieces), f"{want[0]}\n"
     assert text.endswith(f"\n{whole}")

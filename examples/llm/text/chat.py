@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError, PromptTooLongError
+from ..reading.reader import Reader
 from .conversation import Conversation, Put, Turn, ended_at
 
 if TYPE_CHECKING:
@@ -37,26 +38,33 @@ class Chat(Conversation):
     """
 
     def __init__(
-        self, engine: StreamingEngine, write: Callable[[str], None], options: Mapping[str, Any]
+        self,
+        engine: StreamingEngine,
+        write: Put,
+        options: Mapping[str, Any],
+        think: Put = lambda text: None,
     ) -> None:
-        """``write`` gets the text of the answers; ``options`` are ``engine.generate``'s."""
-        super().__init__(write)
-        self._engine, self._options = engine, dict(options)
-        self._template_options = self._options.pop("chat_template_kwargs", None)
-        self._most = self._options.pop("max_new_tokens", None) or DEFAULT_TOKENS
+        """``write`` gets the text of the answers, ``think`` what the model thinks before;
+        ``options`` are ``engine.generate``'s."""
+        super().__init__(write, think)
+        asked = dict(options)
+        self._template_options = asked.pop("chat_template_kwargs", None)
+        self._most = asked.pop("max_new_tokens", None) or DEFAULT_TOKENS
+        self._engine, self._reader = engine, Reader(engine.tokenizer, asked)
 
     def speak(self, messages: list[Turn], put: Put) -> str:
         """The engine's answer to a conversation."""
         engine, note = self._engine, ""
         ids = engine.encode(messages, self._template_options)
         count = min(self._most, engine.max_length - len(ids))
+        text = self._reader.text(ids)
         for request, piece in engine.events(
-            [ids], max_new_tokens=count, reuse_prefix=True, **self._options
+            [ids], max_new_tokens=count, reuse_prefix=True, **self._reader.options
         ):
-            if piece:
-                put(piece)
+            self.tell(text.push(piece), put)
             if request.finish_reason == "length":
                 note = ended_at(count, self._most, engine.max_length)
+        self.tell(text.finish(), put)
         return note
 
 

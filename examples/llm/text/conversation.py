@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeAlias
 
+from ..reading.choice_text import Delta
+
 Turn: TypeAlias = dict[str, str]
 """A message: "role" and "content"."""
 Put: TypeAlias = Callable[[str], None]
@@ -13,11 +15,15 @@ Put: TypeAlias = Callable[[str], None]
 
 
 class Conversation(ABC):
-    """Questions and answers so far; :meth:`speak` is what answers."""
+    """Questions and answers so far; :meth:`speak` is what answers.
 
-    def __init__(self, write: Put) -> None:
-        """``write`` gets the text of the answers."""
-        self._write = write
+    What a model thinks before it answers is no part of it: chat templates leave it out, or refuse
+    it.
+    """
+
+    def __init__(self, write: Put, think: Put = lambda text: None) -> None:
+        """``write`` gets the text of the answers, ``think`` what the model thinks before."""
+        self._write, self._think = write, think
         self.messages: list[Turn] = []
         self.note = ""
         """Why the last answer ended, if it is not that all was said."""
@@ -28,6 +34,13 @@ class Conversation(ABC):
 
         ValueError if the conversation does not fit. A KeyboardInterrupt may end it anywhere.
         """
+
+    def tell(self, delta: Delta, put: Put) -> None:
+        """Pass on what more there is of a text."""
+        if delta.reasoning:
+            self._think(delta.reasoning)
+        if delta.answer:
+            put(delta.answer)
 
     def start_over(self) -> None:
         """Forget the conversation."""

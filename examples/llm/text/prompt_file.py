@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from ..engine import StreamingEngine
 from ..errors import without_frames
+from ..reading.choice_text import ChoiceText, Delta
+from ..reading.reader import Reader
 from .completion import Completion
 from .prompts import Prompt
 from .requests import Encoded
@@ -39,28 +41,39 @@ class PromptFile:
     def run(self, path: Path, done: int, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """One record for each line after the first ``done`` that is not blank, in order."""
         numbers: list[int] = []
+        texts: dict[int, ChoiceText] = {}
+        reader = Reader(self._engine.tokenizer, options, raw=self._raw)
 
         def prompts() -> Iterator[Encoded]:
             with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
                     if number > done and line.strip():
                         numbers.append(number)
-                        yield self._encode(line)
+                        found = self._encode(line, reader)
+                        if isinstance(found, Exception):
+                            yield found
+                        else:
+                            ids, texts[number] = found
+                            yield ids
 
-        for result in self._engine.completions(prompts(), **options):
+        for result in self._engine.completions(prompts(), **reader.options):
             number = numbers[result.index]
-            if result.error is None:
-                yield record(number, result)
+            text = texts.pop(number, None)
+            if result.error is None and text is not None:
+                text.push(result.text)
+                text.finish()
+                yield record(number, result, text.whole)
                 continue
             message = " ".join(str(result.error).split())
             self._complain(f"{path}, line {number}: {message}")
             yield {"line": number, "error": message}
 
-    def _encode(self, line: bytes) -> Encoded:
-        """Token ids, or what is wrong with the line."""
+    def _encode(self, line: bytes, reader: Reader) -> tuple[list[int], ChoiceText] | Exception:
+        """Token ids and what reads the text behind them, or what is wrong with the line."""
         try:
             found = self._prompt(read_line(line))
-            return self._engine.encode(found, self._template_options)
+            ids = reader.begin(self._engine.encode(found, self._template_options))
+            return ids, reader.text(ids)
         except (ValueError, OSError) as error:
             return without_frames(error)
 
@@ -92,11 +105,12 @@ def read_line(line: bytes) -> Any:
         raise ValueError(f"not JSON ({error})") from error
 
 
-def record(line: int, result: Completion) -> dict[str, Any]:
-    """What is written of a result."""
+def record(line: int, result: Completion, text: Delta) -> dict[str, Any]:
+    """What is written of a result, with all of its text; "reasoning" is there if there is any."""
     return {
         "line": line,
-        "text": result.text,
+        "text": text.answer,
+        **({"reasoning": text.reasoning} if text.reasoning else {}),
         "finish_reason": result.finish_reason,
         "prompt_tokens": result.prompt_tokens,
         "new_tokens": len(result.ids),

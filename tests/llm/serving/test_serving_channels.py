@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from assets import tiny_checkpoint
-from byte_model import byte_tokenizer
+from channel_models import (
+    ANSWER,
+    CHANNEL,
+    END,
+    MARKS,
+    MESSAGE,
+    RETURN,
+    START,
+    THOUGHT,
+    TO,
+    Script,
+    channel_model,
+)
 from serving import Running, events, serving, wait_for
 from small_engine import drafts_always, make_engine
-from tokenizers import AddedToken
-from zoo import zoo_model
 
 from layer_streamer.llm.serving.asking.bodies import ChatBody
 from layer_streamer.llm.serving.asking.order import Order, order_of_chat
@@ -23,22 +31,6 @@ from layer_streamer.llm.serving.streamed import StreamedEngine
 from layer_streamer.llm.serving.working.served import Ready
 
 CHAT = "/v1/chat/completions"
-MARKS = ["<|return|>", "<|call|>", "<|end|>", "<|start|>", "<|channel|>", "<|constrain|>",
-         "<|message|>"]  # fmt: skip
-RETURN, CALL, END, START, CHANNEL, CONSTRAIN, MESSAGE = range(258, 265)
-TO = 265
-TEMPLATE = (
-    "{{ '<|start|>system<|message|>' + reasoning_effort|default('medium') + '<|end|>' }}"
-    "{% for m in messages %}{% if m.tool_calls %}"
-    "{% if m.thinking and m.content %}{{ raise_exception('both') }}{% endif %}"
-    "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
-    "{% endif %}<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}"
-    "<|channel|>commentary json<|message|>{{ m.tool_calls[0].function.arguments|tojson }}<|call|>"
-    "{% elif m.role == 'tool' %}<|start|>tool<|message|>{{ m.content }}<|end|>"
-    "{% elif m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
-    "<|end|>{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
-)
 PARAMETERS = {
     "type": "object", "properties": {"unit": {"$ref": "#/$defs/Unit"}, "deep": {"type": "boolean"}},
     "required": ["unit", "deep"], "additionalProperties": False,
@@ -48,32 +40,7 @@ TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": PARAMETERS}}
     for name in ("heat", "cool")
 ]
-THOUGHT = "<|channel|>analysis<|message|>Hm, é.<|end|><|start|>assistant"
-ANSWER = f"{THOUGHT}<|channel|>final<|message|>Well, 😀.<|return|>"
 CALLING = f"{THOUGHT} to=functions.heat<|channel|>commentary json<|message|>"
-
-
-class Script:
-    """What a text is held to that is known, token by token."""
-
-    acts = True
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self.left = list(tokens)
-
-    def mask(self, scores_V: torch.Tensor) -> torch.Tensor:
-        if not self.left:
-            return scores_V
-        return torch.full_like(scores_V, -torch.inf).index_fill_(0, torch.tensor(self.left[0]), 0.0)
-
-    def accept(self, token: int) -> None:
-        del self.left[:1]
-
-    def ends_at(self, count: int) -> bool:
-        return False
-
-    def forced(self) -> list[int]:
-        return []
 
 
 class Saying(StreamedEngine):
@@ -87,20 +54,6 @@ class Saying(StreamedEngine):
             for one in found:
                 one.request.sampler.constraint = Script(tokens)
         return found
-
-
-def channel_model(directory: Path, eos: Any = RETURN) -> Path:
-    """The model, of which the config knows one mark that ends its turn."""
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(
-        [AddedToken(mark, special=True, normalized=False) for mark in MARKS], special_tokens=True
-    )
-    tokenizer.add_tokens([AddedToken(" to=functions.", special=False, normalized=False)])
-    tokenizer.chat_template = TEMPLATE
-    changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "eos_token_id": eos}
-    tiny_checkpoint(directory, zoo_model("gpt_oss", **changes))
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def opened(path: Path) -> Saying:
