@@ -45,6 +45,8 @@ class LateEngine:
         )  # fmt: skip
         self._layers, self._span = list(layers), spans[0]
         self._fails_at: int | None = None
+        self._fails_inside = False
+        """With the layer's slot in use."""
 
     def allocate(self, num_slots: int) -> None:
         self.host.allocate(num_slots)
@@ -63,6 +65,7 @@ class LateEngine:
             self.host.begin([row for row, _ in batch])
             self.transfers.interrupts = self._random.choice([0.0, 0.0, 0.02])
             self._fails_at = self._random.choice([None, None, 0, 1, 3])
+            self._fails_inside = self._random.random() < 0.5
             try:
                 streamer.run_pass(0, lambda x, w, i, b=batch, n=new: self._layer(i, b, n))
             except Interrupted:
@@ -101,7 +104,8 @@ class LateEngine:
         self.rows.truncate(row, len(text))
 
     def _layer(self, layer_idx: int, batch: Any, new: dict[Row, list[int]]) -> int:
-        if layer_idx == self._fails_at:
+        fails = layer_idx == self._fails_at
+        if fails and not (self._fails_inside and layer_idx in self._layers):
             raise Interrupted
         if layer_idx not in self._layers:
             return 0
@@ -109,6 +113,8 @@ class LateEngine:
         for row, _ in batch:
             start = row.place(self._span, 0)  # these rows' blocks follow one another
             self._launch(memory[start:], layer_idx, list(self.texts[row]), new[row])
+        if fails:
+            raise Interrupted
         self.host.close_layer(layer_idx, batch)
         return 0
 
@@ -159,5 +165,5 @@ def test_a_row_only_ever_sees_its_own_tokens(checkpoint: Path, seed: int) -> Non
 def test_without_any_one_wait_a_row_sees_something_else(
     checkpoint: Path, missing: tuple[str, str]
 ) -> None:
-    # Of some waits one schedule in eighty tells: 400 were too few once, on a busy machine.
+    # Of some waits one schedule in twenty tells, and which one is not always the same.
     assert any(find_errors(checkpoint, seed, missing) for seed in range(4000))
