@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 PACKAGING := pyproject.toml constraints.txt .ci/venv
 export PYTHON
 
+# Tests start hundreds of processes: what one has compiled the others need not compile again.
+test test-slow test-gpu: export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: help venv demo test test-slow test-gpu test-package check clean
 
 help:
