@@ -17,6 +17,7 @@ from assets import (
     tiny_checkpoint,
     tiny_model,
 )
+from byte_model import byte_model
 from interpreters import COMMAND, run_script
 from paths import ROOT
 from safetensors.torch import save_file
@@ -40,8 +41,14 @@ def environment(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A tiny Qwen2 directory with the real model's tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny")
+    """A tiny Qwen2 directory, whose tokenizer loads in no time."""
+    return byte_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def chatting(tmp_path):
+    """One with the real model's tokenizer, and the model."""
+    directory = tmp_path
     model = tiny_model("qwen2", vocab_size=49152, hidden_size=32, intermediate_size=32)
     tiny_checkpoint(directory, model)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -95,8 +102,8 @@ def test_a_reader_that_goes_away_ends_the_script_quietly():
     assert process.returncode == 0
 
 
-def test_a_chat_answer_from_a_safetensors_directory_is_that_of_transformers(tiny, capfd):
-    directory, model = tiny
+def test_a_chat_answer_from_a_safetensors_directory_is_that_of_transformers(chatting, capfd):
+    directory, model = chatting
     tokenizer = load_tokenizer(directory)
     chat = [{"role": "user", "content": "Hello"}]
     ids = tokenizer.apply_chat_template(
@@ -113,23 +120,22 @@ def main(*arguments: object) -> int:
 
 
 def test_a_prompt_from_stdin_loses_the_newline_of_its_line_only(tiny, capfd, monkeypatch):
-    directory, _ = tiny
     options = ("--raw", "--max-new-tokens", 4)
-    assert main(directory, "--prompt", "One\n two", *options) == 0
+    assert main(tiny, "--prompt", "One\n two", *options) == 0
     expected = capfd.readouterr().out
     stdin = io.TextIOWrapper(io.BytesIO(b"One\n two\n"))
     monkeypatch.setattr("sys.stdin", stdin)
-    assert main(directory, "--prompt", "-", *options) == 0
+    assert main(tiny, "--prompt", "-", *options) == 0
     assert capfd.readouterr().out == expected
 
 
 def test_layers_are_found_by_the_pattern_that_is_named(tiny, capfd):
     options = ("--prompt", "Hi", "--max-new-tokens", 3)
-    assert main(tiny[0], *options, "--layer-pattern", "model.layers.{i}.") == 0
+    assert main(tiny, *options, "--layer-pattern", "model.layers.{i}.") == 0
     named = capfd.readouterr().out
-    assert main(tiny[0], *options) == 0
+    assert main(tiny, *options) == 0
     assert capfd.readouterr().out == named
-    assert main(tiny[0], *options, "--layer-pattern", "blk.{i}.") == 2
+    assert main(tiny, *options, "--layer-pattern", "blk.{i}.") == 2
     assert "no layers found (tried blk.{i}.)" in capfd.readouterr().err
 
 
@@ -145,7 +151,7 @@ def test_a_seed_repeats_a_sampled_text(tiny, capfd):
     texts = []
     for seed in (3, 3, 4):
         options = ("--temperature", 1.0, "--seed", seed, "--max-new-tokens", 8)
-        assert main(tiny[0], "--prompt", "Hi", *options) == 0
+        assert main(tiny, "--prompt", "Hi", *options) == 0
         texts.append(capfd.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
 
@@ -155,19 +161,19 @@ def test_pool_settings_do_not_change_the_text(tiny, capfd):
     for pools in ((0, 0, 0), (1, 2, 3), (5, 0, 1)):
         flags = zip(("--n-gpu", "--n-cpu-pinned", "--n-cpu"), pools, strict=True)
         options = [part for flag in flags for part in flag]
-        assert main(tiny[0], "--prompt", "Hi", "--max-new-tokens", 6, *options) == 0
+        assert main(tiny, "--prompt", "Hi", "--max-new-tokens", 6, *options) == 0
         texts.add(capfd.readouterr().out)
     assert len(texts) == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrower_dtypes_generate(tiny, capfd, dtype):
-    assert main(tiny[0], "--prompt", "Hi", "--max-new-tokens", 3, "--dtype", dtype) == 0
+    assert main(tiny, "--prompt", "Hi", "--max-new-tokens", 3, "--dtype", dtype) == 0
     assert "3 tokens at" in capfd.readouterr().err
 
 
 def test_a_model_without_chat_template_continues_the_prompt_and_says_so(tiny, capfd, tmp_path):
-    shutil.copytree(tiny[0], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").unlink()
     assert main(tmp_path, "--prompt", "Hi", "--max-new-tokens", 3) == 0
     out, err = capfd.readouterr()
@@ -177,8 +183,8 @@ def test_a_model_without_chat_template_continues_the_prompt_and_says_so(tiny, ca
 
 
 def test_new_tokens_are_cut_to_what_the_context_has_room_for(tiny, capfd):
-    prompt = " one" * 250
-    assert main(tiny[0], "--raw", "--prompt", prompt, "--max-new-tokens", 50) == 0
+    prompt = "x" * 250
+    assert main(tiny, "--raw", "--prompt", prompt, "--max-new-tokens", 50) == 0
     err = capfd.readouterr().err
     assert "room for 6 new tokens" in err and "6 tokens at" in err
 
@@ -190,7 +196,7 @@ def test_bias_and_penalties_change_the_answer(tiny, capfd):
         ["--presence-penalty", 2],
         ["--logit-bias", "7=100", "--logit-bias=9=-100"],
     ):
-        assert main(tiny[0], "--raw", "--prompt", "Hi", "--max-new-tokens", 9, *options) == 0
+        assert main(tiny, "--raw", "--prompt", "Hi", "--max-new-tokens", 9, *options) == 0
         answers.append(capfd.readouterr().out)
     assert len({*answers}) == 3
 
@@ -209,7 +215,7 @@ def test_bias_and_penalties_change_the_answer(tiny, capfd):
         (["{tiny}", "--prompt", "Hi", "--logit-bias", "x=1"], "a token id of logit_bias='x'"),
         (["{tiny}", "--prompt", "Hi", "--logit-bias", "9999999=1"], "must be from 0 to"),
         (["{tiny}", "--prompt", "", "--raw"], "the prompt is empty"),
-        (["{tiny}", "--prompt", " one" * 300, "--raw"], "300 tokens, the model's context is 256"),
+        (["{tiny}", "--prompt", "x" * 300, "--raw"], "300 tokens, the model's context is 256"),
         (["{gpt2}", "--prompt", "Hi"], "'gpt2' is not supported"),
         (["{noconfig}", "--prompt", "Hi"], "no config.json"),
     ],
@@ -217,9 +223,9 @@ def test_bias_and_penalties_change_the_answer(tiny, capfd):
 def test_an_error_is_one_line_on_stderr_and_exit_code_2(tiny, capfd, tmp_path, arguments, message):
     for name in ("gpt2", "noconfig"):
         (tmp_path / name).mkdir()
-        shutil.copy(tiny[0] / "model.safetensors", tmp_path / name)
+        shutil.copy(tiny / "model.safetensors", tmp_path / name)
     (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
-    places = {"tiny": tiny[0], "gpt2": tmp_path / "gpt2", "noconfig": tmp_path / "noconfig"}
+    places = {"tiny": tiny, "gpt2": tmp_path / "gpt2", "noconfig": tmp_path / "noconfig"}
     assert main(*(part.format(**places) for part in arguments)) == 2
     out, err = capfd.readouterr()
     assert out == ""
@@ -242,7 +248,7 @@ def test_what_the_machine_refuses_is_one_line(tiny, capfd, monkeypatch, place, e
         raise error
 
     monkeypatch.setattr(f"layer_streamer.llm.{place}", refuse)
-    assert main(tiny[0], "--prompt", "Hi") == 2
+    assert main(tiny, "--prompt", "Hi") == 2
     err = capfd.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and type(error).__name__ in err
 
@@ -250,7 +256,7 @@ def test_what_the_machine_refuses_is_one_line(tiny, capfd, monkeypatch, place, e
 def test_a_generation_config_that_makes_no_sense_is_named_and_the_model_answers(
     tiny, capfd, tmp_path
 ):
-    shutil.copytree(tiny[0], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     said = {"do_sample": True, "top_k": -1, "temperature": "0.6", "eos_token_id": ["2", None]}
     (tmp_path / "generation_config.json").write_text(json.dumps(said))
     assert main(tmp_path, "--prompt", "Hi", "--max-new-tokens", 3, "--temperature", 0) == 0
@@ -260,7 +266,7 @@ def test_a_generation_config_that_makes_no_sense_is_named_and_the_model_answers(
 
 
 def test_a_truncated_checkpoint_is_an_error_that_names_the_file(tiny, capfd, tmp_path):
-    shutil.copytree(tiny[0], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "model.safetensors"
     os.truncate(path, path.stat().st_size - 1)
     assert main(tmp_path, "--prompt", "Hi") == 2
@@ -277,8 +283,8 @@ def test_help_needs_no_torch():
     assert " torch" not in result.stderr
 
 
-def test_with_budgets_the_text_is_the_same_and_nothing_is_said_to_be_streamed(tiny, capfd):
-    options = [tiny[0], "--prompt", "Hi", "--max-new-tokens", 6]
+def test_with_budgets_the_text_is_the_same_and_nothing_is_said_to_be_streamed(chatting, capfd):
+    options = [chatting[0], "--prompt", "Hi", "--max-new-tokens", 6]
     assert main(*options) == 0
     streamed = capfd.readouterr()
     assert main(*options, "--device-budget", "auto") == 0
@@ -290,7 +296,7 @@ def test_with_budgets_the_text_is_the_same_and_nothing_is_said_to_be_streamed(ti
 
 
 def test_a_budget_that_means_nothing_is_one_clear_line(tiny, capfd):
-    assert main(tiny[0], "--prompt", "Hi", "--device-budget", "lots") == 2
+    assert main(tiny, "--prompt", "Hi", "--device-budget", "lots") == 2
     assert "device_budget" in capfd.readouterr().err.strip().splitlines()[-1]
 
 

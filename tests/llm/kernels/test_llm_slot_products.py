@@ -6,16 +6,16 @@ from __future__ import annotations
 import pytest
 from parts import PART, parts
 from paths import EXPERTS
-from triton_runs import needs_triton, run_checks
+from triton_runs import INTERPRETED, needs_triton, run_checks
 
 CHECKS = ("slot_tiles_against_torch.py", "mixtures_against_streamed.py")
-INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+"""The first in the interpreter: test_llm_slots.py."""
 
 
 @needs_triton
-@pytest.mark.parametrize("checks", [CHECKS[0], pytest.param(CHECKS[1], marks=pytest.mark.slow)])
-def test_experts_in_slots_are_right_in_the_interpreter(checks: str) -> None:
-    run_checks(INTERPRETED, EXPERTS / checks)
+@pytest.mark.slow
+def test_captured_mixtures_are_right_in_the_interpreter() -> None:
+    run_checks(INTERPRETED, EXPERTS / CHECKS[1])
 
 
 @needs_triton

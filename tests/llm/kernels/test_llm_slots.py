@@ -1,15 +1,16 @@
 """Kernels of mixtures by slot, in Triton's interpreter or, with -m gpu, compiled."""
 
 import pytest
-from paths import ROOT
-from triton_runs import needs_triton, run_checks
+from paths import EXPERTS
+from triton_runs import INTERPRETED, needs_triton, run_checks
 
-CHECKS = ROOT / "tests" / "helpers" / "experts" / "slots_against_torch.py"
+CHECKS, TILES = EXPERTS / "slots_against_torch.py", EXPERTS / "slot_tiles_against_torch.py"
 
 
 @needs_triton
 def test_every_kernel_of_mixtures_gives_what_plain_torch_gives_in_the_interpreter():
-    run_checks({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, CHECKS)
+    """Those of few tokens, and those on tensor cores: imported once."""
+    run_checks(INTERPRETED, CHECKS, TILES)
 
 
 @needs_triton
