@@ -47,14 +47,6 @@ RARER: list[Any] = [
 ]
 
 
-def test_on_a_cpu_torch_leaves_a_core_to_the_streamer_of_a_trial(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    record = try_setup(checkpoint, setups.says_how_many_threads_torch_has)
-    assert f"torch has {most_torch_threads()} threads" in record.detail
-
-
 def name_of(value: object) -> str | None:
     return value.__name__ if callable(value) else ""
 
@@ -134,13 +126,15 @@ def test_what_a_candidate_does_beside_its_work_costs_it_nothing(
 
 
 def test_what_a_candidate_printed_last_is_in_the_detail_and_nowhere_else(
-    checkpoint: Path, capfd: pytest.CaptureFixture[str]
+    checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Here: how many threads torch has on a CPU, where it leaves a core to the streamer."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     record = try_setup(checkpoint, setups.prints_megabytes)
     assert record.ending == "exception"
     assert record.detail.startswith("ValueError: after much ado (in stage 'setup')\n")
     assert "The end of what it printed:\n" in record.detail
-    assert record.detail.endswith("the last words")
+    assert record.detail.endswith(f"\ntorch has {most_torch_threads()} threads")
     assert capfd.readouterr() == ("", "")
 
 

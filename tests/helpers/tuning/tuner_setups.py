@@ -38,12 +38,6 @@ def raises_in_run(streamer: Any) -> Run:
     return run
 
 
-def says_how_many_threads_torch_has(streamer: Any) -> Run:
-    import torch
-
-    raise ValueError(f"torch has {torch.get_num_threads()} threads")
-
-
 def returns_nothing(streamer: Any) -> None:
     return None
 
@@ -156,10 +150,12 @@ def refused_torch_memory(streamer: Any) -> Run:
 
 
 def prints_megabytes(streamer: Any) -> Run:
+    import torch
+
     for stream in (sys.stdout, sys.stderr):
         for _ in range(64):
             stream.write("noise " * (1 << 15))
-    print("the last words", flush=True)
+    print(f"\ntorch has {torch.get_num_threads()} threads", flush=True)
     raise ValueError("after much ado")
 
 
