@@ -1,8 +1,9 @@
-"""What has both a Triton kernel and plain torch operations, and which of them serves.
+"""What has both a kernel and plain torch operations, and which of them serves.
 
-Kernels serve on a GPU if Triton is there; by the token count where a launch costs more than the
-work. Everything here gives what plain torch gives: unpacked weights bit for bit, the rest up to the
-order of sums and the last bit.
+Triton's kernels serve on a GPU if it is there; by the token count where a launch costs more than
+the work. On a CPU few tokens are multiplied by ``host_kernels``, if they could be compiled.
+Everything here gives what plain torch gives: unpacked weights bit for bit, the rest up to the order
+of sums and the last bit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..host_kernels import products as host_products
 from ..weights.packed import Packed, unpack_rows
 from ..weights.scratch import Scratch
 from .thresholds import Thresholds, thresholds
@@ -60,9 +62,9 @@ def kernel_unpacks(packed: Packed, out: torch.Tensor) -> bool:
 
 def kernel_multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     """True: for this many tokens ``multiply`` is faster than unpacking first."""
-    if not x_TD.is_cuda or not triton_serves(x_TD.device):
-        return False
-    return _product(packed, x_TD) is not None
+    if x_TD.device.type == "cpu":
+        return host_products.multiplies(packed, x_TD)
+    return triton_serves(x_TD.device) and _product(packed, x_TD) is not None
 
 
 def multiply(
@@ -73,6 +75,8 @@ def multiply(
     To be called only where ``kernel_multiplies``. With few tokens weights are float32, not rounded
     to x's dtype as in unpacked rows; on tensor cores they are what unpacked rows have.
     """
+    if x_TD.device.type == "cpu":
+        return host_products.multiply(packed, x_TD, bias_N)
     kernels = _product(packed, x_TD)
     assert kernels is not None, packed.format
     with current(x_TD):

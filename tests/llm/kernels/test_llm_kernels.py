@@ -17,6 +17,7 @@ from parts import PART, part_of, parts
 from paths import ENGINE, EXPERTS, PYTHONPATH
 from triton_runs import CHECKS, EVERY_CASE, INTERPRETED, needs_triton, run_checks
 
+from layer_streamer.llm.host_kernels import products
 from layer_streamer.llm.kernels import fused, triton_support
 from layer_streamer.llm.weights.packed import unpack_rows
 
@@ -141,6 +142,7 @@ def test_a_cpu_is_served_by_plain_torch_without_a_word(monkeypatch, caplog):
 @pytest.mark.parametrize("kind", ["Q4_K", "ct4"])
 def test_without_kernels_everything_is_what_plain_torch_gives(monkeypatch, kind):
     without_triton(monkeypatch)
+    monkeypatch.setattr(products, "library", lambda: None)
     packed = cases.blocks(kind, 3, 512) if kind == "Q4_K" else cases.integers(kind, 3, 512, 128)
     found, expected = torch.empty(2, 3, 512).unbind(0)
     fused.unpack(packed, 0, 3, found)

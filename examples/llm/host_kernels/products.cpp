@@ -1,0 +1,625 @@
+// Products of few tokens with packed matrices, on a processor, straight from the packed bytes.
+//
+// Compiled on the machine that it runs on, for that machine (see build.py). Every weight is, bit for
+// bit, the float32 that plain unpacking makes of it: so nothing here may be contracted to fused
+// operations but the sums (-ffp-contract=off). What differs is the order of sums, which is the same
+// for any number of tokens. A matrix is gone through in pieces of 32 weights; several rows and
+// tokens at once, so that each weight is taken apart once and each input is loaded for all rows.
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <pthread.h>
+#include <signal.h>
+#include <system_error>
+#include <thread>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// ---------------------------------------------------------------- vectors of the machine's width
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+constexpr int LANES = 16;
+#define WIDE_TABLES 1
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef int8_t Signed __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+template <class Vector> inline Vector load(const void *from) {
+    Vector found;
+    std::memcpy(&found, from, sizeof found);
+    return found;
+}
+
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(WIDE_TABLES)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+inline Ints bytes_at(const uint8_t *from) {
+#if defined(WIDE_TABLES)
+    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    return __builtin_convertvector(load<Bytes>(from), Ints);
+#endif
+}
+
+inline Ints signed_at(const uint8_t *from) {
+#if defined(WIDE_TABLES)
+    return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    return __builtin_convertvector(load<Signed>(from), Ints);
+#endif
+}
+
+inline Ints halves_at(const uint8_t *from) {
+    return __builtin_convertvector(load<Halves>(from), Ints);
+}
+
+inline Floats floats(Ints codes) { return __builtin_convertvector(codes, Floats); }
+
+inline Ints counted() {
+    Ints found;
+    for (int lane = 0; lane < LANES; ++lane)
+        found[lane] = lane;
+    return found;
+}
+
+inline float sum(Floats values) {
+#if defined(WIDE_TABLES)
+    return _mm512_reduce_add_ps((__m512)values);
+#else
+    float parts[LANES];
+    std::memcpy(parts, &values, sizeof parts);
+    for (int step = LANES / 2; step; step /= 2)
+        for (int lane = 0; lane < step; ++lane)
+            parts[lane] += parts[lane + step];
+    return parts[0];
+#endif
+}
+
+inline float float_of(uint32_t bits) {
+    float found;
+    std::memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
+inline float half_at(const uint8_t *from) {
+    uint16_t half;
+    std::memcpy(&half, from, sizeof half);
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#else
+    uint32_t rest = (uint32_t)(half & 0x7fff) << 13, sign = (uint32_t)(half & 0x8000) << 16;
+    if (rest >= 0x7c00u << 13) // infinite, or not a number
+        return float_of(rest | 0x7f800000u | sign);
+    float found = float_of(rest) * 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &found, sizeof bits);
+    return float_of(bits | sign);
+#endif
+}
+
+// --------------------------------------------------------------------------- what a call is given
+
+enum Scale : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+
+struct Matrix { // as in library.py
+    int32_t format, scale_type;
+    int64_t rows, width, group, first_row;
+    const uint8_t *codes;
+    int64_t codes_stride; // bytes from row to row
+    const uint8_t *scale;
+    int64_t scale_row, scale_column; // numbers from row to row, from group to group
+    const uint8_t *zero;
+    int64_t zero_row, zero_column;
+};
+
+inline float scale_at(const Matrix &m, int64_t row, int64_t group) {
+    int64_t place = row * m.scale_row + group * m.scale_column;
+    if (m.scale_type == FLOAT16)
+        return half_at(m.scale + 2 * place);
+    if (m.scale_type == BFLOAT16) {
+        uint16_t bits;
+        std::memcpy(&bits, m.scale + 2 * place, sizeof bits);
+        return float_of((uint32_t)bits << 16);
+    }
+    float found;
+    std::memcpy(&found, m.scale + 4 * place, sizeof found);
+    return found;
+}
+
+// ------------------------------------------------------------------------------------ the formats
+//
+// Each has WEIGHTS in a block, and for one row at a time: `block` comes to a block, `piece` to 32 of
+// its weights, `at` gives LANES of them, float32. PAIRED: the even ones of a piece come first.
+
+constexpr int PIECE = 32;
+
+// Sixteen codes: (code - zero) * scale, plus a minimum if there are some.
+template <bool MINIMA> struct Sixteen {
+#if defined(WIDE_TABLES)
+    Floats table;
+    void set(float zero, float scale, float minimum) {
+        table = (floats(counted()) - zero) * scale;
+        if (MINIMA)
+            table += minimum;
+    }
+    Floats at(Ints codes) const { // which go by their low four bits
+        return (Floats)_mm512_permutexvar_ps((__m512i)codes, (__m512)table);
+    }
+#else
+    float zero, scale, minimum;
+    void set(float z, float s, float m) { zero = z, scale = s, minimum = m; }
+    Floats at(Ints codes) const {
+        Floats found = (floats(codes & 15) - zero) * scale;
+        return MINIMA ? found + minimum : found;
+    }
+#endif
+};
+
+// The nibbles of 16 bytes: the low ones, then the high ones.
+inline Ints nibbles_at(const uint8_t *from, int j) {
+    int first = j * LANES;
+    Ints bytes = bytes_at(from + first % 16);
+    return first < 16 ? bytes : bytes >> 4;
+}
+
+template <int NBYTES, bool MINIMA> struct Blocks4 { // Q4_0, Q4_1
+    static constexpr int WEIGHTS = 32;
+    static constexpr bool PAIRED = false;
+    const uint8_t *codes;
+    Sixteen<MINIMA> levels;
+    void block(const Matrix &m, int64_t row, int64_t block) {
+        const uint8_t *raw = m.codes + row * m.codes_stride + block * NBYTES;
+        codes = raw + NBYTES - 16;
+        levels.set(MINIMA ? 0 : 8, half_at(raw), MINIMA ? half_at(raw + 2) : 0);
+    }
+    void piece(const Matrix &, int64_t, int64_t, int) {}
+    Floats at(int, int j) const { return levels.at(nibbles_at(codes, j)); }
+};
+using Q4_0 = Blocks4<18, false>;
+using Q4_1 = Blocks4<20, true>;
+
+template <int NBYTES, bool MINIMA> struct Blocks5 { // Q5_0, Q5_1
+    static constexpr int WEIGHTS = 32;
+    static constexpr bool PAIRED = false;
+    const uint8_t *codes;
+    uint32_t fifth;
+    float scale, minimum;
+    void block(const Matrix &m, int64_t row, int64_t block) {
+        const uint8_t *raw = m.codes + row * m.codes_stride + block * NBYTES;
+        codes = raw + NBYTES - 16;
+        std::memcpy(&fifth, codes - 4, sizeof fifth);
+        scale = half_at(raw), minimum = MINIMA ? half_at(raw + 2) : 0;
+    }
+    void piece(const Matrix &, int64_t, int64_t, int) {}
+    Floats at(int, int j) const {
+        Ints bits = ((int32_t)(fifth >> (j * LANES)) - Ints{}) >> counted();
+        Floats found = floats((nibbles_at(codes, j) & 15) | ((bits & 1) << 4));
+        return MINIMA ? found * scale + minimum : (found - 16) * scale;
+    }
+};
+using Q5_0 = Blocks5<22, false>;
+using Q5_1 = Blocks5<24, true>;
+
+struct Q8_0 {
+    static constexpr int WEIGHTS = 32;
+    static constexpr bool PAIRED = false;
+    const uint8_t *codes;
+    float scale;
+    void block(const Matrix &m, int64_t row, int64_t block) {
+        codes = m.codes + row * m.codes_stride + block * 34 + 2;
+        scale = half_at(codes - 2);
+    }
+    void piece(const Matrix &, int64_t, int64_t, int) {}
+    Floats at(int, int j) const { return floats(signed_at(codes + j * LANES)) * scale; }
+};
+
+// Eight scales and eight minima of six bits, times the float16 numbers before them; minima negated.
+inline void six_bit_scales(const uint8_t *raw, float *found) {
+    uint32_t words[3], codes[4];
+    std::memcpy(words, raw + 4, sizeof words);
+    codes[0] = words[0] & 0x3f3f3f3f;
+    codes[1] = (words[2] & 0x0f0f0f0f) | ((words[0] >> 2) & 0x30303030);
+    codes[2] = words[1] & 0x3f3f3f3f;
+    codes[3] = ((words[2] >> 4) & 0x0f0f0f0f) | ((words[1] >> 2) & 0x30303030);
+    float scale = half_at(raw), minimum = -half_at(raw + 2);
+    for (int i = 0; i < 16; i += LANES) {
+        Floats numbers = floats(bytes_at((const uint8_t *)codes + i));
+        numbers *= counted() + i < 8 ? scale - Floats{} : minimum - Floats{};
+        std::memcpy(found + i, &numbers, sizeof numbers);
+    }
+}
+
+struct Q4_K {
+    static constexpr int WEIGHTS = 256;
+    static constexpr bool PAIRED = false;
+    const uint8_t *codes;
+    float factors[16];
+    Sixteen<true> levels;
+    void block(const Matrix &m, int64_t row, int64_t block) {
+        const uint8_t *raw = m.codes + row * m.codes_stride + block * 144;
+        codes = raw + 16;
+        six_bit_scales(raw, factors);
+    }
+    void piece(const Matrix &, int64_t, int64_t, int p) {
+        levels.set(0, factors[p], factors[8 + p]);
+    }
+    Floats at(int p, int j) const {
+        Ints bytes = bytes_at(codes + p / 2 * 32 + j * LANES);
+        return levels.at(p % 2 ? bytes >> 4 : bytes);
+    }
+};
+
+struct Q5_K {
+    static constexpr int WEIGHTS = 256;
+    static constexpr bool PAIRED = false;
+    const uint8_t *codes;
+    float factors[16];
+    void block(const Matrix &m, int64_t row, int64_t block) {
+        const uint8_t *raw = m.codes + row * m.codes_stride + block * 176;
+        codes = raw + 16;
+        six_bit_scales(raw, factors);
+    }
+    void piece(const Matrix &, int64_t, int64_t, int) {}
+    Floats at(int p, int j) const {
+        Ints bytes = bytes_at(codes + 32 + p / 2 * 32 + j * LANES);
+        Ints fifth = ((bytes_at(codes + j * LANES) >> p) & 1) << 4;
+        return floats(((p % 2 ? bytes >> 4 : bytes) & 15) | fifth) * factors[p] + factors[8 + p];
+    }
+};
+
+struct Q6_K {
+    static constexpr int WEIGHTS = 256;
+    static constexpr bool PAIRED = false;
+    const uint8_t *codes;
+    float factors[16];
+    void block(const Matrix &m, int64_t row, int64_t block) {
+        codes = m.codes + row * m.codes_stride + block * 210;
+        float scale = half_at(codes + 208);
+        for (int i = 0; i < 16; i += LANES) {
+            Floats numbers = floats(signed_at(codes + 192 + i)) * scale;
+            std::memcpy(factors + i, &numbers, sizeof numbers);
+        }
+    }
+    void piece(const Matrix &, int64_t, int64_t, int) {}
+    Floats at(int p, int j) const {
+        int half = p / 4, quarter = p % 4, first = j * LANES;
+        Ints bytes = bytes_at(codes + 64 * half + quarter % 2 * 32 + first);
+        Ints upper = bytes_at(codes + 128 + 32 * half + first) >> (2 * quarter);
+        Ints found = ((quarter > 1 ? bytes >> 4 : bytes) & 15) | ((upper & 3) << 4);
+        return (floats(found) - 32) * factors[2 * p + first / 16];
+    }
+};
+
+// Groups of whole pieces; a scale may be of any float dtype, and lie at any stride.
+struct Grouped {
+    static constexpr int WEIGHTS = 32;
+    int64_t left = 0, group = 0; // pieces to the end of the group; the next one's number
+    // True: a group begins, with these numbers; `bits` has a code.
+    bool begins(const Matrix &m, int64_t row, int bits, float &scale, float &zero) {
+        if (left--)
+            return false;
+        left = m.group / PIECE - 1;
+        scale = scale_at(m, row, group);
+        zero = (float)(1 << (bits - 1));
+        if (m.zero) {
+            int64_t number = m.first_row + row, pack = 32 / bits;
+            uint32_t word;
+            std::memcpy(&word, m.zero + 4 * (number / pack * m.zero_row + group * m.zero_column), 4);
+            zero = (float)((word >> (number % pack * bits)) & ((1u << bits) - 1));
+        }
+        ++group;
+        return true;
+    }
+};
+
+struct CT4 : Grouped {
+    static constexpr bool PAIRED = true; // of each byte, the low nibble is the weight before
+    const uint8_t *codes;
+    Sixteen<false> levels;
+    void block(const Matrix &m, int64_t row, int64_t block) {
+        float scale, zero;
+        codes = m.codes + row * m.codes_stride + block * 16;
+        if (begins(m, row, 4, scale, zero))
+            levels.set(zero, scale, 0);
+    }
+    void piece(const Matrix &, int64_t, int64_t, int) {}
+    Floats at(int, int j) const { return levels.at(nibbles_at(codes, j)); }
+};
+
+struct CT8 : Grouped {
+    static constexpr bool PAIRED = false;
+    const uint8_t *codes;
+    float scale, zero;
+    void block(const Matrix &m, int64_t row, int64_t block) {
+        codes = m.codes + row * m.codes_stride + block * 32;
+        begins(m, row, 8, scale, zero);
+    }
+    void piece(const Matrix &, int64_t, int64_t, int) {}
+    Floats at(int, int j) const { return (floats(bytes_at(codes + j * LANES)) - zero) * scale; }
+};
+
+struct BF16 {
+    static constexpr int WEIGHTS = 32;
+    static constexpr bool PAIRED = false;
+    const uint8_t *codes;
+    void block(const Matrix &m, int64_t row, int64_t block) {
+        codes = m.codes + row * m.codes_stride + block * 64;
+    }
+    void piece(const Matrix &, int64_t, int64_t, int) {}
+    Floats at(int, int j) const { return (Floats)(halves_at(codes + 2 * j * LANES) << 16); }
+};
+
+struct F16 {
+    static constexpr int WEIGHTS = 32;
+    static constexpr bool PAIRED = false;
+    const uint8_t *codes;
+    void block(const Matrix &m, int64_t row, int64_t block) {
+        codes = m.codes + row * m.codes_stride + block * 64;
+    }
+    void piece(const Matrix &, int64_t, int64_t, int) {}
+    Floats at(int, int j) const {
+        const uint8_t *from = codes + 2 * j * LANES;
+#if defined(WIDE_TABLES)
+        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__AVX2__) && defined(__F16C__)
+        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+        Floats found;
+        for (int lane = 0; lane < LANES; ++lane)
+            found[lane] = half_at(from + 2 * lane);
+        return found;
+#endif
+    }
+};
+
+// ------------------------------------------------------------------------------------- a product
+
+struct Product {
+    const Matrix &matrix;
+    const float *x; // tokens x width, of paired formats in their order
+    float *y;       // tokens x y_stride
+    int64_t y_stride, tokens;
+};
+
+constexpr int MOST_TOKENS = 8;
+constexpr int MOST_SUMS = LANES == 16 ? 16 : 8; // that registers hold, of rows times tokens
+constexpr int STRETCH = LANES * 32 > 256 ? LANES * 32 : 256; // weights that are summed up at a time
+
+template <int TOKENS> constexpr int rows_at_once() {
+    return MOST_SUMS / TOKENS > 4 ? 4 : MOST_SUMS / TOKENS;
+}
+
+// A stretch of a few rows: sums[row][token] gets what it comes to.
+template <class Format, int TOKENS, int ROWS>
+inline void add_stretch(const Product &p, Format *formats, const int64_t *rows, int64_t first,
+                        int64_t last, Floats (*sums)[TOKENS]) {
+    Floats own[ROWS][TOKENS] = {};
+    const float *x[TOKENS]; // the first one's again, where there are fewer
+    for (int t = 0; t < TOKENS; ++t)
+        x[t] = p.x + (t < p.tokens ? t : 0) * p.matrix.width;
+    for (int64_t block = first; block < last; ++block) {
+        for (int r = 0; r < ROWS; ++r)
+            formats[r].block(p.matrix, rows[r], block);
+#pragma GCC unroll 8
+        for (int piece = 0; piece < Format::WEIGHTS / PIECE; ++piece) {
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r)
+                formats[r].piece(p.matrix, rows[r], block, piece);
+#pragma GCC unroll 8
+            for (int j = 0; j < PIECE / LANES; ++j) {
+                Floats weights[ROWS];
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; ++r)
+                    weights[r] = formats[r].at(piece, j);
+#pragma GCC unroll 8
+                for (int t = 0; t < TOKENS; ++t) {
+                    Floats inputs = load<Floats>(x[t] + block * Format::WEIGHTS + piece * PIECE + j * LANES);
+#pragma GCC unroll 4
+                    for (int r = 0; r < ROWS; ++r)
+                        own[r][t] = fused(weights[r], inputs, own[r][t]);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int t = 0; t < TOKENS; ++t)
+            sums[r][t] += own[r][t];
+}
+
+template <class Format, int TOKENS>
+void multiply_rows(const Product &p, int64_t start, int64_t end) {
+    constexpr int ROWS = rows_at_once<TOKENS>();
+    int64_t blocks = p.matrix.width / Format::WEIGHTS, step = STRETCH / Format::WEIGHTS;
+    for (int64_t row = start; row < end; row += ROWS) {
+        int64_t rows[ROWS];
+        for (int r = 0; r < ROWS; ++r)
+            rows[r] = row + r < end ? row + r : end - 1; // the last one again, where there are fewer
+        Format formats[ROWS];
+        Floats sums[ROWS][TOKENS] = {};
+        for (int64_t first = 0; first < blocks; first += step) {
+            int64_t last = first + step < blocks ? first + step : blocks;
+            add_stretch<Format, TOKENS, ROWS>(p, formats, rows, first, last, sums);
+        }
+        for (int r = 0; r < ROWS; ++r)
+            for (int t = 0; t < TOKENS && t < p.tokens; ++t)
+                p.y[t * p.y_stride + rows[r]] = sum(sums[r][t]);
+    }
+}
+
+typedef void (*Rows)(const Product &, int64_t, int64_t);
+
+template <class Format> Rows rows_of(int64_t tokens) {
+    if (tokens == 1)
+        return multiply_rows<Format, 1>;
+    if (tokens == 2)
+        return multiply_rows<Format, 2>;
+    return tokens <= 4 ? multiply_rows<Format, 4> : multiply_rows<Format, 8>;
+}
+
+struct Entry { // in the order of library.py
+    Rows (*rows)(int64_t);
+    bool paired;
+};
+
+template <class Format> constexpr Entry entry() { return {rows_of<Format>, Format::PAIRED}; }
+
+const Entry FORMATS[] = {
+    entry<Q4_0>(), entry<Q4_1>(), entry<Q5_0>(), entry<Q5_1>(), entry<Q8_0>(), entry<Q4_K>(),
+    entry<Q5_K>(), entry<Q6_K>(), entry<CT4>(), entry<CT8>(), entry<BF16>(), entry<F16>(),
+};
+
+// ------------------------------------------------------------------------------------ the threads
+//
+// They sleep when there is nothing to do, never spin, and end with the process. One caller at a time
+// has them; another computes alone meanwhile. A caller waits for those only that have begun: one
+// whose core is taken is left out. Rows are dealt out a few at a time.
+
+struct Task {
+    const Product &product;
+    Rows rows;
+    int64_t end, step;
+    std::atomic<int64_t> next;
+    void work() {
+        for (;;) {
+            int64_t start = next.fetch_add(step, std::memory_order_relaxed);
+            if (start >= end)
+                return;
+            rows(product, start, start + step < end ? start + step : end);
+        }
+    }
+};
+
+struct Pool {
+    std::mutex taken, lock;
+    std::condition_variable wake, done;
+    Task *task = nullptr;
+    int wanted = 0, active = 0, threads = 0;
+
+    void run(Task &own, int helpers) {
+        std::unique_lock<std::mutex> mine(taken, std::try_to_lock);
+        if (helpers > 0 && mine.owns_lock()) {
+            grow(helpers);
+            std::lock_guard<std::mutex> held(lock);
+            task = &own, wanted = helpers < threads ? helpers : threads;
+            if (wanted == 1)
+                wake.notify_one();
+            else if (wanted)
+                wake.notify_all();
+        }
+        own.work();
+        if (helpers > 0 && mine.owns_lock()) {
+            std::unique_lock<std::mutex> held(lock);
+            wanted = 0;
+            done.wait(held, [this] { return active == 0; });
+            task = nullptr;
+        }
+    }
+
+    void grow(int count) {
+        sigset_t every, before;
+        sigfillset(&every); // signals are for the interpreter's threads
+        pthread_sigmask(SIG_SETMASK, &every, &before);
+        try {
+            for (; threads < count; ++threads)
+                std::thread([this] { serve(); }).detach();
+        } catch (const std::system_error &) { // no more threads: those that there are
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+
+    void serve() {
+        std::unique_lock<std::mutex> held(lock);
+        for (;;) {
+            wake.wait(held, [this] { return wanted > 0; });
+            --wanted, ++active;
+            Task *own = task;
+            held.unlock();
+            own->work();
+            held.lock();
+            if (--active == 0)
+                done.notify_one();
+        }
+    }
+};
+
+Pool *pool; // never freed: its threads may sleep there when the process ends
+
+void forget_threads() { pool = new (std::nothrow) Pool; } // a forked child has none of them
+
+struct Opened {
+    Opened() {
+        forget_threads();
+        pthread_atfork(nullptr, nullptr, forget_threads);
+    }
+} opened;
+
+constexpr int64_t WORTH_A_THREAD = 128 << 10; // bytes of a matrix
+
+int64_t row_nbytes(const Matrix &m) { return m.codes_stride > 0 ? m.codes_stride : m.width; }
+
+} // namespace
+
+extern "C" {
+
+int64_t host_matrix_nbytes() { return sizeof(Matrix); }
+
+int host_lanes() { return LANES; }
+
+// y = x times the transposed matrix: y (tokens, y_stride), x (tokens, width), float32, tokens from
+// 1 to 8. 0: done; 1: no memory.
+int host_multiply(const Matrix *matrix, const float *x, float *y, int64_t y_stride, int64_t tokens,
+                  int threads) try {
+    const Entry &entry = FORMATS[matrix->format];
+    std::vector<float> ordered;
+    if (entry.paired) {
+        ordered.resize(tokens * matrix->width);
+        for (int64_t at = 0; at < tokens * matrix->width; at += PIECE)
+            for (int i = 0; i < PIECE; ++i)
+                ordered[at + i % 2 * (PIECE / 2) + i / 2] = x[at + i];
+        x = ordered.data();
+    }
+    Product product = {*matrix, x, y, y_stride, tokens};
+    int64_t nbytes = matrix->rows * row_nbytes(*matrix), most = nbytes / WORTH_A_THREAD;
+    int helpers = (int)(most < threads ? most : threads) - 1;
+    int64_t step = matrix->rows;
+    if (helpers > 0) {
+        step = matrix->rows / ((helpers + 1) * 8) / 4 * 4;
+        step = step < 4 ? 4 : step;
+    }
+    Task task = {product, entry.rows(tokens), matrix->rows, step, {0}};
+    if (helpers > 0 && pool)
+        pool->run(task, helpers);
+    else
+        task.work();
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+}

@@ -1,0 +1,79 @@
+"""Which products the compiled kernels serve, and how a packed matrix is handed to them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..weights.packed import CT_BITS, FLOATS, Packed
+from .library import FORMATS, SCALE_TYPES, Matrix, library
+
+PIECE = 32
+"""Weights that share what they are scaled by, at least; kernels take them one after the other."""
+NUMBERS = {kind: number for number, kind in enumerate(FORMATS)}
+MOST_TOKENS = 8
+
+
+def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
+    """True: ``multiply`` can be called, of inputs on the host."""
+    if packed.format not in NUMBERS or not 0 < len(x_TD) <= MOST_TOKENS:
+        return False
+    if x_TD.dtype not in SCALE_TYPES or packed.width % PIECE or not packed.rows:
+        return False
+    if packed.format in CT_BITS and not _in_order(packed):
+        return False
+    codes = _codes(packed)
+    if packed.format in FLOATS and codes.dtype != FLOATS[packed.format]:
+        return False  # cast, on their way
+    return codes.device.type == "cpu" and codes.stride(-1) == 1 and library() is not None
+
+
+def multiply(
+    packed: Packed, x_TD: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x times the transposed matrix, plus a bias: (T, rows), in the dtype of x.
+
+    Every weight is the float32 that unpacking makes of it, products are summed up in float32 in an
+    order that does not depend on T, and rounded once, before the bias is added.
+    """
+    found = library()
+    assert found is not None
+    inputs_TD = x_TD.float().contiguous()
+    y_TN = inputs_TD.new_empty(len(x_TD), packed.rows)
+    found.multiply(_matrix(packed), inputs_TD, y_TN)
+    y_TN = y_TN.to(x_TD.dtype)
+    return y_TN if bias_N is None else y_TN.add_(bias_N)
+
+
+def _in_order(packed: Packed) -> bool:
+    """True: columns of "ct4" and "ct8" are in the order of groups of whole pieces."""
+    if "g_idx" in packed.parts or packed.parts["scale"].dtype not in SCALE_TYPES:
+        return False
+    return not packed.group or not (packed.group % PIECE or packed.width % packed.group)
+
+
+def _codes(packed: Packed) -> torch.Tensor:
+    if packed.format in CT_BITS:
+        return packed.parts["packed"]
+    return packed.parts["weight" if packed.format in FLOATS else "raw"]
+
+
+def _matrix(packed: Packed) -> Matrix:
+    codes = _codes(packed)
+    matrix = Matrix(
+        format=NUMBERS[packed.format],
+        rows=packed.rows,
+        width=packed.width,
+        codes=codes.data_ptr(),
+        codes_stride=codes.stride(0) * codes.itemsize,
+    )
+    if packed.format in CT_BITS:
+        scale, zero = packed.parts["scale"], packed.parts.get("zero")
+        matrix.scale_type = SCALE_TYPES[scale.dtype]
+        matrix.group = packed.group or packed.width
+        matrix.first_row = packed.first_row
+        matrix.scale = scale.data_ptr()
+        matrix.scale_row, matrix.scale_column = scale.stride()
+        if zero is not None:
+            matrix.zero = zero.data_ptr()
+            matrix.zero_row, matrix.zero_column = zero.stride()
+    return matrix
