@@ -160,6 +160,21 @@ inline float scale_at(const Matrix &m, int64_t row, int64_t group) {
 
 constexpr int PIECE = 32;
 
+// Codes of a piece, taken apart as bytes; vectors of any width are loaded from there.
+typedef uint8_t Codes __attribute__((vector_size(PIECE)));
+
+// Bytes shifted to the right: what comes in from the next byte is for the caller to mask away.
+inline Codes shifted(Codes codes, int count) {
+    typedef uint16_t Shifted __attribute__((vector_size(PIECE)));
+    return (Codes)((Shifted)codes >> count);
+}
+
+struct Numbers {
+    alignas(PIECE) uint8_t codes[PIECE];
+    void set(Codes found) { std::memcpy(codes, &found, sizeof codes); }
+    Floats at(int j) const { return floats(signed_at(codes + j * LANES)); }
+};
+
 // Sixteen codes: (code - zero) * scale, plus a minimum if there are some.
 template <bool MINIMA> struct Sixteen {
 #if defined(WIDE_TABLES)
@@ -205,24 +220,39 @@ template <int NBYTES, bool MINIMA> struct Blocks4 { // Q4_0, Q4_1
 using Q4_0 = Blocks4<18, false>;
 using Q4_1 = Blocks4<20, true>;
 
+// Thirty-two codes, as two times sixteen: bit i of `fifth` is of the weight in lane i.
+template <bool MINIMA> struct ThirtyTwo {
+    Sixteen<MINIMA> lower, upper;
+    void set(float zero, float scale, float minimum) {
+        lower.set(zero, scale, minimum), upper.set(zero - 16, scale, minimum);
+    }
+    Floats at(Ints codes, uint32_t fifth) const {
+#if defined(WIDE_TABLES)
+        __m512 found = _mm512_permutexvar_ps((__m512i)codes, (__m512)lower.table);
+        return (Floats)_mm512_mask_permutexvar_ps(found, (__mmask16)fifth, (__m512i)codes,
+                                                  (__m512)upper.table);
+#else
+        Ints bits = ((int32_t)fifth - Ints{}) >> counted() & 1;
+        Floats found = (floats((codes & 15) | bits << 4) - lower.zero) * lower.scale;
+        return MINIMA ? found + lower.minimum : found;
+#endif
+    }
+};
+
 template <int NBYTES, bool MINIMA> struct Blocks5 { // Q5_0, Q5_1
     static constexpr int WEIGHTS = 32;
     static constexpr bool PAIRED = false;
     const uint8_t *codes;
     uint32_t fifth;
-    float scale, minimum;
+    ThirtyTwo<MINIMA> levels;
     void block(const Matrix &m, int64_t row, int64_t block) {
         const uint8_t *raw = m.codes + row * m.codes_stride + block * NBYTES;
         codes = raw + NBYTES - 16;
         std::memcpy(&fifth, codes - 4, sizeof fifth);
-        scale = half_at(raw), minimum = MINIMA ? half_at(raw + 2) : 0;
+        levels.set(MINIMA ? 0 : 16, half_at(raw), MINIMA ? half_at(raw + 2) : 0);
     }
     void piece(const Matrix &, int64_t, int64_t, int) {}
-    Floats at(int, int j) const {
-        Ints bits = ((int32_t)(fifth >> (j * LANES)) - Ints{}) >> counted();
-        Floats found = floats((nibbles_at(codes, j) & 15) | ((bits & 1) << 4));
-        return MINIMA ? found * scale + minimum : (found - 16) * scale;
-    }
+    Floats at(int, int j) const { return levels.at(nibbles_at(codes, j), fifth >> (j * LANES)); }
 };
 using Q5_0 = Blocks5<22, false>;
 using Q5_1 = Blocks5<24, true>;
@@ -279,19 +309,19 @@ struct Q4_K {
 struct Q5_K {
     static constexpr int WEIGHTS = 256;
     static constexpr bool PAIRED = false;
-    const uint8_t *codes;
+    const uint8_t *raw;
     float factors[16];
+    Numbers numbers;
     void block(const Matrix &m, int64_t row, int64_t block) {
-        const uint8_t *raw = m.codes + row * m.codes_stride + block * 176;
-        codes = raw + 16;
+        raw = m.codes + row * m.codes_stride + block * 176;
         six_bit_scales(raw, factors);
     }
-    void piece(const Matrix &, int64_t, int64_t, int) {}
-    Floats at(int p, int j) const {
-        Ints bytes = bytes_at(codes + 32 + p / 2 * 32 + j * LANES);
-        Ints fifth = ((bytes_at(codes + j * LANES) >> p) & 1) << 4;
-        return floats(((p % 2 ? bytes >> 4 : bytes) & 15) | fifth) * factors[p] + factors[8 + p];
+    void piece(const Matrix &, int64_t, int64_t, int p) {
+        Codes low = load<Codes>(raw + 48 + p / 2 * 32);
+        Codes fifth = shifted(load<Codes>(raw + 16), p) & 1;
+        numbers.set(((p % 2 ? shifted(low, 4) : low) & 15) | fifth << 4);
     }
+    Floats at(int p, int j) const { return numbers.at(j) * factors[p] + factors[8 + p]; }
 };
 
 struct Q6_K {
@@ -299,6 +329,7 @@ struct Q6_K {
     static constexpr bool PAIRED = false;
     const uint8_t *codes;
     float factors[16];
+    Numbers numbers;
     void block(const Matrix &m, int64_t row, int64_t block) {
         codes = m.codes + row * m.codes_stride + block * 210;
         float scale = half_at(codes + 208);
@@ -307,14 +338,13 @@ struct Q6_K {
             std::memcpy(factors + i, &numbers, sizeof numbers);
         }
     }
-    void piece(const Matrix &, int64_t, int64_t, int) {}
-    Floats at(int p, int j) const {
-        int half = p / 4, quarter = p % 4, first = j * LANES;
-        Ints bytes = bytes_at(codes + 64 * half + quarter % 2 * 32 + first);
-        Ints upper = bytes_at(codes + 128 + 32 * half + first) >> (2 * quarter);
-        Ints found = ((quarter > 1 ? bytes >> 4 : bytes) & 15) | ((upper & 3) << 4);
-        return (floats(found) - 32) * factors[2 * p + first / 16];
+    void piece(const Matrix &, int64_t, int64_t, int p) {
+        int half = p / 4, quarter = p % 4;
+        Codes low = load<Codes>(codes + 64 * half + quarter % 2 * 32);
+        Codes upper = shifted(load<Codes>(codes + 128 + 32 * half), 2 * quarter) & 3;
+        numbers.set((((quarter > 1 ? shifted(low, 4) : low) & 15) | upper << 4) - (uint8_t)32);
     }
+    Floats at(int p, int j) const { return numbers.at(j) * factors[2 * p + j * LANES / 16]; }
 };
 
 // Groups of whole pieces; a scale may be of any float dtype, and lie at any stride.
@@ -410,21 +440,34 @@ struct Product {
 
 constexpr int MOST_TOKENS = 8;
 constexpr int MOST_SUMS = LANES == 16 ? 16 : 8; // that registers hold, of rows times tokens
-constexpr int STRETCH = LANES * 32 > 256 ? LANES * 32 : 256; // weights that are summed up at a time
+
+// Roundings of equal terms add up: so 32 terms are summed up, 32 of these sums, and then the rest.
+constexpr int TERMS = 32;
+constexpr int STRETCH = LANES * TERMS; // weights of the shortest sums
 
 template <int TOKENS> constexpr int rows_at_once() {
     return MOST_SUMS / TOKENS > 4 ? 4 : MOST_SUMS / TOKENS;
 }
 
-// A stretch of a few rows: sums[row][token] gets what it comes to.
+// Sums join larger ones, and begin again.
+template <int TOKENS, int ROWS>
+inline void flush(Floats (&own)[ROWS][TOKENS], Floats (&sums)[ROWS][TOKENS]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t)
+            sums[r][t] += own[r][t], own[r][t] = Floats{};
+}
+
 template <class Format, int TOKENS, int ROWS>
-inline void add_stretch(const Product &p, Format *formats, const int64_t *rows, int64_t first,
-                        int64_t last, Floats (*sums)[TOKENS]) {
+inline void add_blocks(const Product &p, Format (&formats)[ROWS], const int64_t (&rows)[ROWS],
+                       int64_t first, int64_t last, Floats (&sums)[ROWS][TOKENS]) {
     Floats own[ROWS][TOKENS] = {};
     const float *x[TOKENS]; // the first one's again, where there are fewer
     for (int t = 0; t < TOKENS; ++t)
         x[t] = p.x + (t < p.tokens ? t : 0) * p.matrix.width;
     for (int64_t block = first; block < last; ++block) {
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r)
             formats[r].block(p.matrix, rows[r], block);
 #pragma GCC unroll 8
@@ -434,42 +477,47 @@ inline void add_stretch(const Product &p, Format *formats, const int64_t *rows, 
                 formats[r].piece(p.matrix, rows[r], block, piece);
 #pragma GCC unroll 8
             for (int j = 0; j < PIECE / LANES; ++j) {
+                int64_t column = block * Format::WEIGHTS + piece * PIECE + j * LANES;
                 Floats weights[ROWS];
 #pragma GCC unroll 4
                 for (int r = 0; r < ROWS; ++r)
                     weights[r] = formats[r].at(piece, j);
 #pragma GCC unroll 8
                 for (int t = 0; t < TOKENS; ++t) {
-                    Floats inputs = load<Floats>(x[t] + block * Format::WEIGHTS + piece * PIECE + j * LANES);
+                    Floats inputs = load<Floats>(x[t] + column);
 #pragma GCC unroll 4
                     for (int r = 0; r < ROWS; ++r)
                         own[r][t] = fused(weights[r], inputs, own[r][t]);
                 }
             }
+            if (Format::WEIGHTS > STRETCH && (piece + 1) * PIECE % STRETCH == 0)
+                flush(own, sums);
         }
     }
-    for (int r = 0; r < ROWS; ++r)
-        for (int t = 0; t < TOKENS; ++t)
-            sums[r][t] += own[r][t];
+    flush(own, sums);
 }
 
 template <class Format, int TOKENS>
 void multiply_rows(const Product &p, int64_t start, int64_t end) {
     constexpr int ROWS = rows_at_once<TOKENS>();
-    int64_t blocks = p.matrix.width / Format::WEIGHTS, step = STRETCH / Format::WEIGHTS;
+    int64_t blocks = p.matrix.width / Format::WEIGHTS;
+    int64_t step = STRETCH > Format::WEIGHTS ? STRETCH / Format::WEIGHTS : 1;
     for (int64_t row = start; row < end; row += ROWS) {
         int64_t rows[ROWS];
         for (int r = 0; r < ROWS; ++r)
             rows[r] = row + r < end ? row + r : end - 1; // the last one again, where there are fewer
         Format formats[ROWS];
-        Floats sums[ROWS][TOKENS] = {};
-        for (int64_t first = 0; first < blocks; first += step) {
+        Floats sums[ROWS][TOKENS] = {}, all[ROWS][TOKENS] = {};
+        for (int64_t first = 0, next = TERMS * step; first < blocks; first += step) {
+            if (first == next)
+                flush(sums, all), next += TERMS * step;
             int64_t last = first + step < blocks ? first + step : blocks;
-            add_stretch<Format, TOKENS, ROWS>(p, formats, rows, first, last, sums);
+            add_blocks(p, formats, rows, first, last, sums);
         }
+        flush(sums, all);
         for (int r = 0; r < ROWS; ++r)
             for (int t = 0; t < TOKENS && t < p.tokens; ++t)
-                p.y[t * p.y_stride + rows[r]] = sum(sums[r][t]);
+                p.y[t * p.y_stride + rows[r]] = sum(all[r][t]);
     }
 }
 
