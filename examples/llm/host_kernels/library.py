@@ -15,6 +15,10 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "LAYER_STREAMER_HOST_KERNELS"
 """An environment variable: 0, and nothing is compiled or loaded."""
+MOST_TOKENS = 64
+"""With more, unpacking first is as fast (Zen 4; docs/benchmarks)."""
+FEW_TOKENS, FEW_LANES = 8, 4
+"""The same where vectors have no more numbers, so that torch's own products may be better."""
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMATS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"),
@@ -54,6 +58,7 @@ class Library:
         own = ctypes.CDLL(path)
         try:
             self._multiply, size = own.host_multiply, own.host_matrix_nbytes
+            self.most_tokens = FEW_TOKENS if own.host_lanes() <= FEW_LANES else MOST_TOKENS
         except AttributeError as error:
             raise ValueError(str(error)) from None
         size.restype = ctypes.c_int64

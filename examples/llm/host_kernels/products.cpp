@@ -438,7 +438,8 @@ struct Product {
     int64_t y_stride, tokens;
 };
 
-constexpr int MOST_TOKENS = 8;
+constexpr int TOGETHER = 8; // tokens for which a weight is taken apart once
+constexpr int FEW_ROWS = 64; // that are in the cache for the next tokens
 constexpr int MOST_SUMS = LANES == 16 ? 16 : 8; // that registers hold, of rows times tokens
 
 // Roundings of equal terms add up: so 32 terms are summed up, 32 of these sums, and then the rest.
@@ -550,8 +551,8 @@ const Entry FORMATS[] = {
 // whose core is taken is left out. Rows are dealt out a few at a time.
 
 struct Task {
-    const Product &product;
-    Rows rows;
+    const Product &all;
+    Rows (*const rows_of)(int64_t);
     int64_t end, step;
     std::atomic<int64_t> next;
     void work() {
@@ -559,7 +560,12 @@ struct Task {
             int64_t start = next.fetch_add(step, std::memory_order_relaxed);
             if (start >= end)
                 return;
-            rows(product, start, start + step < end ? start + step : end);
+            for (int64_t token = 0; token < all.tokens; token += TOGETHER) {
+                int64_t left = all.tokens - token, count = left < TOGETHER ? left : TOGETHER;
+                Product few = {all.matrix, all.x + token * all.matrix.width,
+                               all.y + token * all.y_stride, all.y_stride, count};
+                rows_of(count)(few, start, start + step < end ? start + step : end);
+            }
         }
     }
 };
@@ -640,8 +646,8 @@ int64_t host_matrix_nbytes() { return sizeof(Matrix); }
 
 int host_lanes() { return LANES; }
 
-// y = x times the transposed matrix: y (tokens, y_stride), x (tokens, width), float32, tokens from
-// 1 to 8. 0: done; 1: no memory.
+// y = x times the transposed matrix: y (tokens, y_stride), x (tokens, width), float32, at least one
+// token. 0: done; 1: no memory.
 int host_multiply(const Matrix *matrix, const float *x, float *y, int64_t y_stride, int64_t tokens,
                   int threads) try {
     const Entry &entry = FORMATS[matrix->format];
@@ -654,14 +660,13 @@ int host_multiply(const Matrix *matrix, const float *x, float *y, int64_t y_stri
         x = ordered.data();
     }
     Product product = {*matrix, x, y, y_stride, tokens};
-    int64_t nbytes = matrix->rows * row_nbytes(*matrix), most = nbytes / WORTH_A_THREAD;
+    int64_t times = (tokens + TOGETHER - 1) / TOGETHER;
+    int64_t most = matrix->rows * row_nbytes(*matrix) * times / WORTH_A_THREAD;
     int helpers = (int)(most < threads ? most : threads) - 1;
-    int64_t step = matrix->rows;
-    if (helpers > 0) {
-        step = matrix->rows / ((helpers + 1) * 8) / 4 * 4;
-        step = step < 4 ? 4 : step;
-    }
-    Task task = {product, entry.rows(tokens), matrix->rows, step, {0}};
+    int64_t step = FEW_ROWS;
+    while (helpers > 0 && step > 4 && matrix->rows < 4 * step * (helpers + 1))
+        step /= 2;
+    Task task = {product, entry.rows, matrix->rows, step, {0}};
     if (helpers > 0 && pool)
         pool->run(task, helpers);
     else

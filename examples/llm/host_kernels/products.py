@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 
 from ..weights.packed import CT_BITS, FLOATS, Packed
-from .library import FORMATS, SCALE_TYPES, Matrix, library
+from .library import FORMATS, MOST_TOKENS, SCALE_TYPES, Matrix, library
 
 PIECE = 32
 """Weights that share what they are scaled by, at least; kernels take them one after the other."""
 NUMBERS = {kind: number for number, kind in enumerate(FORMATS)}
-MOST_TOKENS = 8
 
 
 def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     """True: ``multiply`` can be called, of inputs on the host."""
-    if packed.format not in NUMBERS or not 0 < len(x_TD) <= MOST_TOKENS:
+    if packed.format not in NUMBERS or not 0 < x_TD.shape[0] <= MOST_TOKENS:
         return False
     if x_TD.dtype not in SCALE_TYPES or packed.width % PIECE or not packed.rows:
         return False
@@ -24,7 +23,10 @@ def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     codes = _codes(packed)
     if packed.format in FLOATS and codes.dtype != FLOATS[packed.format]:
         return False  # cast, on their way
-    return codes.device.type == "cpu" and codes.stride(-1) == 1 and library() is not None
+    if codes.device.type != "cpu" or codes.stride(-1) != 1:
+        return False
+    found = library()
+    return found is not None and x_TD.shape[0] <= found.most_tokens
 
 
 def multiply(
@@ -38,7 +40,7 @@ def multiply(
     found = library()
     assert found is not None
     inputs_TD = x_TD.float().contiguous()
-    y_TN = inputs_TD.new_empty(len(x_TD), packed.rows)
+    y_TN = inputs_TD.new_empty(x_TD.shape[0], packed.rows)
     found.multiply(_matrix(packed), inputs_TD, y_TN)
     y_TN = y_TN.to(x_TD.dtype)
     return y_TN if bias_N is None else y_TN.add_(bias_N)

@@ -139,6 +139,7 @@ needs_compiler = pytest.mark.skipif(
 STUB = """
 #include <cstdint>
 struct Matrix { char nbytes[%d]; };
+extern "C" int host_lanes() { return 8; }
 extern "C" int64_t host_matrix_nbytes() { return sizeof(Matrix); }
 extern "C" int host_multiply(const Matrix *, const float *, float *y, int64_t, int64_t, int) {
     y[0] = 2, y[1] = %d;
