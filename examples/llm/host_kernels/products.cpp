@@ -204,8 +204,8 @@ inline Ints nibbles_at(const uint8_t *from, int j) {
     return first < 16 ? bytes : bytes >> 4;
 }
 
-template <int NBYTES, bool MINIMA> struct Blocks4 { // Q4_0, Q4_1
-    static constexpr int WEIGHTS = 32;
+template <int BYTES, bool MINIMA> struct Blocks4 { // Q4_0, Q4_1
+    static constexpr int WEIGHTS = 32, NBYTES = BYTES;
     static constexpr bool PAIRED = false;
     const uint8_t *codes;
     Sixteen<MINIMA> levels;
@@ -239,8 +239,8 @@ template <bool MINIMA> struct ThirtyTwo {
     }
 };
 
-template <int NBYTES, bool MINIMA> struct Blocks5 { // Q5_0, Q5_1
-    static constexpr int WEIGHTS = 32;
+template <int BYTES, bool MINIMA> struct Blocks5 { // Q5_0, Q5_1
+    static constexpr int WEIGHTS = 32, NBYTES = BYTES;
     static constexpr bool PAIRED = false;
     const uint8_t *codes;
     uint32_t fifth;
@@ -258,12 +258,12 @@ using Q5_0 = Blocks5<22, false>;
 using Q5_1 = Blocks5<24, true>;
 
 struct Q8_0 {
-    static constexpr int WEIGHTS = 32;
+    static constexpr int WEIGHTS = 32, NBYTES = 34;
     static constexpr bool PAIRED = false;
     const uint8_t *codes;
     float scale;
     void block(const Matrix &m, int64_t row, int64_t block) {
-        codes = m.codes + row * m.codes_stride + block * 34 + 2;
+        codes = m.codes + row * m.codes_stride + block * NBYTES + 2;
         scale = half_at(codes - 2);
     }
     void piece(const Matrix &, int64_t, int64_t, int) {}
@@ -287,13 +287,13 @@ inline void six_bit_scales(const uint8_t *raw, float *found) {
 }
 
 struct Q4_K {
-    static constexpr int WEIGHTS = 256;
+    static constexpr int WEIGHTS = 256, NBYTES = 144;
     static constexpr bool PAIRED = false;
     const uint8_t *codes;
     float factors[16];
     Sixteen<true> levels;
     void block(const Matrix &m, int64_t row, int64_t block) {
-        const uint8_t *raw = m.codes + row * m.codes_stride + block * 144;
+        const uint8_t *raw = m.codes + row * m.codes_stride + block * NBYTES;
         codes = raw + 16;
         six_bit_scales(raw, factors);
     }
@@ -307,13 +307,13 @@ struct Q4_K {
 };
 
 struct Q5_K {
-    static constexpr int WEIGHTS = 256;
+    static constexpr int WEIGHTS = 256, NBYTES = 176;
     static constexpr bool PAIRED = false;
     const uint8_t *raw;
     float factors[16];
     Numbers numbers;
     void block(const Matrix &m, int64_t row, int64_t block) {
-        raw = m.codes + row * m.codes_stride + block * 176;
+        raw = m.codes + row * m.codes_stride + block * NBYTES;
         six_bit_scales(raw, factors);
     }
     void piece(const Matrix &, int64_t, int64_t, int p) {
@@ -325,13 +325,13 @@ struct Q5_K {
 };
 
 struct Q6_K {
-    static constexpr int WEIGHTS = 256;
+    static constexpr int WEIGHTS = 256, NBYTES = 210;
     static constexpr bool PAIRED = false;
     const uint8_t *codes;
     float factors[16];
     Numbers numbers;
     void block(const Matrix &m, int64_t row, int64_t block) {
-        codes = m.codes + row * m.codes_stride + block * 210;
+        codes = m.codes + row * m.codes_stride + block * NBYTES;
         float scale = half_at(codes + 208);
         for (int i = 0; i < 16; i += LANES) {
             Floats numbers = floats(signed_at(codes + 192 + i)) * scale;
@@ -370,12 +370,13 @@ struct Grouped {
 };
 
 struct CT4 : Grouped {
+    static constexpr int NBYTES = 16;
     static constexpr bool PAIRED = true; // of each byte, the low nibble is the weight before
     const uint8_t *codes;
     Sixteen<false> levels;
     void block(const Matrix &m, int64_t row, int64_t block) {
         float scale, zero;
-        codes = m.codes + row * m.codes_stride + block * 16;
+        codes = m.codes + row * m.codes_stride + block * NBYTES;
         if (begins(m, row, 4, scale, zero))
             levels.set(zero, scale, 0);
     }
@@ -384,11 +385,12 @@ struct CT4 : Grouped {
 };
 
 struct CT8 : Grouped {
+    static constexpr int NBYTES = 32;
     static constexpr bool PAIRED = false;
     const uint8_t *codes;
     float scale, zero;
     void block(const Matrix &m, int64_t row, int64_t block) {
-        codes = m.codes + row * m.codes_stride + block * 32;
+        codes = m.codes + row * m.codes_stride + block * NBYTES;
         begins(m, row, 8, scale, zero);
     }
     void piece(const Matrix &, int64_t, int64_t, int) {}
@@ -396,22 +398,22 @@ struct CT8 : Grouped {
 };
 
 struct BF16 {
-    static constexpr int WEIGHTS = 32;
+    static constexpr int WEIGHTS = 32, NBYTES = 64;
     static constexpr bool PAIRED = false;
     const uint8_t *codes;
     void block(const Matrix &m, int64_t row, int64_t block) {
-        codes = m.codes + row * m.codes_stride + block * 64;
+        codes = m.codes + row * m.codes_stride + block * NBYTES;
     }
     void piece(const Matrix &, int64_t, int64_t, int) {}
     Floats at(int, int j) const { return (Floats)(halves_at(codes + 2 * j * LANES) << 16); }
 };
 
 struct F16 {
-    static constexpr int WEIGHTS = 32;
+    static constexpr int WEIGHTS = 32, NBYTES = 64;
     static constexpr bool PAIRED = false;
     const uint8_t *codes;
     void block(const Matrix &m, int64_t row, int64_t block) {
-        codes = m.codes + row * m.codes_stride + block * 64;
+        codes = m.codes + row * m.codes_stride + block * NBYTES;
     }
     void piece(const Matrix &, int64_t, int64_t, int) {}
     Floats at(int, int j) const {
@@ -439,6 +441,7 @@ struct Product {
 };
 
 constexpr int TOGETHER = 8; // tokens for which a weight is taken apart once
+constexpr int LINE = 64; // bytes of a cache's line
 constexpr int FEW_ROWS = 64; // that are in the cache for the next tokens
 constexpr int MOST_SUMS = LANES == 16 ? 16 : 8; // that registers hold, of rows times tokens
 
@@ -469,8 +472,13 @@ inline void add_blocks(const Product &p, Format (&formats)[ROWS], const int64_t 
         x[t] = p.x + (t < p.tokens ? t : 0) * p.matrix.width;
     for (int64_t block = first; block < last; ++block) {
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r)
+        for (int r = 0; r < ROWS; ++r) {
             formats[r].block(p.matrix, rows[r], block);
+            const uint8_t *ahead = p.matrix.codes + (rows[r] + ROWS) * p.matrix.codes_stride;
+#pragma GCC unroll 4
+            for (int i = 0; i < Format::NBYTES; i += LINE) // of the next rows
+                __builtin_prefetch(ahead + block * Format::NBYTES + i, 0, 2);
+        }
 #pragma GCC unroll 8
         for (int piece = 0; piece < Format::WEIGHTS / PIECE; ++piece) {
 #pragma GCC unroll 4
