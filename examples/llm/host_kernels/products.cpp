@@ -124,6 +124,21 @@ inline float half_at(const uint8_t *from) {
 #endif
 }
 
+struct Pair {
+    float first, second;
+};
+
+inline Pair two_halves_at(const uint8_t *from) {
+#if defined(__F16C__)
+    int32_t both;
+    std::memcpy(&both, from, sizeof both);
+    __m128 found = _mm_cvtph_ps(_mm_cvtsi32_si128(both));
+    return {found[0], found[1]};
+#else
+    return {half_at(from), half_at(from + 2)};
+#endif
+}
+
 // --------------------------------------------------------------------------- what a call is given
 
 enum Scale : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
@@ -212,7 +227,8 @@ template <int BYTES, bool MINIMA> struct Blocks4 { // Q4_0, Q4_1
     void block(const Matrix &m, int64_t row, int64_t block) {
         const uint8_t *raw = m.codes + row * m.codes_stride + block * NBYTES;
         codes = raw + NBYTES - 16;
-        levels.set(MINIMA ? 0 : 8, half_at(raw), MINIMA ? half_at(raw + 2) : 0);
+        Pair own = MINIMA ? two_halves_at(raw) : Pair{half_at(raw), 0};
+        levels.set(MINIMA ? 0 : 8, own.first, own.second);
     }
     void piece(const Matrix &, int64_t, int64_t, int) {}
     Floats at(int, int j) const { return levels.at(nibbles_at(codes, j)); }
@@ -220,22 +236,21 @@ template <int BYTES, bool MINIMA> struct Blocks4 { // Q4_0, Q4_1
 using Q4_0 = Blocks4<18, false>;
 using Q4_1 = Blocks4<20, true>;
 
-// Thirty-two codes, as two times sixteen: bit i of `fifth` is of the weight in lane i.
+// Thirty-two codes: bit i of `fifth` is of the weight in lane i.
 template <bool MINIMA> struct ThirtyTwo {
-    Sixteen<MINIMA> lower, upper;
-    void set(float zero, float scale, float minimum) {
-        lower.set(zero, scale, minimum), upper.set(zero - 16, scale, minimum);
-    }
+    float zero, scale, minimum;
+    void set(float z, float s, float m) { zero = z, scale = s, minimum = m; }
     Floats at(Ints codes, uint32_t fifth) const {
 #if defined(WIDE_TABLES)
-        __m512 found = _mm512_permutexvar_ps((__m512i)codes, (__m512)lower.table);
-        return (Floats)_mm512_mask_permutexvar_ps(found, (__mmask16)fifth, (__m512i)codes,
-                                                  (__m512)upper.table);
+        __m512 lower = (__m512)(floats(counted()) - zero);
+        __m512 number = _mm512_permutexvar_ps((__m512i)codes, lower);
+        number = _mm512_mask_add_ps(number, (__mmask16)fifth, number, _mm512_set1_ps(16));
+        Floats found = (Floats)number * scale;
 #else
         Ints bits = ((int32_t)fifth - Ints{}) >> counted() & 1;
-        Floats found = (floats((codes & 15) | bits << 4) - lower.zero) * lower.scale;
-        return MINIMA ? found + lower.minimum : found;
+        Floats found = (floats((codes & 15) | bits << 4) - zero) * scale;
 #endif
+        return MINIMA ? found + minimum : found;
     }
 };
 
@@ -249,7 +264,8 @@ template <int BYTES, bool MINIMA> struct Blocks5 { // Q5_0, Q5_1
         const uint8_t *raw = m.codes + row * m.codes_stride + block * NBYTES;
         codes = raw + NBYTES - 16;
         std::memcpy(&fifth, codes - 4, sizeof fifth);
-        levels.set(MINIMA ? 0 : 16, half_at(raw), MINIMA ? half_at(raw + 2) : 0);
+        Pair own = MINIMA ? two_halves_at(raw) : Pair{half_at(raw), 0};
+        levels.set(MINIMA ? 0 : 16, own.first, own.second);
     }
     void piece(const Matrix &, int64_t, int64_t, int) {}
     Floats at(int, int j) const { return levels.at(nibbles_at(codes, j), fifth >> (j * LANES)); }
@@ -442,6 +458,7 @@ struct Product {
 
 constexpr int TOGETHER = 8; // tokens for which a weight is taken apart once
 constexpr int LINE = 64; // bytes of a cache's line
+constexpr int AHEAD = 4096; // bytes, at least
 constexpr int FEW_ROWS = 64; // that are in the cache for the next tokens
 constexpr int MOST_SUMS = LANES == 16 ? 16 : 8; // that registers hold, of rows times tokens
 
@@ -467,6 +484,9 @@ template <class Format, int TOKENS, int ROWS>
 inline void add_blocks(const Product &p, Format (&formats)[ROWS], const int64_t (&rows)[ROWS],
                        int64_t first, int64_t last, Floats (&sums)[ROWS][TOKENS]) {
     Floats own[ROWS][TOKENS] = {};
+    int64_t ahead = ROWS * p.matrix.codes_stride; // bytes to the rows that are fetched meanwhile
+    if (ahead > 0 && ahead < AHEAD)
+        ahead *= (AHEAD + ahead - 1) / ahead;
     const float *x[TOKENS]; // the first one's again, where there are fewer
     for (int t = 0; t < TOKENS; ++t)
         x[t] = p.x + (t < p.tokens ? t : 0) * p.matrix.width;
@@ -474,10 +494,10 @@ inline void add_blocks(const Product &p, Format (&formats)[ROWS], const int64_t 
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
             formats[r].block(p.matrix, rows[r], block);
-            const uint8_t *ahead = p.matrix.codes + (rows[r] + ROWS) * p.matrix.codes_stride;
+            const uint8_t *next = p.matrix.codes + rows[r] * p.matrix.codes_stride + ahead;
 #pragma GCC unroll 4
-            for (int i = 0; i < Format::NBYTES; i += LINE) // of the next rows
-                __builtin_prefetch(ahead + block * Format::NBYTES + i, 0, 2);
+            for (int i = 0; i < Format::NBYTES; i += LINE)
+                __builtin_prefetch(next + block * Format::NBYTES + i, 0, 2);
         }
 #pragma GCC unroll 8
         for (int piece = 0; piece < Format::WEIGHTS / PIECE; ++piece) {

@@ -23,7 +23,7 @@ def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     codes = _codes(packed)
     if packed.format in FLOATS and codes.dtype != FLOATS[packed.format]:
         return False  # cast, on their way
-    if codes.device.type != "cpu" or codes.stride(-1) != 1:
+    if not codes.is_cpu or codes.stride(-1) != 1:
         return False
     found = library()
     return found is not None and x_TD.shape[0] <= found.most_tokens
@@ -42,7 +42,8 @@ def multiply(
     inputs_TD = x_TD.float().contiguous()
     y_TN = inputs_TD.new_empty(x_TD.shape[0], packed.rows)
     found.multiply(_matrix(packed), inputs_TD, y_TN)
-    y_TN = y_TN.to(x_TD.dtype)
+    if x_TD.dtype != torch.float32:
+        y_TN = y_TN.to(x_TD.dtype)
     return y_TN if bias_N is None else y_TN.add_(bias_N)
 
 

@@ -62,7 +62,7 @@ def kernel_unpacks(packed: Packed, out: torch.Tensor) -> bool:
 
 def kernel_multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
     """True: for this many tokens ``multiply`` is faster than unpacking first."""
-    if x_TD.device.type == "cpu":
+    if x_TD.is_cpu:
         return host_products.multiplies(packed, x_TD)
     return triton_serves(x_TD.device) and _product(packed, x_TD) is not None
 
@@ -75,7 +75,7 @@ def multiply(
     To be called only where ``kernel_multiplies``. With few tokens weights are float32, not rounded
     to x's dtype as in unpacked rows; on tensor cores they are what unpacked rows have.
     """
-    if x_TD.device.type == "cpu":
+    if x_TD.is_cpu:
         return host_products.multiply(packed, x_TD, bias_N)
     kernels = _product(packed, x_TD)
     assert kernels is not None, packed.format
