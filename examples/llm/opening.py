@@ -15,6 +15,7 @@ import torch
 from layer_streamer import CheckpointError, LayerStreamer, Manifest, TensorSpec, read_manifest
 
 from .generation_config import read_generation_config
+from .host_kernels.products import prepare
 from .hub import find_model
 from .kernels.triton_support import triton_serves
 from .kv.blocks import BLOCK, round_up
@@ -250,6 +251,7 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
     device = plan.options["device"]
     if device.type == "cpu":
         leave_a_core()
+        prepare(kind for kind, _ in model.names.widest(needs.dtype).kinds)
     layout = KVLayout(
         tokens=plan.kv_tokens,
         max_rows=needs.max_batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -12,6 +13,8 @@ import tempfile
 from pathlib import Path
 
 from layer_streamer import cache_path
+
+logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("products.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -39,6 +42,7 @@ def built() -> Path:
         return found
     try:
         path = cache_path(FOLDER, make=True) / name
+        logger.info("compiling %s, once: it takes some seconds", path)
         _compile([*compiler, *flags], path)
     except OSError as error:
         raise BuildError(f"{error.filename or compiler[0]}: {error.strerror or error}") from None

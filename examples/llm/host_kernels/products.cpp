@@ -662,7 +662,7 @@ struct Opened {
     }
 } opened;
 
-constexpr int64_t WORTH_A_THREAD = 128 << 10; // bytes of a matrix
+constexpr int64_t WORTH_A_THREAD = 256 << 10; // bytes, once for each eight tokens
 
 int64_t row_nbytes(const Matrix &m) { return m.codes_stride > 0 ? m.codes_stride : m.width; }
 

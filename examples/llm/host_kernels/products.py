@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ..weights.packed import CT_BITS, FLOATS, Packed
@@ -10,6 +12,12 @@ from .library import FORMATS, MOST_TOKENS, SCALE_TYPES, Matrix, library
 PIECE = 32
 """Weights that share what they are scaled by, at least; kernels take them one after the other."""
 NUMBERS = {kind: number for number, kind in enumerate(FORMATS)}
+
+
+def prepare(kinds: Iterable[str]) -> None:
+    """Have what multiplies matrices of these formats compiled and loaded, where it serves."""
+    if NUMBERS.keys() & set(kinds):
+        library()
 
 
 def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +22,13 @@ from zoo import CLASSES, IDS, PROMPT, biased, reference, stepwise, zoo_config, z
 from layer_streamer import read_manifest
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.errors import UnsupportedModelError
+from layer_streamer.llm.host_kernels import products
+from layer_streamer.llm.host_kernels.build import COMPILERS
 from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.models.config import model_config
 from layer_streamer.llm.models.names import weight_names
 from layer_streamer.llm.passes.decode import captured_rows, obstacle
+from layer_streamer.llm.weights.packed import Packed
 from layer_streamer.llm.weights.weights import StepWeights
 
 TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
@@ -81,6 +85,28 @@ def test_experts_may_be_packed_in_any_format(tmp_path: Path, name: str, packing:
     with open_forward(path, load_config(path)) as forward:
         found = forward(IDS[:PROMPT])
     assert relative_error(found, reference(model, IDS[:PROMPT], PROMPT)) <= TOLERANCE
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
+def test_few_tokens_of_packed_experts_are_multiplied_as_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[tuple[str, int]]()
+
+    def multiply(packed: Packed, x_TD: torch.Tensor, *bias: Any) -> torch.Tensor:
+        seen.append((packed.format, len(x_TD)))
+        return products_multiply(packed, x_TD, *bias)
+
+    products_multiply = products.multiply
+    monkeypatch.setattr(products, "multiply", multiply)
+    path = write_packed(tmp_path / "packed", zoo_model("mixtral"), "ct8-g32")
+    with open_forward(path, load_config(path)) as forward:
+        forward(IDS[:1])
+        config = load_config(path)
+    assert config.experts is not None
+    attention = 4 * config.num_layers
+    each = 3 * config.num_layers * config.experts.per_token
+    assert seen.count(("ct8", 1)) == attention + each
 
 
 def test_experts_that_count_for_more_or_are_fewer_show(tmp_path: Path) -> None:
