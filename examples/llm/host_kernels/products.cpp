@@ -14,7 +14,6 @@
 #include <new>
 #include <pthread.h>
 #include <signal.h>
-#include <system_error>
 #include <thread>
 #include <vector>
 #if defined(__x86_64__)
@@ -626,12 +625,14 @@ struct Pool {
 
     void grow(int count) {
         sigset_t every, before;
-        sigfillset(&every); // signals are for the interpreter's threads
+        sigfillset(&every); // signals are for the interpreter's threads, but for one's own faults
+        for (int fault : {SIGBUS, SIGFPE, SIGILL, SIGSEGV})
+            sigdelset(&every, fault);
         pthread_sigmask(SIG_SETMASK, &every, &before);
         try {
             for (; threads < count; ++threads)
                 std::thread([this] { serve(); }).detach();
-        } catch (const std::system_error &) { // no more threads: those that there are
+        } catch (...) { // no more threads: those that there are
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
