@@ -27,6 +27,7 @@ from .planning.plan import Plan
 from .planning.settings import Count, Settings, read_count
 from .transport.memory import MemoryUse
 from .transport.pipeline import Pipeline
+from .transport.stage import Heading
 from .transport.stats import PassReport
 from .transport.tasks import noted_on
 
@@ -98,8 +99,7 @@ class LayerStreamer:
         return self
 
     def _open(self, manifest: Manifest, settings: Settings) -> None:
-        self.manifest = manifest
-        self._devices = open_devices(settings.asked["device"])
+        self.manifest, self._devices = manifest, open_devices(settings.asked["device"])
         pipeline, statics, experts, self._listener = assemble(manifest, self._devices, settings)
         # Before the threads start: from here on, whatever comes, what is open gets closed.
         self._close_pipeline = weakref.finalize(self, pipeline.close_unheld)
@@ -203,26 +203,26 @@ class LayerStreamer:
         Tensors in ``x`` (also in nested tuples, lists and dicts) are moved to the layer's device.
         ``weights`` maps each tensor's name without the layer's prefix to a tensor of the
         manifest's shape and dtype; they are views of a slot and gone when ``layer_fn`` has
-        returned, by when all work that reads them must be ordered before the current stream.
-        With ``experts="demand"``, ``weights.experts`` brings those of the layer (None where it has
-        none).
-        Those of a layer that is resident on the device (``plan.tiers``) stay as they are, the same
-        tensors at the same addresses in every pass, until ``close``.
+        returned, by when all work that reads them must be ordered before the current stream. With
+        ``experts="demand"``, ``weights.experts`` brings those of the layer (None where it has
+        none). Those of a layer that is resident on the device (``plan.tiers``) stay as they are,
+        the same tensors at the same addresses in every pass, until ``close``.
 
         Raises what ``layer_fn`` raises, or the error of the layer that could not be streamed.
         """
         result: X = run_layers(self._opened(), self, x, layer_fn)
         return result
 
-    def sweep(self) -> Sweep:
+    def sweep(self, *, back: bool = False, turns: bool = False) -> Sweep:
         """One pass as a loop: yields (layer_idx, weights) for every layer, in order.
 
-        What :meth:`run_pass` says of weights holds until the loop advances. The iterator keeps the
-        streamer alive, which needs no name of its own then. Leaving the loop early ends the pass.
-        A newer pass on the same thread supersedes it: its next advance raises
-        SupersededError.
+        ``back``: from the last to the first. ``turns``: the next pass will go the other way, and
+        finds what lies in slots by then; to be wrong costs time. What :meth:`run_pass` says of
+        weights holds until the loop advances. The iterator keeps the streamer alive, which needs no
+        name of its own then. Leaving the loop early ends the pass. A newer pass on the same thread
+        supersedes it: its next advance raises SupersededError.
         """
-        return sweep(self._opened(), self, guarded=False)
+        return sweep(self._opened(), self, guarded=False, heading=Heading(back, turns))
 
     def load_static(self, name: str, device: DeviceName | None = None) -> torch.Tensor:
         """One tensor on a device for good (outside the slots), cast as the layers are.

@@ -13,7 +13,8 @@ from ..errors import ClosedError, StreamerError
 from ..transport.clock import PassClock
 from ..transport.lane import Lane
 from ..transport.pipeline import Pipeline
-from ..transport.stage import LaneRun, Run
+from ..transport.pool import DeviceSlot
+from ..transport.stage import AHEAD, Heading, LaneRun, Run
 from ..transport.stats import PassReport
 from ..transport.weights import Weights
 from .expert_store import ExpertStore
@@ -39,20 +40,23 @@ class Caller:
         self._asking: dict[int, list[PassReport]] = {}
         """By their ids, lists of threads that wait for reports made on the pass's own thread."""
 
-    def begin(self) -> None:
-        """Begin a pass at its first step, starting over if the one before did not end."""
+    def begin(self, heading: Heading = AHEAD) -> None:
+        """Begin a pass at its first step, starting over if the one before did not end.
+
+        ``heading``: of a run that begins with it; one that goes on so is gone on with.
+        """
         for lane in self._lanes:
             with lane.device.guard():
                 lane.device.check_can_wait()
         self._pipeline.files.check_unchanged()
-        if not self._between_passes(self._control.run):
-            self.abort()
+        if not self._leads_on(self._control.run, heading):
+            self.abort(heading)
         self._pipeline.wake()
         for lane in self._lanes:
             if lane.copier is not None:
                 lane.copier.avoid(lane.device.current_stream())
         run = self._control.run
-        self._schedule.clock(run, run.released).start()
+        self._schedule.clock(run, run.released).start(self._kept(run))
         if self._experts is not None:
             self._experts.begin()
 
@@ -63,16 +67,18 @@ class Caller:
         """
         run = self._control.run
         number = run.released
-        index = self._schedule.index(number)
-        memory = self._lane(index).memory
-        stream = memory.device.current_stream()
-        n = memory.orders.copied.find(number)
+        index = self._schedule.index(run, number)
+        memory, lane_run = self._lane(index).memory, run.lanes[index % len(self._lanes)]
+        stream, slot = memory.device.current_stream(), None
+        n = lane_run.orders.copied.find(number)
         if n is not None:
-            self._await(run, run.lanes[index % len(self._lanes)], n, number)
+            self._await(run, lane_run, n, number)
             if index in memory.residents.mapped:
                 # Its pages were there when they were populated; a look at missing ones kills.
                 self._pipeline.files.check_unchanged(self._schedule.paths[index])
-            slot = memory.slots[n % len(memory.slots)]
+            slot = memory.slots[lane_run.orders.slot(n)]
+            if lane_run.orders.kept(number):
+                self.order_after_uses(slot, stream)
             slot.handed_on = stream
             self.order_after_copy(slot.ready, stream)
         elif self._control.closing:
@@ -80,7 +86,7 @@ class Caller:
         run.handed = number + 1
         self._schedule.clock(run, number).compute_begin[index].record(stream)
         layer_idx = self._schedule.steps[index].layer_idx
-        weights = memory.weights_of(index, n, stream)
+        weights = memory.weights_of(index, slot, stream)
         if self._experts is None:
             return layer_idx, weights
         known = layer_idx in self._experts.layers
@@ -90,6 +96,11 @@ class Caller:
     def order_after_copy(self, ready: Event, stream: Stream) -> None:
         """Let the caller's stream wait for the slot's copies."""
         ready.wait(stream)
+
+    def order_after_uses(self, slot: DeviceSlot, stream: Stream) -> None:
+        """Let the caller's stream wait for the work of the hand-out before, on whatever stream:
+        what is filled next waits for the last hand-out alone."""
+        slot.order_after_uses(stream)
 
     def give_back(self) -> None:
         """The caller's work on the step has been enqueued; once done, its slot is free.
@@ -101,10 +112,10 @@ class Caller:
         self._give_up_experts()
         run = self._control.run
         number = run.released
-        index = self._schedule.index(number)
+        index = self._schedule.index(run, number)
         lane = self._lane(index)
         stream = lane.device.current_stream()
-        written = lane.memory.release(index, number, stream)
+        written = lane.memory.release(index, self._slot(run, number), stream)
         self._schedule.clock(run, number).compute_end[index].record(stream)
         run.released = number + 1
         lane.filler_bell.ring()
@@ -137,22 +148,24 @@ class Caller:
             for answers in tuple(self._asking.values()):
                 answers[:] = [report]
 
-    def abort(self) -> None:
+    def abort(self, heading: Heading | None = None) -> None:
         """Drop the pass that is under way and start prefetching the first layers again.
 
-        May be called, and interrupted, any number of times.
+        ``heading``: of the new run; None: it begins ahead, and turns if the old one did. May be
+        called, and interrupted, any number of times.
         """
         run = self._control.run
         run.abort()
         with suppress(StreamerError):  # of a write, which is found again when slots are filled
             self._give_up_experts()
         if run.handed > run.released:
-            index = self._schedule.index(run.released)
-            memory = self._lane(index).memory
-            memory.release(index, run.released, memory.device.current_stream())
+            index = self._schedule.index(run, run.released)
+            memory, slot = self._lane(index).memory, self._slot(run, run.released)
+            memory.release(index, slot, memory.device.current_stream())
         for lane in self._lanes:
             lane.memory.start_over()
-        self._pipeline.publish(run.base_pass + run.released // self._schedule.length)
+        heading = run.heading._replace(back=False) if heading is None else heading
+        self._pipeline.publish(run.base_pass + run.released // self._schedule.length, heading)
 
     def report(self) -> PassReport | None:
         """The report of the last finished pass; waits until the device has done it. Any thread.
@@ -193,10 +206,28 @@ class Caller:
     def _lane(self, index: int) -> Lane:
         return self._lanes[index % len(self._lanes)]
 
-    def _between_passes(self, run: Run) -> bool:
-        """True if the run goes on where the last pass ended."""
-        at_start = run.released % self._schedule.length == 0
-        return at_start and run.handed <= run.released and not run.aborted
+    def _slot(self, run: Run, number: int) -> DeviceSlot | None:
+        """Where step ``number`` lies; None: in none of the slots."""
+        lane_idx = self._schedule.index(run, number) % len(self._lanes)
+        orders = run.lanes[lane_idx].orders
+        n = orders.copied.find(number)
+        return None if n is None else self._lanes[lane_idx].memory.slots[orders.slot(n)]
+
+    def _kept(self, run: Run) -> list[int]:
+        """Indices of the layers that lie in slots as the pass that begins at ``released`` does."""
+        if not run.heading.turns:
+            return []
+        numbers = range(run.released, run.released + self._schedule.length)
+        steps = [(self._schedule.index(run, number), number) for number in numbers]
+        return [i for i, n in steps if run.lanes[i % len(self._lanes)].orders.kept(n)]
+
+    def _leads_on(self, run: Run, heading: Heading) -> bool:
+        """True if the run goes on where the last pass ended, and as ``heading`` says."""
+        passes, place = divmod(run.released, self._schedule.length)
+        if place or run.handed > run.released or run.aborted:
+            return False
+        same_way = run.heading.goes_back(passes) == heading.back
+        return same_way and run.heading.turns == heading.turns
 
     def _await(self, run: Run, lane_run: LaneRun, n: int, number: int) -> None:
         while True:

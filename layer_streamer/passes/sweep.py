@@ -12,6 +12,7 @@ from ..devices.device import NO_GUARD
 from ..errors import StreamerError, SupersededError
 from ..progress import ProgressBar
 from ..transport.pipeline import Pipeline
+from ..transport.stage import AHEAD, Heading
 from ..transport.weights import Weights
 from .caller import Caller
 from .claims import Claims, Pass
@@ -37,8 +38,9 @@ class Opened(NamedTuple):
     track_progress: bool
 
 
-def sweep(parts: Opened, owner: object, *, guarded: bool) -> Sweep:
+def sweep(parts: Opened, owner: object, *, guarded: bool, heading: Heading = AHEAD) -> Sweep:
     """Hand out one pass's layers. ``guarded``: make each layer's device the current one for it.
+    ``heading``: which way this pass goes, and whether the next goes the other way.
 
     ``owner``, whose garbage collection closes the parts, lives for as long as the generator does.
     """
@@ -47,11 +49,12 @@ def sweep(parts: Opened, owner: object, *, guarded: bool) -> Sweep:
     bar, unfinished = None, False
     try:
         parts.claims.claim(current)
-        caller.begin()
+        caller.begin(heading)
         unfinished = True
         if parts.track_progress:
             bar = ProgressBar(total=length, unit="layer", leave=False)
-        for index in range(length):
+        order = range(length)
+        for index in reversed(order) if heading.back else order:
             with devices[index % len(devices)].guard() if guarded else NO_GUARD:
                 try:
                     taken = caller.take()

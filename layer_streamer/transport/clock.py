@@ -7,7 +7,7 @@ are stamped beside those of the pass that is reported. Nothing is allocated in s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -71,6 +71,7 @@ class PassClock:
         self._end = routes.devices[0].new_event()
         self._begin_seconds = 0.0
         self.peak_slots = dict.fromkeys(pools, 0)
+        self._kept: Collection[int] = ()
 
     def begin_copy(self, index: int, stream: Stream) -> None:
         """A step's first copy is to be enqueued on ``stream``. From the copier's thread."""
@@ -82,12 +83,14 @@ class PassClock:
         self._part_seconds[index] += seconds
         self._part_nbytes[index] += nbytes
 
-    def start(self) -> None:
-        """The pass begins, on the caller's current stream of every device."""
+    def start(self, kept: Collection[int] = ()) -> None:
+        """The pass begins, on the caller's current stream of every device. ``kept``: indices of
+        steps for which it brings nothing."""
         # The pass that this clock was of is long over, unless its caller waits for nothing: then
         # it is waited for here, so that neither its stamps nor the device's queues overflow.
         self._end.synchronize()
         self._begin_seconds = time.perf_counter()
+        self._kept = kept
         for device, begin in zip(self._routes.devices, self._begins, strict=True):
             begin.record(device.current_stream())
 
@@ -109,20 +112,22 @@ class PassClock:
             return offsets[at] + self._begins[at].elapsed_time(event) / 1e3
 
         every = range(len(self._steps))
-        reads = self._spans(routes.read, self.read_begin, self.read_end, on_host)
-        moves = self._spans(routes.moved, self.memcpy_begin, self.memcpy_end, on_host)
-        copies = self._spans(routes.copied, self.copy_begin, self.copy_end, on_device)
+        read, moved, copied = (
+            [i for i in some if i not in self._kept]
+            for some in (routes.read, routes.moved, routes.copied)
+        )
+        reads = self._spans(read, self.read_begin, self.read_end, on_host)
+        moves = self._spans(moved, self.memcpy_begin, self.memcpy_end, on_host)
+        copies = self._spans(copied, self.copy_begin, self.copy_end, on_device)
         copies = [
             self._condense(i, span, layouts[i].copy_nbytes)
-            for i, span in zip(routes.copied, copies, strict=True)
+            for i, span in zip(copied, copies, strict=True)
         ]
         computes = self._spans(every, self.compute_begin, self.compute_end, on_device)
         steps = (
-            report_step("read", sum(layouts[i].read_nbytes for i in routes.read), reads),
-            report_step("memcpy", sum(layouts[i].read_nbytes for i in routes.moved), moves),
-            report_step(
-                "copy", sum(layouts[i].copy_nbytes for i in routes.copied), copies, offsets[0]
-            ),
+            report_step("read", sum(layouts[i].read_nbytes for i in read), reads),
+            report_step("memcpy", sum(layouts[i].read_nbytes for i in moved), moves),
+            report_step("copy", sum(layouts[i].copy_nbytes for i in copied), copies, offsets[0]),
             report_step("compute", sum(step.nbytes for step in self._steps), computes, offsets[0]),
         )
         return PassReport(

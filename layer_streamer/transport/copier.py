@@ -49,13 +49,12 @@ class Memcpy(Stage):
 
     def __init__(self, post: Post, memory: LaneMemory) -> None:
         super().__init__("layer-streamer-memcpy", post)
-        self._order = memory.orders.read
         self._source, self._target = memory.host_pools
 
     def process(self, lane_run: LaneRun) -> None:
-        run, n = lane_run.run, 0
-        while self.await_source(lane_run, n) and self.await_slot(lane_run, n):
-            number = self._order.number(n)
+        run, n, order = lane_run.run, 0, lane_run.orders.read
+        while order.has(n) and self.await_source(lane_run, n) and self.await_slot(lane_run, n):
+            number = order.number(n)
             if number not in run.failures:
                 run.attempt(number, partial(self._move, lane_run, n, number))
             lane_run.staged.advance()
@@ -81,10 +80,11 @@ class Memcpy(Stage):
         self._target.wait_reusable(slot)
 
     def _move(self, lane_run: LaneRun, n: int, number: int) -> None:
-        run, index, slot = lane_run.run, self._schedule.index(number), n % self._target.count
+        run, slot = lane_run.run, n % self._target.count
+        index = self._schedule.index(run, number)
         self.wait_reusable(slot)
         in_use = n + 1 - self.num_emptied(lane_run)
-        self._schedule.note_peak(run, number, self._order, self._target.name, in_use)
+        self._schedule.note_peak(run, number, lane_run.orders.read, self._target.name, in_use)
         clock = self._schedule.clock(run, number)
         clock.memcpy_begin[index] = time.perf_counter()
         source = self._source.arena.slots[n % self._source.count]
@@ -105,7 +105,6 @@ class Copier(Stage):
     def __init__(self, post: Post, memory: LaneMemory, on_copy: OnCopy | None) -> None:
         super().__init__("layer-streamer-copy", post)
         self._memory = memory
-        self._orders = memory.orders
         self._slots = memory.slots
         self._device = memory.device
         self._on_copy = on_copy
@@ -137,26 +136,28 @@ class Copier(Stage):
     def process(self, lane_run: LaneRun) -> None:
         run, n = lane_run.run, 0
         while self.await_source(lane_run, n) and self.await_slot(lane_run, n):
-            number = self._orders.copied.number(n)
-            run.attempt(number, partial(self._begin, lane_run, n, number))
-            if not self._take_reads(lane_run, n, number):
-                return
-            run.attempt(number, partial(self._end, run, n, number))
+            number = lane_run.orders.copied.number(n)
+            if not lane_run.orders.kept(number):
+                slot = self._slots[lane_run.orders.slot(n)]
+                run.attempt(number, partial(self._begin, lane_run, n, number))
+                if not self._take_reads(lane_run, slot, number):
+                    return
+                run.attempt(number, partial(self._end, run, slot, number))
             lane_run.copied.advance()
             self.target_bell.ring()
             n += 1
 
     def await_source(self, lane_run: LaneRun, n: int) -> bool:
         """Wait until the step before has handed this step (its first part) on, if it is read."""
-        number = self._orders.copied.number(n)
-        if number % self._orders.length not in self._orders.read:
+        orders = lane_run.orders
+        first = orders.read.find(orders.copied.number(n))
+        if first is None:
             return self.await_true(lane_run.run, lambda: True)
-        first = self._orders.read.before(number)
         return self.await_true(lane_run.run, lambda: lane_run.staged.out > first)
 
     def await_slot(self, lane_run: LaneRun, n: int) -> bool:
         """Wait until the caller has given the last step in this slot back."""
-        released, count = self._orders.released, len(self._slots)
+        released, count = lane_run.orders.released, len(self._slots)
         return self.await_true(lane_run.run, lambda: released(lane_run) > n - count)
 
     def await_part(self, lane_run: LaneRun, k: int) -> bool:
@@ -168,51 +169,53 @@ class Copier(Stage):
             self._change_stream(self._next_stream)
         run = lane_run.run
         if not self._memory.in_place:
-            in_use = n + 1 - self._orders.released(lane_run)
+            in_use = n + 1 - lane_run.orders.released(lane_run)
             pool = self._memory.device_pool
-            self._schedule.note_peak(run, number, self._orders.copied, pool, in_use)
-        self._slot(n).order_after_uses(self.stream)
-        self._schedule.clock(run, number).begin_copy(self._schedule.index(number), self.stream)
+            self._schedule.note_peak(run, number, lane_run.orders.copied, pool, in_use)
+        self._slots[lane_run.orders.slot(n)].order_after_uses(self.stream)
+        index = self._schedule.index(run, number)
+        self._schedule.clock(run, number).begin_copy(index, self.stream)
 
-    def _take_reads(self, lane_run: LaneRun, n: int, number: int) -> bool:
+    def _take_reads(self, lane_run: LaneRun, slot: DeviceSlot, number: int) -> bool:
         """Enqueue what comes from disk, part by part; False once the run is over.
 
         What has failed is counted as well: its host slots are free again.
         """
-        run, read = lane_run.run, self._orders.read
+        run, read = lane_run.run, lane_run.orders.read
         first = read.before(number)
         for k in range(first, read.before(number + 1)):
             if k > first and not self.await_part(lane_run, k):
                 return False
             if number not in run.failures:
-                run.attempt(number, partial(self._copy_part, run, n, number, k))
+                run.attempt(number, partial(self._copy_part, lane_run, slot, number, k))
             lane_run.enqueued = k + 1
             self.source_bell.ring()
         return True
 
-    def _copy_part(self, run: Run, n: int, number: int, k: int) -> None:
+    def _copy_part(self, lane_run: LaneRun, target: DeviceSlot, number: int, k: int) -> None:
         """The host slot that it comes from is in use until its copies have run."""
-        pool, (_, part) = self._memory.host_pools[-1], self._memory.parts.find(k, number)
-        slot = k % pool.count
-        if self._memory.through_ring:
-            clock, index = self._schedule.clock(run, number), self._schedule.index(number)
+        run, memory, pool = lane_run.run, self._memory, self._memory.host_pools[-1]
+        _, part = memory.parts.find(lane_run.orders, k, number)
+        slot = memory.read_slot(lane_run, k) if memory.in_place else k % pool.count
+        if memory.through_ring:
+            clock, index = self._schedule.clock(run, number), self._schedule.index(run, number)
             pool.copy_begins(slot, part.copy_nbytes, index, clock, self.stream)
         try:
-            if self._memory.through_ring:
+            if memory.through_ring:
                 # It lies elsewhere in the ring with every pass: what would be kept grows with them.
-                dst, src, pinned = self._slot(n).memory, pool.arena.slots[slot], pool.arena.pinned
+                dst, src, pinned = target.memory, pool.arena.slots[slot], pool.arena.pinned
                 for copy in part.copies:
                     nbytes = copy.nbytes
                     self._enqueue(
                         dst[copy.dst : copy.dst + nbytes], src[copy.src : copy.src + nbytes], pinned
                     )
             else:
-                self._copy(pool.source(slot, part.copies), n)
+                self._copy(pool.source(slot, part.copies), target)
         finally:
             pool.copy_enqueued(slot, self.stream)
 
-    def _copy(self, source: Source, n: int) -> None:
-        for dst, src in zip(self._slot(n).parts(source.copies), source.parts, strict=True):
+    def _copy(self, source: Source, slot: DeviceSlot) -> None:
+        for dst, src in zip(slot.parts(source.copies), source.parts, strict=True):
             self._enqueue(dst, src, source.pinned)
 
     def _enqueue(self, dst: torch.Tensor, src: torch.Tensor, pinned: bool) -> None:
@@ -221,19 +224,16 @@ class Copier(Stage):
         else:
             self._device.copy(dst, src)
 
-    def _end(self, run: Run, n: int, number: int) -> None:
-        index = self._schedule.index(number)
+    def _end(self, run: Run, slot: DeviceSlot, number: int) -> None:
+        index = self._schedule.index(run, number)
         if number not in run.failures:
             source = self._memory.residents.sources.get(index)
             if source is not None:
-                self._copy(source, n)
+                self._copy(source, slot)
             if self._on_copy is not None:
                 self._on_copy(self._schedule.steps[index].layer_idx, self.stream)
         self._schedule.clock(run, number).copy_end[index].record(self.stream)
-        self._slot(n).ready.record(self.stream)
-
-    def _slot(self, n: int) -> DeviceSlot:
-        return self._slots[n % len(self._slots)]
+        slot.ready.record(self.stream)
 
     def _change_stream(self, fresh: Stream) -> None:
         moved = self._device.new_event()

@@ -31,13 +31,13 @@ class Lane:
         self.device = memory.device
         self._num_readers = settings.num_readers
         control, caller_bell = ends
-        orders, on_copy = memory.orders, settings.asked["on_copy"]
-        moves = any(orders.layouts[i].copies for i in orders.copied.indices)
+        on_copy, reads = settings.asked["on_copy"], any(memory.parts.counts.values())
+        moves = any(memory.layouts[i].copies for i in memory.passes)
         idle = memory.in_place and on_copy is None and not moves
         there: dict[type[Stage], bool] = {
-            Feeder: orders.read.count > 0,
+            Feeder: reads,
             Memcpy: len(memory.host_pools) == 2,
-            Copier: orders.copied.count > 0 and not idle,
+            Copier: len(memory.passes) > 0 and not idle,
         }
         kinds = [kind for kind, needed in there.items() if needed]
         bells = [Bell(), *(Bell() for _ in kinds), caller_bell]
@@ -66,15 +66,15 @@ class Lane:
 
     def new_run(self, run: Run) -> LaneRun:
         """The lane's part of a run that begins."""
-        orders, batches = self.memory.orders, self.memory.batches
-        read = Progress(batches.read, orders.read.count)
+        orders, batches = self.memory.orders(run.heading), self.memory.batches
+        read = Progress(batches.read, orders.read)
         # A stage that is left out shows the progress of the one before it.
         two_pools = len(self.memory.host_pools) == 2
-        staged = Progress(batches.staged, orders.read.count) if two_pools else read
+        staged = Progress(batches.staged, orders.read) if two_pools else read
         copied = staged
         if self.copier is not None:
-            copied = Progress(batches.copied, orders.copied.count)
-        return LaneRun(run, read, staged, copied)
+            copied = Progress(batches.copied, orders.copied)
+        return LaneRun(run, orders, read, staged, copied)
 
     def start(self) -> None:
         """Start the threads; they wait for a run."""

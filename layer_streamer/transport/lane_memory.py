@@ -13,8 +13,8 @@ from .memory import HostArena, allocate, device_slots
 from .parts import Cutter, Parts
 from .pool import DeviceSlot, HostPool, Scratch
 from .residents import Residents
-from .schedule import Order, Orders
-from .stage import LaneRun
+from .schedule import Orders, SlotUse
+from .stage import Heading, LaneRun
 from .weights import Weights
 
 
@@ -52,7 +52,11 @@ class LaneMemory:
         chunk = room or settings.chunk_nbytes  # a ring's part is one job
         cutter = Cutter(room, chunk, aligned=settings.read_mode == "direct")
         self.parts = Parts(layouts, read, cutter)
-        self.orders = Orders(tuple(layouts), Order(passes, len(layouts)), self.parts.order)
+        self.layouts = tuple(layouts)
+        """Of every step of a pass."""
+        self.passes = tuple(passes)
+        """Indices of the steps that go through the device's slots."""
+        self._orders: dict[Heading, Orders] = {}
         planned = placement.device_slots[lane_idx], placement.host_slots[lane_idx]
         slots = self._plan_slots(*planned, settings.host_slots)
         counts = {name: some.count for name, some in slots.items()}
@@ -61,6 +65,7 @@ class LaneMemory:
         prefix = f"{lane_idx} " if len(placement.device_slots) > 1 else ""
         self.device_pool = prefix + "device"
         """The name of its ``slots``."""
+        self._used = SlotUse(self.passes, counts.get("device", 0), self.in_place)
         self.slot_counts = {prefix + name: count for name, count in counts.items()}
         """Slots by pool."""
         self.host_pools: list[HostPool] = []
@@ -82,38 +87,47 @@ class LaneMemory:
     @property
     def passes_ahead(self) -> int:
         """Passes that prefetch can reach beyond the one that runs."""
-        slots = sum(self.slot_counts.values())
-        return -(-slots // self.orders.copied.count) if self.orders.copied.count else 0
+        # Where passes turn, readers go past the layers that lie in the device's slots.
+        slots = sum(self.slot_counts.values()) + self._used.num_slots
+        return -(-slots // len(self.passes)) if self.passes else 0
+
+    def orders(self, heading: Heading) -> Orders:
+        """Which steps go through what in runs of this heading; made once."""
+        if heading not in self._orders:
+            self._orders[heading] = Orders(self.layouts, heading, self._used, self.parts.counts)
+        return self._orders[heading]
+
+    def read_slot(self, lane_run: LaneRun, k: int) -> int:
+        """The slot of the first host pool that the lane's ``k``-th part from disk is read into."""
+        return lane_run.orders.slot(k) if self.in_place else k % self.host_pools[0].count
 
     def num_emptied(self, lane_run: LaneRun) -> int:
         """How many parts from disk have been taken out of the first host pool."""
         if self.in_place:
-            return self.orders.released(lane_run)
+            return lane_run.orders.released(lane_run)
         return lane_run.staged.done if len(self.host_pools) == 2 else lane_run.enqueued
 
-    def weights_of(self, index: int, n: int | None, stream: Stream) -> Weights:
-        """The tensors of a step, the lane's ``n``-th in a slot; enqueues casts on ``stream``."""
+    def weights_of(self, index: int, slot: DeviceSlot | None, stream: Stream) -> Weights:
+        """The tensors of a step, which lies in ``slot``; enqueues casts on ``stream``."""
         if self.residents.written:
             self.residents.restore(index)
         resident = self.residents.weights.get(index)
         if resident is not None:
             return resident
-        assert n is not None
-        stored = self._stored(index, self.slots[n % len(self.slots)])
+        assert slot is not None
+        stored = self._stored(index, slot)
         if self.scratch is not None:
-            return self.scratch.cast(stored, self.orders.layouts[index], stream)
+            return self.scratch.cast(stored, self.layouts[index], stream)
         return stored
 
-    def release(self, index: int, number: int, stream: Stream) -> bool:
+    def release(self, index: int, slot: DeviceSlot | None, stream: Stream) -> bool:
         """The caller's work on a step is enqueued; True if it has written to the step's tensors.
 
-        ``number``: the step's in its run. May be interrupted anywhere, and called again.
+        ``slot``: where it lies. May be interrupted anywhere, and called again.
         """
         written = False
-        n = self.orders.copied.find(number)
-        if n is not None:
-            slot = self.slots[n % len(self.slots)]
-            layout = self.orders.layouts[index]
+        if slot is not None:
+            layout = self.layouts[index]
             slot.record_uses(stream)
             if self.scratch is not None:
                 self.scratch.record_uses(stream)
@@ -132,7 +146,7 @@ class LaneMemory:
 
     def _stored(self, index: int, slot: DeviceSlot) -> Weights:
         mapped = self.residents.mapped.get(index)
-        return slot.weights(self.orders.layouts[index]) if mapped is None else mapped
+        return slot.weights(self.layouts[index]) if mapped is None else mapped
 
     def wait_unused(self) -> None:
         """Block until the device has done all work on slots and resident layers."""
@@ -149,12 +163,12 @@ class LaneMemory:
 
     def _plan_slots(self, device: Slots, host: Slots, pools: Mapping[str, int]) -> dict[str, Slots]:
         """Slots by pool, in the order that layers pass through them: the plan's, where needed."""
-        if not self.orders.copied.count:
+        if not self.passes:
             return {}
         # Somebody may listen although nothing is streamed.
         count, nbytes = max(device.count, 1), device.nbytes
-        layouts, viewed = self.orders.layouts, self.residents.mapped
-        fills = any(layouts[i].reads and i not in viewed for i in self.orders.read.indices)
+        viewed = self.residents.mapped
+        fills = any(self.layouts[i].reads and i not in viewed for i in self.parts.counts)
         if self.in_place:
             return {"device": Slots(count, nbytes if fills else 0)}
         slots = dict[str, Slots]()
@@ -175,8 +189,7 @@ class LaneMemory:
             else device_slots(own.count, own.nbytes, self.device)
         )
         self.slots = [DeviceSlot(memory, self.device) for memory in memories]
-        layouts, resident = self.orders.layouts, self.residents.weights
-        filled = [layouts[i] for i in self.orders.copied.indices if i not in resident]
+        filled = [self.layouts[i] for i in self.passes if i not in self.residents.weights]
         nbytes = max((layout.scratch_nbytes for layout in filled), default=0)
         if nbytes:
             self.scratch = Scratch(allocate(nbytes, self.device), self.device)

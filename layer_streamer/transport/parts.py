@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..planning.layout import PAGE, Copy, Layout, align_up
 from .files import OpenFiles
-from .schedule import Order
+from .schedule import Orders
 
 
 class Extent(NamedTuple):
@@ -146,14 +146,14 @@ class Parts:
 
     def __init__(self, layouts: Sequence[Layout], indices: Sequence[int], cutter: Cutter) -> None:
         self._parts = {index: cutter.cut(layouts[index]) for index in indices}
-        self._length = len(layouts)
-        self.order = Order([i for i, parts in self._parts.items() for _ in parts], self._length)
-        """Of all of them: what the readers count."""
+        self.counts = {index: len(parts) for index, parts in self._parts.items()}
+        """By index of a step, how many it has."""
 
-    def find(self, k: int, number: int) -> tuple[int, Part]:
-        """The run's ``k``-th part, one of step ``number``: its place in that, and itself."""
-        place = k - self.order.before(number)
-        return place, self._parts[number % self._length][place]
+    def find(self, orders: Orders, k: int, number: int) -> tuple[int, Part]:
+        """The ``k``-th part of a run of these orders, one of step ``number``: its place in that,
+        and itself."""
+        place = k - orders.read.before(number)
+        return place, self._parts[orders.index(number)][place]
 
 
 def _clip(copies: Sequence[Copy], group: Sequence[_Placed]) -> Iterator[Copy]:

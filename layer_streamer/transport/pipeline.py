@@ -32,7 +32,7 @@ from .loader import Loader
 from .memory import MemoryUse
 from .residents import Residents
 from .schedule import Schedule
-from .stage import Bell, Control, Run
+from .stage import Bell, Control, Heading, Run
 from .tasks import join_all, noted_on
 from .weights import show_weights_to_pytree
 
@@ -137,9 +137,9 @@ class Pipeline:
                 "a forked child has to open its own"
             )
 
-    def publish(self, base_pass: int) -> None:
+    def publish(self, base_pass: int, heading: Heading) -> None:
         """Start over at the first step of pass ``base_pass``; the run before must be aborted."""
-        run = Run(base_pass)
+        run = Run(base_pass, heading)
         run.lanes = tuple(lane.new_run(run) for lane in self.lanes)
         self.control.run = run
         self.wake()

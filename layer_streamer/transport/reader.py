@@ -27,6 +27,7 @@ class Job:
     k: int
     number: int
     """The step's, in its run."""
+    slot: int
     first: bool
     """Of the step."""
     extents: Sequence[Extent]
@@ -44,6 +45,7 @@ class Reader:
         """``post``: the feeder's."""
         _, self.drained_bell, self.filled_bell = post.bells
         self._schedule = post.schedule
+        self._memory = memory
         self._parts = memory.parts
         self._files = files
         self._control = post.control
@@ -75,22 +77,24 @@ class Reader:
 
     def submit(self, lane_run: LaneRun, k: int, number: int) -> None:
         """Queue the reads of the lane's ``k``-th part from disk, of step ``number``, if that has
-        not failed.
+        not failed, and does not lie there.
 
         A job is made as it is queued, and gone when it is done.
         """
-        place, part = self._parts.find(k, number)
-        count = 0 if number in lane_run.run.failures else part.num_jobs
+        place, part = self._parts.find(lane_run.orders, k, number)
+        idle = number in lane_run.run.failures or lane_run.orders.kept(number)
+        count = 0 if idle else part.num_jobs
         if not count:
             if not place:
                 clock = self._schedule.clock(lane_run.run, number)
-                clock.read_begin[self._schedule.index(number)] = time.perf_counter()
+                clock.read_begin[self._schedule.index(lane_run.run, number)] = time.perf_counter()
             self._complete(lane_run, k, number)
             return
-        self._pending[k % len(self._pending)] = count
+        slot = self._memory.read_slot(lane_run, k)
+        self._pending[slot] = count
         self._submitted += count
         for j in range(count):
-            self._queue.put(Job(lane_run, k, number, not place and not j, part.job(j)))
+            self._queue.put(Job(lane_run, k, number, slot, not place and not j, part.job(j)))
 
     def stop(self) -> None:
         """Have the threads end after what they are at. Never blocks."""
@@ -100,7 +104,7 @@ class Reader:
     def _complete(self, lane_run: LaneRun, k: int, number: int) -> None:
         """All of a part's reads have ended, well or not: count it once those before it are."""
         clock = self._schedule.clock(lane_run.run, number)
-        clock.read_end[self._schedule.index(number)] = time.perf_counter()
+        clock.read_end[self._schedule.index(lane_run.run, number)] = time.perf_counter()
         with self._lock:
             self._filled.add(k)
             while True:
@@ -130,9 +134,8 @@ class Reader:
         except BaseException as error:
             run.fail(number, error)
         with self._lock:
-            slot = job.k % len(self._pending)
-            self._pending[slot] -= 1
-            last = self._pending[slot] == 0
+            self._pending[job.slot] -= 1
+            last = self._pending[job.slot] == 0
         if last:
             self._check_files(run, number)
             self._complete(job.lane_run, job.k, number)
@@ -142,11 +145,11 @@ class Reader:
             self.drained_bell.ring()
 
     def _read(self, run: Run, job: Job) -> None:
-        index = self._schedule.index(job.number)
+        index = self._schedule.index(run, job.number)
         if job.first:
             self._schedule.clock(run, job.number).read_begin[index] = time.perf_counter()
         mapped = index in self._residents.mapped
-        slot = self._slots[job.k % len(self._slots)]
+        slot = self._slots[job.slot]
         for extent in job.extents:
             try:
                 if mapped:
@@ -159,7 +162,7 @@ class Reader:
     def _check_files(self, run: Run, number: int) -> None:
         try:
             if self._wants(run, number):
-                self._files.check_unchanged(self._schedule.paths[self._schedule.index(number)])
+                self._files.check_unchanged(self._schedule.paths[self._schedule.index(run, number)])
         except BaseException as error:
             run.fail(number, error)
 
@@ -200,11 +203,11 @@ class Feeder(Stage):
         if not self.await_true(run, lambda: self._earlier_runs_left(run)):
             return
         self._reader.begin_run()
-        k, order = 0, self._memory.orders.read
-        while self.await_slot(lane_run, k):
+        k, order = 0, lane_run.orders.read
+        while order.has(k) and self.await_slot(lane_run, k):
             number = order.number(k)
             try:
-                self.wait_reusable(k % self._pool.count)
+                self.wait_reusable(self._memory.read_slot(lane_run, k))
             except BaseException as error:
                 run.fail(number, error)
             in_use = k + 1 - self.num_emptied(lane_run)

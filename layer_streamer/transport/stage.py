@@ -16,12 +16,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .tasks import start_thread
 
 if TYPE_CHECKING:
-    from .schedule import Schedule
+    from .schedule import Order, Orders, Schedule
 
 
 class Bell:
@@ -56,22 +56,22 @@ class Progress:
     """How far a stage has come in a run. Written by that stage only, read by all.
 
     ``done`` counts finished steps (whose input slots are free again), ``out`` those handed on:
-    every ``batch`` steps, and at the end of each pass of ``steps_per_pass``.
+    every ``batch`` steps, and at the end of each pass, as the stage's ``order`` has them.
     """
 
-    __slots__ = ("_batch", "_steps_per_pass", "done", "out")
+    __slots__ = ("_batch", "_order", "done", "out")
 
-    def __init__(self, batch: int, steps_per_pass: int) -> None:
+    def __init__(self, batch: int, order: Order) -> None:
         self.done = 0
         self.out = 0
         self._batch = batch
-        self._steps_per_pass = steps_per_pass
+        self._order = order
 
     def advance(self) -> None:
         """One more step is done."""
         done = self.done + 1
         self.done = done
-        if done - self.out >= self._batch or done % self._steps_per_pass == 0:
+        if done - self.out >= self._batch or self._order.ends(done):
             self.out = done
 
 
@@ -86,10 +86,29 @@ class LaneRun:
     """
 
     run: Run
+    orders: Orders
+    """Which steps they have work with, in such a run."""
     read: Progress
     staged: Progress
     copied: Progress
     enqueued: int = 0
+
+
+class Heading(NamedTuple):
+    """Which way the passes of a run go over the layers."""
+
+    back: bool = False
+    """The first goes from the last layer to the first one."""
+    turns: bool = False
+    """Each goes the other way than the one before it, and uses again what lies in slots then."""
+
+    def goes_back(self, passes: int) -> bool:
+        """Whether the pass after so many of them goes from the last layer to the first one."""
+        return self.back != (self.turns and passes % 2 == 1)
+
+
+AHEAD = Heading()
+"""From the first layer to the last one, again and again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +123,7 @@ class Run:
     """
 
     base_pass: int
+    heading: Heading = AHEAD
     aborted: bool = False
     handed: int = 0
     released: int = 0

@@ -33,7 +33,7 @@ from layer_streamer.transport.copier import Copier, Memcpy
 from layer_streamer.transport.pipeline import Pipeline
 from layer_streamer.transport.pool import DeviceSlot, Scratch
 from layer_streamer.transport.reader import Feeder
-from layer_streamer.transport.stage import LaneRun, Run, Stage
+from layer_streamer.transport.stage import Heading, LaneRun, Stage
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def one_step_early(handed_on: Callable[[LaneRun], int]) -> Any:
 
 
 def device_slot_early(copier: Copier, lane_run: LaneRun, n: int) -> bool:
-    freed = copier._orders.released
+    freed = lane_run.orders.released
     return copier.await_true(lane_run.run, lambda: freed(lane_run) >= n - len(copier._slots))
 
 
@@ -101,33 +101,34 @@ def record_current_only(slot: DeviceSlot, current: FakeStream) -> None:
     slot._num_uses = 1
 
 
-def abort_without_record(caller: Caller) -> None:
+def abort_without_record(caller: Caller, heading: Heading | None = None) -> None:
     run = caller._control.run
-    if run is not None:
-        run.aborted = True
-    caller._pipeline.publish(0 if run is None else run.base_pass)
+    run.aborted = True
+    caller._pipeline.publish(run.base_pass, heading or run.heading._replace(back=False))
 
 
 def one_part_early(copier: Copier, lane_run: LaneRun, k: int) -> bool:
     return copier.await_true(lane_run.run, lambda: lane_run.staged.out >= k)
 
 
-def all_parts_but_the_last_in_time(copier: Copier, lane_run: LaneRun, n: int, number: int) -> bool:
+def all_parts_but_the_last_in_time(
+    copier: Copier, lane_run: LaneRun, slot: DeviceSlot, number: int
+) -> bool:
     """Says that the step is ready before its last part is copied."""
-    copy_part, last = copier._copy_part, copier._orders.read.before(number + 1) - 1
+    copy_part, last = copier._copy_part, lane_run.orders.read.before(number + 1) - 1
 
-    def copy_early(run: Run, n: int, number: int, k: int) -> None:
+    def copy_early(lane_run: LaneRun, slot: DeviceSlot, number: int, k: int) -> None:
         if k == last:
-            copier._slot(n).ready.record(copier.stream)
+            slot.ready.record(copier.stream)
             lane_run.copied.advance()
             copier.target_bell.ring()
             time.sleep(0)  # lets those who wait have their turn, as a real copy would
             lane_run.copied.done -= 1
-        copy_part(run, n, number, k)
+        copy_part(lane_run, slot, number, k)
 
     copier._copy_part = copy_early  # type: ignore[method-assign]
     try:
-        return take_reads(copier, lane_run, n, number)
+        return take_reads(copier, lane_run, slot, number)
     finally:
         copier._copy_part = copy_part  # type: ignore[method-assign]
 

@@ -89,16 +89,15 @@ def one_slot_early(feeder: Feeder, lane_run: LaneRun, n: int) -> bool:
 
 
 def one_read_early(copier: Copier, lane_run: LaneRun, n: int) -> bool:
-    number = copier._orders.copied.number(n)
-    if number % copier._orders.length not in copier._orders.read:
+    k = lane_run.orders.read.find(lane_run.orders.copied.number(n))
+    if k is None:
         return copier.await_true(lane_run.run, lambda: True)
-    k = copier._orders.read.before(number)
     return copier.await_true(lane_run.run, lambda: lane_run.staged.out >= k)
 
 
 def reads_of_the_other_lane(copier: Copier, lane_run: LaneRun, n: int) -> bool:
     other = lane_run.run.lanes[1 - copier._lane_idx]
-    k = copier._orders.read.before(copier._orders.copied.number(n))
+    k = lane_run.orders.read.before(lane_run.orders.copied.number(n))
     return copier.await_true(lane_run.run, lambda: other.staged.out > k)
 
 
@@ -171,8 +170,8 @@ def find_errors_on_the_cpu(
 
         def look(x: Any, weights: Mapping[str, torch.Tensor], layer_idx: int) -> None:
             run = pipeline.control.run
-            n = lane.memory.orders.copied.before(run.released)
-            ahead = n + len(lane.memory.slots) if layer_idx in lane.memory.orders.copied else 0
+            n = run.lanes[0].orders.copied.before(run.released)
+            ahead = n + len(lane.memory.slots) if layer_idx in lane.memory.passes else 0
             while run.lanes[0].read.done < ahead and not streamer.closed:
                 os.sched_yield()
             for _ in range(50):  # one read more is one too many: give it the time

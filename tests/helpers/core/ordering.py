@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class Engine:
         self._dtype = dtype
         self._streams = [[d.default_stream, d.new_stream(), d.new_stream()] for d in devices]
 
-    def run(self, streamer: LayerStreamer, passes: int) -> None:
+    def run(self, streamer: LayerStreamer, passes: int, *, turns: bool = False) -> None:
+        """``turns``: passes go forth and back, mostly; else all go ahead."""
         copiers = [lane.copier for lane in streamer._parts.pipeline.lanes]
         for number in range(passes):
             if number % 3 == 1:
@@ -59,8 +60,13 @@ class Engine:
             with ExitStack() as stack:
                 for device, streams in zip(self._devices, self._streams, strict=True):
                     stack.enter_context(device.on(self._random.choice(streams)))
+                way = {"back": bool(number % 2), "turns": True} if turns else {}
+                if turns and self._random.random() < 0.2:
+                    way = {name: self._random.random() < 0.5 for name in way}
                 try:
-                    streamer.run_pass(0, lambda x, w, i, f=fails_at: self._layer(w, i, f, stack))
+                    with closing(streamer.sweep(**way)) as layers:
+                        for i, weights in layers:
+                            self._layer(weights, i, fails_at, stack)
                 except LaunchFailed:
                     continue
 
@@ -110,18 +116,21 @@ def find_errors(
 ) -> list[str]:
     """Run passes over fake devices with this schedule; what their work saw wrong.
 
-    ``options``: of the streamer, and ``devices`` (1), their number. StreamerError for passes that
+    ``options``: of the streamer, and ``devices`` (1), their number, and whether passes turn
+    (``turns``). StreamerError for passes that
     hang for ``seconds``.
     """
     options = dict(options)
     devices = FakeDevice.several(options.pop("devices", 1), seed)
+    turns = options.pop("turns", False)
     streamer = open_on(devices, checkpoint, options)
     # A pass that hangs (as a mutation may make it) is ended by closing the streamer.
     guard = threading.Timer(seconds, streamer.close)
     guard.start()
     try:
         with streamer:
-            Engine(devices, seed, options.get("dtype")).run(streamer, passes=4)
+            engine = Engine(devices, seed, options.get("dtype"))
+            engine.run(streamer, passes=7 if turns else 4, turns=turns)
     finally:
         guard.cancel()
     devices[0].drain()
