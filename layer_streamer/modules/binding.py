@@ -152,6 +152,20 @@ class Binder:
         for (holder, leaf), value in zip(bound.stores, values, strict=True):
             holder[leaf] = value
 
+    def bound(self, i: int) -> tuple[torch.Tensor, ...]:
+        """What block ``i`` has now."""
+        return self._blocks[i].current
+
+    def check_frozen(self, i: int) -> None:
+        """StreamerError, with its name, for a parameter of block ``i`` that is to be trained."""
+        bound = self._blocks[i]
+        for entry, *some in zip(bound.form, bound.unbound, bound.current, strict=True):
+            if True in map(_wants_grad, some):
+                raise StreamerError(
+                    f"{bound.name}.{entry.key}: gradients are asked for (requires_grad), but its "
+                    "weights stream and cannot be trained: train adapters, such as LoRA"
+                )
+
     def unbind(self, i: int) -> None:
         """Take block ``i``'s weights out again: to compute with one is a StreamerError with its
         name."""

@@ -77,12 +77,13 @@ def name_block(error: StreamerError, names: Sequence[str]) -> None:
         error.args = (f"{names[int(digits)]}: {error}",)
 
 
-def refuse_backward(name: str) -> NoReturn:
-    """Of a block that is entered during one."""
+def refuse_gone(name: str) -> NoReturn:
+    """Of a block that a backward needs the weights of, which it was not to keep."""
     raise StreamerError(
-        f"{name} is run again by a backward (activation checkpointing), when its weights have "
-        "gone: streamed weights are for inference; run the forward under torch.no_grad(), without "
-        "checkpointing"
+        f"{name}: a backward needs its weights, which have gone since its forward: switch gradient "
+        "checkpointing on (model.gradient_checkpointing_enable() and model.train(), or "
+        "torch.utils.checkpoint around the call of each block), or run the forward under "
+        "torch.no_grad()"
     )
 
 

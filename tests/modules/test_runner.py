@@ -50,12 +50,12 @@ class Swept:
         self._sweep = some.streamer.sweep
         monkeypatch.setattr(some.streamer, "sweep", self.sweep)
 
-    def sweep(self) -> Any:
+    def sweep(self, **way: bool) -> Any:
         seen: list[int] = []
         self.passes.append(seen)
 
         def generate() -> Iterator[Any]:
-            for index, weights in self._sweep():
+            for index, weights in self._sweep(**way):
                 seen.append(index)
                 yield index, weights
 

@@ -44,7 +44,7 @@ class Alternating:
     def _opened(self) -> SimpleNamespace:
         return SimpleNamespace(experts=None)
 
-    def sweep(self) -> Iterator[tuple[int, Weights]]:
+    def sweep(self, **way: bool) -> Iterator[tuple[int, Weights]]:
         for i in range(4):
             yield i, Weights({"weight": torch.ones(3, device=self.devices[i % 2])})
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from routes import Boom
 from support import FailingDisk, in_thread, rewrite_in_place
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from layer_streamer import CheckpointChangedError, ClosedError, ReadError, StreamerError
 from layer_streamer.modules.blocks import find_stacks
@@ -219,88 +218,6 @@ def test_a_write_to_a_repeated_last_block_is_an_error_of_the_next_forward(
     with pytest.raises(StreamerError, match=rf"^blocks\.{last}: layer {last}: .* written"):
         run(pooled)
     pooled.agree(way=pooled.model.way)
-
-
-class Checkpointing(Net):
-    """As activation checkpoints are made: around the call of each block."""
-
-    reentrant = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_block_that_a_backward_runs_again_is_one_clear_error_and_moves_no_sweep(
-    tmp_path: Path, reentrant: bool
-) -> None:
-    with streamed(tmp_path, Checkpointing) as some:
-        some.model.reentrant = reentrant
-        x = torch.ones(2, HIDDEN, requires_grad=True)
-        for _ in range(2):
-            y = some.model(x)
-            with pytest.raises(
-                StreamerError, match=r"blocks\.6 is run again by a backward.*no_grad"
-            ):
-                y.sum().backward()
-            assert not unfinished(some.streamer)
-        with torch.no_grad():
-            for i, block in enumerate(some.model.blocks):
-                assert torch.equal(block(x), some.resident.blocks[i](x))  # type: ignore[index]
-
-
-class ComputedAgain(Part):
-    """As transformers checkpoints activations: within the call, so that no hook runs again."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = checkpoint(super().forward, x, use_reentrant=False)
-        return y
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-def test_what_a_backward_computes_again_within_a_block_is_exact_or_a_clear_error(
-    tmp_path: Path, options: str
-) -> None:
-    with streamed(tmp_path, lambda: Net(make=ComputedAgain), **OPTIONS[options]) as some:
-        for _ in range(2):
-            inputs = [torch.ones(2, HIDDEN, requires_grad=True) for _ in range(2)]
-            mine, plain = some.model(inputs[0]), some.resident(inputs[1])
-            plain.sum().backward()
-            if options == "resident":
-                mine.sum().backward()
-                assert inputs[0].grad is not None and inputs[1].grad is not None
-                assert torch.equal(inputs[0].grad, inputs[1].grad)
-            else:
-                with pytest.raises(
-                    StreamerError, match=r"blocks\.6\..* is used while its block has"
-                ):
-                    mine.sum().backward()
-        some.agree()
-
-
-def test_a_backward_beside_a_pass_that_is_under_way_moves_no_sweep(tmp_path: Path) -> None:
-    with streamed(tmp_path, Checkpointing) as some:
-        x = torch.ones(2, HIDDEN, requires_grad=True)
-        y = some.model.blocks[0](x)
-        z = checkpoint(some.model.blocks[1], y, use_reentrant=False)
-        with pytest.raises(StreamerError, match="again by a backward"):
-            z.sum().backward()
-        assert unfinished(some.streamer)  # block 1 is still there
-        with torch.no_grad():
-            rest, plain = z.detach(), some.resident.blocks[1](y.detach())  # type: ignore
-            for i in range(2, NUM_BLOCKS):
-                rest = some.model.blocks[i](rest)
-                plain = some.resident.blocks[i](plain)  # type: ignore[index]
-        assert torch.equal(rest, plain)
-
-
-def test_a_backward_that_needs_weights_which_have_gone_raises(pooled: Streamed) -> None:
-    x = torch.ones(2, HIDDEN, requires_grad=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        pooled.model(x).sum().backward()
-    pooled.agree()
 
 
 class Nested(Part):

@@ -18,7 +18,7 @@ from routes import nothing_left
 from support import HANG_SECONDS, in_thread
 
 from layer_streamer import StreamerError
-from layer_streamer.modules import runner
+from layer_streamer.modules.running import walks
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_forward_that_another_thread_took_for_abandoned_gives_no_result(
     """What tells whether a thread is in a forward may be wrong; what comes out must not be."""
     first = Held(opened, places(opened)[place])
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "computes", lambda thread: False)
+        patch.setattr(walks, "computes", lambda thread: False)
         opened.agree()
     first.finish()
     assert isinstance(first.error, StreamerError)

@@ -17,11 +17,12 @@ def computes(thread: int) -> bool:
     return any(True for _ in _calls(sys._current_frames().get(thread)))
 
 
-def called_within(module: int) -> bool:
-    """True if this thread is within the call of the module of this ``id``, the innermost call,
-    whose hooks ask, not counted."""
+def called_within(module: int, *, entering: bool) -> bool:
+    """True if this thread is within the call of the module of this ``id``. ``entering``: hooks of
+    the innermost call ask, which is not counted."""
     calls = _calls(sys._getframe())
-    next(calls, None)
+    if entering:
+        next(calls, None)
     return any(id(frame.f_locals.get("self")) == module for frame in calls)
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import StreamerError
-from ..passes.inputs import move
+from ...errors import StreamerError
+from ...passes.inputs import move
 
 
 class Hooks:
-    """Calls ``enter(i, module)`` before block ``i``'s forward, ``leave(i, output)`` after it.
+    """Calls ``enter(i, module)`` before block ``i``'s forward, ``leave(i, module, output)`` after.
 
     ``leave`` is called after an Exception, too, with None; what it returns, if not None, is the
     block's output. After a KeyboardInterrupt it is not called, nor where torch compiles the call.
@@ -26,7 +26,7 @@ class Hooks:
         self,
         i: int,
         enter: Callable[[int, nn.Module], None],
-        leave: Callable[[int, Any], Any],
+        leave: Callable[[int, nn.Module, Any], Any],
         device: torch.device | None,
     ) -> None:
         """``device``: where the block's inputs are moved to; None: they stay where they are."""
@@ -53,7 +53,7 @@ class Hooks:
         return move(args, self._device), move(kwargs, self._device)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self._leave(self._i, output)
+        return self._leave(self._i, module, output)
 
     def __reduce__(self) -> NoReturn:
         raise StreamerError(

@@ -1,0 +1,1 @@
+"""How a forward, or a backward, goes over the layers of its blocks."""
