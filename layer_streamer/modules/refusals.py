@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -33,12 +33,18 @@ class _Moves:
             "cast; say device= and dtype= to stream()"
         )
 
+    def leaves(self, module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        """Whether a change of all of a module's tensors leaves them as they are."""
+        found = {tensor.dtype for tensor in (*module.parameters(), *module.buffers())}
+        some = [torch.empty(0, dtype=dtype, device=self._device) for dtype in found]
+        return all(change(one) is one and not (one.is_cpu and one.is_shared()) for one in some)
+
 
 def refuse(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> None:
     """Have ``to``, casts, ``state_dict`` and replication of the model and its blocks say so."""
     moves = _Moves(model, device)
     for module in (model, *(block.module for block in blocks)):
-        module.__dict__["_apply"] = _refuse_apply
+        module.__dict__["_apply"] = _apply_to(module, moves)
         module.__dict__["_replicate_for_data_parallel"] = _refuse_replicas
         module.__dict__["state_dict"] = _state_of(module)
     model.__dict__["to"] = _bound_to(model, moves)
@@ -118,10 +124,20 @@ def _same(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (one.index or 0) == (other.index or 0)
 
 
-def _refuse_apply(*args: Any, **kwargs: Any) -> NoReturn:
-    raise StreamerError(
-        "the model's weights stream: it cannot be moved or cast; say device= and dtype= to stream()"
-    )
+def _apply_to(module: nn.Module, moves: _Moves) -> Any:
+    known = weakref.ref(module)
+
+    def apply(change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        found = known()
+        assert found is not None
+        if moves.leaves(found, change):  # as a trainer does, to the module that this is a part of
+            return found
+        raise StreamerError(
+            "the model's weights stream: it cannot be moved or cast; say device= and dtype= to "
+            "stream()"
+        )
+
+    return apply
 
 
 def _refuse_replicas(*args: Any) -> NoReturn:

@@ -171,7 +171,9 @@ class Runner(Walks):
             current = self._begin_back()
         if current.layer != i:
             self._advance(current, i)
-        self.binder.bind(i, module, current.weights)
+        if not current.bound:
+            self.binder.bind(i, module, current.weights)
+            current.bound = True
 
     def leave(self, i: int, module: nn.Module, output: Any) -> Any:
         """Block ``i`` has run, or failed. What it returned, where that is to be another."""

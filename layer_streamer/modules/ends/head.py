@@ -8,13 +8,15 @@ were fetched while the blocks before it computed.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from itertools import accumulate
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from ...checkpoint.manifest import FrozenMapping, LayerSpec, Manifest
@@ -48,6 +50,22 @@ def manifest_of_rows(manifest: Manifest, recipe: Recipe) -> Manifest:
     )
 
 
+class _Product(torch.autograd.Function):
+    """What a head gives, of which a backward needs the head's rows and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: torch.Tensor, head: Head, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.head = head
+        return head.multiply(input, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.head.multiply_back(gradient), None, None
+
+
 class Head:
     """Stands in the place of a linear module's forward.
 
@@ -71,7 +89,7 @@ class Head:
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input @ weight.T + bias``, shape (..., rows), where ``input`` is; a chunk of rows at a
-        time.
+        time. A backward takes the rows once more.
 
         Raises what a sweep raises, with the module's name.
         """
@@ -82,22 +100,48 @@ class Head:
             )
         module = self._module()
         assert module is not None
-        bias, out = module.bias, None
+        bias = module.bias
+        if not (torch.is_grad_enabled() and input.requires_grad):
+            return self.multiply(input, bias)
+        trained = bias is not None and bias.requires_grad
+        out: torch.Tensor = _Product.apply(input, self, None if trained else bias)  # type: ignore[no-untyped-call]
+        return out + bias if trained else out
+
+    def multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As :meth:`forward`, without gradients."""
+        out: torch.Tensor | None = None
+        with closing(self._chunks()) as chunks:
+            for weight, rows in chunks:
+                some = move(bias[rows], weight.device) if bias is not None else None
+                part = linear(move(input, weight.device), weight, some)
+                if out is None:
+                    shape = (*part.shape[:-1], self._ends[-1])
+                    out = part.new_empty(shape, device=input.device)
+                out[..., rows] = move(part, out.device)
+        assert out is not None
+        return out
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """``gradient @ weight``, shape (..., columns), summed over chunks in float32 or better."""
+        sum_: torch.Tensor | None = None
+        with closing(self._chunks()) as chunks:
+            for weight, rows in chunks:
+                part = move(gradient[..., rows], weight.device) @ weight
+                part = move(part, gradient.device)
+                wide = torch.promote_types(part.dtype, torch.float32)
+                sum_ = part.to(wide) if sum_ is None else sum_.add_(part)
+        assert sum_ is not None
+        return sum_.to(gradient.dtype)
+
+    def _chunks(self) -> Generator[tuple[torch.Tensor, slice], None, None]:
+        """Weights of some rows, and which these are: one pass."""
         try:
             with closing(self._streamer.sweep()) as steps:
                 for i, weights in steps:
-                    weight, rows = weights[KEY], slice(self._ends[i], self._ends[i + 1])
-                    some = move(bias[rows], weight.device) if bias is not None else None
-                    part = linear(move(input, weight.device), weight, some)
-                    if out is None:
-                        shape = (*part.shape[:-1], self._ends[-1])
-                        out = part.new_empty(shape, device=input.device)
-                    out[..., rows] = move(part, out.device)
+                    yield weights[KEY], slice(self._ends[i], self._ends[i + 1])
         except StreamerError as error:
             error.args = (f"{self._name}: {error}",)
             raise
-        assert out is not None
-        return out
 
     def __reduce__(self) -> NoReturn:
         raise StreamerError(

@@ -33,7 +33,7 @@ def ways_of(order: Sequence[int]) -> tuple[Way, Way]:
 class Walk:
     """A pass on its way. Of the thread that began it, or, on its way back, of a backward's."""
 
-    __slots__ = ("at", "experts", "inside", "repeats", "sweep", "thread", "way", "weights")
+    __slots__ = ("at", "bound", "experts", "inside", "repeats", "sweep", "thread", "way", "weights")
 
     def __init__(self, sweep: Sweep, way: Way) -> None:
         self.sweep = sweep
@@ -46,6 +46,8 @@ class Walk:
         """Of that layer."""
         self.experts: LayerExperts | None = None
         """Of that layer, if they are brought on demand."""
+        self.bound = False
+        """That layer's block has its weights, on the way back."""
         self.inside = 0
         """``id`` of the block that was entered and, for all that is known, not left."""
         self.repeats = False
@@ -69,7 +71,7 @@ class Walk:
     def advance(self, i: int) -> bool:
         """Give back what is handed out, and take layer ``i``; those in between go unused. False:
         the pass is over before that. Raises what a sweep raises."""
-        self.at = len(self.way.order)
+        self.at, self.bound = len(self.way.order), False
         for found, weights in self.sweep:
             if found == i:
                 self.weights, self.experts = apart(weights)
