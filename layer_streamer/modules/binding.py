@@ -20,7 +20,7 @@ from ..transport.weights import Weights
 from .blocks import Block
 from .entry import Entry, entry_of
 from .holders import Holder, find_empty, find_tensor, places_of
-from .unbound import as_parameter, as_unbound, without_name
+from .unbound import as_parameter, as_unbound, is_wanted, without_name
 
 Convert: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
@@ -160,7 +160,7 @@ class Binder:
         """StreamerError, with its name, for a parameter of block ``i`` that is to be trained."""
         bound = self._blocks[i]
         for entry, *some in zip(bound.form, bound.unbound, bound.current, strict=True):
-            if True in map(_wants_grad, some):
+            if True in map(is_wanted, some):
                 raise StreamerError(
                     f"{bound.name}.{entry.key}: gradients are asked for (requires_grad), but its "
                     "weights stream and cannot be trained: train adapters, such as LoRA"

@@ -93,6 +93,21 @@ def refuse_gone(name: str) -> NoReturn:
     )
 
 
+def refuse_together(name: str) -> NoReturn:
+    """Of a block that a backward has run once more with others, before it came to it."""
+    raise StreamerError(
+        f"{name}: it shares a checkpoint with other blocks, whose weights are not there at once: "
+        "checkpoint each block by itself"
+    )
+
+
+def refuse_several(name: str) -> NoReturn:
+    """Of a backward over blocks on several GPUs, whose threads do not wait for each other."""
+    raise StreamerError(
+        f"{name}: a backward over several devices is not possible: stream to one of them"
+    )
+
+
 def _bound_to(model: nn.Module, moves: _Moves) -> Any:
     known = weakref.ref(model)
 

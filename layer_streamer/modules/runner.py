@@ -24,10 +24,11 @@ from ..passes.layer_experts import LayerExperts
 from ..streamer import LayerStreamer, keys_of
 from .binding import Binder, Source
 from .blocks import Block
-from .refusals import refuse_gone
+from .refusals import refuse_gone, refuse_several, refuse_together
 from .running.course import Course
 from .running.graphs import Return, counts_of, in_backward
 from .running.hooks import Hooks
+from .running.walk import Walk
 from .running.walks import Walks
 
 
@@ -137,7 +138,7 @@ class Runner(Walks):
                 "cannot be traced: compile each block's forward alone"
             )
         if in_backward():
-            self._come_back(i, module, entering=True)
+            self._run_again(i, module)
             return
         grads = torch.is_grad_enabled()
         if grads:
@@ -161,9 +162,25 @@ class Runner(Walks):
     def come_back(self, i: int, module: nn.Module) -> None:
         """A backward has come to the outputs of block ``i``, which is ``module``: hand out its
         weights."""
-        self._come_back(i, module, entering=False)
+        early = self._early.pop(i, None)
+        current = self._hand_back(i, module, entering=False)
+        if early is not None and early is not current:
+            # Nobody else would find out: a checkpoint looks at no versions of what it has saved.
+            refuse_together(self.names[i])
+        current.told = True
 
-    def _come_back(self, i: int, module: nn.Module, *, entering: bool) -> None:
+    def _run_again(self, i: int, module: nn.Module) -> None:
+        """A backward is about to run block ``i`` once more."""
+        current = self._current
+        told = current is not None and current.layer == i and current.told
+        current = self._hand_back(i, module, entering=True)
+        if not told:
+            self._early[i] = current
+
+    def _hand_back(self, i: int, module: nn.Module, *, entering: bool) -> Walk:
+        """Its weights, in a pass of the backward."""
+        if self._first is not None and self._first.type != "cpu":
+            refuse_several(self.names[i])
         current = self._current
         if current is not None and not current.way.back:
             self._go_on(i, entering=entering)
@@ -174,6 +191,7 @@ class Runner(Walks):
         if not current.bound:
             self.binder.bind(i, module, current.weights)
             current.bound = True
+        return current
 
     def leave(self, i: int, module: nn.Module, output: Any) -> Any:
         """Block ``i`` has run, or failed. What it returned, where that is to be another."""

@@ -62,9 +62,15 @@ class Unbound(torch.Tensor):
         found = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, Unbound)]
         if attribute == "device" and found and "comes_to" in vars(found[0]):
             return found[0].comes_to
-        if getattr(func, "__name__", "") in _LOOKS and attribute not in _VALUES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+        asked = getattr(func, "__name__", "")
+        writes = (attribute, asked) == ("data", "__set__")  # as who merges an adapter does
+        if asked in _LOOKS and attribute not in _VALUES and not writes:
+            if attribute == "requires_grad" or asked == "requires_grad_":
+                _note_wish(asked, found, args, kwargs or {})
+            # One call, for an interrupt must not leave it disabled, as it might a ``with``.
+            return torch._C._disabled_torch_function_impl(
+                func, types, tuple(args), dict(kwargs or {})
+            )
         own = vars(found[0]) if found else {}
         raise StreamerError(
             f"{own.get('full_name', 'a weight')} is used {own.get('why', OF_BLOCK)}"
@@ -89,6 +95,19 @@ def as_unbound(
         own["_is_param"] = True  # what torch goes by for such classes
     unbound.__dict__.update(vars(meta), **own)
     return unbound
+
+
+def is_wanted(tensor: torch.Tensor) -> bool:
+    """True for one that gradients are asked for: it is to be trained."""
+    return bool(vars(tensor).get("wanted")) if isinstance(tensor, Unbound) else tensor.requires_grad
+
+
+def _note_wish(
+    asked: str, found: Sequence[Unbound], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    if found and asked != "__get__":
+        wish = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+        vars(found[0])["wanted"] = bool(wish)
 
 
 def is_brought(tensor: torch.Tensor) -> bool:

@@ -173,10 +173,18 @@ def test_a_layer_that_was_written_to_is_brought_again_after_the_error(
     steps_are_exact(streamer, device, tensors)
 
 
-@pytest.mark.parametrize("route", ["pools", "cpu pools"])
-@pytest.mark.parametrize("kind", ["line", "opcode"])
+@pytest.mark.parametrize(
+    ("route", "kind", "stride"),
+    [
+        ("pools", "opcode", 499),
+        pytest.param("pools", "line", 7, marks=pytest.mark.slow),
+        pytest.param("cpu pools", "line", 7, marks=pytest.mark.slow),
+        pytest.param("ring", "opcode", 97, marks=pytest.mark.slow),
+        pytest.param("two partial", "opcode", 97, marks=pytest.mark.slow),
+    ],
+)
 def test_after_an_interrupt_of_passes_that_turn_the_next_ones_are_exact(
-    streamer: LayerStreamer, device: Any, tensors: Any, kind: str
+    streamer: LayerStreamer, device: Any, tensors: Any, kind: str, stride: int
 ) -> None:
     def use() -> None:
         for way in (*STEP, STEP[0]):
@@ -185,7 +193,7 @@ def test_after_an_interrupt_of_passes_that_turn_the_next_ones_are_exact(
         next(sweep)
         sweep.close()
 
-    stride, number, fired = {"line": 23, "opcode": 331}[kind], 0, True
+    number, fired = 0, True
     while fired:
         try:
             with Interrupter(number, kind) as interrupter:

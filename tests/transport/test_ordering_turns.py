@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_safetensors(tmp_path_factory.mktemp("turns") / "m.safetensors", TENSORS).parent
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     pools=st.sampled_from(sorted(POOLS)),

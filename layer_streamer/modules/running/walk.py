@@ -33,7 +33,9 @@ def ways_of(order: Sequence[int]) -> tuple[Way, Way]:
 class Walk:
     """A pass on its way. Of the thread that began it, or, on its way back, of a backward's."""
 
-    __slots__ = ("at", "bound", "experts", "inside", "repeats", "sweep", "thread", "way", "weights")
+    __slots__ = (
+        "at", "bound", "experts", "inside", "repeats", "sweep", "thread", "told", "way", "weights",
+    )  # fmt: skip
 
     def __init__(self, sweep: Sweep, way: Way) -> None:
         self.sweep = sweep
@@ -48,6 +50,8 @@ class Walk:
         """Of that layer, if they are brought on demand."""
         self.bound = False
         """That layer's block has its weights, on the way back."""
+        self.told = False
+        """Gradients of that layer's block have come, on the way back."""
         self.inside = 0
         """``id`` of the block that was entered and, for all that is known, not left."""
         self.repeats = False
@@ -71,7 +75,7 @@ class Walk:
     def advance(self, i: int) -> bool:
         """Give back what is handed out, and take layer ``i``; those in between go unused. False:
         the pass is over before that. Raises what a sweep raises."""
-        self.at, self.bound = len(self.way.order), False
+        self.at, self.bound, self.told = len(self.way.order), False, False
         for found, weights in self.sweep:
             if found == i:
                 self.weights, self.experts = apart(weights)

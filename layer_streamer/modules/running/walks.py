@@ -35,6 +35,9 @@ class Walks(ABC):
         self._keeps_last = False
         """The last layer is not given back as its block returns, which may be entered again."""
         self._closed = False
+        self._early: dict[int, Walk] = {}
+        """Blocks that a backward has run once more before their gradients came, by the pass that
+        they had their weights from."""
         self._forwards = FORWARDS
         """That might have had a backward, since the last one had."""
 
@@ -70,6 +73,7 @@ class Walks(ABC):
     def _begin_ahead(self, i: int, *, trains: bool) -> Walk:
         """A new pass, of which layer ``i`` is wanted first. ``trains``: there may be a backward,
         and is expected to be, if there were some."""
+        self._early.clear()
         turns = trains and self._forwards < FORWARDS
         self._forwards += turns
         self._end_last()
@@ -141,6 +145,9 @@ class Walks(ABC):
 
     def _end_back(self, current: Walk) -> None:
         """The backward that began the pass has ended."""
+        self._early.clear()
+        if self._closed:
+            self._refuse_second(None)  # what came of the block that was run once more is not known
         if self._current is current:
             self._end(current, finish=True)
 

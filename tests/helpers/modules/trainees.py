@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from recipes import loaded, quiet
@@ -20,6 +21,8 @@ TARGETS = {
     "mixtral": ["q_proj", "v_proj"],
     "qwen3_moe": ["q_proj", "o_proj"],
     "granitemoe": ["q_proj", "o_proj"],
+    "deepseek_v3": ["o_proj", "kv_b_proj"],
+    "qwen3_next": ["q_proj", "o_proj"],
     "mamba2": ["in_proj"],
     "falcon_h1": ["in_proj", "q_proj"],
 }
@@ -67,6 +70,7 @@ def trainees(
 def loss_of(model: Any, name: str, seed: int) -> torch.Tensor:
     """Of one batch, with dropout of this seed."""
     torch.manual_seed(seed)
+    np.random.seed(seed)  # what is masked of sounds
     with quiet():
         out = model(**tiny_inputs(name))
     found = [value for value in out.values() if torch.is_tensor(value) and value.requires_grad]

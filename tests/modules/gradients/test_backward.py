@@ -121,7 +121,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 Move = st.sampled_from(["forward", "no grad", "backward", "partial"])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(Move, max_size=8))
 def test_forwards_and_backwards_in_any_order_are_exact(moves: list[str]) -> None:
     (some,) = SHARED
@@ -207,6 +207,29 @@ class Adding(Part):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.sin(x) + self.up.bias[:HIDDEN]
+
+
+def test_a_checkpoint_around_several_blocks_is_an_error(tmp_path: Path) -> None:
+    def both(blocks: Any, x: torch.Tensor) -> torch.Tensor:
+        for block in blocks:
+            x = block(x)
+        return x
+
+    with streamed(tmp_path) as some:
+        for _ in range(2):
+            x = torch.ones(2, HIDDEN, requires_grad=True)
+            y = x
+            for i in range(0, NUM_BLOCKS - 1, 2):
+                y = checkpoint(both, some.model.blocks[i : i + 2], y, use_reentrant=False)
+            with pytest.raises(StreamerError, match="shares a checkpoint with other blocks"):
+                y.sum().backward()
+            some.agree()
+            y = torch.utils.checkpoint.checkpoint(
+                both, some.model.blocks[:2], x, use_reentrant=True
+            )
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+            some.agree()
 
 
 def test_what_needs_no_weights_in_its_backward_needs_no_checkpoint(tmp_path: Path) -> None:

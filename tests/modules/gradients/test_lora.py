@@ -21,35 +21,37 @@ NEITHER = {
 }
 
 
-def check_gradients(folder: Path, name: str, **options: Any) -> None:
-    for reentrant in (False, True):
-        with trainees(folder, name, reentrant=reentrant, **options) as (plain, model):
-            for step in range(2):
-                losses = []
-                for one in (plain, model):
-                    one.zero_grad()
-                    loss = loss_of(one, name, step)
-                    loss.backward()
-                    losses.append(loss)
-                assert torch.equal(*losses)
-                assert same(gradients(plain), gradients(model))
-
-
-@pytest.mark.parametrize("name", DEFAULT)
-def test_losses_and_gradients_are_those_of_the_resident_model(tmp_path: Path, name: str) -> None:
+def check_gradients(folder: Path, name: str, reentrant: bool) -> None:
     if not has(name):
         pytest.skip("this transformers does not have it")
-    check_gradients(tmp_path, name)
+    with trainees(folder, name, reentrant=reentrant) as (plain, model):
+        for step in range(2):
+            losses = []
+            for one in (plain, model):
+                one.zero_grad()
+                loss = loss_of(one, name, step)
+                loss.backward()
+                losses.append(loss)
+            assert torch.equal(*losses)
+            assert same(gradients(plain), gradients(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "reentrant"), [*((name, False) for name in DEFAULT), ("llama", True), ("vit", True)]
+)
+def test_losses_and_gradients_are_those_of_the_resident_model(
+    tmp_path: Path, name: str, reentrant: bool
+) -> None:
+    check_gradients(tmp_path, name, reentrant)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*REPRESENTATIVE} - {*DEFAULT} - {*NEITHER}))
-def test_losses_and_gradients_of_more_types_are_those_of_the_resident_model(
-    tmp_path: Path, name: str
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", sorted({*REPRESENTATIVE, *DEFAULT} - {*NEITHER}))
+def test_losses_and_gradients_of_every_type_are_those_of_the_resident_model(
+    tmp_path: Path, name: str, reentrant: bool
 ) -> None:
-    if not has(name):
-        pytest.skip("this transformers does not have it")
-    check_gradients(tmp_path, name)
+    check_gradients(tmp_path, name, reentrant)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -88,12 +90,11 @@ def test_quantized_weights_are_unpacked_again_for_a_backward(
     tmp_path: Path, name: str, method: str
 ) -> None:
     quantized_checkpoint(tmp_path, name, method)
-    for reentrant in (False, True):
-        lora = {"target_modules": ["q_proj", "v_proj"]}
-        with trainees(tmp_path, name, reentrant=reentrant, lora=lora) as (plain, model):
-            for one in (plain, model):
-                loss_of(one, name, 1).backward()
-            assert same(gradients(plain), gradients(model))
+    lora = {"target_modules": ["q_proj", "v_proj"]}
+    with trainees(tmp_path, name, reentrant=name == "llama", lora=lora) as (plain, model):
+        for one in (plain, model):
+            loss_of(one, name, 1).backward()
+        assert same(gradients(plain), gradients(model))
 
 
 def test_adapters_of_experts_matrices_are_an_error(tmp_path: Path) -> None:
@@ -143,3 +144,22 @@ def test_evaluations_and_generations_between_steps_change_nothing(tmp_path: Path
 
 def test_the_types_that_are_trained_are_known() -> None:
     assert {*DEFAULT} <= {*TYPES}
+
+
+def test_what_would_change_weights_that_stream_is_an_error(tmp_path: Path) -> None:
+    with trainees(tmp_path, "llama", lora={"lora_dropout": 0.0}) as (_, model):
+        loss_of(model, "llama", 1).backward()
+        with pytest.raises(StreamerError, match="weight is used while its block has no weights"):
+            model.merge_and_unload()
+    with trainees(tmp_path, "llama") as (_, model):
+        norm = model.base_model.model.model.layers[1].input_layernorm.weight
+        norm.requires_grad = True
+        with pytest.raises(StreamerError, match=r"layers\.1\.input_layernorm\.weight: gradients"):
+            loss_of(model, "llama", 1)
+        norm.requires_grad = False
+        loss_of(model, "llama", 1).backward()
+    with (
+        pytest.raises(StreamerError, match=r"q_proj\.weight is used"),
+        trainees(tmp_path, "llama", lora={"use_dora": True, "target_modules": ["q_proj"]}),
+    ):
+        pass

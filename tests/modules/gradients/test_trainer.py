@@ -54,7 +54,7 @@ def losses(found: Any) -> list[float]:
     return [entry[n] for entry in found.state.log_history for n in names if n in entry]
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_trainer_trains_keeps_and_resumes_adapters_as_over_the_resident_model(
     tmp_path: Path, reentrant: bool
 ) -> None:
@@ -81,6 +81,7 @@ def test_a_trainer_trains_keeps_and_resumes_adapters_as_over_the_resident_model(
             one.model.base_model.model.layer_streamer.close()
 
 
+@pytest.mark.slow
 def test_half_precision_by_the_trainer_is_that_of_the_resident_model(tmp_path: Path) -> None:
     base = tmp_path / "base"
     with quiet():
