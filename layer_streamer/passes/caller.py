@@ -115,7 +115,7 @@ class Caller:
         index = self._schedule.index(run, number)
         lane = self._lane(index)
         stream = lane.device.current_stream()
-        written = lane.memory.release(index, self._slot(run, number), stream)
+        written = lane.memory.release(index, self._slot(run, number, index), stream)
         self._schedule.clock(run, number).compute_end[index].record(stream)
         run.released = number + 1
         lane.filler_bell.ring()
@@ -160,7 +160,7 @@ class Caller:
             self._give_up_experts()
         if run.handed > run.released:
             index = self._schedule.index(run, run.released)
-            memory, slot = self._lane(index).memory, self._slot(run, run.released)
+            memory, slot = self._lane(index).memory, self._slot(run, run.released, index)
             memory.release(index, slot, memory.device.current_stream())
         for lane in self._lanes:
             lane.memory.start_over()
@@ -206,9 +206,9 @@ class Caller:
     def _lane(self, index: int) -> Lane:
         return self._lanes[index % len(self._lanes)]
 
-    def _slot(self, run: Run, number: int) -> DeviceSlot | None:
-        """Where step ``number`` lies; None: in none of the slots."""
-        lane_idx = self._schedule.index(run, number) % len(self._lanes)
+    def _slot(self, run: Run, number: int, index: int) -> DeviceSlot | None:
+        """Where step ``number``, of this index, lies; None: in none of the slots."""
+        lane_idx = index % len(self._lanes)
         orders = run.lanes[lane_idx].orders
         n = orders.copied.find(number)
         return None if n is None else self._lanes[lane_idx].memory.slots[orders.slot(n)]

@@ -12,7 +12,7 @@ import torch
 
 from ..planning.layout import Copy, Layout, Step, View, lay_out
 from .clock import PassClock, Routes
-from .stage import Heading, LaneRun, Run
+from .stage import AHEAD, Heading, LaneRun, Run
 
 
 def lay_out_all(
@@ -72,7 +72,8 @@ class Order:
 
     def find(self, number: int) -> int | None:
         """The stage's own n of step ``number`` (of its first part); None: it has none with it."""
-        laps, at = self._reduce(number, self._lead, self._period)
+        laps = (number - self._lead) // self._period if number >= self._lead else 0
+        at = number - laps * self._period
         n = self._before[at]
         return n + laps * self.count if self._before[at + 1] > n else None
 
@@ -183,6 +184,8 @@ class Schedule:
 
     def index(self, run: Run, number: int) -> int:
         """Which layer step ``number`` of ``run`` is: its index in a pass that goes ahead."""
+        if run.heading == AHEAD:
+            return number % self.length
         passes, place = divmod(number, self.length)
         return self.length - 1 - place if run.heading.goes_back(passes) else place
 
