@@ -20,7 +20,7 @@ from support import FailingDisk, Witness, in_thread, open_checkpoint
 
 from layer_streamer import LayerStreamer, ReadError
 
-FEW = pytest.mark.parametrize("route", ["cpu pools", "pools", "ring", "partial"])
+FEW = pytest.mark.parametrize("route", ["cpu pools", "ring", "partial"])
 STEP = [{"turns": True}, {"back": True, "turns": True}]
 """A forward, and the backward that follows it."""
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 _graph_task = torch._C._current_graph_task_id
+_use_count: Callable[[torch.Tensor], int] | None = getattr(torch.Tensor, "_use_count", None)
 
 
 def in_backward() -> bool:
@@ -29,8 +30,9 @@ def at_its_end(callback: Callable[[], None]) -> None:
 
 
 def counts_of(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """How often each is held, by graphs, too."""
-    return [tensor._use_count() for tensor in tensors]  # type: ignore[attr-defined]
+    """How often each is held, by graphs, too; zeros where torch does not say it, whose own error
+    ("modified by an inplace operation") has to do then."""
+    return [0 if _use_count is None else _use_count(tensor) for tensor in tensors]
 
 
 class Return:

@@ -257,12 +257,12 @@ def test_after_an_interrupt_at_a_bytecode_of_a_backwards_hooks_steps_are_exact(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(PARTS))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]])
 def test_after_an_interrupt_at_any_bytecode_of_a_step_the_next_ones_are_exact(
     tmp_path: Path, kind: str, first: int
 ) -> None:
     with small(tmp_path, kind) as some:
-        assert interrupt_everywhere(some, PARTS, first) > 100
+        assert interrupt_everywhere(some, PARTS, first, BELOW) > 100
 
 
 def grown(some: Streamed, step: Callable[[], object], steps: int) -> int:

@@ -54,7 +54,7 @@ def test_losses_and_gradients_of_every_type_are_those_of_the_resident_model(
     check_gradients(tmp_path, name, reentrant)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_adapters_after_five_steps_of_two_batches_are_those_of_the_resident_model(
     tmp_path: Path, reentrant: bool
 ) -> None:
