@@ -26,7 +26,7 @@ from .binding import Binder, Source
 from .blocks import Block
 from .refusals import refuse_gone, refuse_several, refuse_together
 from .running.course import Course
-from .running.graphs import Return, counts_of, in_backward
+from .running.graphs import Return, counts_of, in_backward, nodes_so_far
 from .running.hooks import Hooks
 from .running.walk import Walk
 from .running.walks import Walks
@@ -92,8 +92,8 @@ class Runner(Walks):
         )
         """Places whose layers are other bytes after the hand-out."""
         self._last = len(blocks) - 1
-        self._counts: list[int] = []
-        """How often the weights of the block that runs were held when it was entered."""
+        self._before: tuple[int, list[int]] = (0, [])
+        """As the block that runs was entered: nodes so far, how often its weights were held."""
         self._strict = strict
         self._course: Course | None = Course(len(blocks))
         self.order: tuple[int, ...] | None = None
@@ -155,7 +155,7 @@ class Runner(Walks):
             self._advance(current, i)
         self.binder.bind(i, module, current.weights)
         if grads:
-            self._counts = counts_of(self.binder.bound(i))
+            self._before = nodes_so_far(), counts_of(self.binder.bound(i))
         if self._course is not None:
             self._note(i, self._course)
 
@@ -225,8 +225,9 @@ class Runner(Walks):
         grads = torch.is_grad_enabled()
         if grads:
             come_back = Return(i, module, self.come_back, self._refuse_gone)
-            come_back.hold(self.binder.bound(i), self._counts)
-            come_back.register(output)
+            since, counts = self._before
+            come_back.hold(self.binder.bound(i), counts)
+            come_back.register(output, since)
         if self._strict or (grads and self._place[i] in self._goes):
             # A backward may compute with them again, and must not find those of another block.
             self.binder.unbind(i)

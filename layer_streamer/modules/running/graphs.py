@@ -35,6 +35,11 @@ def counts_of(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [0 if _use_count is None else _use_count(tensor) for tensor in tensors]
 
 
+def nodes_so_far() -> int:
+    """How many nodes of graphs this thread has made."""
+    return torch._C._autograd._get_sequence_nr()
+
+
 class Return:
     """What a backward calls when it comes to the outputs of one forward of a block."""
 
@@ -59,10 +64,12 @@ class Return:
             if now > before:
                 self._held.append((tensor, tensor._version))
 
-    def register(self, output: Any) -> None:
-        """Have the outputs tell."""
+    def register(self, output: Any, since: int) -> None:
+        """Have the outputs tell that were made since then (:func:`nodes_so_far`): not what the
+        block was given and gives on, whose gradients come when it is long over."""
         for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
+            made = leaf.grad_fn if isinstance(leaf, torch.Tensor) else None
+            if made is not None and made._sequence_nr() >= since:
                 leaf.register_hook(self)
 
     def __call__(self, gradient: torch.Tensor) -> None:

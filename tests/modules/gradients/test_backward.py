@@ -280,6 +280,37 @@ def test_outputs_may_be_in_dicts_and_lists(tmp_path: Path) -> None:
         agree(some)
 
 
+class HandsOn(Part):
+    """Hands on what the first block has made, as T5's do with their bias of positions."""
+
+    def forward(self, x: Any) -> Any:
+        x, bias = x
+        y = super().forward(x)
+        bias = torch.tanh(y * 3).mean(0) if bias is None else bias
+        return y + bias, bias
+
+
+class OfBiases(Net):
+    def __init__(self) -> None:
+        super().__init__(make=HandsOn)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state: Any = (x, None)
+        for block in self.blocks:
+            state = checkpoint(block, state, use_reentrant=False)
+        y: torch.Tensor = self.head(state[0])
+        return y
+
+
+def test_what_blocks_are_given_and_give_on_is_none_of_their_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with streamed(tmp_path, OfBiases, n_gpu=0, n_cpu=0) as some:
+        passes = Passes(some, monkeypatch)
+        agree(some)
+        assert len(passes.ways) == 2 * 3
+
+
 def test_weights_that_are_to_be_trained_are_refused_by_name(tmp_path: Path) -> None:
     with streamed(tmp_path, Checkpointed) as some:
         wanted = some.model.blocks[2].down.weight
