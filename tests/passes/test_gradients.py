@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_safetensors
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from routes import NUM_LAYERS
 from support import open_checkpoint
+from tried import tried
 
 from layer_streamer import LayerStreamer
 
@@ -166,7 +166,9 @@ OPTIONS = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-@given(
+@tried(
+    30,
+    60,
     options=OPTIONS,
     kinds=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=7),
     stored=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -174,7 +176,6 @@ OPTIONS = st.fixed_dictionaries({
     passes=st.integers(1, 3),
     close_first=st.booleans(),
 )
-@settings(max_examples=30)
 def test_a_gradient_is_that_of_the_plain_model_or_an_error(  # noqa: PLR0917 - what is drawn
     tmp_path_factory: pytest.TempPathFactory,
     options: dict[str, Any],

@@ -13,7 +13,6 @@ import pytest
 import torch
 from checkpoints import write_safetensors
 from fake_device import FakeDevice
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from ordering import (
     HANG_SECONDS,
@@ -26,6 +25,7 @@ from ordering import (
     time_without_errors,
 )
 from routes import budgets
+from tried import tried
 
 from layer_streamer import ClosedError
 from layer_streamer.passes.caller import Caller
@@ -53,8 +53,9 @@ def with_budgets(
     return {**options, **budgets(checkpoint, devices, plain, resident)}
 
 
-@settings(max_examples=40)
-@given(
+@tried(
+    40,
+    80,
     seed=st.integers(0, 2**32),
     pools=st.sampled_from(sorted(POOLS)),
     read_mode=st.sampled_from(["buffered", "direct", "mapped"]),

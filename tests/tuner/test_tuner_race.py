@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tried import tried
 from tuning import NO_COSTS, entry, run_race
 
 from layer_streamer.tuner.search.bounds import COMMON, REACH, SIZES, LowerBounds
@@ -50,8 +51,10 @@ def make_race(predicted: list[float], **options: Any) -> Race:
     return Race(entries, NO_COSTS, **options)
 
 
-@settings(max_examples=60)
-@given(worlds(), st.sampled_from([None, 0.0, 0.1, 0.5]), st.sampled_from([0.0, 0.02, 0.1]))
+@tried(
+    60, 150, world=worlds(), margin=st.sampled_from([None, 0.0, 0.1, 0.5]),
+    tolerance=st.sampled_from([0.0, 0.02, 0.1]),
+)  # fmt: skip
 def test_a_race_ends_with_the_best_to_within_its_tolerance(
     world: tuple[list[float], list[float]], margin: float | None, tolerance: float
 ) -> None:
@@ -62,8 +65,10 @@ def test_a_race_ends_with_the_best_to_within_its_tolerance(
     assert race.best_seconds <= min(true) * (1 + tolerance) * (1 + 1e-9)
 
 
-@settings(max_examples=60)
-@given(worlds(), st.integers(0, len(GRID)), st.sampled_from([None, 0.1]))
+@tried(
+    60, 150, world=worlds(), num_tried=st.integers(0, len(GRID)),
+    margin=st.sampled_from([None, 0.1]),
+)  # fmt: skip
 def test_no_candidate_is_ever_faster_than_its_lower_bound(
     world: tuple[list[float], list[float]], num_tried: int, margin: float | None
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from damage import damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tried import tried
 
 from layer_streamer import ConfigError
 from layer_streamer.tuner.results import HEAD, Result, ResultsFile
@@ -160,8 +161,7 @@ def lines_of_one_result(folder: Path) -> tuple[str, Any]:
     return first, json.loads(second)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
-@given(data=st.data())
+@tried(40, 100, data=st.data())
 def test_whatever_a_line_holds_the_others_are_read_and_what_is_taken_can_be_used(
     tmp_path: Path, data: st.DataObject
 ) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from checkpoints import tiny_checkpoint
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tried import tried
 from tuning import GIB, all_candidates, machine, screener
 
 from layer_streamer import LayerStreamer
@@ -52,8 +52,7 @@ def planned(path: Path, *, unified: bool = False, **values: Any) -> Planned:
     return only
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
-@given(device=st.integers(0, 600_000), host=st.integers(0, 900_000), unified=st.booleans())
+@tried(30, 100, device=st.integers(0, 600_000), host=st.integers(0, 900_000), unified=st.booleans())
 def test_what_is_pruned_exceeds_a_bound_and_what_is_kept_does_not(
     checkpoint: Path, device: int, host: int, unified: bool
 ) -> None:

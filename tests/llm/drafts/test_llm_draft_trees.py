@@ -12,7 +12,6 @@ import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint
 from byte_model import byte_model
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_engine import (
     CHOICES,
@@ -24,6 +23,7 @@ from small_engine import (
     make_engine,
     texts_of,
 )
+from tried import tried
 from zoo import IDS, zoo_model
 
 from layer_streamer.llm.drafts.drafting import Drafting
@@ -158,8 +158,7 @@ def test_drafted_tokens_are_rotated_for_the_lengths_that_they_make(tmp_path: Pat
             drafted(engine, plain, how, temperature=0.0, max_new_tokens=40)
 
 
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 10**6), new=st.integers(1, 40), stop=st.booleans())
+@tried(4, 12, seed=st.integers(0, 10**6), new=st.integers(1, 40), stop=st.booleans())
 def test_any_trees_leave_any_text_as_it_is(exact: Any, seed: int, new: int, stop: bool) -> None:
     options: dict[str, Any] = {"temperature": 0.8, "seed": seed, "max_new_tokens": new}
     plain = texts_of(exact, **options)

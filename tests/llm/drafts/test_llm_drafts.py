@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from byte_model import byte_model
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_engine import (
     CHOICES,
@@ -22,6 +22,7 @@ from small_engine import (
     make_engine,
     texts_of,
 )
+from tried import tried
 from zoo import zoo_model
 
 from layer_streamer.llm.drafts.drafting import MOST_DRAFTED, Drafting
@@ -113,8 +114,7 @@ def exact(path: Path) -> Iterator[StreamingEngine]:
         yield engine
 
 
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 10**6), new=st.integers(1, 40), stop=st.booleans())
+@tried(4, 12, seed=st.integers(0, 10**6), new=st.integers(1, 40), stop=st.booleans())
 def test_any_drafts_leave_any_text_as_it_is(exact: Any, seed: int, new: int, stop: bool) -> None:
     options: dict[str, Any] = {"temperature": 0.8, "seed": seed, "max_new_tokens": new}
     plain = texts_of(exact, **options)
