@@ -34,10 +34,7 @@ WIDEST_TOKEN = 1 << 15
 MOST_EXPERTS = 1024
 """Of which one program chooses."""
 FEW_ROWS, FEW_TOKENS = 256, 2
-"""Of a matrix of floats that a kernel reads faster than a library: a router's 128 rows of 2,048 in
-bfloat16 took 5.0 us on an H200."""
-
-
+"""Of a matrix of floats, as a router's, that a kernel reads faster than a library."""
 Pairs = Any
 """``slot_tiles.Routed``, of a module that needs Triton."""
 
