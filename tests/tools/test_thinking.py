@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,12 @@ def spoken(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> tuple[str, str]:
         for tell, text in ((voice.think, "a"), (voice.think, "b\x1b["), (voice.say, "c")):
             tell(text)
         voice.end()
-        return capfd.readouterr().out, screen.read(100).decode()
+        terminal.close()
+        shown = b""
+        with suppress(OSError):  # of a terminal that nobody writes to any more
+            while more := screen.read(100):
+                shown += more
+        return capfd.readouterr().out, shown.decode()
 
 
 def test_on_a_terminal_reasoning_is_dimmed_piece_by_piece(

@@ -38,6 +38,9 @@ def quicken_interpreter() -> None:
     """
     from triton.runtime import interpreter
 
+    from layer_streamer.llm.kernels import fused
+
+    fused.FEW_ROWS = 0  # all products of a tiny model would be interpreted: torch has them
     names = ("_patch_lang", "InterpretedFunction", "GridExecutor", "InterpreterError")
     if not all(hasattr(interpreter, name) for name in names):
         return  # another version: as slow as it is

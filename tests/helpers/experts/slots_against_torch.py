@@ -203,7 +203,8 @@ def test_matrices_of_one_expert_that_lie_alike_have_the_bits_of_each_alone(name,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_a_router_has_the_logits_of_its_floats(dtype, tokens):
+def test_a_router_has_the_logits_of_its_floats(dtype, tokens, monkeypatch):
+    monkeypatch.setattr(fused, "FEW_ROWS", 256)
     weight = torch.randn(5, 520, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
     x = torch.randn(tokens, 520, generator=torch.Generator().manual_seed(4)).to(DEVICE, dtype)
     found = fused.multiply_floats(weight, x)
