@@ -199,6 +199,7 @@ def outcome(read: Callable[[dict[str, Any]], Any], fields: dict[str, Any]) -> An
     }
 )  # fmt: skip
 @example({"model_type": "gpt_oss", "rope_theta": None})
+@example({"model_type": "gpt_oss", "rope_parameters": {}})
 @example({"model_type": "gpt_oss", "num_key_value_heads": None})
 @settings(max_examples=300, deadline=None)
 @given(CONFIGS)

@@ -30,7 +30,7 @@ def _alternate(layers: int) -> list[str]:
 
 
 def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    given = fields.get("rope_scaling") or fields.get("rope_parameters")
+    given = fields.get("rope_scaling") or fields.get("rope_parameters") is not None
     rope = one_rope(fields if given else {**fields, "rope_parameters": YARN})
     return rope if "rope_theta" in fields else {"rope_theta": BASE, **rope}
 
