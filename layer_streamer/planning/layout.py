@@ -90,6 +90,11 @@ class Layout:
     def copy_nbytes(self) -> int:
         return sum(copy.nbytes for copy in self.copies)
 
+    @property
+    def is_viewed(self) -> bool:
+        """On a unified device: all of it lies in the files as tensors of its dtypes have to."""
+        return bool(self.reads) and not self.copies
+
 
 def align_up(value: int, alignment: int) -> int:
     """The smallest multiple of ``alignment`` that is at least ``value``."""

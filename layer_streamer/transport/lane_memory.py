@@ -113,6 +113,8 @@ class LaneMemory:
             self.residents.restore(index)
         resident = self.residents.weights.get(index)
         if resident is not None:
+            if index in self.residents.looks:
+                self.residents.looks[index]()
             return resident
         assert slot is not None
         stored = self._stored(index, slot)

@@ -133,9 +133,15 @@ class Loader:
         return mapped if mapped.pin(device) else None
 
     def view_mapped(
-        self, into: Residents, layouts: Mapping[int, Layout], steps: Sequence[Step]
+        self,
+        into: Residents,
+        layouts: Mapping[int, Layout],
+        steps: Mapping[int, Step],
+        *,
+        stay: bool,
     ) -> bool:
-        """View steps in the files' own pages (CPU), which each pass faults in.
+        """View steps in the files' own pages (CPU), which each pass faults in; if they are to
+        ``stay``, all are now, and a pass only if they are gone.
 
         False, with nothing kept, where the system cannot say that a look at them would kill.
         """
@@ -143,11 +149,28 @@ class Loader:
         mapped = self._map(reads, handed_out=True)
         if mapped is None:
             return False
+        views = into.weights if stay else into.mapped
         for i, layout in layouts.items():
-            into.mapped[i], into.watches[i] = mapped.view(steps[i])
+            views[i], into.watches[i] = mapped.view(steps[i])
             into.reload[i] = partial(mapped.restore, layout.reads)
-        into.fault_in = mapped.fault_in
+            if stay:
+                into.looks[i] = partial(mapped.prepare_look, layout.reads)
+                into.device_nbytes += lay_out_resident(steps[i], None)[1]
+        if stay:
+            mapped.populate_all(self.threads, self.on_loaded)
+        else:
+            into.fault_in = mapped.fault_in
         return True
+
+    def leave_in_pages(
+        self, into: Residents, steps: Mapping[int, Step], layouts: Sequence[Layout]
+    ) -> Mapping[int, Step]:
+        """Of steps that stay, use those in the files' own pages (CPU) that are used as they are
+        stored; the others are returned."""
+        viewed = {i: layouts[i] for i in steps if layouts[i].is_viewed and not layouts[i].casts}
+        if not viewed or not self.view_mapped(into, viewed, steps, stay=True):
+            return steps
+        return {i: step for i, step in steps.items() if i not in viewed}
 
     def _map(self, reads: Iterable[Read], *, handed_out: bool) -> MappedFiles | None:
         try:

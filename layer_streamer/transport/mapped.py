@@ -28,7 +28,7 @@ import torch
 from ..checkpoint.manifest import TensorSpec
 from ..devices.device import Device
 from ..errors import ReadError
-from ..machine.libc import populate
+from ..machine.libc import in_memory, populate
 from ..planning.layout import PAGE, Copy, Layout, Read, Step, View
 from .files import OpenFiles
 from .memory import PageLocks, Watch, view_tensor
@@ -136,7 +136,15 @@ class MappedFiles:
 
         Any thread.
         """
-        populate_range(self._files, *self._pages_of(extent))
+        region, start, nbytes = self._pages_of(extent)
+        if not in_memory(region.memory.data_ptr() + start, nbytes):
+            populate_range(self._files, region, start, nbytes)
+
+    def prepare_look(self, reads: Iterable[Read]) -> None:
+        """Before a look at these, by the thread that looks. Errors as of :meth:`fault_in`."""
+        for read in reads:
+            self.fault_in(read)
+        self._files.check_unchanged({read.path for read in reads})
 
     def _pages_of(self, extent: Extent | Read) -> tuple[Region, int, int]:
         """Its region, where in it the first of its pages begins, and bytes from there."""

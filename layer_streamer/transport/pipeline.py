@@ -66,6 +66,7 @@ class Pipeline:
         self.caller_bell = Bell()
         self.control.on_fatal = self.caller_bell.ring
         self._pid = os.getpid()
+        self._may_map = settings.read_mode in ("auto", "mapped")
         self._settings = settings.but(
             read_mode=plan.read_mode,
             read_threads=plan.read_threads,
@@ -225,7 +226,10 @@ class Pipeline:
         with bar, torch.inference_mode(False):
             loader = replace(self.loader, on_loaded=bar.update)
             for lane_idx, device in enumerate(self.devices):
-                held = {i: steps[i] for i in on_device if i % len(self.devices) == lane_idx}
+                own = (i for i in on_device if i % len(self.devices) == lane_idx)
+                held: Mapping[int, Step] = {i: steps[i] for i in own}
+                if device.unified and self._may_map:
+                    held = loader.leave_in_pages(self.residents, held, layouts)
                 with device.guard():
                     dtype = self._settings.asked["dtype"]
                     loader.load_device(self.residents, held, device, dtype)
@@ -248,10 +252,10 @@ class Pipeline:
         aligned = {
             i: layout
             for i, (layout, tier) in enumerate(zip(layouts, plan.tiers, strict=True))
-            if tier == "disk" and layout.reads and not layout.copies
+            if tier == "disk" and layout.is_viewed
         }
-        mapped = plan.read_mode == "mapped"
-        if mapped and not loader.view_mapped(self.residents, aligned, steps):
+        mapped, all_steps = plan.read_mode == "mapped", dict(enumerate(steps))
+        if mapped and not loader.view_mapped(self.residents, aligned, all_steps, stay=False):
             return plan.unmapped("mapping or populating was refused")
         return plan
 

@@ -32,6 +32,9 @@ class Residents:
 
     weights: dict[int, Weights] = field(default_factory=dict)
     """On their device, as they are handed out."""
+    looks: dict[int, Callable[[], None]] = field(default_factory=dict)
+    """Of those of them that lie in the pages of a mapped file (CPU), what has these in memory, on
+    the thread that is handed them. Raises what reads raise."""
     sources: dict[int, Source] = field(default_factory=dict)
     """In host memory, as they are copied."""
     mapped: dict[int, Weights] = field(default_factory=dict)

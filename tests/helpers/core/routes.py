@@ -76,6 +76,7 @@ ROUTES = {
     "cpu direct": Route("cpu", {**POOLS, "read_mode": "direct"}, read_mode="direct"),
     "cpu mapped": Route("cpu", {"read_mode": "mapped"}, read_mode="mapped"),
     "cpu partial": Route("cpu", FEW_SLOTS, frozenset({"device", "disk"}), resident={"device": 2}),
+    "cpu resident": Route("cpu", {"device_budget": "1GiB"}, frozenset({"device"})),
     "cpu two": Route("cpu", POOLS, num_devices=2),
     **_routes("fake"),
     "two": Route("fake", POOLS, num_devices=2),
@@ -92,7 +93,8 @@ ROUTES = {
 
 
 STOOD_FOR = (
-    "cpu direct", "cpu partial", "cpu two", "resident", "two", "two mapped", "partial ring"
+    "cpu direct", "cpu partial", "cpu resident", "cpu two", "resident", "two", "two mapped",
+    "partial ring",
 )  # fmt: skip
 """Routes whose parts are all parts of other routes."""
 
