@@ -50,7 +50,8 @@ class StreamingEngine:
       its budget lasts. ``kv_int8``: those in host memory in eight bits.
     * ``kv_tokens``: tokens of all rows together (``max_length``); ``max_batch``: rows at a time.
     * ``prefill_chunk``: tokens that go through a layer at a time (2048; less if memory is short).
-    * ``device_budget``, ``host_budget``: of streamer and engine together.
+    * ``device_budget``, ``host_budget``: of streamer and engine together; on a CPU, unless a pool
+      or a read mode is named, what free memory holds stays where it lies.
     * ``lookup``, ``draft``: a pass also looks at tokens that may follow, and may give several; the
       text is the same. They followed the same words before in this engine (``lookup``), or are
       those of a small model with the same tokenizer, or ("self") of the model in four bits.

@@ -164,7 +164,7 @@ def test_with_a_draft_it_is_the_engines_plan_and_what_tokens_a_pass_come_to(
 ) -> None:
     path = byte_model(tmp_path / "model")
     for draft in ("self", path):
-        options = ["--read-rate", "0.001", "--draft", draft]
+        options = ["--read-rate", "0.001", "--draft", draft, "--n-gpu", "1"]
         table, document = planned(capsys, path, *CPU, *options)
         seconds = document["predicted"]["seconds"]
         assert f"{5 / seconds:.1f} at 5, {10 / seconds:.1f} at 10" in table

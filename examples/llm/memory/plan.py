@@ -16,14 +16,12 @@ from layer_streamer import Manifest, Plan, format_bytes, parse_bytes, plan_check
 
 from .footprint import Footprint
 from .plan_table import table
-from .wishes import Wishes
+from .wishes import Wishes, device_budget_of, host_budget_of, names_budget, usable
 
 CHUNKS = (2048, 1024, 512, 256)
 """Tokens a chunk that are tried, if none were asked for; fewer take less memory."""
 NUM_DEVICE_SLOTS = (2, 1)
 """n_gpu, likewise."""
-MARGIN, LEAST_MARGIN = 10, 512 << 20
-"""What is left of free memory where nobody named a budget: a tenth, and at least so much."""
 LAUNCHED_NBYTES = 128 << 20
 """What a fast link (PCIe 5) brings while Python launches a layer's kernels: if more has to be moved
 for each layer, launches are hidden."""
@@ -45,6 +43,8 @@ class MemoryPlan:
     device_budget: int | None
     """For all of ``device``; None: as needed."""
     host_budget: int | None
+    named: bool
+    """``device_budget`` is one that somebody asked for."""
     num_slots: int
     """Device slots of the streamer, and of the keys and values that travel."""
     options: Mapping[str, Any]
@@ -85,13 +85,17 @@ class Planner:
 
     def make(self) -> MemoryPlan:
         """The first way that fits; ValueError, with the least budget that would do, for none."""
-        budget = self._device_budget()
+        budget = device_budget_of(self._wishes, self._preview())
         ways, count = list(self._ways()), self._footprint.config.num_layers
-        for chunk, n_gpu in ways:
-            plan = self._fit(chunk, n_gpu, budget)
-            if plan is not None:
-                plan = self._with_host(self._with_captured(plan))
-                return replace(plan, streamer=self._preview(**plan.options))
+        limits = [budget]
+        if self._machine.unified and not names_budget(self._wishes, self._preview()):
+            limits.append(None)  # there a system that runs short swaps: nobody has forbidden that
+        for limit in limits:
+            for chunk, n_gpu in ways:
+                plan = self._fit(chunk, n_gpu, limit)
+                if plan is not None:
+                    plan = self._with_host(self._with_captured(plan))
+                    return replace(plan, streamer=self._preview(**plan.options))
         spilled = self._spilled(count if self._machine.unified else 0)
         least = min(
             (self._lay_out(chunk, n_gpu, spilled) for chunk, n_gpu in ways),
@@ -175,6 +179,7 @@ class Planner:
             },
             device_budget=None,
             host_budget=None,
+            named=names_budget(self._wishes, preview),
             num_slots=num_slots,
             options=options,
             streamer=preview,
@@ -184,13 +189,18 @@ class Planner:
         """The plan with the streamer's budgets, if host memory has room for its part."""
         options, kv_nbytes = dict(plan.options), plan.host["keys and values"]
         own = kv_nbytes + plan.host["embedding"]
-        budget, named = self._host_budget(), self._wishes.device_budget is not None
+        budget = host_budget_of(self._wishes, self._preview())
+        named = self._wishes.device_budget is not None
         if plan.device_budget is not None and (named or self._machine.unified):
             self._grant(options, plan)
         if self._machine.unified:
+            if plan.device_budget is not None and not plan.named:
+                # No more than all layers take, so that free memory's last byte changes no plan.
+                whole = sum(size.device_nbytes for size in self._preview().sizes)
+                options["device_budget"] = min(options["device_budget"], whole)
             return replace(plan, options=options)
         if budget is not None or (kv_nbytes and not self._mapping_fits(plan)):
-            free = _usable(self._machine.host_available) if budget is None else budget
+            free = usable(self._machine.host_available) if budget is None else budget
             direct = self._preview(**(dict(plan.options) | {"read_mode": "direct"}))
             slots = direct.placement.host_bytes
             if free < own + slots:
@@ -251,32 +261,7 @@ class Planner:
             options["reserve_bytes"] = plan.reserve_nbytes
 
     def _mapping_fits(self, plan: MemoryPlan) -> bool:
-        return sum(plan.host.values()) <= _usable(self._machine.host_available)
-
-    def _device_budget(self) -> int | None:
-        """Bytes that streamer and engine may use together; None: no limit (on a CPU)."""
-        if not self._machine.unified:
-            free = self._machine.device_free[0]
-            wish = self._wishes.device_budget
-            return _usable(free) if wish in (None, "auto") else parse_bytes("device_budget", wish)
-        free = self._machine.host_available
-        given = [
-            _usable(free) if wish == "auto" else parse_bytes(name, wish)
-            for name, wish in (
-                ("device_budget", self._wishes.device_budget),
-                ("host_budget", self._wishes.host_budget),
-            )
-            if wish is not None
-        ]
-        return min(given, default=None)
-
-    def _host_budget(self) -> int | None:
-        wish = self._wishes.host_budget
-        if wish is None:
-            return None
-        if wish == "auto":
-            return _usable(self._machine.host_available)
-        return parse_bytes("host_budget", wish)
+        return sum(plan.host.values()) <= usable(self._machine.host_available)
 
     def _preview(self, **options: Any) -> Plan:
         """What the streamer takes with these options and no budgets."""
@@ -287,10 +272,6 @@ class Planner:
         if key not in self._previews:
             self._previews[key] = plan_checkpoint(self._model, **options)
         return self._previews[key]
-
-
-def _usable(nbytes: int) -> int:
-    return max(nbytes - max(nbytes // MARGIN, LEAST_MARGIN), 0)
 
 
 def _spread(layers: Sequence[int], count: int) -> list[int]:

@@ -40,11 +40,10 @@ def _with_spare(parts: dict[str, int], budget: int | None) -> dict[str, int]:
 def table(plan: MemoryPlan) -> str:
     """A line for each part of each memory, with what it holds."""
     streamer = plan.streamer
-    named = "device_budget" in plan.options
     lines = _of_memory(
         f"device {streamer.machine.devices[0]}",
         device_parts(plan),
-        _limit(plan.device_budget, named=named),
+        _limit(plan.device_budget, named=plan.named),
         _explained(plan, "device"),
     )
     if not streamer.machine.unified:

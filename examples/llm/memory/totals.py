@@ -64,12 +64,17 @@ class Totals:
             (
                 f"{speed}, after a prompt of {self.prompt_tokens} in {self.prompt_seconds:.2f} s",
                 *drafts,
-                f"{self.streamed_bytes / 1e9:.2f} GB streamed in {self.passes} passes: "
-                f"{self.streamed_bytes / seconds / 1e9:.2f} GB/s, "
+                f"{self.passes} passes, {self._streamed(seconds)}, "
                 f"bound by {self.bound_by.most_common(1)[0][0]}",
                 _memory(streamer),
             )
         )
+
+    def _streamed(self, seconds: float) -> str:
+        if not self.streamed_bytes:
+            return "nothing streamed (all layers stay in memory)"
+        rate = self.streamed_bytes / seconds / 1e9
+        return f"{self.streamed_bytes / 1e9:.2f} GB streamed at {rate:.2f} GB/s"
 
 
 def _memory(streamer: LayerStreamer) -> str:

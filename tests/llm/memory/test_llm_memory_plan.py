@@ -15,6 +15,7 @@ from fake_device import FakeDevice
 from layer_streamer import preview
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.memory import plan as planning
+from layer_streamer.llm.memory import wishes as wishes_module
 from layer_streamer.llm.memory.footprint import Footprint, Needs
 from layer_streamer.llm.memory.plan import MemoryPlan, Planner
 from layer_streamer.llm.memory.plan_table import device_parts, host_parts
@@ -243,7 +244,30 @@ def test_the_parts_of_the_plan_sum_up_to_its_budgets(
 def test_the_parts_of_a_plan_for_a_cpu_sum_up_to_its_budget(path: Path) -> None:
     device = device_parts(plan(path, device_budget="40MiB", prefill_chunk=256))
     assert sum(device.values()) == 40 * MIB and device["spare"] >= 0
-    assert "spare" not in device_parts(plan(path))
+    assert "spare" not in device_parts(plan(path, options={"n_gpu": 1}))
+
+
+def test_all_that_fits_in_free_memory_stays_on_a_cpu_unless_the_way_of_layers_is_named(
+    path: Path,
+) -> None:
+    found = plan(path)
+    assert "device_budget" in found.options and not found.named
+    assert set(found.streamer.tiers) == {"device"}
+    assert "streamed each pass" not in str(found) and "free memory less a margin" in str(found)
+    for way in ({"n_gpu": 1}, {"n_cpu": 0}, {"read_mode": "buffered"}):
+        named = plan(path, options=way)
+        assert "device_budget" not in named.options
+        assert set(named.streamer.tiers) == {"disk"}
+
+
+def test_a_cpu_that_is_short_of_memory_is_given_no_budget_that_nobody_named(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wishes_module, "usable", lambda nbytes: MIB)
+    found = plan(path)
+    assert found.device_budget is None and set(found.streamer.tiers) == {"disk"}
+    with pytest.raises(ValueError, match=r"device_budget 1\.00 MiB: at least"):
+        plan(path, device_budget="auto")
 
 
 def test_the_plan_says_where_everything_is_and_what_streams(path: Path, gpu: FakeDevice) -> None:
