@@ -194,7 +194,7 @@ class Planner:
         if plan.device_budget is not None and (named or self._machine.unified):
             self._grant(options, plan)
         if self._machine.unified:
-            if plan.device_budget is not None and not plan.named:
+            if "device_budget" in options and not plan.named and "experts" not in options:
                 # No more than all layers take, so that free memory's last byte changes no plan.
                 whole = sum(size.device_nbytes for size in self._preview().sizes)
                 options["device_budget"] = min(options["device_budget"], whole)
