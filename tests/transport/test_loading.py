@@ -31,7 +31,9 @@ from layer_streamer.transport.memory import HostArena
 
 LOADING = [name for name, route in ROUTES.items() if route.tiers != {"disk"}]
 """Routes on which something is brought into memory while the streamer is opened."""
-COPIED = [name for name in LOADING if "mapped" not in name]
+IN_PAGES = "cpu resident", "cpu partial"
+"""On which what stays is used in the files' pages, as far as it lies aligned."""
+COPIED = [name for name in LOADING if "mapped" not in name and name not in IN_PAGES]
 """Those of them that read it."""
 on_loading = pytest.mark.parametrize("route", default_params(*LOADING))
 
@@ -61,7 +63,7 @@ def test_a_read_error_while_loading_names_the_file_and_leaves_nothing(
         assert_next_pass_is_exact(streamer, device, tensors)
 
 
-@pytest.mark.parametrize("route", route_params("mapped", "two mapped", "cuda mapped"))
+@pytest.mark.parametrize("route", route_params("mapped", "two mapped", "cuda mapped", *IN_PAGES))
 def test_pages_that_cannot_be_read_while_mapping_are_named_and_leave_nothing(
     planned: LayerStreamer, route: str, tmp_path: Path, device: Any, monkeypatch: Any
 ) -> None:
@@ -98,7 +100,7 @@ def test_an_interrupt_in_the_progress_bar_leaves_nothing(
         raise KeyboardInterrupt
 
     # So small a checkpoint is mapped in one part.
-    for number in (0,) if "mapped" in route else (0, 2):
+    for number in (0,) if "mapped" in route or route in IN_PAGES else (0, 2):
         with nothing_left(device), monkeypatch.context() as patch:
             on_progress(patch, number, interrupt)
             with pytest.raises(KeyboardInterrupt):
