@@ -18,6 +18,7 @@ from .passes.expert_opening import Layers, open_store, slots_of, take_out
 from .passes.expert_store import ExpertStore
 from .passes.expert_tiers import choose_tiers
 from .passes.statics import Statics
+from .planning.host_layers import choose_host_layers
 from .planning.layout import Layout, Step, plan_steps
 from .planning.placement import Rates
 from .planning.plan import Machine, Plan
@@ -117,6 +118,7 @@ def _plan(
     if "copy" in given:
         copy = (given["copy"],) * len(devices)
         rates = replace(rates, copy=copy, copy_together=None, pageable=copy)
+    layers = tuple(step.layer_idx for step in steps)
     extents = [(r.path, r.offset, r.nbytes) for layout in layouts for r in layout.reads]
     plan = make_plan(
         measure_steps(steps, layouts, dtype),
@@ -124,8 +126,9 @@ def _plan(
         look_at_machine(devices, rates, limits),
         settings,
         lambda: files.cached_share(extents),
+        choose_host_layers(settings.asked["host_layers"], layers, manifest.num_layers),
     )
-    return steps, layouts, replace(plan, layers=tuple(step.layer_idx for step in steps))
+    return steps, layouts, replace(plan, layers=layers)
 
 
 def _rates(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:

@@ -8,7 +8,7 @@ README's table (docs/option_table.py). Imports nothing large: the commands' help
 
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
 from itertools import groupby
@@ -35,6 +35,7 @@ Door = TypeVar("Door", bound=Callable[..., Any])
 MAX_SLOTS = 4096
 MAX_READ_THREADS = 256
 MAX_EXPERT_SLOTS = 1_000_000
+MAX_HOST_LAYERS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,17 @@ def _check_experts(name: str, value: object) -> None:
 def _check_names(name: str, value: object) -> None:
     if isinstance(value, str):
         raise ConfigError(f"{name}={value!r}: must be a list of tensor names")
+
+
+def _check_host_layers(name: str, value: Any) -> None:
+    if isinstance(value, int):
+        check_count(name, value, 0, MAX_HOST_LAYERS)
+        return
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise ConfigError(f"{name}={value!r}: must be a number of layers, or their indices")
+    for index in value:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise ConfigError(f"{name}: {index!r} is no index of a layer")
 
 
 def _number(low: int, high: int, read: Callable[[str], int] = int) -> Kind:
@@ -168,6 +180,12 @@ class FixedOptions(TypedDict, total=False):
     layers: Annotated[Sequence[int] | None, Option(
         "indices of the layers to stream, in this order, each once (a stage of a pipeline, every "
         "second one); each keeps the index that it has in the checkpoint", "all",
+    )]  # fmt: skip
+    host_layers: Annotated[int | Collection[int] | None, Option(
+        "layers that stay in host memory and are handed out there, on the CPU, while others "
+        "stream: so many of them, evenly spread, or the indices of certain ones; passes that say "
+        "`on_host=False` stream them, too. On a CPU they are layers like any other", "none",
+        Kind(_check_host_layers, "N", int),
     )]  # fmt: skip
     on_copy: Annotated[OnCopy | None, Option(
         "`on_copy(layer_idx, stream)`, called on the copier's thread as a layer's copies are "

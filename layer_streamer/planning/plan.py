@@ -114,6 +114,12 @@ class Plan:
         return self.placement.tiers
 
     @property
+    def host_layers(self) -> tuple[int, ...]:
+        """Layers (indices in the checkpoint) that are handed out in host memory, in passes that
+        want it; others copy them to their device, as their tier says."""
+        return tuple(self.layers[i] for i in sorted(self.placement.on_host))
+
+    @property
     def predicted_seconds(self) -> float | None:
         """Seconds a pass if only reads and copies take time; None if no rates are known."""
         return self.predicted.seconds if self.predicted is not None else None
@@ -142,6 +148,7 @@ class Plan:
             "devices": self.machine.devices,
             "layers": self.layers,
             "tiers": self.tiers,
+            "host_layers": self.host_layers,
             "device_bytes": self.placement.device_bytes,
             "host_bytes": self.placement.host_bytes,
             "static_bytes": dict(self.static_bytes),
@@ -177,6 +184,8 @@ class Plan:
                 f"  {name:<24} {len(of_tier):>6} {stored / 1e9:>8.3f} {read / 1e9:>8.3f} "
                 f"{copied / 1e9:>9.3f}  {_ranges(sorted(self.layers[i] for i in of_tier))}"
             )
+            if tier == "host" and self.host_layers:
+                lines.append(self._computed_there())
         for device, nbytes in zip(self.machine.devices, self.placement.device_bytes, strict=True):
             lines.append(f"  memory on {device}: {format_bytes(nbytes)}")
         if self.expert_bytes:
@@ -196,6 +205,13 @@ class Plan:
             f"  {self._prediction()}",
         ]
         return "\n".join(lines)
+
+    def _computed_there(self) -> str:
+        nbytes = sum(self.sizes[i].read_nbytes for i in self.placement.on_host)
+        return (
+            f"  {'of these, computed there':<24} {len(self.host_layers):>6} {nbytes / 1e9:>8.3f} "
+            f"{0:>8.3f} {0:>9.3f}  {_ranges(sorted(self.host_layers))}"
+        )
 
     def _prediction(self) -> str:
         if self.predicted is None:

@@ -134,9 +134,9 @@ class Copier(Stage):
                 self._next_stream = fresh
 
     def process(self, lane_run: LaneRun) -> None:
-        run, n = lane_run.run, 0
-        while self.await_source(lane_run, n) and self.await_slot(lane_run, n):
-            number = lane_run.orders.copied.number(n)
+        run, n, order = lane_run.run, 0, lane_run.orders.copied
+        while order.has(n) and self.await_source(lane_run, n) and self.await_slot(lane_run, n):
+            number = order.number(n)
             if not lane_run.orders.kept(number):
                 slot = self._slots[lane_run.orders.slot(n)]
                 run.attempt(number, partial(self._begin, lane_run, n, number))

@@ -12,7 +12,7 @@ import torch
 
 from ..planning.layout import Copy, Layout, Step, View, lay_out
 from .clock import PassClock, Routes
-from .stage import AHEAD, Heading, LaneRun, Run
+from .stage import Heading, LaneRun, Run
 
 
 def lay_out_all(
@@ -184,7 +184,7 @@ class Schedule:
 
     def index(self, run: Run, number: int) -> int:
         """Which layer step ``number`` of ``run`` is: its index in a pass that goes ahead."""
-        if run.heading == AHEAD:
+        if not run.heading.back and not run.heading.turns:
             return number % self.length
         passes, place = divmod(number, self.length)
         return self.length - 1 - place if run.heading.goes_back(passes) else place
