@@ -27,6 +27,7 @@ from .memory.wishes import Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory, refuse_by_config
 from .models.config import ModelConfig
 from .models.names import WeightNames, known_layers, weight_names
+from .on_host.side import HostSide
 from .passes.chunking import Chunking
 from .passes.decode import MOST_ROWS, MOST_ROWS_STREAMED, captured_rows
 from .passes.runner import Runner
@@ -179,6 +180,10 @@ def plan_memory(
     ValueError with the least budget that would do."""
     at_least_one("prefill_chunk", wishes.prefill_chunk)
     device: torch.device = wishes.options["device"]
+    computed = wishes.options.get("host_layers") and device.type != "cpu"
+    if computed and (limits.reproducible or limits.kv_int8):
+        name = "reproducible" if limits.reproducible else "kv_int8"
+        raise ValueError(f"{name}=True: does not go with host_layers")
     if limits.reproducible:
         problem = obstacle(device, model.config, limits.length(model.config))
         if problem is not None:
@@ -275,7 +280,14 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
             captured_part=min(needs.captured_part, plan.chunk) if plan.captures_layers else 0,
             reproducible=needs.reproducible,
         )
-        return Runner(streamer, model.config, model.names, kv, dtype=needs.dtype, chunking=chunking)
+        runner = Runner(
+            streamer, model.config, model.names, kv, dtype=needs.dtype, chunking=chunking
+        )
+        if there := streamer.plan.host_layers:
+            leave_a_core()
+            prepare(kind for kind, _ in model.names.widest(torch.float32).kinds)
+            runner.host = HostSide(runner, there)
+        return runner
     except BaseException:
         if streamer is not None:
             streamer.close()

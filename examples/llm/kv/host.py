@@ -96,6 +96,8 @@ class HostLayer:
     memory: GrowingMemory
     tokens: Tokens = field(default_factory=lambda: Tokens(()))
     """What to prefetch: of each row, what is here."""
+    coming: bool = False
+    """Tokens may be on their way home."""
 
 
 class HostTier:
@@ -206,10 +208,7 @@ class HostTier:
     def close_layer(self, layer_idx: int, batch: Sequence[tuple[Row, int]]) -> None:
         """The pass has appended so many tokens to each row: send them home."""
         layer, slot = self._layers[layer_idx], self._fetched[layer_idx].slot
-        if self._sent is None:
-            grown = [(row, row.length, row.length + number) for row, number in batch]
-            self._sent = Tokens(grown), Tokens((row, 0, end) for row, _, end in grown)
-        new, then = self._sent
+        new, then = self._grown(batch)
         if self._codec is not None:
             assert self._work is not None
             for first, end in self._coded(layer, new):
@@ -218,15 +217,43 @@ class HostTier:
         transfers.record(slot.used, transfers.current())
         transfers.wait(slot.used, transfers.back)
         layer.memory.reach(new.runs(layer.span) * self.token_nbytes)
+        layer.coming = True
         self._copy(layer, new, to=layer.memory.memory, source=slot.raw, stream=transfers.back)
         transfers.record(slot.drained, transfers.back)
         layer.tokens = then
         slot.in_use = False
 
-    def move(self, moves: Sequence[Move]) -> None:
-        """Move tokens at home, where a pass has sent them; rows' ``moved_from`` is the caller's."""
+    def open_home(self, layer_idx: int, batch: Sequence[tuple[Row, int]]) -> torch.Tensor:
+        """The layer's keys and values at home, (places, 2, G, E), with room for so many tokens more
+        of each row: for who computes there. Not where they are kept in eight bits."""
+        layer = self._layers[layer_idx]
+        if layer.coming:
+            self._await_home()
+        new, _ = self._grown(batch)
+        layer.memory.reach(new.runs(layer.span) * self.token_nbytes)
+        return self._token.view(layer.memory.memory)
+
+    def close_home(self, layer_idx: int, batch: Sequence[tuple[Row, int]]) -> None:
+        """The host has appended so many tokens to each row."""
+        _, self._layers[layer_idx].tokens = self._grown(batch)
+
+    def _grown(self, batch: Sequence[tuple[Row, int]]) -> tuple[Tokens, Tokens]:
+        """What the pass appends in each layer, and what is there then."""
+        if self._sent is None:
+            grown = [(row, row.length, row.length + number) for row, number in batch]
+            self._sent = Tokens(grown), Tokens((row, 0, end) for row, _, end in grown)
+        return self._sent
+
+    def _await_home(self) -> None:
+        """Block until all that was sent home is there."""
         self._transfers.record(self._home, self._transfers.back)
         self._transfers.block(self._home)
+        for layer in self._layers.values():
+            layer.coming = False
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Move tokens at home, where a pass has sent them; rows' ``moved_from`` is the caller's."""
+        self._await_home()
         for span in {layer.span for layer in self._layers.values()}:
             places = moved_places(moves, span)
             origins, goals = (torch.tensor(numbers, device="cpu") for numbers in places)

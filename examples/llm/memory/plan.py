@@ -152,6 +152,7 @@ class Planner:
             options["n_gpu"] = n_gpu
         preview = self._preview(**options)
         placement = preview.placement
+        spilled = tuple(sorted({*spilled, *preview.host_layers}))  # these are where they are used
         num_slots = placement.device_slots[0].count
         layers = range(footprint.config.num_layers)
         kept = sum(footprint.layer_on_device(i) for i in layers if i not in spilled)

@@ -1,0 +1,91 @@
+"""Layers of the engine that are computed in host memory: as if they had been streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from assets import open_runner, relative_error, tiny_checkpoint, tiny_model
+from fake_device import near_device
+from one_sequence import Story
+
+from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.passes.chunking import Chunking
+
+WINDOW = {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 1}
+KINDS: dict[str, dict[str, Any]] = {"full": {}, "windows": WINDOW}
+THERE = (0, 2)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    model = tiny_model("qwen2", max_position_embeddings=2048, **KINDS[request.param])
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), model), model
+
+
+@pytest.fixture(autouse=True)
+def with_memory_of_its_own() -> Iterator[None]:
+    with near_device():
+        yield
+
+
+def tell(path: Path, config: Any, seed: int, **options: Any) -> tuple[list[torch.Tensor], int]:
+    """The logits of a story's passes, and how many had layers computed in host memory."""
+    options = {"tokens": 3072, "max_rows": 4, "chunking": Chunking(tokens=64)} | options
+    with open_runner(path, config, **options) as runner:
+        found = Story(seed, 14).tell(runner)
+        return found, 0 if runner.host is None else runner.host.passes
+
+
+@pytest.mark.parametrize("options", [{"read_mode": "mapped"}, {"n_gpu": 1, "n_cpu_pinned": 1}])
+@pytest.mark.parametrize(
+    ("seed", "there", "away"),
+    [(0, THERE, ()), (1, (1,), (0, 1)), (2, (0, 1, 2), ()), (3, THERE, (1,))],
+)
+def test_passes_by_turns_here_and_there_give_the_logits_of_streamed_ones(
+    model: tuple[Path, Any], seed: int, there: Any, away: Any, options: dict[str, Any]
+) -> None:
+    path, network = model
+    expected, none = tell(path, network.config, seed)
+    found, passes = tell(path, network.config, seed, computed=there, host_layers=away, **options)
+    assert none == 0 < passes < len(found)
+    errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
+    assert max(errors) <= 1e-5
+
+
+PROMPTS = [[7, 8, 9] * 6, [20, 21], [30] * 12]
+
+
+@pytest.mark.parametrize("options", [{}, {"lookup": True}, {"kv": "host"}])
+def test_an_engine_says_the_same_with_layers_in_host_memory(
+    model: tuple[Path, Any], options: dict[str, Any]
+) -> None:
+    path, _ = model
+    asked = {"max_new_tokens": 24, "temperature": 0.0, "return_details": True}
+    given: dict[str, Any] = {"device": "cpu", "max_length": 64, "kv_tokens": 512}
+    with StreamingEngine(path, **given) as engine:
+        expected = [list(c.ids) for c in engine.generate(PROMPTS, **asked)]
+    with StreamingEngine(path, host_layers=2, **given, **options) as engine:
+        assert engine.streamer.plan.host_layers == (0, 2)
+        assert set(engine.plan.host_layers) >= {0, 2}
+        found = [list(c.ids) for c in engine.generate(PROMPTS, **asked)]
+        host = engine._runner.host
+        assert host is not None and host.passes > 0
+    assert found == expected
+
+
+def test_in_bfloat16_they_are_no_further_off_than_streamed_ones(model: tuple[Path, Any]) -> None:
+    path, network = model
+    exact, _ = tell(path, network.config, 5)
+    rounded, there = (
+        tell(path, network.config, 5, dtype=torch.bfloat16, computed=computed)[0]
+        for computed in ((), THERE)
+    )
+    far, near = (
+        max(relative_error(a.float(), b) for a, b in zip(some, exact, strict=True))
+        for some in (rounded, there)
+    )
+    assert near <= 1.5 * far
