@@ -50,3 +50,17 @@ def test_serving_is_measured_on_a_cpu_too(tmp_path: Path) -> None:
     assert [one["rows"] for one in record["decode"]] == [1, 3]
     assert [sum(one["parts"]) for one in record["arrivals"]] == [700, 700]
     assert "3 rows:" in found.stdout and "error None" in found.stdout
+
+
+@pytest.mark.slow
+def test_layers_in_host_memory_are_measured_on_a_cpu_too(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, tiny_model("qwen2").bfloat16())
+    out = tmp_path / "out.jsonl"
+    options = ["--numbers", "1", "--tokens", "1,4", "--passes", 1, "--context", 8]
+    found = script("measure_host_layers.py", path, out, *options)
+    assert found.returncode == 0, found.stderr[-2000:]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(one["kind"], one["tokens"]) for one in records] == [
+        ("pass", 1), ("pass", 4), ("engine", 1)
+    ]  # fmt: skip
+    assert all(one["there"] > 0 and one["streamed"] > 0 for one in records)
