@@ -2,7 +2,8 @@
 
     python examples/make/make_checkpoint.py /tmp/q7 --shape qwen2.5-7b
     python docs/benchmarks/measure_host_layers.py /tmp/q7 out.jsonl [--numbers 10,12,14]
-        [--tokens 1,8,64] [--only pass|engine] [--device-budget 8GiB] [--context 512]
+        [--tokens 1,8,64] [--only pass|engine] [--device-budget 8GiB]
+        [--host-budget auto] [--context 512]
 
 Appends a JSON line for each number of layers, in a process of its own, and count of tokens: of
 ``pass``, the streamer with a layer function of plain torch (the products of attention and
@@ -70,6 +71,7 @@ def parse_args() -> argparse.Namespace:
     add("--passes", type=int, default=9, metavar="N", help="of a turn")
     add("--context", type=int, default=512, metavar="N", help="tokens of the engine's prompt")
     add("--device-budget", help="of streamer, or engine")
+    add("--host-budget", help="likewise: layers are not mapped, but in memory of their own")
     add("--threads", type=int, help="torch's (one core is left)")
     add("--device", default="cuda")
     add("--child", help=argparse.SUPPRESS)
@@ -81,6 +83,8 @@ def measure_passes(args: argparse.Namespace, number: int) -> list[dict[str, Any]
     torch.set_num_threads(args.threads or most_torch_threads())
     found, device = list[dict[str, Any]](), torch.device(args.device)
     options = {"device": device, "device_budget": args.device_budget, "host_layers": number}
+    if args.host_budget:
+        options |= {"host_budget": args.host_budget, "read_mode": "direct"}
     manifest = read_manifest(args.path)
     with LayerStreamer.from_checkpoint(manifest, **options) as streamer, torch.inference_mode():
         print(streamer.plan, file=sys.stderr)
@@ -112,6 +116,8 @@ def measure_engine(args: argparse.Namespace, number: int) -> list[dict[str, Any]
     options: dict[str, Any] = {"host_layers": number, "max_length": args.context + args.passes + 8}
     if args.device_budget:
         options["device_budget"] = args.device_budget
+    if args.host_budget:
+        options |= {"host_budget": args.host_budget, "read_mode": "direct"}
     with open_engine(args.path, args.device, max_batch=1, **options) as engine:
         if args.threads:
             torch.set_num_threads(args.threads)

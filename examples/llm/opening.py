@@ -285,7 +285,6 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
         )
         if there := streamer.plan.host_layers:
             leave_a_core()
-            prepare(kind for kind, _ in model.names.widest(torch.float32).kinds)
             runner.host = HostSide(runner, there)
         return runner
     except BaseException:

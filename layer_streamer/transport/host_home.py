@@ -55,7 +55,9 @@ class HostHome:
         for i, layout in layouts.items():
             self.into.host[i], self.into.watches[i] = mapped.view(steps[i])
             self.into.reload[i] = partial(mapped.restore, layout.reads)
-            self.into.looks[i] = partial(mapped.prepare_look, layout.reads)
+            # The lock that the device copies by keeps them in memory; only the file may go.
+            paths = tuple({read.path for read in layout.reads})
+            self.into.looks[i] = partial(self.loader.files.check_unchanged, paths)
         mapped.populate_all(self.loader.threads, lambda nbytes: None)
         return True
 

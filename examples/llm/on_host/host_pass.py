@@ -71,11 +71,11 @@ class HostPass:
         return passing_TD.float()
 
     def _send(self, x_TD: torch.Tensor, x_ND: torch.Tensor) -> None:
-        """Back again. The next that passes through there follows on the same stream."""
-        passing_TD, at = self._side.passing_TD[: self._chunk.count], 0
-        passing_TD.copy_(x_TD)
+        """Back again: from pageable memory, which is read when this returns. So small a copy then
+        waits for no layer on its way."""
+        sent_TD, at = x_TD.to(x_ND.dtype), 0
         for first, count in self._places:
-            x_ND[first : first + count].copy_(passing_TD[at : at + count], non_blocking=True)
+            x_ND[first : first + count].copy_(sent_TD[at : at + count], non_blocking=True)
             at += count
 
     def _table(self, layer_idx: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..drafts.tree import Tree
+from ..host_kernels.products import prepare
 from ..models.rope import Rotary
 from ..passes.batch import Entry, pack
 from ..passes.row_attention import RowAttention
@@ -36,9 +37,10 @@ class HostSide:
         names, streamer = runner.names, runner.streamer
         factors = streamer.host_tensor(names.rope_factors) if names.rope_factors else None
         self.rotary = Rotary(runner.config, CPU, factors=factors)
-        every = (one for layer in names.layers for one in layer.values())
+        every = [one for layer in names.layers for one in layer.values()]
         widest = Widest.of((one.format, one.width, one.ordered) for one in every)
         self.unpacker = Unpacker(CPU, torch.float32, widest)
+        prepare(kind for kind, _ in widest.kinds)
         self.check = ScaleCheck()
         self.most_tokens = MOST_TOKENS
         """Of a pass that computes them there; others stream them."""
@@ -48,7 +50,7 @@ class HostSide:
             self.passing_TD = torch.empty(
                 *shape, runner.config.hidden_size, dtype=runner.dtype, device="cpu", pin_memory=cuda
             )
-            """Where residuals pass through, page-locked."""
+            """Where residuals come to from the device, page-locked."""
         self.passes = 0
         """How many have been computed here, in part."""
 
