@@ -232,7 +232,9 @@ class Planner:
         sizes = zip(preview.sizes, preview.tiers, strict=True)
         moved = sum(size.copy_nbytes for size, tier in sizes if tier != "device")
         streams = plan.host_layers or not self._stays(preview)
-        worth = streams and moved <= plan.num_layers * LAUNCHED_NBYTES
+        # Beside layers that the host computes, the device waits for each launch.
+        hidden = moved > plan.num_layers * LAUNCHED_NBYTES and not preview.host_layers
+        worth = streams and not hidden
         return replace(larger, options=plan.options) if worth else plan
 
     def _stays(self, preview: Plan) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 
+class Place(NamedTuple):
+    """Tokens among a pass's residuals: of rows that are captured, the last one fills the rest."""
+
+    first: int
+    tokens: int
+    filled: int
+    """With those that only fill up."""
+
+
 class HostPass:
     """Computes these layers, one after the other, in a pass of few tokens."""
 
@@ -27,9 +36,9 @@ class HostPass:
         side: HostSide,
         chunk: Chunk,
         attention: Attention,
-        places: Sequence[tuple[int, int]],
+        places: Sequence[Place],
     ) -> None:
-        """``places``: where its tokens are among the pass's residuals, (first, count) each."""
+        """``places``: where its tokens are among the pass's residuals."""
         self._side, self._chunk, self._attention = side, chunk, attention
         self._places = places
         self._tables: dict[Rope, torch.Tensor] = {}
@@ -63,7 +72,7 @@ class HostPass:
     def _fetch(self, x_ND: torch.Tensor) -> torch.Tensor:
         """The residuals, once the device has done what comes before: (T, D), float32."""
         passing_TD, at = self._side.passing_TD[: self._chunk.count], 0
-        for first, count in self._places:
+        for first, count, _ in self._places:
             passing_TD[at : at + count].copy_(x_ND[first : first + count], non_blocking=True)
             at += count
         if x_ND.device.type == "cuda":
@@ -74,8 +83,11 @@ class HostPass:
         """Back again: from pageable memory, which is read when this returns. So small a copy then
         waits for no layer on its way."""
         sent_TD, at = x_TD.to(x_ND.dtype), 0
-        for first, count in self._places:
-            x_ND[first : first + count].copy_(sent_TD[at : at + count], non_blocking=True)
+        for first, count, filled in self._places:
+            part_TD = sent_TD[at : at + count]
+            if filled > count:
+                part_TD = torch.cat((part_TD, part_TD[-1:].expand(filled - count, -1)))
+            x_ND[first : first + filled].copy_(part_TD, non_blocking=True)
             at += count
 
     def _table(self, layer_idx: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..passes.row_attention import RowAttention
 from ..passes.section import Section
 from ..weights.dequant import Unpacker, Widest
 from ..weights.scale_check import ScaleCheck
-from .host_pass import CPU, HostPass
+from .host_pass import CPU, HostPass, Place
 
 if TYPE_CHECKING:
     from ..passes.runner import Runner
@@ -66,9 +66,12 @@ class HostSide:
         (chunk,) = batch.chunks
         runner = self.runner
         look = RowAttention(chunk, runner.config, runner.kv, most_together=0)
-        # Of rows that are captured, those behind them only fill up.
         places = [
-            (section.first, len(section.batch.rows) if section.captured else len(section.batch.ids))
+            Place(
+                section.first,
+                len(section.batch.rows) if section.captured else len(section.batch.ids),
+                len(section.batch.ids),
+            )
             for section in sections
         ]
         self.passes += 1
