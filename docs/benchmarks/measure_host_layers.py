@@ -8,7 +8,7 @@
 Appends a JSON line for each number of layers, in a process of its own, and count of tokens: of
 ``pass``, the streamer with a layer function of plain torch (the products of attention and
 feed-forward block, in bfloat16); of ``engine``, its decoding. Passes that stream all and passes
-that compute these layers in host memory take turns in the same streamer, some of one, some of the
+that compute these layers in host memory (with auto, as many as the last probe says) take turns in the same streamer, some of one, some of the
 other: the first of each turn, for which prefetch starts over, is left out. Seconds are medians.
 """
 
@@ -41,9 +41,10 @@ def main() -> int:
     args = parse_args()
     if args.child is not None:
         kind, _, number = args.child.partition(":")
-        found = {"pass": measure_passes, "engine": measure_engine}[kind](args, int(number))
+        measure = {"pass": measure_passes, "engine": measure_engine}[kind]
+        found = measure(args, int(number) if number.isdecimal() else number)
         for one in found:
-            record = {"kind": kind, "asked": int(number), **one, **machine(args.path)}
+            record = {"kind": kind, "asked": number, **one, **machine(args.path)}
             print(json.dumps(record), flush=True)
         return 0
     for kind in [args.only] if args.only else KINDS:
@@ -65,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("path", type=Path)
     add("out", type=Path)
-    add("--numbers", default="14", metavar="N,N", help="of layers in host memory, of each process")
+    add("--numbers", default="14", metavar="N,N", help="of layers in host memory; or auto")
     add("--tokens", default="1,8,64", metavar="N,N", help="of a pass (of the streamer)")
     add("--only", choices=KINDS)
     add("--passes", type=int, default=9, metavar="N", help="of a turn")
@@ -78,7 +79,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_passes(args: argparse.Namespace, number: int) -> list[dict[str, Any]]:
+def measure_passes(args: argparse.Namespace, number: int | str) -> list[dict[str, Any]]:
     """Of the streamer."""
     torch.set_num_threads(args.threads or most_torch_threads())
     found, device = list[dict[str, Any]](), torch.device(args.device)
@@ -111,7 +112,7 @@ def measure_passes(args: argparse.Namespace, number: int) -> list[dict[str, Any]
     return found
 
 
-def measure_engine(args: argparse.Namespace, number: int) -> list[dict[str, Any]]:
+def measure_engine(args: argparse.Namespace, number: int | str) -> list[dict[str, Any]]:
     """Of the engine: seconds of a pass that takes one token."""
     options: dict[str, Any] = {"host_layers": number, "max_length": args.context + args.passes + 8}
     if args.device_budget:

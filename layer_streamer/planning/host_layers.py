@@ -8,6 +8,7 @@ from dataclasses import replace
 from ..errors import ConfigError
 from .layout import PAGE, align_up
 from .placement import StepSize
+from .plan import Plan
 from .residency import spread_evenly
 
 
@@ -31,6 +32,31 @@ def choose_host_layers(
     if missing:
         raise ConfigError(f"host_layers: layer {missing[0]} is not in the pass")
     return frozenset(places[layer] for layer in asked)
+
+
+def balance(plan: Plan, layers: Sequence[int], num_layers: int) -> int:
+    """How many layers a pass of one token should compute in host memory, so that processor and
+    links end together: of those that ``plan``, without any, streams from host memory.
+
+    ConfigError where it is not known how fast the processor multiplies beside copies.
+    """
+    if plan.machine.unified:
+        return 0
+    rates = plan.machine.rates
+    links = [rate for rate in rates.beside if rate is not None]
+    if rates.products is None or not links:
+        raise ConfigError(
+            "host_layers='auto': how fast the processor multiplies beside copies has not been "
+            "measured here (layer-streamer probe does)"
+        )
+    if "disk" in plan.tiers:
+        return 0  # what holds passes up is the disk
+    streamed = [
+        layer
+        for layer, tier in zip(layers, plan.tiers, strict=True)
+        if tier == "host" and layer < num_layers
+    ]
+    return round(len(streamed) * rates.products / (rates.products + sum(links)))
 
 
 def sized_on_host(sizes: Sequence[StepSize], on_host: Collection[int]) -> tuple[StepSize, ...]:

@@ -36,6 +36,12 @@ MAX_SLOTS = 4096
 MAX_READ_THREADS = 256
 MAX_EXPERT_SLOTS = 1_000_000
 MAX_HOST_LAYERS = 1_000_000
+AUTO = "auto"
+
+
+def count_or_auto(text: str) -> int | str:
+    """A number of layers, or "auto"."""
+    return AUTO if text.lower() == AUTO else int(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,8 @@ def _check_names(name: str, value: object) -> None:
 
 
 def _check_host_layers(name: str, value: Any) -> None:
+    if value == AUTO:
+        return
     if isinstance(value, int):
         check_count(name, value, 0, MAX_HOST_LAYERS)
         return
@@ -181,11 +189,12 @@ class FixedOptions(TypedDict, total=False):
         "indices of the layers to stream, in this order, each once (a stage of a pipeline, every "
         "second one); each keeps the index that it has in the checkpoint", "all",
     )]  # fmt: skip
-    host_layers: Annotated[int | Collection[int] | None, Option(
+    host_layers: Annotated[int | Collection[int] | Literal["auto"] | None, Option(
         "layers that stay in host memory and are handed out there, on the CPU, while others "
-        "stream: so many of them, evenly spread, or the indices of certain ones; passes that say "
-        "`on_host=False` stream them, too. On a CPU they are layers like any other", "none",
-        Kind(_check_host_layers, "N", int),
+        'stream: so many, evenly spread, the indices of certain ones, or `"auto"`: as many as end '
+        "with the others, by what `probe` measured; passes that say `on_host=False` stream them, "
+        "too. On a CPU they are layers like any other", "none",
+        Kind(_check_host_layers, "N", count_or_auto),
     )]  # fmt: skip
     on_copy: Annotated[OnCopy | None, Option(
         "`on_copy(layer_idx, stream)`, called on the copier's thread as a layer's copies are "

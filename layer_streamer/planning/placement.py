@@ -231,6 +231,10 @@ class Rates:
     """The page cache."""
     pageable: tuple[float | None, ...] = ()
     """By device, its link from memory that is not page-locked."""
+    products: float | None = None
+    """Of weights that the processor multiplies by one token, while links are busy."""
+    beside: tuple[float | None, ...] = ()
+    """By device, its link meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
