@@ -180,10 +180,6 @@ def plan_memory(
     ValueError with the least budget that would do."""
     at_least_one("prefill_chunk", wishes.prefill_chunk)
     device: torch.device = wishes.options["device"]
-    computed = wishes.options.get("host_layers") and device.type != "cpu"
-    if computed and (limits.reproducible or limits.kv_int8):
-        name = "reproducible" if limits.reproducible else "kv_int8"
-        raise ValueError(f"{name}=True: does not go with host_layers")
     if limits.reproducible:
         problem = obstacle(device, model.config, limits.length(model.config))
         if problem is not None:
@@ -219,7 +215,11 @@ def plan_memory(
         reproducible=limits.reproducible,
         draft_nbytes=draft_nbytes,
     )
-    return Planner(model.manifest, Footprint(model.config, needs), wishes).make(), needs
+    plan = Planner(model.manifest, Footprint(model.config, needs), wishes).make()
+    if plan.streamer.host_layers and (limits.reproducible or limits.kv_int8):
+        name = "reproducible" if limits.reproducible else "kv_int8"
+        raise ValueError(f"{name}=True: does not go with host_layers")
+    return plan, needs
 
 
 def _loaded_nbytes(spec: TensorSpec, dtype: torch.dtype | None) -> int:

@@ -10,9 +10,12 @@ import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint, tiny_model
 from fake_device import near_device
+from gguf_models import file_config, write_gguf
 from one_sequence import Story
+from zoo import zoo_model
 
 from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.kv.cache import KVCache
 from layer_streamer.llm.passes.chunking import Chunking
 
 WINDOW = {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 1}
@@ -89,3 +92,64 @@ def test_in_bfloat16_they_are_no_further_off_than_streamed_ones(model: tuple[Pat
         for some in (rounded, there)
     )
     assert near <= 1.5 * far
+
+
+@pytest.mark.parametrize(
+    "options", [{"reproducible": True}, {"kv_int8": True, "kv": "host"}, {"draft": "self"}]
+)
+def test_what_does_not_go_with_layers_in_host_memory_is_refused(
+    model: tuple[Path, Any], options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}.*does not go with host_layers"):
+        StreamingEngine(model[0], device="cpu", max_length=64, host_layers=1, **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_packed_layers_are_multiplied_as_they_lie(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, zoo_model(name))
+    found = []
+    for computed in ((), (0, 1)):
+        with open_runner(path, file_config(path), computed=computed) as runner:
+            row = runner.kv.rows.add(60)
+            assert row is not None
+            found.append(
+                torch.cat([runner.forward([(row, ids)]) for ids in ([5] * 20, [6], [7, 8])])
+            )
+            assert (runner.host is not None and runner.host.passes == 2) == bool(computed)
+    assert relative_error(found[1], found[0]) <= 1e-5
+
+
+def test_a_pass_that_fails_in_a_layer_of_the_host_leaves_the_rows_as_they_were(
+    model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, network = model
+    ids = [[5, 6, 7] * 9, [8], [9], [10, 11]]
+    with open_runner(path, network.config) as runner:
+        row = runner.kv.rows.add(60)
+        expected = [runner.forward([(row, some)]) for some in ids if row is not None]
+    with open_runner(path, network.config, computed=THERE) as runner:
+        row = runner.kv.rows.add(60)
+        assert row is not None
+        found = []
+        for some in ids:
+            for layer_idx in THERE if len(some) == 1 else ():
+                fails_in(layer_idx, monkeypatch)
+                with pytest.raises(MemoryError, match="no room"):
+                    runner.forward([(row, some)])
+                monkeypatch.undo()
+            found.append(runner.forward([(row, some)]))
+    errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
+    assert max(errors) <= 1e-5
+
+
+def fails_in(layer_idx: int, patch: pytest.MonkeyPatch) -> None:
+    """Have a layer that is computed in host memory raise once its keys are stored."""
+    close = KVCache.close_home
+
+    def closes(kv: KVCache, index: int) -> None:
+        close(kv, index)
+        if index == layer_idx:
+            raise MemoryError("no room")
+
+    patch.setattr(KVCache, "close_home", closes)
