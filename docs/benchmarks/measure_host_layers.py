@@ -35,6 +35,8 @@ from layer_streamer.machine.threads import most_torch_threads
 KINDS = ("pass", "engine")
 EPS = 1e-6
 TURNS = 3
+DEVICE_BUDGET = "4GiB"
+"""Of an engine, or all that there is room for would stay on a large device."""
 
 
 def main() -> int:
@@ -72,7 +74,7 @@ def parse_args() -> argparse.Namespace:
     add("--only", choices=KINDS)
     add("--passes", type=int, default=9, metavar="N", help="of a turn")
     add("--context", type=int, default=512, metavar="N", help="tokens of the engine's prompt")
-    add("--device-budget", help="of streamer, or engine")
+    add("--device-budget", help="of streamer (default: slots alone), or engine (4GiB)")
     add("--host-budget", help="likewise: layers are not mapped, but in memory of their own")
     add("--threads", type=int, help="torch's (one core is left)")
     add("--device", default="cuda")
@@ -116,8 +118,7 @@ def measure_passes(args: argparse.Namespace, number: int | str) -> list[dict[str
 def measure_engine(args: argparse.Namespace, number: int | str) -> list[dict[str, Any]]:
     """Of the engine: seconds of a pass that takes one token."""
     options: dict[str, Any] = {"host_layers": number, "max_length": args.context + args.passes + 8}
-    if args.device_budget:
-        options["device_budget"] = args.device_budget
+    options["device_budget"] = args.device_budget or DEVICE_BUDGET
     if args.host_budget:
         options |= {"host_budget": args.host_budget, "read_mode": "direct"}
     with open_engine(args.path, args.device, max_batch=1, **options) as engine:

@@ -157,7 +157,7 @@ class Copier(Stage):
 
     def await_slot(self, lane_run: LaneRun, n: int) -> bool:
         """Wait until the caller has given the last step in this slot back."""
-        released, count = lane_run.orders.released, len(self._slots)
+        released, count = lane_run.orders.released, lane_run.orders.num_slots
         return self.await_true(lane_run.run, lambda: released(lane_run) > n - count)
 
     def await_part(self, lane_run: LaneRun, k: int) -> bool:

@@ -103,7 +103,9 @@ class LaneMemory:
         if not heading.on_host:
             return self._used
         indices = [i for i in self.passes if i not in self.residents.host]
-        return self._used._replace(indices=indices)
+        # No layer is brought for the next pass before this one has given it back.
+        num_slots = min(self._used.num_slots, len(indices))
+        return self._used._replace(indices=indices, num_slots=num_slots)
 
     def read_slot(self, lane_run: LaneRun, k: int) -> int:
         """The slot of the first host pool that the lane's ``k``-th part from disk is read into."""

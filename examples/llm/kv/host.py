@@ -96,8 +96,10 @@ class HostLayer:
     memory: GrowingMemory
     tokens: Tokens = field(default_factory=lambda: Tokens(()))
     """What to prefetch: of each row, what is here."""
+    sent: Any = None
+    """What is recorded behind the last way home of its tokens."""
     coming: bool = False
-    """Tokens may be on their way home."""
+    """Some may be under way."""
 
 
 class HostTier:
@@ -167,11 +169,12 @@ class HostTier:
         self._calls += 1
         tokens = None
         if not slot.in_use:
-            # The second is also behind what the pass before sent home of this layer: the slot was
-            # given back no earlier, and the way home is one stream.
+            # Before what they were sent home by: whoever sees them has that to wait for.
+            tokens = layer.tokens.of_rows_left()
             self._transfers.wait(self._barrier, stream)
             self._transfers.wait(slot.drained, stream)
-            tokens = layer.tokens.of_rows_left()
+            if layer.sent is not None and layer.sent is not slot.drained:
+                self._transfers.wait(layer.sent, stream)
             # The streamer lets the pass wait for all that is on this stream by now.
             self._copy(layer, tokens, to=slot.raw, source=layer.memory.memory, stream=stream)
         self._fetched[layer_idx] = Fetch(slot, tokens, passes)
@@ -220,6 +223,7 @@ class HostTier:
         layer.coming = True
         self._copy(layer, new, to=layer.memory.memory, source=slot.raw, stream=transfers.back)
         transfers.record(slot.drained, transfers.back)
+        layer.sent = slot.drained
         layer.tokens = then
         slot.in_use = False
 
