@@ -283,9 +283,9 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
         runner = Runner(
             streamer, model.config, model.names, kv, dtype=needs.dtype, chunking=chunking
         )
-        if there := streamer.plan.host_layers:
+        if streamer.plan.host_layers:
             leave_a_core()
-            runner.host = HostSide(runner, there)
+            runner.host = HostSide(runner, streamer)
         return runner
     except BaseException:
         if streamer is not None:

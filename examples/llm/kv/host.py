@@ -124,11 +124,8 @@ class HostTier:
         block = BLOCK * self.token_nbytes
         block *= PAGE // gcd(PAGE, block)
         self._layers = {
-            layer_idx: HostLayer(
-                span,
-                GrowingMemory(span.places * self.token_nbytes, block, device),
-            )
-            for layer_idx, span in spans.items()
+            i: HostLayer(span, GrowingMemory(span.places * self.token_nbytes, block, device))
+            for i, span in spans.items()
         }
         self._places = max(span.places for span in spans.values())
         self._slots: list[Slot] = []
@@ -173,7 +170,7 @@ class HostTier:
             tokens = layer.tokens.of_rows_left()
             self._transfers.wait(self._barrier, stream)
             self._transfers.wait(slot.drained, stream)
-            if layer.sent is not None and layer.sent is not slot.drained:
+            if layer.sent is not None:
                 self._transfers.wait(layer.sent, stream)
             # The streamer lets the pass wait for all that is on this stream by now.
             self._copy(layer, tokens, to=slot.raw, source=layer.memory.memory, stream=stream)
@@ -181,8 +178,8 @@ class HostTier:
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Before a pass over these rows begins, of which each layer gets its present length."""
-        self._transfers.record(self._barrier, self._transfers.current())
         # In this order: whoever sees a slot free has the barrier to wait for.
+        self._transfers.record(self._barrier, self._transfers.current())
         for slot in self._slots:
             slot.in_use = False
         self._present, self._sent = Tokens((row, 0, row.length) for row in rows), None
@@ -229,12 +226,11 @@ class HostTier:
 
     def open_home(self, layer_idx: int, batch: Sequence[tuple[Row, int]]) -> torch.Tensor:
         """The layer's keys and values at home, (places, 2, G, E), with room for so many tokens more
-        of each row: for who computes there. Not where they are kept in eight bits."""
+        of each row: for who computes there."""
         layer = self._layers[layer_idx]
         if layer.coming:
             self._await_home()
-        new, _ = self._grown(batch)
-        layer.memory.reach(new.runs(layer.span) * self.token_nbytes)
+        layer.memory.reach(self._grown(batch)[0].runs(layer.span) * self.token_nbytes)
         return self._token.view(layer.memory.memory)
 
     def close_home(self, layer_idx: int, batch: Sequence[tuple[Row, int]]) -> None:
@@ -250,8 +246,9 @@ class HostTier:
 
     def _await_home(self) -> None:
         """Block until all that was sent home is there."""
-        self._transfers.record(self._home, self._transfers.back)
-        self._transfers.block(self._home)
+        transfers = self._transfers
+        transfers.record(self._home, transfers.back)
+        transfers.block(self._home)
         for layer in self._layers.values():
             layer.coming = False
 

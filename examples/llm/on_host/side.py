@@ -16,13 +16,13 @@ from ..passes.row_attention import RowAttention
 from ..passes.section import Section
 from ..weights.dequant import Unpacker, Widest
 from ..weights.scale_check import ScaleCheck
+from .choice import MOST_TOKENS, Choice
 from .host_pass import CPU, HostPass, Place
 
 if TYPE_CHECKING:
-    from ..passes.runner import Runner
+    from layer_streamer import LayerStreamer
 
-MOST_TOKENS = 8
-"""Of a pass whose host layers are computed there: with more, processors take longer than a link."""
+    from ..passes.runner import Runner
 
 
 class HostSide:
@@ -31,10 +31,16 @@ class HostSide:
     Thread rules: those of the runner.
     """
 
-    def __init__(self, runner: Runner, layers: Sequence[int]) -> None:
-        """``layers``: in host memory, as their keys and values are."""
-        self.runner, self.layers = runner, frozenset(layers)
-        names, streamer = runner.names, runner.streamer
+    def __init__(self, runner: Runner, streamer: LayerStreamer) -> None:
+        """``streamer``: the runner's, whose ``host_layers`` have keys and values in host memory."""
+        self.runner, self.layers = runner, frozenset(streamer.plan.host_layers)
+        self._streamer, self._total = streamer, sum(streamer.plan.placement.copy_bytes)
+        self.choice = Choice()
+        self._last: tuple[int, bool] | None = None
+        """Tokens of the last pass, and whether they were computed here; None: look at no report."""
+        self._wants = self._listens = False
+        """To hear how long the pass took; and it has ended."""
+        names = runner.names
         factors = streamer.host_tensor(names.rope_factors) if names.rope_factors else None
         self.rotary = Rotary(runner.config, CPU, factors=factors)
         every = [one for layer in names.layers for one in layer.values()]
@@ -42,13 +48,10 @@ class HostSide:
         self.unpacker = Unpacker(CPU, torch.float32, widest)
         prepare(kind for kind, _ in widest.kinds)
         self.check = ScaleCheck()
-        self.most_tokens = MOST_TOKENS
-        """Of a pass that computes them there; others stream them."""
-        cuda = runner.kv.device.type == "cuda"
-        shape = (runner.most_tokens if runner.most_tokens < MOST_TOKENS else MOST_TOKENS,)
+        cuda, most = runner.kv.device.type == "cuda", min(runner.most_tokens, MOST_TOKENS)
         with torch.inference_mode(False):
             self.passing_TD = torch.empty(
-                *shape, runner.config.hidden_size, dtype=runner.dtype, device="cpu", pin_memory=cuda
+                most, runner.config.hidden_size, dtype=runner.dtype, device="cpu", pin_memory=cuda
             )
             """Where residuals come to from the device, page-locked."""
         self.passes = 0
@@ -60,7 +63,15 @@ class HostSide:
         """What computes a pass's host layers; None: they are to be streamed."""
         count = sum(len(ids) for _, ids in entries)
         chunks = max(len(section.batch.chunks) for section in sections)
-        if count > min(self.most_tokens, len(self.passing_TD)) or chunks > 1:
+        fits = count <= len(self.passing_TD) and chunks == 1
+        self._learn()
+        there = fits and self.choice.there(count)
+        # The first of its kind finds other layers in the slots.
+        follows = self._last is not None and self._last[1] == there
+        self._last = count, there
+        self._listens = False
+        self._wants = follows and fits and self.choice.wants(count, there=there)
+        if not there:
             return None
         batch = pack(entries, count, CPU, None, drafts)
         (chunk,) = batch.chunks
@@ -76,6 +87,23 @@ class HostSide:
         ]
         self.passes += 1
         return HostPass(self, chunk, look, places)
+
+    def end(self) -> None:
+        """The pass has ended."""
+        self.check.end()
+        self._listens = self._wants
+
+    def _learn(self) -> None:
+        """How long the last pass took, which is over by now."""
+        report = self._streamer.last_pass if self._listens and self._last is not None else None
+        if report is None or self._last is None:
+            return
+        tokens, there = self._last
+        if ("host" in report.steps) != there:
+            return  # of a pass that nobody asked this about
+        self.choice.hear(tokens, report.seconds, there=there)
+        if there and (copy := report.steps.get("copy")) is not None and copy.bytes:
+            self.choice.hear_link(copy.busy_seconds * self._total / copy.bytes)
 
 
 @dataclass(slots=True)
@@ -96,5 +124,4 @@ def run_pass(runner: Runner, x_ND: torch.Tensor, step: Any, host: HostPass | Non
         return residuals
 
     runner.streamer.run_pass(Residuals(x_ND), work, on_host=host is not None)
-    if host is not None:
-        runner.host.check.end()
+    runner.host.end()
