@@ -11,17 +11,13 @@ import pytest
 import torch
 from checkpoints import tiny_checkpoint
 from fake_device import FakeDevice
-from probing import KIB, TINY
+from probing import KIB, TINY, limits_with
 from support import open_checkpoint
 
 from layer_streamer import ConfigError
-from layer_streamer.machine.identity import this_machine
 from layer_streamer.machine.limits import (
-    DeviceLimits,
-    MachineLimits,
     MachinePart,
     ProductRate,
-    SizeRate,
     decode,
     encode,
 )
@@ -53,12 +49,6 @@ def test_an_error_of_a_product_ends_the_copies_too(monkeypatch: pytest.MonkeyPat
     assert not [t for t in threading.enumerate() if t.name.startswith("layer-streamer")]
     device.drain()
     assert not device._pinned
-
-
-def limits_with(products: tuple[ProductRate, ...], copy: float = 50e9) -> MachineLimits:
-    copies = (SizeRate(1 << 20, copy),)
-    device = DeviceLimits("cpu", True, copies, 8e9, 50e9, products)
-    return MachineLimits(MachinePart(this_machine(), "", False, (), (device,), None), None)
 
 
 def test_the_record_and_the_table_have_products() -> None:
