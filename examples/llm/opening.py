@@ -269,8 +269,7 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
     try:
         on_copy = kv.host.prefetch if kv.host is not None else None
         streamer = LayerStreamer.from_checkpoint(model.manifest, on_copy=on_copy, **plan.options)
-        if kv.host is not None:
-            kv.host.allocate(streamer.plan.placement.device_slots[0].count)
+        kv.allocate([slots.count for slots in streamer.plan.placement.device_slots])
         captured = needs.captured_rows_streamed if plan.captures_layers else 0
         captured = needs.captured_rows if plan.captures else captured
         chunking = Chunking(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..models.config import ModelConfig
 from .host import HostTier, TokenShape
+from .host_tiers import HostTiers
 from .int8 import round_to_int8
 from .moves import Move, moved_places
 from .rows import Row, Rows, Span, make_spans
@@ -43,11 +44,13 @@ class KVCache:
         self,
         config: ModelConfig,
         layout: KVLayout,
-        device: torch.device,
-        transfers: Transfers | None = None,
+        device: torch.device | Sequence[torch.device],
+        transfers: Sequence[Transfers] | None = None,
     ) -> None:
-        """``transfers``: the device's, unless a test brings its own."""
-        self.device, self.layout = device, layout
+        """``device``: one, or several, of which layer i is computed by that at i modulo their
+        number. ``transfers``: theirs, unless a test brings its own."""
+        devices = (device,) if isinstance(device, torch.device) else tuple(device)
+        self.devices, self.device, self.layout = devices, devices[0], layout
         spans = make_spans(config.windows, layout.tokens, layout.max_rows)
         self.rows = Rows(spans, layout.max_rows)
         by_window = {span.window: span for span in self.rows.spans}
@@ -58,21 +61,38 @@ class KVCache:
             self._memory = {
                 i: token.view(
                     torch.empty(
-                        self._spans[i].places * token.nbytes, dtype=torch.uint8, device=device
+                        self._spans[i].places * token.nbytes,
+                        dtype=torch.uint8,
+                        device=devices[i % len(devices)],
                     )
                 )
                 for i in here
             }
-        self.host: HostTier | None = None
+        self.host: HostTier | HostTiers | None = None
         if len(here) < config.num_layers:
             away = {i: self._spans[i] for i in sorted(set(layout.host_layers))}
-            transfers = open_transfers(device) if transfers is None else transfers
-            self.host = HostTier(away, token, device, transfers, int8=layout.int8)
+
+            def make(number: int, own: Mapping[int, Span]) -> HostTier:
+                where = devices[number]
+                own_transfers = open_transfers(where) if transfers is None else transfers[number]
+                return HostTier(own, token, where, own_transfers, int8=layout.int8)
+
+            several = len(devices) > 1
+            self.host = HostTiers(away, len(devices), make) if several else make(0, away)
         self._batch: tuple[tuple[Row, int], ...] = ()
 
     def span(self, layer_idx: int) -> Span:
         """Which places the layer's rows have."""
         return self._spans[layer_idx]
+
+    def allocate(self, num_slots: Sequence[int]) -> None:
+        """Make the slots through which layers in host memory pass, before the first pass: by
+        device, as many as the streamer has there, or more."""
+        if isinstance(self.host, HostTiers):
+            for number, tier in self.host.by_device.items():
+                tier.allocate(num_slots[number])
+        elif self.host is not None:
+            self.host.allocate(num_slots[0])
 
     def begin(self, batch: Sequence[tuple[Row, int]]) -> None:
         """Before a pass that appends so many tokens to each of these rows."""
@@ -132,11 +152,13 @@ class KVCache:
         if not moves:
             return
         for span in self.rows.spans:
-            origins, goals = (
-                torch.tensor(places, device=self.device) for places in moved_places(moves, span)
-            )
+            places, there = moved_places(moves, span), dict[torch.device, list[torch.Tensor]]()
             for layer_idx, memory in self._memory.items():
                 if self._spans[layer_idx] is span:
+                    if memory.device not in there:
+                        sent = [torch.tensor(some, device=memory.device) for some in places]
+                        there[memory.device] = sent
+                    origins, goals = there[memory.device]
                     memory[goals] = memory[origins]
         if self.host is not None:
             self.host.move(moves)

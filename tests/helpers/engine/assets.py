@@ -103,6 +103,7 @@ def open_runner(
     computed: Sequence[int] = (),
     int8: bool = False,
     chunking: Chunking | None = None,
+    transfers: Any = None,
     **options: Any,
 ) -> Iterator[Runner]:
     """A runner over a checkpoint; ``config`` is the engine's or a transformers one. Keys and values
@@ -111,7 +112,8 @@ def open_runner(
         config = model_config(config)
     names = weight_names(read_manifest(path), config)
     options = {"device": "cpu", "host_layers": computed} | options
-    device = torch.device(options["device"])
+    named = options["device"]
+    devices = [torch.device(name) for name in ([named] if isinstance(named, str) else named)]
     layout = KVLayout(
         tokens=tokens,
         max_rows=max_rows,
@@ -119,15 +121,14 @@ def open_runner(
         host_layers=sorted({*host_layers, *computed}),
         int8=int8,
     )
-    kv = KVCache(config, layout, device)
+    kv = KVCache(config, layout, devices, transfers)
     on_copy = kv.host.prefetch if kv.host is not None else None
     runner = None
     try:
         with LayerStreamer.from_checkpoint(
             path, dtype=dtype, tail=[names.head], on_copy=on_copy, **options
         ) as streamer:
-            if kv.host is not None:
-                kv.host.allocate(streamer.plan.placement.device_slots[0].count)
+            kv.allocate([slots.count for slots in streamer.plan.placement.device_slots])
             runner = Runner(streamer, config, names, kv, dtype=dtype, chunking=chunking)
             if streamer.plan.host_layers:
                 runner.host = HostSide(runner, streamer)
