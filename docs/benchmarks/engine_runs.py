@@ -214,13 +214,15 @@ class ComputeAlone:
         memory = torch.zeros(shape, dtype=torch.bfloat16, device=device)
         batch = pack([(row, [1] * new) for row in rows], self._engine.plan.chunk, device)
         layer = self._engine.model.manifest.layers[0]
-        weights = StepWeights(self._weights, layer, self._engine.model.names, runner._unpacker)
+        weights = StepWeights(
+            self._weights, layer, self._engine.model.names, runner.sides[0].unpacker
+        )
         if self._plain:
             weights = PlainWeights(weights)
         # Zeros, and rows that are all alike, would need less power, and let the GPU clock higher.
-        stream = runner._stream_ND[: len(batch.ids)].normal_()
+        stream = runner.sides[0].residuals_ND[: len(batch.ids)].normal_()
         attentions = [runner.attention(chunk) for chunk in batch.chunks]
-        tables = [runner.rotation(chunk, 0) for chunk in batch.chunks]
+        tables = [runner.sides[0].rotation(chunk, 0) for chunk in batch.chunks]
 
         def one_layer() -> None:
             for chunk, attention, table in zip(batch.chunks, attentions, tables, strict=True):

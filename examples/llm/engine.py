@@ -16,7 +16,8 @@ from .constraints.vocabulary import Vocabulary
 from .drafts.opening import Wanted
 from .errors import TELLING, one_line_errors
 from .expert_record import ExpertRecord
-from .memory.plan import MemoryPlan
+from .memory.memory_plan import MemoryPlan
+from .memory.placing import Named
 from .memory.wishes import Wishes
 from .models.config import id_set
 from .models.rope_config import rotated_alike
@@ -45,13 +46,14 @@ class StreamingEngine:
     ``model_path`` is a safetensors directory, a GGUF file, or a repository on the Hugging Face hub,
     which is downloaded (:mod:`.hub`). Options:
 
+    * ``device``: a torch device, or several GPUs, of which each streams every so manieth layer.
     * ``max_length``: most tokens of a row, prompt and text (4096, or the model's context if less).
     * ``kv``: "device" and "host" say where keys and values live; "auto": on the device while
       its budget lasts. ``kv_int8``: those in host memory in eight bits.
     * ``kv_tokens``: tokens of all rows together (``max_length``); ``max_batch``: rows at a time.
     * ``prefill_chunk``: tokens that go through a layer at a time (2048; less if memory is short).
-    * ``device_budget``, ``host_budget``: of streamer and engine together; on a CPU, unless a pool
-      or a read mode is named, what free memory holds stays where it lies.
+    * ``device_budget`` (of each device), ``host_budget``: of streamer and engine together; on a
+      CPU, unless a pool or a read mode is named, what free memory holds stays where it lies.
     * ``lookup``, ``draft``: a pass also looks at tokens that may follow, and may give several; the
       text is the same. They followed the same words before in this engine (``lookup``), or are
       those of a small model with the same tokenizer, or ("self") of the model in four bits.
@@ -70,7 +72,7 @@ class StreamingEngine:
         model_path: str | Path | Model,
         *,
         max_length: int | None = None,
-        device: str | torch.device | None = None,
+        device: Named | Sequence[Named] | None = None,
         dtype: torch.dtype | None = None,
         device_budget: int | str | None = None,
         host_budget: int | str | None = None,

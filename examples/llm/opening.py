@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -21,8 +21,9 @@ from .kernels.triton_support import triton_serves
 from .kv.blocks import BLOCK, round_up
 from .kv.cache import KVCache, KVLayout
 from .memory.footprint import Footprint, Needs
-from .memory.placing import choose_device, choose_dtype
-from .memory.plan import MemoryPlan, Planner
+from .memory.memory_plan import MemoryPlan
+from .memory.placing import Named, choose_devices, choose_dtype, devices_of
+from .memory.plan import Planner
 from .memory.wishes import Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory, refuse_by_config
 from .models.config import ModelConfig
@@ -179,7 +180,7 @@ def plan_memory(
     """Where everything will be, of an engine that computes in ``dtype``, beside what drafts for it;
     ValueError with the least budget that would do."""
     at_least_one("prefill_chunk", wishes.prefill_chunk)
-    device: torch.device = wishes.options["device"]
+    device, *others = devices_of(wishes.options)
     if limits.reproducible:
         problem = obstacle(device, model.config, limits.length(model.config))
         if problem is not None:
@@ -190,9 +191,10 @@ def plan_memory(
     scratch = Unpacker(memory, dtype, model.names.widest(dtype), kernels=kernels)
     names = model.names
     on_demand = wishes.options.get("experts") == "demand"
+    captures = not limits.reproducible and not others
     most, streamed = (
         min(captured_rows(device, model.config, n, on_demand=on_demand), limits.max_batch)
-        if not limits.reproducible
+        if captures
         else 0
         for n in (MOST_ROWS, MOST_ROWS_STREAMED)
     )
@@ -231,18 +233,22 @@ def _loaded_nbytes(spec: TensorSpec, dtype: torch.dtype | None) -> int:
 
 def place(
     model: Model,
-    device: str | torch.device | None,
+    device: Named | Sequence[Named] | None,
     dtype: torch.dtype | None,
     options: Mapping[str, Any],
     *,
     loads_head: bool = False,
 ) -> tuple[dict[str, Any], torch.dtype]:
     """The streamer's options with what the engine needs, and the dtype that it computes in.
-    ``loads_head``: the output head stays on the device."""
-    chosen = choose_device(device)
+    ``loads_head``: the output head stays on the device. ValueError for more devices than layers."""
+    chosen = choose_devices(device)
+    layers = model.config.num_layers
+    if len(chosen) > layers:
+        raise ValueError(f"device: {len(chosen)} of them for {layers} layers: name no more of them")
     dtype = choose_dtype(chosen, dtype)
     streamed = None if model.names.as_stored else dtype
-    own = {"device": chosen, "dtype": streamed, "tail": [] if loads_head else [model.names.head]}
+    where = chosen[0] if len(chosen) == 1 else list(chosen)
+    own = {"device": where, "dtype": streamed, "tail": [] if loads_head else [model.names.head]}
     for name in options:
         if name == "layer_pattern":
             raise ValueError("layer_pattern: belongs to Model.read, which finds the layers")
@@ -253,7 +259,8 @@ def place(
 
 def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
     """Allocate the cache, open the streamer; after an error nothing is left."""
-    device = plan.options["device"]
+    devices = devices_of(plan.options)
+    device = devices[0]
     if device.type == "cpu":
         leave_a_core()
         prepare(kind for kind, _ in model.names.widest(needs.dtype).kinds)
@@ -264,7 +271,7 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
         host_layers=plan.host_layers,
         int8=needs.int8,
     )
-    kv = KVCache(model.config, layout, device)
+    kv = KVCache(model.config, layout, devices)
     streamer = None
     try:
         on_copy = kv.host.prefetch if kv.host is not None else None

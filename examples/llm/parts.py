@@ -16,7 +16,7 @@ from .drafts.drafting import MOST_DRAFTED, Drafting
 from .drafts.opening import DraftPlan, Wanted, open_drafting, plan_draft
 from .errors import one_line_errors
 from .memory.footprint import Needs
-from .memory.plan import MemoryPlan
+from .memory.memory_plan import MemoryPlan
 from .memory.wishes import Wishes
 from .opening import Limits, Model, open_runner, place, plan_memory
 from .passes.runner import Runner

@@ -11,7 +11,7 @@ import torch
 from layer_streamer import parse_bytes, plan_checkpoint
 
 from ..kv.host import TokenShape
-from ..memory.placing import choose_device, choose_dtype
+from ..memory.placing import choose_devices, choose_dtype
 from ..models.config import ModelConfig
 from ..opening import Limits, Model
 
@@ -49,10 +49,10 @@ def room_for(
 def many_rows(model: Model, options: Mapping[str, Any]) -> dict[str, int]:
     """``max_batch`` and ``kv_tokens`` for an engine with these options: many rows, if the memory
     that is free or granted has room for them. ValueError for an option that makes no sense."""
-    device = choose_device(options.get("device"))
-    dtype = choose_dtype(device, options.get("dtype"))
-    machine = plan_checkpoint(model.manifest, device=device).machine
-    free = machine.host_available if machine.unified else machine.device_free[0]
+    devices = choose_devices(options.get("device"))
+    dtype = choose_dtype(devices, options.get("dtype"))
+    machine = plan_checkpoint(model.manifest, device=list(devices)).machine
+    free = machine.host_available if machine.unified else min(machine.device_free)
     for name in ("device_budget", *(["host_budget"] if machine.unified else [])):
         if (budget := options.get(name)) not in (None, "auto"):
             free = min(free, parse_bytes(name, budget))

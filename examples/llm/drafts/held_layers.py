@@ -46,9 +46,9 @@ class HeldLayers:
         """Nobody brings experts here."""
         raise NotImplementedError
 
-    def load_static(self, name: str) -> torch.Tensor:
+    def load_static(self, name: str, device: torch.device | None = None) -> torch.Tensor:
         """The same tensor as that of the layers behind."""
-        return self._behind.load_static(name)
+        return self._behind.load_static(name, device)
 
     def host_tensor(self, name: str) -> torch.Tensor:
         """Likewise."""

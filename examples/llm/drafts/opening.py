@@ -15,7 +15,8 @@ from layer_streamer import LayerStreamer
 from ..kernels.triton_support import triton_serves
 from ..kv.rows import Row
 from ..memory.footprint import Footprint, Needs
-from ..memory.plan import MemoryPlan
+from ..memory.memory_plan import MemoryPlan
+from ..memory.placing import devices_of
 from ..memory.wishes import Wishes
 from ..opening import Limits, Model, open_runner, place, plan_memory
 from ..passes.chunking import Chunking
@@ -140,6 +141,8 @@ def plan_draft(
     if wanted.own_weights:
         if wishes.options.get("host_layers"):
             raise ValueError("draft='self': does not go with host_layers")
+        if len(devices_of(wishes.options)) > 1:
+            raise ValueError("draft='self': goes with one device: name a smaller model")
         return _plan_self(target, limits, wishes, dtype)
     if wanted.model is not None:
         return _plan_model(wanted.model, target, limits, wishes, dtype)
@@ -200,7 +203,7 @@ def _plan_model(
     length = min(limits.length(target.config), model.config.max_positions)
     own = replace(limits, max_length=length, kv_tokens=limits.tokens(target.config))
     own = replace(own, drafted=0, reproducible=False)  # a draft is right or wrong, to no bit
-    options, dtype = place(model, wishes.options["device"], dtype, {})
+    options, dtype = place(model, devices_of(wishes.options)[0], dtype, {})
     asked = Wishes(kv="device", prefill_chunk=PROMPT_CHUNK, options=options)
     plan, needs = plan_memory(model, own, asked, dtype)
     named = wishes.device_budget is not None or wishes.host_budget is not None

@@ -7,15 +7,15 @@ while the budget lasts; what is left is the streamer's, for layers that stay the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from layer_streamer import Manifest, Plan, format_bytes, parse_bytes, plan_checkpoint
 
 from .footprint import Footprint
-from .plan_table import table
+from .memory_plan import MemoryPlan
 from .wishes import Wishes, device_budget_of, host_budget_of, names_budget, usable
 
 CHUNKS = (2048, 1024, 512, 256)
@@ -25,54 +25,6 @@ NUM_DEVICE_SLOTS = (2, 1)
 LAUNCHED_NBYTES = 128 << 20
 """What a fast link (PCIe 5) brings while Python launches a layer's kernels: if more has to be moved
 for each layer, launches are hidden."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryPlan:
-    """Where everything is, and the bytes that it takes. ``str()`` of it is a table of all parts."""
-
-    kv_tokens: int
-    chunk: int
-    """Tokens that go through a layer at a time."""
-    host_layers: tuple[int, ...]
-    """Layers whose keys and values are in host memory."""
-    num_layers: int
-    device: Mapping[str, int]
-    """By part, bytes; "layers" is the least that the streamer needs."""
-    host: Mapping[str, int]
-    device_budget: int | None
-    """For all of ``device``; None: as needed."""
-    host_budget: int | None
-    named: bool
-    """``device_budget`` is one that somebody asked for."""
-    num_slots: int
-    """Device slots of the streamer, and of the keys and values that travel."""
-    options: Mapping[str, Any]
-    """What the streamer is to be opened with."""
-    streamer: Plan
-    """What the streamer then does with its part, as far as that is known before it is opened."""
-
-    @property
-    def device_nbytes(self) -> int:
-        return sum(self.device.values())
-
-    @property
-    def captures(self) -> bool:
-        """True: nothing streams, and passes that decode are captured in CUDA graphs."""
-        return "captured passes" in self.device
-
-    @property
-    def captures_layers(self) -> bool:
-        """True: something streams, and what layers compute in passes that decode is captured."""
-        return "captured layers" in self.device
-
-    @property
-    def reserve_nbytes(self) -> int:
-        """The engine's part of the device's memory."""
-        return self.device_nbytes - self.device["layers"]
-
-    def __str__(self) -> str:
-        return table(self)
 
 
 class Planner:
@@ -111,10 +63,14 @@ class Planner:
             key=lambda plan: plan.device_nbytes,
         )
         named = "device_budget" if self._wishes.device_budget is not None else "free memory"
-        parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in least.device.items() if n)
+        most = max(least.devices, key=lambda parts: sum(parts.values()))
+        where = "the device"
+        if least.others:
+            where = self._machine.devices[least.devices.index(most)]
+        parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in most.items() if n)
         raise ValueError(
             f"{named} {format_bytes(budget or 0)}: at least {least.device_nbytes} bytes "
-            f"({format_bytes(least.device_nbytes)}) are needed on the device ({parts}); "
+            f"({format_bytes(least.device_nbytes)}) are needed on {where} ({parts}); "
             "grant more, or lower max_length, kv_tokens or prefill_chunk"
         )
 
@@ -162,26 +118,17 @@ class Planner:
         preview = self._preview(**options)
         placement = preview.placement
         spilled = tuple(sorted({*spilled, *preview.host_layers}))  # these are where they are used
-        num_slots = placement.device_slots[0].count
-        layers = range(footprint.config.num_layers)
-        kept = sum(footprint.layer_on_device(i) for i in layers if i not in spilled)
+        first, *others = (
+            self._on_device(number, chunk, spilled, preview)
+            for number in range(len(self._machine.devices))
+        )
         return MemoryPlan(
             kv_tokens=footprint.needs.kv_tokens,
             chunk=chunk,
             host_layers=spilled,
-            num_layers=len(layers),
-            device={
-                "layers": placement.device_bytes[0] + preview.expert_bytes,
-                "keys and values": kept,
-                "their slots": footprint.staging(spilled, num_slots),
-                "residual stream": footprint.residual(),
-                "static tensors": footprint.needs.static_nbytes,
-                "scratch": footprint.needs.packed_nbytes,
-                "temporaries": footprint.temporaries(chunk),
-                "logits": footprint.logits(),
-                "draft": footprint.needs.draft_nbytes,
-                "reserved": parse_bytes("reserve_bytes", self._wishes.reserve_bytes),
-            },
+            num_layers=footprint.config.num_layers,
+            device=first,
+            others=tuple(others),
             host={
                 "layers": placement.host_bytes,
                 "keys and values": sum(footprint.layer_on_host(i) for i in spilled),
@@ -190,10 +137,35 @@ class Planner:
             device_budget=None,
             host_budget=None,
             named=names_budget(self._wishes, preview),
-            num_slots=num_slots,
             options=options,
             streamer=preview,
         )
+
+    def _on_device(
+        self, number: int, chunk: int, spilled: tuple[int, ...], preview: Plan
+    ) -> dict[str, int]:
+        """The parts of one device, whose layers are every so manieth one. What is asked of a draft,
+        and experts that come on demand, are on the first."""
+        footprint, placement, count = (
+            self._footprint,
+            preview.placement,
+            len(preview.machine.devices),
+        )
+        own = range(number, footprint.config.num_layers, count)
+        away = [i for i in own if i in spilled]
+        is_first = number == 0
+        return {
+            "layers": placement.device_bytes[number] + preview.expert_bytes * is_first,
+            "keys and values": sum(footprint.layer_on_device(i) for i in own if i not in spilled),
+            "their slots": footprint.staging(away, placement.device_slots[number].count),
+            "residual stream": footprint.residual(),
+            "static tensors": footprint.needs.static_nbytes,
+            "scratch": footprint.needs.packed_nbytes,
+            "temporaries": footprint.temporaries(chunk),
+            "logits": footprint.logits(),
+            "draft": footprint.needs.draft_nbytes * is_first,
+            "reserved": parse_bytes("reserve_bytes", self._wishes.reserve_bytes),
+        }
 
     def _with_host(self, plan: MemoryPlan) -> MemoryPlan:
         """The plan with the streamer's budgets, if host memory has room for its part."""
@@ -242,7 +214,8 @@ class Planner:
         moved = sum(size.copy_nbytes for size, tier in sizes if tier != "device")
         streams = plan.host_layers or not self._stays(preview)
         # Beside layers that the host computes, the device waits for each launch.
-        hidden = moved > plan.num_layers * LAUNCHED_NBYTES and not preview.host_layers
+        link = moved / len(plan.devices)
+        hidden = link > plan.num_layers * LAUNCHED_NBYTES and not preview.host_layers
         worth = streams and not hidden
         return replace(larger, options=plan.options) if worth else plan
 
@@ -253,9 +226,10 @@ class Planner:
         return not short and set(preview.tiers) == {"device"}
 
     def _larger(self, plan: MemoryPlan, part: str, nbytes: int) -> MemoryPlan | None:
-        """The plan with one part more, and the streamer's budget without it; None: it takes none,
-        or there is no room for it."""
-        larger = replace(plan, device={**plan.device, part: nbytes})
+        """The plan with one part more on each device, and the streamer's budget without it; None:
+        it takes none, or there is no room for it."""
+        more = [{**parts, part: nbytes} for parts in plan.devices]
+        larger = replace(plan, device=more[0], others=tuple(more[1:]))
         assert plan.device_budget is not None
         if not nbytes or larger.device_nbytes > plan.device_budget:
             return None
@@ -270,7 +244,7 @@ class Planner:
             options["device_budget"] = plan.device_budget - plan.reserve_nbytes
         else:
             options["device_budget"] = plan.device_budget
-            options["reserve_bytes"] = plan.reserve_nbytes
+            options["reserve_bytes"] = list(plan.reserves) if plan.others else plan.reserve_nbytes
 
     def _mapping_fits(self, plan: MemoryPlan) -> bool:
         return sum(plan.host.values()) <= usable(self._machine.host_available)

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING
 from layer_streamer import format_bytes
 
 if TYPE_CHECKING:
-    from .plan import MemoryPlan
+    from .memory_plan import MemoryPlan
 
 RESIDENT, SLOTS, EXPERTS, SPARE = "resident layers", "slots", "slots of experts", "spare"
 
 
-def device_parts(plan: MemoryPlan) -> dict[str, int]:
-    """By part, bytes of the device's memory; with a budget, they sum up to it."""
-    taken = plan.streamer.placement.device_bytes[0]
-    sizes = zip(plan.streamer.sizes, plan.streamer.tiers, strict=True)
-    resident = sum(size.device_nbytes for size, tier in sizes if tier == "device")
-    own = {name: nbytes for name, nbytes in plan.device.items() if name != "layers"}
-    parts = {RESIDENT: resident, SLOTS: taken - resident, EXPERTS: plan.streamer.expert_bytes}
+def device_parts(plan: MemoryPlan, number: int = 0) -> dict[str, int]:
+    """By part, bytes of a device's memory; with a budget, they sum up to it."""
+    streamer, own = plan.streamer, dict(plan.devices[number])
+    del own["layers"]
+    taken = streamer.placement.device_bytes[number]
+    steps = range(number, len(streamer.tiers), len(plan.devices))
+    resident = sum(streamer.sizes[i].device_nbytes for i in steps if streamer.tiers[i] == "device")
+    parts = {RESIDENT: resident, SLOTS: taken - resident}
+    parts[EXPERTS] = streamer.expert_bytes if number == 0 else 0
     return _with_spare(parts | own, plan.device_budget)
 
 
@@ -40,18 +42,20 @@ def _with_spare(parts: dict[str, int], budget: int | None) -> dict[str, int]:
 def table(plan: MemoryPlan) -> str:
     """A line for each part of each memory, with what it holds."""
     streamer = plan.streamer
-    lines = _of_memory(
-        f"device {streamer.machine.devices[0]}",
-        device_parts(plan),
-        _limit(plan.device_budget, named=plan.named),
-        _explained(plan, "device"),
-    )
+    lines = list[str]()
+    for number, device in enumerate(streamer.machine.devices):
+        lines += _of_memory(
+            f"device {device}",
+            device_parts(plan, number),
+            _limit(plan.device_budget, named=plan.named),
+            _explained(plan, "device", number),
+        )
     if not streamer.machine.unified:
         lines += _of_memory(
             "host",
             host_parts(plan),
             _limit(plan.host_budget, named=True),
-            _explained(plan, "host"),
+            _explained(plan, "host", 0),
         )
     streamed = sum(tier != "device" for tier in streamer.tiers[: plan.num_layers])
     moved = sum(
@@ -86,19 +90,22 @@ def _of_memory(
     return lines if len(lines) > 1 else [f"{lines[0]} (nothing)"]
 
 
-def _explained(plan: MemoryPlan, place: str) -> dict[str, str]:
-    """What is said beside the parts of the device ("device") or of host memory ("host")."""
-    tiers, total = plan.streamer.tiers, plan.num_layers
-    here = sum(tier == place for tier in tiers[:total])
-    head = tiers[total:]
-    resident = f"{here} of {total} layers"
+def _explained(plan: MemoryPlan, place: str, number: int) -> dict[str, str]:
+    """What is said beside the parts of a device ("device") or of host memory ("host")."""
+    count, total = len(plan.devices), plan.num_layers
+    steps = range(len(plan.streamer.tiers))
+    steps = steps[number::count] if place == "device" else steps
+    tiers, layers = plan.streamer.tiers, [i for i in steps if i < total]
+    here = sum(tiers[i] == place for i in layers)
+    head = [tiers[i] for i in steps if i >= total]
+    resident = f"{here} of {len(layers)} layers"
     if head and all(tier == place for tier in head):
         resident += ", output head"
     if place == "host" and plan.streamer.read_mode == "mapped":
         resident += ", mapped: the page cache itself"
-    spilled = len(plan.host_layers)
-    kept = total - spilled if place == "device" else spilled
-    slots = plan.streamer.placement.device_slots[0].count
+    spilled = sum(i in plan.host_layers for i in layers)
+    kept = len(layers) - spilled if place == "device" else spilled
+    slots = plan.streamer.placement.device_slots[number].count
     return {
         RESIDENT: resident,
         SLOTS: f"{slots} layers in use or on their way" if place == "device" else "reads",

@@ -35,11 +35,11 @@ class Wishes:
 
 
 def device_budget_of(wishes: Wishes, seen: Plan) -> int | None:
-    """Bytes that streamer and engine may use together; None: no limit, on a CPU where it has been
-    said which way layers go."""
+    """Bytes that streamer and engine may use together, of each device; None: no limit, on a CPU
+    where it has been said which way layers go."""
     machine = seen.machine
     if not machine.unified:
-        free, wish = machine.device_free[0], wishes.device_budget
+        free, wish = min(machine.device_free), wishes.device_budget
         return usable(free) if wish in (None, "auto") else parse_bytes("device_budget", wish)
     named = ("device_budget", wishes.device_budget), ("host_budget", wishes.host_budget)
     given = [_bytes_of(name, wish, seen) for name, wish in named if wish is not None]

@@ -108,14 +108,15 @@ class HostSide:
 
 @dataclass(slots=True)
 class Residuals:
-    """What goes from layer to layer: no tensor to the streamer, which would move it."""
+    """What goes from layer to layer: no tensor to the streamer, which would move it to memory of
+    its own."""
 
     x_ND: torch.Tensor
 
 
 def run_pass(runner: Runner, x_ND: torch.Tensor, step: Any, host: HostPass | None) -> None:
     """A pass of the runner's streamer."""
-    if runner.host is None:
+    if runner.host is None and len(runner.sides) == 1:
         runner.streamer.run_pass(x_ND, step)
         return
 
@@ -124,4 +125,5 @@ def run_pass(runner: Runner, x_ND: torch.Tensor, step: Any, host: HostPass | Non
         return residuals
 
     runner.streamer.run_pass(Residuals(x_ND), work, on_host=host is not None)
-    runner.host.end()
+    if runner.host is not None:
+        runner.host.end()

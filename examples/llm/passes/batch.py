@@ -6,7 +6,7 @@ Nothing is padded: norms and matrices see packed tokens, and only attention know
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -56,6 +56,18 @@ class Chunk:
     def count(self) -> int:
         return len(self.positions)
 
+    def on(self, device: torch.device) -> Chunk:
+        """The same for another device."""
+        pieces = list(self.pieces)
+        for i, piece in enumerate(pieces):
+            if piece.branches is not None:
+                there = Branches(piece.branches.first, piece.branches.tree, device)
+                pieces[i] = replace(piece, branches=there)
+        positions, lengths = (
+            some.to(device, non_blocking=True) for some in (self.positions, self.lengths)
+        )
+        return Chunk(self.first, tuple(pieces), positions, lengths)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
@@ -69,6 +81,13 @@ class Batch:
     last: torch.Tensor
     """(W,): where the last tokens of each row are of which logits are wanted, packed as the rows
     are, on the device."""
+
+    def on(self, device: torch.device) -> Batch:
+        """The same for another device, whose layers compute it, too."""
+        if self.last.device == device:
+            return self
+        chunks = tuple(chunk.on(device) for chunk in self.chunks)
+        return replace(self, chunks=chunks, last=self.last.to(device, non_blocking=True))
 
 
 def pack(

@@ -65,7 +65,7 @@ class _Pooling:
         ) -> torch.Tensor:
             result = step(x_ND, tensors, layer_idx)
             if layer_idx == self._runner.config.num_layers - 1:
-                self.found = [self._pool(x_ND[first:end]) for first, end in self._parts]
+                self.found = [self._pool(result[first:end]) for first, end in self._parts]
             return result
 
         return looked_at

@@ -9,17 +9,13 @@ from typing import Any
 import torch
 
 from ..drafts.tree import Tree
-from ..kernels.triton_support import triton_serves
 from ..kv.cache import KVCache
 from ..models.config import ModelConfig
 from ..models.mixing import goes_by_token
 from ..models.names import WeightNames
-from ..models.rope import Rotary
+from ..on_device.side import DeviceSide
 from ..on_host.host_pass import HostPass
 from ..on_host.side import HostSide, run_pass
-from ..weights.dequant import Unpacker
-from ..weights.scale_check import ScaleCheck
-from ..weights.weights import StepWeights, norm_weight
 from .attention import fast_kernels
 from .batch import Batch, Chunk, Entry, pack
 from .chunking import Chunking
@@ -28,7 +24,7 @@ from .embedding import Embedding
 from .layers import Layers
 from .runner_step import RunnerStep
 from .section import Section
-from .ways import Attention, fastest, reproducible
+from .ways import Attention
 
 Step = Callable[[torch.Tensor, Mapping[str, torch.Tensor], int], torch.Tensor]
 """What the streamer calls for each layer of a pass."""
@@ -41,9 +37,10 @@ class Runner:
     ``tail=[names.head]`` the output head is streamed in pieces, else it is loaded. If ``kv`` has
     layers in host memory, it needs ``on_copy=kv.host.prefetch``.
 
-    Memory on the device: one residual stream for as many tokens as ``kv`` holds, which each layer
-    updates in place, and the temporaries of one chunk. With ``decoder``, that of captured passes:
-    where nothing streams, these are none of the streamer, whose ``last_pass`` knows none of them.
+    Memory on each device: one residual stream for as many tokens as ``kv`` holds, which its layers
+    update in place, and the temporaries of one chunk. Tokens are embedded on the first. With
+    ``decoder``, that of captured passes: where nothing streams, these are none of the streamer,
+    whose ``last_pass`` knows none of them.
     """
 
     def __init__(
@@ -59,39 +56,28 @@ class Runner:
         self.streamer, self.config, self.kv = streamer, config, kv
         self.dtype, self.names = dtype, names
         self._chunking = chunking if chunking is not None else Chunking()
-        manifest, device, self._specs = streamer.manifest, streamer.device, streamer.manifest.static
-        self.head_is_loaded = streamer.num_steps == manifest.num_layers
-        loaded = [*names.head_parts, *([names.head] if self.head_is_loaded else [])]
-        self._head_parts = {name: streamer.load_static(name) for name in loaded}
+        self.head_is_loaded = streamer.num_steps == streamer.manifest.num_layers
         self._led: dict[int, bool] = {}  # by rows, whether the device brings what they ask for
         self.host: HostSide | None = None  # computes layers in host memory, where some may be
         self.on_pass: Callable[[int], object] | None = None
         """Hears of each pass, over so many tokens, once it has ended."""
-        self._check = ScaleCheck()
-        self._norm = norm_weight(streamer.load_static(names.norm).to(dtype), names)
-        factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
-        self._rotary = Rotary(config, device, factors=factors)
-        self._unpacker = Unpacker(device, dtype, names.widest(dtype), kernels=triton_serves(device))
-        self._ways = fastest(config, dtype, kv, group_rows=self._chunking.group_rows)
-        if self._chunking.reproducible:
-            interleaved = names.interleaved_rope
-            self._ways = reproducible(config, kv, self._rotary, interleaved=interleaved)
-        with torch.inference_mode(False):
-            self._stream_ND = torch.empty(
-                kv.layout.tokens, config.hidden_size, dtype=dtype, device=device
-            )
+        self.sides = [
+            DeviceSide(number, streamer, config, names, kv, self._chunking)
+            for number in range(len(streamer.devices))
+        ]
+        """By device, in whose turn layers come."""
         self.decoder = open_decoder(
             streamer,
             config,
             kv,
-            self._rotary,
+            self.sides[0].rotary,
             chunking=self._chunking,
             interleaved=names.interleaved_rope,
         )
         matrix = names.embedding_matrix
         table = matrix.packed({k: streamer.host_tensor(k) for k in matrix.keys.values()})
         chunk = min(self._chunking.tokens, kv.layout.tokens)
-        self._embedding = Embedding(table, config, self._unpacker, chunk=chunk)
+        self._embedding = Embedding(table, config, self.sides[0].unpacker, chunk=chunk)
 
     def forward(
         self,
@@ -131,12 +117,12 @@ class Runner:
     @property
     def most_tokens(self) -> int:
         """Of one pass, whatever the rows' windows hold."""
-        return len(self._stream_ND)
+        return len(self.sides[0].residuals_ND)
 
     @property
     def takes_trees(self) -> bool:
         """True: a draft may be a tree; False: a chain only."""
-        return self._ways.takes_trees
+        return self.sides[0].ways.takes_trees
 
     @property
     def captures_passes(self) -> bool:
@@ -178,7 +164,7 @@ class Runner:
         if served is None:
             served = size * experts.per_token <= self.streamer.most_on_device
             served = self._led[size] = served and all(
-                goes_by_token(self._stream_ND[:size], self.weights(tensors, i))
+                goes_by_token(self.sides[0].residuals_ND[:size], self.side(i).weights(tensors, i))
                 for i, tensors in decoder.steps
                 if self.config.mixture(i) is not None
             )
@@ -235,7 +221,8 @@ class Runner:
             step = RunnerStep(self, sections, logits, on_layer=on_layer, host=host)
             x_ND = self._begin(sections)
             run_pass(self, x_ND, around(step, last.batch, x_ND), host)
-            self._check.end()
+            for side in self.sides:
+                side.check.end()
         if decoder is not None:
             decoder.passes += sections[0].captured
             decoder.steps, decoder.ready = step.steps, True
@@ -263,7 +250,7 @@ class Runner:
         """The residual stream with each section's first chunk. Others follow one by one, so that
         the device computes while their rows are gathered."""
         last = sections[-1]
-        x_ND = self._stream_ND[: last.first + len(last.batch.ids)]
+        x_ND = self.sides[0].residuals_ND[: last.first + len(last.batch.ids)]
         for section in sections:
             self.embed(section.batch, section.batch.chunks[0], section.part(x_ND))
         return x_ND
@@ -273,28 +260,18 @@ class Runner:
         part = slice(chunk.first, chunk.first + chunk.count)
         self._embedding.put(batch.ids[part], x_ND[part])
 
-    def weights(self, tensors: Mapping[str, torch.Tensor], layer_idx: int) -> StepWeights:
-        """A layer's, over what has been handed out of it."""
-        layer, arithmetic = self.streamer.manifest.layers[layer_idx], self._ways.arithmetic
-        return StepWeights(tensors, layer, self.names, self._unpacker, self._check, arithmetic)
+    def side(self, step: int) -> DeviceSide:
+        """Of the device that a layer, or a piece of the head behind them, is handed out on."""
+        return self.sides[step % len(self.sides)]
+
+    def side_of(self, x_ND: torch.Tensor) -> DeviceSide:
+        """Where residuals, or what is made of them, are."""
+        return next(side for side in self.sides if side.device == x_ND.device)
 
     def attention(self, chunk: Chunk) -> Attention:
-        """How the rows of a chunk look back."""
-        return self._ways.attention(chunk)
-
-    def rotation(self, chunk: Chunk, layer_idx: int) -> torch.Tensor:
-        """Cosines and sines of a chunk's tokens."""
-        return self._rotary.rows(layer_idx, chunk.positions, chunk.lengths)
+        """How the rows of a chunk look back, on the first device."""
+        return self.sides[0].attention(chunk)
 
     def final_norm(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """What the head gets."""
-        return self._ways.arithmetic.rms_norm(x_ND, self._norm, self.config.norm_eps)
-
-    def head(
-        self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], first_row: int
-    ) -> torch.Tensor:
-        """Logits of the piece of the vocabulary whose rows, from this one on, a step carries."""
-        matrix = self.names.head_matrix
-        packed = matrix.packed({**self._head_parts, **tensors}, first_row=first_row)
-        self._check.see(packed, self._specs[matrix.scale_key])
-        return self._ways.arithmetic.project(x_ND, packed, self._unpacker)
+        """What the head gets of residuals, where they are."""
+        return self.side_of(x_ND).final_norm(x_ND)

@@ -11,6 +11,7 @@ import torch
 from ..models.model import Attention as Look
 from ..models.model import decoder_layer
 from ..models.rope_config import Rope
+from ..on_device.side import DeviceSide
 from ..on_host.host_pass import HostPass
 from ..weights.weights import StepWeights
 from .batch import Chunk
@@ -43,7 +44,11 @@ class RunnerStep:
         self._captured = sections[0] if len(sections) == 1 and sections[0].captured else None
         """If it is all of the pass, the head is captured, too."""
         self._host = host
-        self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
+        self._tables: dict[tuple[Rope, int, int], torch.Tensor] = {}
+        self._there: dict[int, Sequence[Section]] = {0: sections}
+        """The sections, by the number of the device that computes them."""
+        self._normed_there: dict[int, torch.Tensor] = {}
+        """What the head gets, likewise."""
         self._filled = 0
         self._widths: dict[int, int] = {}
         if self._captured is not None:
@@ -60,29 +65,30 @@ class RunnerStep:
         if layer_idx <= last_layer:
             if self._on_layer is not None:
                 self._on_layer(layer_idx)
-            self._layer(x_ND, tensors, layer_idx)
+            x_ND = self._layer(x_ND, tensors, layer_idx)
             if layer_idx == last_layer and runner.head_is_loaded:
-                self._add_logits(self._normed(x_ND), {}, layer_idx + 1)
+                self._add_logits(self._normed(x_ND, 0), {}, runner.sides[0], layer_idx + 1)
             return x_ND
-        if layer_idx == last_layer + 1:
-            x_ND = self._normed(x_ND)
-        self._add_logits(x_ND, tensors, layer_idx)
+        side = runner.side(layer_idx)
+        self._add_logits(self._normed(x_ND, side.number), tensors, side, layer_idx)
         return x_ND
 
     def _layer(
         self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int
-    ) -> None:
-        """All tokens through one layer, in place."""
+    ) -> torch.Tensor:
+        """All tokens through one layer, in place, where it is computed."""
         runner, decoder = self._runner, self._runner.decoder
         if self._host is not None and self._host.takes(layer_idx):
             self._host.compute(x_ND, tensors, layer_idx)
-            return
+            return x_ND
+        side = runner.side(layer_idx)
+        x_ND = side.take(x_ND)
         memory = runner.kv.open(layer_idx)
         addresses, mixture = (memory, *tensors.values()), None
         if decoder is not None and runner.config.mixture(layer_idx) is not None:
             mixture = decoder.mixture
-        for section in self.sections:
-            weights = runner.weights(tensors, layer_idx)
+        for section in self._on(side):
+            weights = side.weights(tensors, layer_idx)
             if section.captured and mixture is not None:
                 x_RD, launch = section.part(x_ND), self._launches(section, layer_idx, addresses)
                 (look,) = self._looks(section, weights, memory)
@@ -91,6 +97,13 @@ class RunnerStep:
                 work = partial(self._compute, section, x_ND, weights, memory)
                 self._launch(section, layer_idx, addresses, work)
         runner.kv.close_layer(layer_idx)
+        return x_ND
+
+    def _on(self, side: DeviceSide) -> Sequence[Section]:
+        """The sections as a device sees them."""
+        if side.number not in self._there:
+            self._there[side.number] = [section.on(side) for section in self.sections]
+        return self._there[side.number]
 
     def _compute(
         self, section: Section, x_ND: torch.Tensor, weights: StepWeights, memory: torch.Tensor
@@ -153,23 +166,35 @@ class RunnerStep:
         at = tuple(tensor.data_ptr() for tensor in addresses)
         return lambda part, work: decoder.launch(size, (part, layer_idx, *at), work)
 
-    def _normed(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """What the head gets of the tokens whose logits are wanted."""
-        runner, captured = self._runner, self._captured
-        if captured is not None and runner.decoder is not None:
-            normed = runner.final_norm(captured.part(x_ND))
-            return runner.decoder.normed_RD[: len(normed)].copy_(normed)
-        wanted = [section.wanted(x_ND) for section in self.sections]
-        return runner.final_norm(wanted[0] if len(wanted) == 1 else torch.cat(wanted))
+    def _normed(self, x_ND: torch.Tensor, number: int) -> torch.Tensor:
+        """What the head gets of the tokens whose logits are wanted, on a device. ``x_ND`` is what
+        the last layer has left, wherever that is."""
+        runner, captured, there = self._runner, self._captured, self._normed_there
+        if number in there:
+            return there[number]
+        side = runner.sides[number]
+        if there:
+            here = next(iter(there.values()))
+            found = here.to(side.device, non_blocking=True)
+        elif captured is not None and runner.decoder is not None:
+            normed = side.final_norm(captured.part(x_ND))
+            found = runner.decoder.normed_RD[: len(normed)].copy_(normed)
+        else:
+            left = self._on(runner.side_of(x_ND))
+            wanted = [section.wanted(x_ND) for section in left]
+            both = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
+            found = side.final_norm(both.to(side.device, non_blocking=True))
+        there[number] = found
+        return found
 
     def _add_logits(
-        self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], step: int
+        self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], side: DeviceSide, step: int
     ) -> None:
         """Those of the next piece of the vocabulary."""
         first = self._filled
 
         def work() -> None:
-            piece = self._runner.head(x_ND, tensors, first)
+            piece = side.head(x_ND, tensors, first)
             self.logits[:, first : first + piece.shape[1]] = piece
             self._widths[step] = piece.shape[1]
 
@@ -178,7 +203,8 @@ class RunnerStep:
 
     def _table(self, chunk: Chunk, layer_idx: int) -> torch.Tensor:
         """The rotation of a chunk, computed once for all layers that share it."""
-        key = (self._runner.config.rope(layer_idx), chunk.first)
+        side = self._runner.side(layer_idx)
+        key = (self._runner.config.rope(layer_idx), chunk.first, side.number)
         if key not in self._tables:
-            self._tables[key] = self._runner.rotation(chunk, layer_idx)
+            self._tables[key] = side.rotation(chunk, layer_idx)
         return self._tables[key]

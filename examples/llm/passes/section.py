@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from .batch import Batch
 from .ways import Attention
+
+if TYPE_CHECKING:
+    from ..on_device.side import DeviceSide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +28,11 @@ class Section:
     """Layers compute their chunks as a ``CapturedPart``."""
     captured: bool = False
     """What layers compute of them is captured; those behind the rows' only fill up."""
+
+    def on(self, side: DeviceSide) -> Section:
+        """As the layers of another device see it."""
+        batch = self.batch.on(side.device)
+        return replace(self, batch=batch, attentions=[side.attention(c) for c in batch.chunks])
 
     def part(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Its part of a pass's residuals."""

@@ -62,16 +62,18 @@ def fastest(config: ModelConfig, dtype: torch.dtype, kv: KVCache, *, group_rows:
     return Ways(FASTEST, lambda chunk: RowAttention(chunk, config, kv, most_together=together))
 
 
-def reproducible(config: ModelConfig, kv: KVCache, rotary: Rotary, *, interleaved: bool) -> Ways:
+def reproducible(
+    config: ModelConfig, kv: KVCache, rotary: Rotary, device: torch.device, *, interleaved: bool
+) -> Ways:
     """So that a token's result depends, to the bit, on what its row holds up to it, and on nothing
     else that shares its pass. Only where ``obstacle`` says nothing."""
-    arithmetic = Reproducible(kv.device)
-    if not triton_serves(kv.device):
+    arithmetic = Reproducible(device)
+    if not triton_serves(device):
         return Ways(
             arithmetic,
             lambda chunk: AlignedAttention(chunk, config, kv, rotary, interleaved=interleaved),
         )
-    parts = Parts.take(config, kv.device)
+    parts = Parts.take(config, device)
     return Ways(
         arithmetic,
         lambda chunk: TokenAttention(chunk, config, kv, rotary, parts, interleaved=interleaved),

@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -257,10 +258,31 @@ class NearDevice(CpuDevice):
 
 @contextmanager
 def near_device() -> Iterator[None]:
-    """Streamers and plans of "cpu" take it for the CPU."""
+    """Streamers and plans of "cpu" take it for the CPU, and of a list for several."""
+    with opened_as(lambda number: NearDevice()):
+        yield
+
+
+@contextmanager
+def opened_as(make: Callable[[int], Any]) -> Iterator[None]:
+    """What streamers and plans open for each device that is named, by its place among these."""
+
+    def open_devices(wanted: Any) -> tuple[Any, ...]:
+        names = wanted if isinstance(wanted, list | tuple) else [wanted]
+        return tuple(make(number) for number in range(len(names)))
+
     with ExitStack() as stack:
         for module in ("streamer", "preview"):
-            stack.enter_context(
-                patch(f"layer_streamer.{module}.open_devices", lambda wanted: (NearDevice(),))
-            )
+            stack.enter_context(patch(f"layer_streamer.{module}.open_devices", open_devices))
+        yield
+
+
+@contextmanager
+def named_twice() -> Iterator[None]:
+    """An engine may be given one device several times."""
+
+    def choose(device: Any) -> tuple[torch.device, ...]:
+        return tuple(map(torch.device, device if isinstance(device, list | tuple) else [device]))
+
+    with patch("layer_streamer.llm.opening.choose_devices", choose):
         yield

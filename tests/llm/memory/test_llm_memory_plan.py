@@ -17,7 +17,8 @@ from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.memory import plan as planning
 from layer_streamer.llm.memory import wishes as wishes_module
 from layer_streamer.llm.memory.footprint import Footprint, Needs
-from layer_streamer.llm.memory.plan import MemoryPlan, Planner
+from layer_streamer.llm.memory.memory_plan import MemoryPlan
+from layer_streamer.llm.memory.plan import Planner
 from layer_streamer.llm.memory.plan_table import device_parts, host_parts
 from layer_streamer.llm.memory.wishes import Wishes
 from layer_streamer.llm.opening import Limits, Model, place, plan_memory

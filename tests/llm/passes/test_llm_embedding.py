@@ -157,7 +157,7 @@ def test_logits_are_those_with_all_rows_gathered_before_the_first_layer(
 def gather_before(runner: Runner) -> None:
     def begin(sections: Any) -> torch.Tensor:
         (batch,) = (section.batch for section in sections)
-        x_ND = runner._stream_ND[: len(batch.ids)]
+        x_ND = runner.sides[0].residuals_ND[: len(batch.ids)]
         x_ND.copy_(
             embed_tokens(
                 batch.ids, runner._embedding._table, runner.config, runner._embedding._unpacker

@@ -192,7 +192,7 @@ def test_memory_for_unpacking_is_part_of_the_plan(tmp_path):
     zoo_model("llama").save_pretrained(plain)
     engines = [StreamingEngine(path, device="cpu", max_length=64) for path in (packed, plain)]
     first, second = (engine.plan.device["scratch"] for engine in engines)
-    taken = engines[0]._runner._unpacker.nbytes
+    taken = engines[0]._runner.sides[0].unpacker.nbytes
     for engine in engines:
         engine.close()
     assert first - second == taken > 4 << 20

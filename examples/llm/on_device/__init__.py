@@ -1,0 +1,1 @@
+"""What a device's layers are computed with, of one device or several."""

@@ -1,0 +1,144 @@
+"""The memory plan of an engine over several devices: each has its own parts, within one budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from assets import tiny_checkpoint, tiny_model
+from fake_device import FakeDevice, named_twice, opened_as
+
+from layer_streamer import preview
+from layer_streamer.llm.memory.memory_plan import MemoryPlan
+from layer_streamer.llm.memory.placing import choose_device, choose_devices
+from layer_streamer.llm.memory.plan_table import device_parts
+from layer_streamer.llm.memory.wishes import Wishes
+from layer_streamer.llm.opening import Limits, Model, place, plan_memory
+
+MIB = 1 << 20
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    network = tiny_model("qwen2", num_hidden_layers=LAYERS, max_position_embeddings=1 << 16)
+    return Model.read(tiny_checkpoint(tmp_path_factory.mktemp("plans"), network), print)
+
+
+@pytest.fixture
+def free() -> list[int]:
+    """What each device has, bytes."""
+    return [1 << 40, 1 << 40, 1 << 40]
+
+
+@pytest.fixture(autouse=True)
+def gpus(free: list[int]) -> Iterator[None]:
+    def make(number: int) -> FakeDevice:
+        device = FakeDevice(0)
+        device.free_bytes = lambda: free[number]  # type: ignore[method-assign]
+        return device
+
+    with opened_as(make), named_twice():
+        yield
+
+
+def plan(model: Model, count: int = 2, **wishes: Any) -> MemoryPlan:
+    options, dtype = place(model, ["cpu"] * count, None, wishes.pop("options", {}))
+    return plan_memory(model, Limits(4096), Wishes(options=options, **wishes), dtype)[0]
+
+
+def least(error: BaseException) -> int:
+    found = re.search(r"at least (\d+) bytes", str(error))
+    assert found is not None, error
+    return int(found[1])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_each_device_has_the_keys_and_values_of_its_own_layers(model: Model, count: int) -> None:
+    one, found = plan(model, 1), plan(model, count)
+    assert len(found.devices) == count and one.others == ()
+    for parts in found.devices:
+        assert parts["keys and values"] == one.device["keys and values"] // count
+        for name in ("residual stream", "static tensors", "scratch", "temporaries"):
+            assert parts[name] == one.device[name], name
+
+
+@pytest.mark.parametrize("wishes", [
+    {"device_budget": "40MiB"}, {"device_budget": "40MiB", "kv": "host"},
+    {"device_budget": "auto", "reserve_bytes": 3 * MIB}, {"device_budget": "21MiB"},
+])  # fmt: skip
+def test_the_parts_of_each_device_sum_up_to_the_budget(model: Model, wishes: Any) -> None:
+    found = plan(model, 2, **wishes)
+    streamer = preview.plan_checkpoint(model.manifest, **found.options)
+    assert found.options["reserve_bytes"] == list(found.reserves)
+    for number, taken in enumerate(streamer.placement.device_bytes):
+        parts = device_parts(found, number)
+        assert sum(parts.values()) == found.device_budget and min(parts.values()) >= 0
+        assert parts["resident layers"] + parts["slots"] == taken
+        assert parts["reserved"] == wishes.get("reserve_bytes", 0)
+
+
+@pytest.mark.parametrize("kv", ["auto", "host", "device"])
+def test_the_least_budget_of_each_device_is_named_and_works(model: Model, kv: str) -> None:
+    with pytest.raises(ValueError, match=r"needed on cpu \(layers") as caught:
+        plan(model, 2, device_budget=1, kv=kv)
+    enough = least(caught.value)
+    assert plan(model, 2, device_budget=enough, kv=kv).device_nbytes == enough
+    with pytest.raises(ValueError, match=f"at least {enough} bytes"):
+        plan(model, 2, device_budget=enough - 1, kv=kv)
+
+
+def test_what_the_fullest_device_has_free_is_the_limit_of_all(
+    model: Model, free: list[int]
+) -> None:
+    with pytest.raises(ValueError, match="needed on") as caught:
+        plan(model, 2, device_budget=1)
+    free[1] = least(caught.value) - 1
+    with pytest.raises(ValueError, match="free memory"):
+        plan(model, 2)
+    assert plan(model, 1).device_nbytes > free[1], "the first one has room"
+
+
+def test_the_table_has_a_paragraph_for_each_device(model: Model) -> None:
+    table = str(plan(model, 2, device_budget="40MiB"))
+    assert table.count("device cpu: ") == 2
+    assert table.count(" of 3 layers") >= 2 and "tokens of 3 layers" in table
+
+
+def test_more_devices_than_layers_are_refused(model: Model) -> None:
+    with pytest.raises(ValueError, match="7 of them for 6 layers"):
+        place(model, ["cpu"] * 7, None, {})
+
+
+def test_devices_are_named_by_a_list_or_in_one_text() -> None:
+    two = (torch.device("cuda:0"), torch.device("cuda:1"))
+    for names in (["cuda:0", "cuda:1"], "cuda:0,cuda:1", "cuda:0, cuda:1", two):
+        assert choose_devices(names) == two
+    assert choose_devices("cpu") == (torch.device("cpu"),)
+    assert choose_device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["cuda:0", "cuda:0"], "cuda:0,cuda:0: a device is named twice"),
+        ("cpu,cpu", "named twice"),
+        ("cuda:0,cpu", "cuda:0,cpu: must be devices of one kind"),
+        ([], "must name a device"),
+        ("cuda:0,gpu7", "'gpu7': not a torch device"),
+        ("cuda:0,", "'': not a torch device"),
+        ([3.5], r"3\.5: not a torch device"),
+    ],
+)
+def test_devices_that_cannot_go_together_are_refused_in_one_line(names: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        choose_devices(names)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_device_is_taken_where_several_make_no_sense() -> None:
+    with pytest.raises(ValueError, match="one device is taken"):
+        choose_device("cuda:0,cuda:1")
