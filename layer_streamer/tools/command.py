@@ -44,8 +44,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_devices(parser: argparse.ArgumentParser) -> None:
     """Devices, of which there may be several."""
-    help_text = "such as cuda:0; may be repeated (default: the GPU, else the CPU)"
-    parser.add_argument("--device", action="append", metavar="D", help=help_text)
+    help_text = "such as cuda:0, or cuda:0,cuda:1; may be repeated (default: the GPU, else the CPU)"
+    parser.add_argument("--device", action="extend", type=device_names, metavar="D", help=help_text)
+
+
+def device_names(text: str) -> list[str]:
+    """Of devices, with commas between them."""
+    return [name.strip() for name in text.split(",")]
 
 
 def add_streamer_options(

@@ -8,7 +8,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import add_streamer_options, at_least, require_engine, say, streamer_options
+from .command import (
+    add_streamer_options,
+    at_least,
+    device_names,
+    require_engine,
+    say,
+    streamer_options,
+)
 
 if TYPE_CHECKING:
     from ..llm.engine import StreamingEngine
@@ -86,7 +93,8 @@ def add_engine(parser: argparse.ArgumentParser, *, here: bool = True) -> None:
     be looked at."""
     group = parser.add_argument_group("the engine (docs/llm.md)")
     add, one = group.add_argument, at_least(1)
-    add("--device", metavar="D", help="a torch device; default: the GPU if there is one")
+    device_help = "a torch device, or several: cuda:0,cuda:1; default: the GPU if there is one"
+    add("--device", metavar="D", help=device_help)
     add("--dtype", choices=DTYPES, help=DTYPE_HELP)
     add("--max-length", type=one, metavar="N", help="most tokens of a prompt and its answer")
     add("--kv", metavar="TIER", help="keys and values: auto (default), device or host")
@@ -141,10 +149,11 @@ def open_engine(args: argparse.Namespace, model: Model, **defaults: Any) -> Stre
     from ..llm.engine import StreamingEngine
 
     device = args.device or None
-    try:
-        torch.device(device or "cpu")
-    except RuntimeError as error:
-        raise ValueError(f"--device {device}: not a torch device") from error
+    for name in device_names(device or "cpu"):
+        try:
+            torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"--device {name}: not a torch device") from error
     dtype = getattr(torch, args.dtype) if args.dtype else None
     options = defaults | streamer_options(args) | given(args, ENGINE)
     options.pop("layer_pattern", None)  # the model's, which has been read

@@ -98,12 +98,10 @@ def _plan_engine(args: argparse.Namespace) -> None:
     from ..devices.accelerator import open_devices
     from ..planning.settings import Settings
 
-    if args.device and len(args.device) > 1:
-        raise ConfigError("--draft: the engine computes on one device")
     model = read_model(args)
     from ..llm.parts import preview
 
-    options = streamer_options(args) | {"device": args.device[0] if args.device else None}
+    options = streamer_options(args) | {"device": args.device}
     options.pop("layer_pattern", None)  # the model's, which has been read
     plan = preview(model, args.draft, **options)
     settings = Settings(**plan.options)
@@ -121,7 +119,8 @@ def _plan_engine(args: argparse.Namespace) -> None:
     else:
         lines.append("no prediction: rates are unknown (layer-streamer probe measures them)")
     text = f"{args.model}, draft {args.draft}\n" + "\n".join(lines)
-    publish(args, text, json.dumps(drawn.document() | {"device_parts": dict(plan.device)}))
+    parts: Any = [dict(some) for some in plan.devices] if plan.others else dict(plan.device)
+    publish(args, text, json.dumps(drawn.document() | {"device_parts": parts}))
 
 
 def _rates(args: argparse.Namespace) -> dict[str, float]:

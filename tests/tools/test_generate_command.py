@@ -208,6 +208,8 @@ def test_bias_and_penalties_change_the_answer(tiny, capfd):
         (["{tiny}"], "--prompt"),
         (["{tiny}", "--prompt", "Hi", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["{tiny}", "--prompt", "Hi", "--device", "warp"], "--device warp"),
+        (["{tiny}", "--prompt", "Hi", "--device", "cuda:0,warp"], "--device warp"),
+        (["{tiny}", "--prompt", "Hi", "--device", "cpu,cuda:0"], "must be devices of one kind"),
         (["{tiny}", "--prompt", "Hi", "--max-new-tokens", "0"], "0: must be at least 1"),
         (["{tiny}", "--prompt", "Hi", "--temperature", "-1"], "temperature=-1.0"),
         (["{tiny}", "--prompt", "Hi", "--presence-penalty", "3"], "presence_penalty=3.0"),

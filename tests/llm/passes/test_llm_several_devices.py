@@ -210,3 +210,12 @@ def test_residuals_that_stay_where_they_are_give_something_else(
     expected = tell(*model, 0)
     monkeypatch.setattr(DeviceSide, "take", lambda side, x_ND: side.residuals_ND[: len(x_ND)])
     assert not same(tell(*model, 0, device=TWO), expected)
+
+
+def test_experts_on_demand_are_brought_to_one_device_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mixture.gguf"
+    write_gguf(path, zoo_model("qwen3_moe"))
+    with pytest.raises(ValueError, match="of several devices, each needs a streamer") as caught:
+        StreamingEngine(path, device=TWO, experts="demand", expert_slots=4, **GIVEN)
+    assert "\n" not in str(caught.value)
+    assert said(path, TWO)[0] == said(path, "cpu")[0], "whole layers of experts go to both"
