@@ -103,7 +103,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def open_engine(path: Path, device: str, **options: Any) -> StreamingEngine:
+def open_engine(path: Path, device: Any, **options: Any) -> StreamingEngine:
     """An engine in bfloat16 that no token ends, and of which ids alone are had."""
     engine = StreamingEngine(path, device=device, dtype=torch.bfloat16, **options)
     engine._stop_ids = frozenset()

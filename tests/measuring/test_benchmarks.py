@@ -64,3 +64,17 @@ def test_layers_in_host_memory_are_measured_on_a_cpu_too(tmp_path: Path) -> None
         ("pass", 1), ("pass", 4), ("engine", 1)
     ]  # fmt: skip
     assert all(one["there"] > 0 and one["streamed"] > 0 for one in records)
+
+
+@pytest.mark.slow
+def test_gpus_are_measured_beside_the_first_of_them_on_a_cpu_too(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, tiny_model("qwen2").bfloat16())
+    out = tmp_path / "out.jsonl"
+    options = ["--device-budget", "24MiB", "--turns", 1, "--passes", 2, "--context", 8]
+    found = script("measure_gpus.py", path, out, *options, "--rows", "1,2")
+    assert found.returncode == 0, found.stderr[-2000:]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    cases = [("equal", 1), ("equal", 2), ("each", 1), ("each", 2)]
+    assert [(one["case"], one["rows"]) for one in records] == cases
+    assert all(one["several"]["resident"] <= one["one"]["resident"] for one in records)
+    assert all(one["times"] > 0 for one in records) and "times as fast" in found.stdout
