@@ -191,10 +191,9 @@ def plan_memory(
     scratch = Unpacker(memory, dtype, model.names.widest(dtype), kernels=kernels)
     names = model.names
     on_demand = wishes.options.get("experts") == "demand"
-    captures = not limits.reproducible and not others
     most, streamed = (
         min(captured_rows(device, model.config, n, on_demand=on_demand), limits.max_batch)
-        if captures
+        if not limits.reproducible
         else 0
         for n in (MOST_ROWS, MOST_ROWS_STREAMED)
     )
@@ -211,7 +210,7 @@ def plan_memory(
         int8=limits.kv_int8,
         packed_nbytes=scratch.nbytes,
         static_nbytes=static_nbytes,
-        captured_rows=most,
+        captured_rows=0 if others else most,  # no graph spans devices
         captured_rows_streamed=streamed,
         captured_part=BLOCK if limits.max_batch > 1 else 0,
         reproducible=limits.reproducible,

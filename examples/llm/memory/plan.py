@@ -199,10 +199,11 @@ class Planner:
 
     def _with_captured(self, plan: MemoryPlan) -> MemoryPlan:
         """The plan with room for captured passes, if everything else is then on the device, too,
-        or for captured layers, if less streams than hides their launches."""
+        or for captured layers, if less streams than hides their launches. Of several devices these
+        are captured in any case but that: no graph spans devices."""
         if self._wishes.device_budget is None:
             return plan
-        if not plan.host_layers:
+        if not plan.host_layers and not plan.others:
             larger = self._larger(plan, "captured passes", self._footprint.captured())
             if larger is not None and self._stays(self._preview(**larger.options)):
                 return replace(larger, options=plan.options)
@@ -212,7 +213,7 @@ class Planner:
         preview = self._preview(**larger.options)
         sizes = zip(preview.sizes, preview.tiers, strict=True)
         moved = sum(size.copy_nbytes for size, tier in sizes if tier != "device")
-        streams = plan.host_layers or not self._stays(preview)
+        streams = plan.host_layers or plan.others or not self._stays(preview)
         # Beside layers that the host computes, the device waits for each launch.
         link = moved / len(plan.devices)
         hidden = link > plan.num_layers * LAUNCHED_NBYTES and not preview.host_layers

@@ -29,7 +29,7 @@ class Rotary:
     ) -> None:
         """``factors`` (head_dim / 2) divide the frequencies; GGUF files carry llama3 scaling this
         way, in a tensor ``rope_freqs.weight``, and it is not applied twice."""
-        self._config, self._device = config, device
+        self._config, self.device = config, device
         self._frequencies: dict[Rope, torch.Tensor] = {}
         for rope in set(config.ropes):
             if factors is not None and isinstance(rope.scaling, Llama3Scaling):
@@ -54,13 +54,13 @@ class Rotary:
         makes; keys stay as they were rotated. None: one sequence that ends with these tokens.
         """
         rope = self._config.rope(layer_idx)
-        positions = positions_T.to(self._device, torch.float32)[:, None]
+        positions = positions_T.to(self.device, torch.float32)[:, None]
         frequencies = self._frequencies[rope]
         scaling = rope.scaling
         if isinstance(scaling, DynamicScaling):
             if lengths_T is None:
                 lengths_T = (positions_T.max() + 1).expand(len(positions_T))
-            lengths = lengths_T.to(self._device, torch.float32)
+            lengths = lengths_T.to(self.device, torch.float32)
             frequencies = _dynamic(rope.theta, scaling, lengths, self._config.head_dim)
         angles = positions * frequencies
         table = torch.stack((angles.cos(), angles.sin()))

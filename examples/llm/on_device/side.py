@@ -14,6 +14,7 @@ from ..models.names import WeightNames
 from ..models.rope import Rotary
 from ..passes.batch import Chunk
 from ..passes.chunking import Chunking
+from ..passes.decode import open_decoder
 from ..passes.layers import Layers
 from ..passes.ways import Attention, fastest, reproducible
 from ..weights.dequant import Unpacker
@@ -61,6 +62,14 @@ class DeviceSide:
                 kv.layout.tokens, config.hidden_size, dtype=dtype, device=device
             )
             """Of all tokens of a pass, while it is in a layer of this device."""
+        self.decoder = open_decoder(
+            streamer,
+            config,
+            kv,
+            self.rotary,
+            chunking=chunking,
+            interleaved=names.interleaved_rope,
+        )
 
     def take(self, x_ND: torch.Tensor) -> torch.Tensor:
         """A pass's residuals, here: as they are, or copied from where another device left them.

@@ -4,7 +4,8 @@ Where the GPU computes a layer faster than Python launches its kernels, launchin
 time. Such a pass is launched once for each number of rows, captured in a CUDA graph, and replayed:
 what differs from pass to pass, tokens, positions and places, is in device memory. Where nothing
 streams that is the whole pass. Where layers do, or their keys and values, it is what each computes,
-once for each place where the layer has been handed out: slots are few, and taken in turn.
+once for each place where the layer has been handed out: slots are few, and taken in turn. So it is
+over several devices, each of which has a decoder of its own for its layers.
 """
 
 from __future__ import annotations
@@ -52,15 +53,13 @@ def captured_rows(
 
 def obstacle(streamer: Layers, kv: KVCache, config: ModelConfig) -> str | None:
     """Why no pass over this model can be captured; None: those that decode can."""
-    if len(streamer.devices) > 1:
-        return "layers are on several devices"
     if config.experts is not None and not streamer.plan.expert_slots:
         return "experts come with their layers, and who computes is known only while a pass runs"
     if kv.host is not None and kv.layout.int8:
         return "keys and values are kept in eight bits"
     if not fits_kernels(config.num_heads, config.num_kv_heads, config.head_dim):
         return "its heads are too wide for the kernels"
-    return None if triton_serves(kv.device) else "Triton does not serve the device"
+    return None if all(map(triton_serves, kv.devices)) else "Triton does not serve the device"
 
 
 class Decoder:
@@ -84,9 +83,9 @@ class Decoder:
         slots of their own."""
         self.whole, self.ready, self.led = whole, False, False
         """``led``: only experts do not stay, and the device brings those."""
-        device, rows = kv.device, min(chunking.captured_rows, kv.layout.tokens)
+        device, rows = rotary.device, min(chunking.captured_rows, kv.layout.tokens)
         self.part, self.mixture = (
-            (None, None) if whole else _where_something_streams(config, kv, rows, chunking)
+            (None, None) if whole else _where_something_streams(config, kv, rotary, rows, chunking)
         )
         self.steps: Sequence[tuple[int, Mapping[str, torch.Tensor]]] = ()
         """What a pass of the streamer has handed out, if all of it is resident on the device."""
@@ -220,11 +219,11 @@ class Decoder:
 
 
 def _where_something_streams(
-    config: ModelConfig, kv: KVCache, rows: int, chunking: Chunking
+    config: ModelConfig, kv: KVCache, rotary: Rotary, rows: int, chunking: Chunking
 ) -> tuple[CapturedPart | None, CapturedMixture | None]:
     """What does prompts' parts beside so many rows, and what does layers whose experts come on
     demand; None: nothing does."""
-    own = kv.layout.dtype, kv.device
+    own = kv.layout.dtype, rotary.device
     if config.experts is not None:
         return None, CapturedMixture(config, rows, *own)
     tokens = chunking.captured_part
@@ -240,15 +239,17 @@ def open_decoder(
     chunking: Chunking,
     interleaved: bool,
 ) -> Decoder | None:
-    """A decoder for as many rows as are to be captured, where one can serve; where not, a line says
-    why."""
+    """A decoder for as many rows as are to be captured, on the device of ``rotary``, where one can
+    serve; where not, a line says why."""
     if not chunking.captured_rows:
         return None
     problem = obstacle(streamer, kv, config)
     if problem is not None:
         logger.info("no passes are captured: %s", problem)
         return None
-    whole, led = set(streamer.plan.tiers) == {"device"} and kv.host is None, False
+    # No graph spans devices: there it is what each layer computes, though nothing may stream.
+    stays = set(streamer.plan.tiers) == {"device"} and len(streamer.devices) == 1
+    whole, led = stays and kv.host is None, False
     if whole and config.experts is not None:
         whole = streamer.plan.expert_slots >= config.experts.total
         led = not whole and streamer.most_on_device >= config.experts.per_token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from ..on_host.side import HostSide, run_pass
 from .attention import fast_kernels
 from .batch import Batch, Chunk, Entry, pack
 from .chunking import Chunking
-from .decode import open_decoder
 from .embedding import Embedding
 from .layers import Layers
 from .runner_step import RunnerStep
@@ -61,19 +61,15 @@ class Runner:
         self.host: HostSide | None = None  # computes layers in host memory, where some may be
         self.on_pass: Callable[[int], object] | None = None
         """Hears of each pass, over so many tokens, once it has ended."""
-        self.sides = [
-            DeviceSide(number, streamer, config, names, kv, self._chunking)
-            for number in range(len(streamer.devices))
-        ]
+        self.sides = [DeviceSide(0, streamer, config, names, kv, self._chunking)]
         """By device, in whose turn layers come."""
-        self.decoder = open_decoder(
-            streamer,
-            config,
-            kv,
-            self.sides[0].rotary,
-            chunking=self._chunking,
-            interleaved=names.interleaved_rope,
-        )
+        chunking = self._chunking
+        if self.sides[0].decoder is None:  # and nobody has to say that again
+            chunking = replace(chunking, captured_rows=0)
+        for number in range(1, len(streamer.devices)):
+            self.sides.append(DeviceSide(number, streamer, config, names, kv, chunking))
+        self.decoder = self.sides[0].decoder
+        """What says which passes are captured; further devices have their own for their layers."""
         matrix = names.embedding_matrix
         table = matrix.packed({k: streamer.host_tensor(k) for k in matrix.keys.values()})
         chunk = min(self._chunking.tokens, kv.layout.tokens)
@@ -144,6 +140,8 @@ class Runner:
     def close(self) -> None:
         """Let go of the layers, after the streamer has been closed. Idempotent."""
         self.decoder = self.host = None
+        for side in self.sides:
+            side.decoder = None
         self._embedding.close()
 
     def _captured(self, entries: Sequence[Entry]) -> int:
@@ -213,7 +211,7 @@ class Runner:
         decoder, last = self.decoder, sections[-1]
         count = sum(section.count for section in sections)
         with fast_kernels(self.kv.device):
-            if decoder is not None and last.captured:
+            if decoder is not None and last.captured and len(self.sides) == 1:
                 logits = decoder.logits(last.batch)
             else:
                 shape = (count, self.config.vocab_size)

@@ -41,8 +41,9 @@ class RunnerStep:
         self.steps: list[tuple[int, Mapping[str, torch.Tensor]]] = []
         """What has been handed out, for a decoder; nobody else may look at it any more."""
         self._runner, self._on_layer = runner, on_layer
-        self._captured = sections[0] if len(sections) == 1 and sections[0].captured else None
-        """If it is all of the pass, the head is captured, too."""
+        alone = len(sections) == len(runner.sides) == 1
+        self._captured = sections[0] if alone and sections[0].captured else None
+        """If it is all of the pass, on one device, the head is captured, too."""
         self._host = host
         self._tables: dict[tuple[Rope, int, int], torch.Tensor] = {}
         self._there: dict[int, Sequence[Section]] = {0: sections}
@@ -77,12 +78,12 @@ class RunnerStep:
         self, x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor], layer_idx: int
     ) -> torch.Tensor:
         """All tokens through one layer, in place, where it is computed."""
-        runner, decoder = self._runner, self._runner.decoder
+        runner = self._runner
         if self._host is not None and self._host.takes(layer_idx):
             self._host.compute(x_ND, tensors, layer_idx)
             return x_ND
         side = runner.side(layer_idx)
-        x_ND = side.take(x_ND)
+        x_ND, decoder = side.take(x_ND), side.decoder
         memory = runner.kv.open(layer_idx)
         addresses, mixture = (memory, *tensors.values()), None
         if decoder is not None and runner.config.mixture(layer_idx) is not None:
@@ -118,9 +119,10 @@ class RunnerStep:
                 runner.embed(section.batch, chunk, x_ND)
             x_TD = x_ND[chunk.first : chunk.first + chunk.count]
             table = None if attention.rotates else self._table(chunk, layer_idx)
-            if section.in_parts and table is not None and self._part.takes(chunk.count):
+            part = self._part(layer_idx) if section.in_parts else None
+            if part is not None and table is not None and part.takes(chunk.count):
                 launch = self._launches(None, layer_idx, weights.addresses)
-                self._part.compute(x_TD, weights, table, look, launch)
+                part.compute(x_TD, weights, table, look, launch)
             else:
                 decoder_layer(x_TD, weights, runner.config, table, look, out=x_TD)
 
@@ -141,17 +143,16 @@ class RunnerStep:
     ) -> None:
         """Do what a step computes of a section; None: of no captured one. Its operands are at these
         addresses, and else where they are in every pass."""
-        decoder = self._runner.decoder
+        decoder = self._runner.side(layer_idx).decoder
         if section is None or not section.captured or decoder is None:
             work()
         else:
             key = (layer_idx, *(tensor.data_ptr() for tensor in addresses))
             decoder.launch(len(section.batch.ids), key, work)
 
-    @property
-    def _part(self) -> CapturedPart:
-        """Where sections that go in parts are computed."""
-        decoder = self._runner.decoder
+    def _part(self, layer_idx: int) -> CapturedPart:
+        """Where a layer computes sections that go in parts."""
+        decoder = self._runner.side(layer_idx).decoder
         assert decoder is not None and decoder.part is not None
         return decoder.part
 
@@ -160,7 +161,7 @@ class RunnerStep:
     ) -> Launch:
         """How the parts of a layer with operands at these addresses are done for a section that is
         captured; None: for a prompt's part."""
-        decoder = self._runner.decoder
+        decoder = self._runner.side(layer_idx).decoder
         assert decoder is not None
         size = 0 if section is None else len(section.batch.ids)
         at = tuple(tensor.data_ptr() for tensor in addresses)

@@ -31,6 +31,14 @@ class Section:
 
     def on(self, side: DeviceSide) -> Section:
         """As the layers of another device see it."""
+        if self.captured:
+            assert side.decoder is not None
+            ids = self.batch.ids.tolist()
+            entries = [
+                (row, [token]) for (row, _), token in zip(self.batch.rows, ids, strict=False)
+            ]
+            batch = side.decoder.fill(entries)
+            return replace(self, batch=batch, attentions=[side.decoder.attention(batch)])
         batch = self.batch.on(side.device)
         return replace(self, batch=batch, attentions=[side.attention(c) for c in batch.chunks])
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint
-from fake_device import near_device
+from fake_device import NearDevice, near_device, opened_as
 from gguf_models import file_config, write_gguf
 from triton_runs import FEW, of_many
 from zoo import DENSE, IDS, zoo_model
 
+from layer_streamer.devices.accelerator import CudaDevice
 from layer_streamer.llm.kernels.triton_support import interpreted
 from layer_streamer.llm.models.config import model_config
 from layer_streamer.llm.passes.chunking import Chunking
@@ -48,9 +49,9 @@ def opened(
 ) -> Iterator[Runner]:
     """A runner of which nothing streams, unless ``options`` say so, with passes of up to ``rows``
     rows captured, and prompts beside them in parts."""
-    given = {"tokens": 512, "max_rows": 2, "device_budget": "1GiB"} | options
+    given = {"device": DEVICE, "tokens": 512, "max_rows": 2, "device_budget": "1GiB"} | options
     chunking = Chunking(tokens=64, group_rows=True, captured_rows=rows, captured_part=part)
-    with open_runner(path, config, device=DEVICE, chunking=chunking, **given) as runner:
+    with open_runner(path, config, chunking=chunking, **given) as runner:
         assert set(runner.streamer.plan.tiers) == {"device"} or "device_budget" in options
         yield runner
 
@@ -182,6 +183,58 @@ def test_where_something_streams_each_layer_gives_what_it_does_uncaptured(
             assert ("device" in tiers) == (streams not in ("everything", "all layers"))
             found.append(logits)
     assert relative_error(found[1], found[0]) <= TOLERANCE
+
+
+@contextmanager
+def twice() -> Iterator[list[str]]:
+    """The device, as two that have lanes, slots and decoders of their own."""
+
+    def make(number: int) -> Any:
+        return NearDevice() if interpreted() else CudaDevice(torch.device("cuda:0"))
+
+    with opened_as(make):
+        yield ["cpu", "cpu"] if interpreted() else ["cuda:0", "cuda:0"]
+
+
+OVER_TWO: dict[str, dict[str, Any]] = {
+    "keys and values": {"device_budget": None, "n_gpu": 0, "host_layers": (1, 2)},
+    "layers": {"device_budget": None, "n_gpu": 1},
+    "nothing": {"device_budget": "1GiB"},
+}
+
+
+@pytest.mark.parametrize("streams", list(OVER_TWO)[:1] if FEW else OVER_TWO)
+def test_layers_of_two_devices_are_captured_on_each(llama: tuple[Path, Any], streams: str) -> None:
+    options = {"max_rows": 4, "tokens": 1024, **OVER_TWO[streams]}
+    prompts, count = [IDS[:23], IDS[1:30], IDS[2:9]], 2 if FEW else 4
+    with opened(*llama, rows=0, **options) as runner:
+        expected, _ = decode(runner, prompts, count)
+    with twice() as devices, opened(*llama, rows=4, part=4, device=devices, **options) as runner:
+        found, captured = decode(runner, prompts, count)
+        assert captured == count and not runner.captures_passes
+        first, second = (side.decoder for side in runner.sides)
+        assert first is not None and second is not None and first is not second
+        if second._graphs is not None:
+            assert len(second._graphs) > 0 and not second._graphs.failed
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+@of_many
+@pytest.mark.parametrize("seed", range(2 if interpreted() else 20))
+def test_rows_come_and_go_over_captured_layers_of_two_devices(tmp_path: Path, seed: int) -> None:
+    model = zoo_model("qwen2-window")
+    path, config = tiny_checkpoint(tmp_path, model), model_config(model.config)
+    options = {"tokens": 768, "max_rows": 3, "device_budget": None, "host_layers": (0, 1)}
+    count, histories = 40, []
+    for rows in (0, 2):
+        with twice() as two:
+            devices = two if rows else DEVICE
+            with opened(path, config, rows=rows, part=4, device=devices, **options) as runner:
+                histories.append(history(runner, seed, count, ordered=True))
+                captured = passes(runner)
+    assert 0 < captured < len(histories[0])
+    for found, expected in zip(histories[1], histories[0], strict=True):
+        assert relative_error(found, expected) <= TOLERANCE
 
 
 def test_layers_that_the_host_computes_stand_between_captured_ones(

@@ -12,8 +12,10 @@ from assets import tiny_checkpoint, tiny_model
 from fake_device import FakeDevice, named_twice, opened_as
 
 from layer_streamer import preview
+from layer_streamer.llm.memory.footprint import Footprint, Needs
 from layer_streamer.llm.memory.memory_plan import MemoryPlan
 from layer_streamer.llm.memory.placing import choose_device, choose_devices
+from layer_streamer.llm.memory.plan import Planner
 from layer_streamer.llm.memory.plan_table import device_parts
 from layer_streamer.llm.memory.wishes import Wishes
 from layer_streamer.llm.opening import Limits, Model, place, plan_memory
@@ -106,6 +108,25 @@ def test_the_table_has_a_paragraph_for_each_device(model: Model) -> None:
     table = str(plan(model, 2, device_budget="40MiB"))
     assert table.count("device cpu: ") == 2
     assert table.count(" of 3 layers") >= 2 and "tokens of 3 layers" in table
+
+
+def test_layers_are_captured_on_each_device_whether_some_stream_or_none(model: Model) -> None:
+    options, _ = place(model, ["cpu", "cpu"], None, {})
+    needs = Needs(
+        kv_tokens=4096, max_batch=8, dtype=torch.float32, device_type="cuda", int8=False,
+        packed_nbytes=0, captured_rows_streamed=8,
+    )  # fmt: skip
+    footprint, seen = Footprint(model.config, needs), set()
+    for kv in ("auto", "host"):
+        wishes = Wishes(options=options, device_budget="2GiB", kv=kv)
+        found = Planner(model.manifest, footprint, wishes).make()
+        assert found.captures_layers and not found.captures
+        for parts in found.devices:
+            assert parts["captured layers"] == footprint.captured_layers()
+        assert found.options["reserve_bytes"] == list(found.reserves)
+        assert str(found).count("captured layers") == 2
+        seen.add(bool(found.host_layers))
+    assert seen == {False, True} and set(found.streamer.tiers) == {"device"}
 
 
 def test_more_devices_than_layers_are_refused(model: Model) -> None:
