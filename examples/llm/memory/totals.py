@@ -86,8 +86,9 @@ def _memory(streamer: LayerStreamer) -> str:
         f"this process at its peak, Python and torch included: {peak_host_bytes() / GIB:.3f} GiB"
     )
     if streamer.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(streamer.device)
-        line += f", on the GPU {peak / GIB:.3f} GiB"
+        peaks = [torch.cuda.max_memory_allocated(device) for device in streamer.devices]
+        each = ", ".join(f"{peak / GIB:.3f} GiB" for peak in peaks)
+        line += f", on the GPU{'s' * (len(peaks) > 1)} {each}"
     return line
 
 
