@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from layer_streamer import CheckpointError, LayerStreamer, Manifest, TensorSpec, read_manifest
 
+from .adapters.reading import read_adapter
 from .generation_config import read_generation_config
 from .host_kernels.products import prepare
 from .hub import find_model
@@ -151,12 +152,22 @@ class Model:
 
 
 def model_of(
-    path: str | Path | Model, notify: Callable[[str], None], options: dict[str, Any]
+    path: str | Path | Model,
+    notify: Callable[[str], None],
+    options: dict[str, Any],
+    adapter: str | Path | None = None,
 ) -> Model:
-    """The model, read unless it has been; the one of the streamer's options that says how goes."""
-    if isinstance(path, Model):
-        return path
-    return Model.read(path, notify, options.pop("layer_pattern", None))
+    """The model, read unless it has been, beside it an adapter; the one of the streamer's options
+    that says how goes."""
+    pattern = None if isinstance(path, Model) else options.pop("layer_pattern", None)
+    model = path if isinstance(path, Model) else Model.read(path, notify, pattern)
+    if adapter is None:
+        return model
+    folder = Path(adapter).expanduser()
+    found, base = read_adapter(folder, model.names, model.config)
+    if base and Path(base).name != model.path.name:
+        notify(f"{folder}: an adapter of {base}, used with {model.path.name}")
+    return replace(model, names=replace(model.names, adapter=found))
 
 
 def _read_manifest(path: Path, layer_pattern: str | None) -> Manifest:
@@ -197,6 +208,8 @@ def plan_memory(
     )
     statics = [*names.head_parts, names.norm, *([names.rope_factors] if names.rope_factors else [])]
     static_nbytes = sum(model.manifest.static[name].nbytes for name in statics)
+    if names.adapter is not None:
+        static_nbytes += names.adapter.numel * dtype.itemsize
     if not wishes.options["tail"]:
         static_nbytes += _loaded_nbytes(model.manifest.static[names.head], wishes.options["dtype"])
     needs = Needs(
@@ -275,7 +288,10 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
             captured_part=min(needs.captured_part, plan.chunk) if plan.captures_layers else 0,
             reproducible=needs.reproducible,
         )
-        return Runner(streamer, model.config, model.names, kv, dtype=needs.dtype, chunking=chunking)
+        names = model.names
+        if names.adapter is not None:
+            names = replace(names, adapter=names.adapter.to(device, needs.dtype))
+        return Runner(streamer, model.config, names, kv, dtype=needs.dtype, chunking=chunking)
     except BaseException:
         if streamer is not None:
             streamer.close()

@@ -14,6 +14,7 @@ import torch
 
 from layer_streamer import LayerSpec, Manifest
 
+from ..adapters.pairs import Adapter
 from ..errors import UnsupportedModelError
 from ..weights.dequant import Widest
 from ..weights.finder import Finder
@@ -65,6 +66,8 @@ class WeightNames:
     """A layer's modules whose bias is used; others may have one of zeros."""
     notes: tuple[str, ...] = ()
     """Where the checkpoint says other than the config, and which of the two is followed."""
+    adapter: Adapter | None = None
+    """What is added to products of layers' matrices, where they are computed."""
 
     @property
     def as_stored(self) -> bool:
