@@ -28,6 +28,7 @@ from .engine_options import DTYPES, stay_offline
 if TYPE_CHECKING:
     from ..llm.finetuning.samples import Sample, Samples
     from ..llm.finetuning.settings import Settings
+    from ..llm.finetuning.unfinished import Unfinished
     from ..llm.finetuning.watching import Watch
 
 NEEDED = ("transformers", "tokenizers", "jinja2", "peft", "accelerate")
@@ -111,9 +112,10 @@ def run(args: argparse.Namespace) -> None:
         }  # fmt: skip
         unfinished.begin(record, anew=args.restart)
         try:
-            made, watch = _train(args, model, tokenizer, samples, settings, unfinished.folder)
-        except KeyboardInterrupt:
-            say(f"{unfinished.folder} is kept: the same command goes on with it")
+            made, watch = _train(args, model, tokenizer, samples, settings, unfinished)
+        except BaseException:
+            if unfinished.give_up():
+                say(f"{unfinished.folder} is kept: the same command goes on with it")
             raise
         unfinished.finish(made)
     for line in watch.lines():
@@ -210,16 +212,16 @@ def _train(
     tokenizer: Any,
     samples: tuple[Sequence[Sample], Sequence[Sample]],
     settings: Settings,
-    folder: Path,
+    unfinished: Unfinished,
 ) -> tuple[Any, Watch]:
     """Train with a progress bar."""
     from ..llm.errors import one_line_errors
-    from ..llm.finetuning.training import adapted, arguments_for, last_checkpoint, train
+    from ..llm.finetuning.training import adapted, arguments_for, train
     from ..llm.finetuning.watching import Watch
     from ..measuring.threads import leave_a_core
     from ..progress import ProgressBar
 
-    if (last := last_checkpoint(folder)) is not None:
+    if (last := unfinished.last_checkpoint()) is not None:
         say(f"going on from {Path(last).name}")
     with leave_a_core(), ProgressBar(leave=False, disable=None, bar_format=BAR) as bar:
 
@@ -233,7 +235,7 @@ def _train(
         watch = Watch(reports=lambda: model.layer_streamer.last_pass, tell=tell)
         with one_line_errors("peft refuses the adapter", ValueError):
             made = adapted(model, settings, model_name(args))
-        arguments = arguments_for(model, settings, folder, looks=bool(samples[1]))
+        arguments = arguments_for(model, settings, unfinished.folder, looks=bool(samples[1]))
         pad = tokenizer.pad_token_id
-        train(made, arguments, 0 if pad is None else pad, samples, watch)
+        train(made, arguments, 0 if pad is None else pad, samples, watch, last)
     return made, watch

@@ -135,8 +135,9 @@ def train(
     pad: int,
     samples: tuple[Sequence[Sample], Sequence[Sample]],
     watch: Watch,
+    checkpoint: str | None = None,
 ) -> Any:
-    """Train the adapters, from the last checkpoint in the arguments' folder if one is there.
+    """Train the adapters, from a checkpoint on if it is given.
 
     ``samples``: those to learn and those that are held out, which may be none. Returns the trainer.
     Raises what streaming, the device and Ctrl-C raise; checkpoints stay then.
@@ -153,17 +154,8 @@ def train(
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(Path(arguments.output_dir)))
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The last one that was written to its end: the trainer writes its own state last."""
-    found = {
-        int(path.parent.name.rpartition("-")[2]): path.parent
-        for path in folder.glob("checkpoint-*/trainer_state.json")
-    }
-    return str(found[max(found)]) if found else None
 
 
 def hold_out(

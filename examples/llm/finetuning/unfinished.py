@@ -12,6 +12,8 @@ from typing import Any
 from .samples import Sample
 
 RECORD, ADAPTER = "finetune.json", "adapter"
+CHECKPOINTS = "checkpoint-*/trainer_state.json"
+"""Of which the trainer writes this file last."""
 
 
 class Unfinished:
@@ -31,14 +33,15 @@ class Unfinished:
 
     def begin(self, record: Mapping[str, Any], *, anew: bool = False) -> None:
         """Make the folder, or find it as a run of the same record has left it. ValueError, naming
-        what differs, if it is of another run. ``anew``: what is left there goes."""
+        what differs, if there is something to go on from, and it is another's. ``anew``: what is
+        left there goes."""
         place = self.folder / RECORD
         if self.folder.exists():
             try:
                 found = json.loads(place.read_text())
             except (OSError, ValueError) as error:
                 raise ValueError(f"{self.folder}: exists, and no run has left it") from error
-            if not anew:
+            if not anew and any(self.folder.glob(CHECKPOINTS)):
                 self._compare(found, record)
                 return
             shutil.rmtree(self.folder)
@@ -55,6 +58,21 @@ class Unfinished:
                 f"{self.folder}: left by a run with other {', '.join(differs)}: "
                 "--restart removes it and begins anew"
             )
+
+    def give_up(self) -> bool:
+        """A run has ended early: whether there is something to go on from, which stays."""
+        kept = any(self.folder.glob(CHECKPOINTS))
+        if not kept:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return kept
+
+    def last_checkpoint(self) -> str | None:
+        """The last one that was written to its end."""
+        found = {
+            int(path.parent.name.rpartition("-")[2]): path.parent
+            for path in self.folder.glob(CHECKPOINTS)
+        }
+        return str(found[max(found)]) if found else None
 
     def finish(self, model: Any) -> None:
         """Save the adapter of a model of peft's, under its own name when it is whole; the rest
