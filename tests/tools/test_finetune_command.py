@@ -13,8 +13,11 @@ import peft
 import pytest
 import torch
 import transformers
-from assets import tiny_checkpoint, tiny_model
+from assets import relative_error, tiny_checkpoint, tiny_model
+from one_sequence import OneSequence
+from packed_models import write_packed
 from tokenizers_made import byte_level
+from zoo import reference, stepwise, zoo_model
 
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.finetuning import training
@@ -186,3 +189,30 @@ def test_an_out_that_is_there_and_a_package_that_is_not_are_one_line(
     monkeypatch.setitem(sys.modules, "peft", None)
     said = refused(capsys, "model", "rows.jsonl", tmp_path / "made")
     assert "peft is not installed (pip install 'layer-streamer[finetune]')" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+def test_over_packed_weights_and_mixtures_the_engine_answers_as_peft_does(
+    tmp_path: Path, capsys: Any, name: str
+) -> None:
+    model, base = zoo_model(name), tmp_path / "base"
+    base.mkdir()
+    if name == "qwen2":
+        write_packed(base, model, "ct4-g32")  # the model has what is unpacked
+    else:
+        tiny_checkpoint(base, model)
+    tokenizer = byte_level()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(base)
+    data = write(tmp_path / "rows.jsonl", *ROWS)
+    assert run(base, data, tmp_path / "out", *QUICK) == 0, capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(model, str(tmp_path / "out")).eval()
+    expected = reference(theirs.base_model.model)
+    options: dict[str, Any] = {"device": "cpu", "max_length": 128, "adapter": tmp_path / "out"}
+    with StreamingEngine(base, **options) as engine:
+        sequence = OneSequence(engine._runner)
+        found = stepwise(lambda ids: sequence.forward(ids, every_position=True))
+    assert relative_error(found, expected) <= 1e-5

@@ -108,6 +108,7 @@ def arguments_for(model: Any, settings: Settings, folder: Path, *, looks: bool) 
         use_cpu=not on_gpu,
         eval_strategy=every,
         eval_steps=settings.eval_steps,
+        eval_on_start=looks,
         prediction_loss_only=True,
         save_steps=settings.save_steps,
         save_total_limit=2,
