@@ -106,7 +106,7 @@ def wait(device: torch.device) -> None:
 def open_engine(path: Path, device: str, **options: Any) -> StreamingEngine:
     """An engine in bfloat16 that no token ends, and of which ids alone are had."""
     engine = StreamingEngine(path, device=device, dtype=torch.bfloat16, **options)
-    engine._stop_ids = frozenset  # type: ignore[method-assign]
+    engine._stop_ids = frozenset()
     engine._has_text = lambda needed=False: False  # type: ignore[method-assign]
     print(engine.plan, file=sys.stderr)
     return engine

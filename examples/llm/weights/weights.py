@@ -39,7 +39,7 @@ class StepWeights:
         self._store = getattr(tensors, "experts", None)
         """Brings the layer's experts, where they do not come with it."""
         self._names, self._unpacker, self._check = names, unpacker, check
-        self._matrices, self._in_slots = names.layers[layer.layer_idx], dict[str, Packed]()
+        self._matrices = names.layers[layer.layer_idx]
         self._pairs = {} if names.adapter is None else names.adapter.layers[layer.layer_idx]
         self.arithmetic = arithmetic
         self.layer_idx = layer.layer_idx
@@ -108,10 +108,12 @@ class StepWeights:
     def in_slots(self, matrix: str) -> Packed:
         """A matrix of all experts that are in slots, as of ``Stored.in_slots``. Only where experts
         are brought on demand."""
-        found = self._in_slots.get(matrix)
+        assert self._store is not None
+        key = self.layer_idx, matrix
+        found: Packed | None = self._store.derived.get(key)
         if found is None:
             stored = self._matrices[expert_module(0, matrix)]
-            found = self._in_slots[matrix] = stored.in_slots(dict(self._banks(stored)))
+            found = self._store.derived[key] = stored.in_slots(dict(self._banks(stored)))
         return found
 
     @property

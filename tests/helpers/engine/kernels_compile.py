@@ -54,6 +54,20 @@ class AbsentGpu:
         return 0
 
 
+class NotLaunched:
+    """What has been compiled, in place of what can be launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._count = len(kernel.arg_names)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert len(grid) == 3
+        return self._launch
+
+    def _launch(self, *given: Any) -> None:
+        assert len(given) == self._count
+
+
 def compile_only(run: Any) -> Any:
     """``run`` without the launch."""
 
@@ -64,7 +78,7 @@ def compile_only(run: Any) -> Any:
         moves = kernel.metadata.name in PRODUCTS and "convert_layout" in kernel.asm["ttgir"]
         assert not moves, f"{kernel.metadata.name} moves numbers between threads: {options}"
         assert kernel.metadata.shared <= SHARED_NBYTES, options
-        return kernel
+        return NotLaunched(self)
 
     return stop_after_compiling
 
