@@ -87,6 +87,7 @@ def _add_course(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read the rows, open the model, train, and say what that did."""
     require_trainer()
+    from ..llm.finetuning.room import step_nbytes
     from ..llm.finetuning.settings import DEFAULT_LENGTH, Settings
     from ..llm.finetuning.unfinished import Unfinished, digest
 
@@ -98,12 +99,13 @@ def run(args: argparse.Namespace) -> None:
     stay_offline(args)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of packages, about each other
-    model = open_model(args)
+    config = model_config(args)
+    context = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    length = args.length or min(DEFAULT_LENGTH, context)
+    tokenizer = model_tokenizer(args)
+    samples = read_samples(args, tokenizer, length)
+    model = open_model(args, step_nbytes(config, settings, length))
     with closing(model.layer_streamer):
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        length = args.length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
-        tokenizer = model_tokenizer(args)
-        samples = read_samples(args, tokenizer, length)
         if args.plan:
             say(str(model.layer_streamer.plan))
         record = {
@@ -130,8 +132,25 @@ def require_trainer() -> None:
             raise ImportError(f"{name} is not installed (pip install 'layer-streamer[finetune]')")
 
 
-def open_model(args: argparse.Namespace) -> Any:
-    """The model, streamed. ValueError for one that says no text, or for a device that is none."""
+def model_config(args: argparse.Namespace) -> Any:
+    """What transformers says of the language model. ValueError if it says nothing."""
+    import transformers
+
+    from ..llm.errors import one_line_errors
+    from ..modules.hub import is_hub_folder, local_folder
+
+    folder = local_folder(args.model)
+    if not is_hub_folder(folder):
+        raise ValueError(f"{args.model}: no directory of transformers': has no config.json")
+    with one_line_errors(f"{args.model}: no config that can be read", ValueError):
+        return transformers.AutoConfig.from_pretrained(folder).get_text_config()
+
+
+def open_model(args: argparse.Namespace, step_nbytes: int) -> Any:
+    """The model, streamed, ``step_nbytes`` of the device left where nobody says what it may take.
+
+    ValueError for one that says no text, or for a device that is none.
+    """
     import torch
 
     from ..measuring.threads import leave_a_core
@@ -143,6 +162,8 @@ def open_model(args: argparse.Namespace) -> Any:
     name = args.dtype or ("float32" if device == "cpu" else None)
     dtype = getattr(torch, name) if name else None
     options = streamer_options(args) | {"device": device}
+    if device != "cpu" and options.get("device_budget") in (None, "auto"):
+        options = {"reserve_bytes": step_nbytes} | options
     with leave_a_core():
         model: Any = stream(args.model, dtype=dtype, **options)
     if not (hasattr(model, "can_generate") and model.can_generate()):

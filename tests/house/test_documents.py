@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from adapters_made import adapted
 from assets import smollm2, smollm2_metadata, tiny_checkpoint, tiny_model
 from checkpoints import write_safetensors
 from paths import PYTHONPATH, ROOT
@@ -95,7 +96,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     sizes = {"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 32}
     sizes["max_position_embeddings"] = 1024  # what a tune of the engine takes by default
-    tiny_checkpoint(folder, tiny_model("qwen2", **sizes))
+    tiny_checkpoint(folder, made := tiny_model("qwen2", **sizes))
+    adapted(made, folder.parent / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(smollm2_metadata() / name, folder)
     return folder
@@ -108,6 +110,7 @@ def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         if name != "OUT/..":
             (tmp_path / name).symlink_to(model)
+    (tmp_path / "path/to/adapter").symlink_to(model.parent / "adapter")
     (tmp_path / "path/to/mixture").mkdir()
     mixture = {
         f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.rand(8, 32) for e in range(4)

@@ -184,6 +184,8 @@ def test_an_out_that_is_there_and_a_package_that_is_not_are_one_line(
 ) -> None:
     (tmp_path / "out").mkdir()
     assert "out: exists" in refused(capsys, "model", "rows.jsonl", tmp_path / "out")
+    said = refused(capsys, "rows.jsonl", "rows.jsonl", tmp_path / "made")
+    assert "rows.jsonl: no directory of transformers': has no config.json" in said
     said = refused(capsys, "model", "rows.jsonl", tmp_path / "no" / "out")
     assert "no: no such directory" in said
     monkeypatch.setitem(sys.modules, "peft", None)

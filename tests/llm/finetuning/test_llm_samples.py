@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 from tokenizers_made import byte_level
 from torch import nn
+from transformers import Qwen2Config
 
+from layer_streamer.llm.finetuning.room import LEAST, step_nbytes
 from layer_streamer.llm.finetuning.rows import Row, read_rows
 from layer_streamer.llm.finetuning.samples import UNSAID, Sample, encode_rows
+from layer_streamer.llm.finetuning.settings import Settings
 from layer_streamer.llm.finetuning.training import Batches, hold_out, linear_modules
 
 PLAIN = (
@@ -129,3 +132,15 @@ class Tiny(nn.Module):
 
 def test_adapters_stand_beside_all_linear_modules_but_the_head_and_experts() -> None:
     assert linear_modules(Tiny()) == ["q_proj"]
+
+
+def test_room_for_a_step_grows_with_rows_tokens_and_ranks() -> None:
+    config = Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, vocab_size=152064
+    )
+    one = step_nbytes(config, Settings(), 2048)
+    assert 3 << 30 < one < 4 << 30
+    assert one < step_nbytes(config, Settings(batch=2), 2048) < 2 * one
+    assert one < step_nbytes(config, Settings(), 4096)
+    assert one < step_nbytes(config, Settings(rank=32), 2048)
+    assert step_nbytes(object(), Settings(), 2048) == LEAST
