@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from adapters_made import CONFIG, WEIGHTS, adapted, edit_adapter, edit_config
 from assets import tiny_checkpoint
 from zoo import zoo_model
 
-from layer_streamer.llm.adapters.reading import AdapterError
+from layer_streamer.llm.adapters.reading import AdapterError, read_adapter
 from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.opening import Model
 
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 
@@ -21,6 +23,24 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("base"), zoo_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Model:
+    return Model.read(base, print)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted(zoo_model("llama"), folder)
+    return folder
+
+
+@pytest.fixture
+def made(whole: Path, tmp_path: Path) -> Path:
+    """An adapter to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "made"))
 
 
 def renamed(new: str) -> Callable[[dict[str, Any]], object]:
@@ -90,23 +110,22 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_no_adapter_of_the_model_is_refused_in_one_line(
-    tmp_path: Path, base: Path, name: str
+    made: Path, model: Model, name: str
 ) -> None:
+    read_adapter(made, model.names, model.config)
     damage, message = CASES[name]
-    adapted(zoo_model("llama"), tmp_path / "made")
-    damage(tmp_path / "made")
+    damage(made)
     with pytest.raises(AdapterError) as caught:
-        StreamingEngine(base, device="cpu", adapter=tmp_path / "made")
+        read_adapter(made, model.names, model.config)
     said = str(caught.value)
-    assert said.startswith(f"{tmp_path / 'made'}: ") and message in said and "\n" not in said
+    assert said.startswith(f"{made}: ") and message in said and "\n" not in said
 
 
 def test_which_model_an_adapter_says_that_it_is_of_is_told_where_it_is_another(
-    tmp_path: Path, base: Path
+    made: Path, base: Path
 ) -> None:
-    adapted(zoo_model("llama"), tmp_path / "made")
     for name, told in (("some/other", True), (f"some/{base.name}", False)):
-        edit_config(tmp_path / "made", base_model_name_or_path=name)
+        edit_config(made, base_model_name_or_path=name)
         heard: list[str] = []
-        StreamingEngine(base, device="cpu", adapter=tmp_path / "made", notify=heard.append).close()
+        StreamingEngine(base, device="cpu", adapter=made, notify=heard.append).close()
         assert any("an adapter of some/other" in line for line in heard) == told
