@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import printable
+from ..errors import StreamerError, printable
 from .command import add_streamer_options, at_least, say, streamer_options
 from .engine_options import DTYPES, stay_offline
 
@@ -235,7 +235,9 @@ def _train(
     settings: Settings,
     unfinished: Unfinished,
 ) -> tuple[Any, Watch]:
-    """Train with a progress bar."""
+    """Train with a progress bar. StreamerError if the device's memory does not do."""
+    import torch
+
     from ..llm.errors import one_line_errors
     from ..llm.finetuning.training import adapted, arguments_for, train
     from ..llm.finetuning.watching import Watch
@@ -258,5 +260,11 @@ def _train(
             made = adapted(model, settings, model_name(args))
         arguments = arguments_for(model, settings, unfinished.folder, looks=bool(samples[1]))
         pad = tokenizer.pad_token_id
-        train(made, arguments, 0 if pad is None else pad, samples, watch, last)
+        try:
+            train(made, arguments, 0 if pad is None else pad, samples, watch, last)
+        except torch.OutOfMemoryError as error:
+            raise StreamerError(
+                "out of device memory in a step: lower --length, --batch or --device-budget, or "
+                "raise --reserve-bytes"
+            ) from error
     return made, watch

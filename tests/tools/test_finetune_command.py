@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -59,7 +60,9 @@ def write(path: Path, *rows: Any) -> Path:
 
 def run(*arguments: object) -> int:
     """The exit code, on the CPU, every pass over layers that stream."""
-    options = ("--device", "cpu", "--n-gpu", "0", "--n-cpu-pinned", "0", "--n-cpu", "0")
+    options = ["--device", "cpu", "--n-cpu-pinned", "0", "--n-cpu", "0"]
+    if "--device-budget" not in arguments:
+        options += ["--n-gpu", "0"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return cli.main(["finetune", *options, *map(str, arguments)])
@@ -193,6 +196,35 @@ def test_an_out_that_is_there_and_a_package_that_is_not_are_one_line(
     assert "peft is not installed (pip install 'layer-streamer[finetune]')" in said
 
 
+def test_a_device_without_memory_for_a_step_is_one_line_and_leaves_nothing(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "loss_of", full)
+    said = refused(capsys, "model", "rows.jsonl", tmp_path / "out", *QUICK)
+    assert "out of device memory in a step: lower --length, --batch" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu_it_learns_within_a_budget(
+    place: Path, tmp_path: Path, capsys: Any, dtype: str
+) -> None:
+    options = ("--device", "cuda", "--dtype", dtype, "--device-budget", "500KiB")
+    options = (*options, *QUICK, "--steps", 30, "--hold-out", 0.25)
+    assert run("model", "rows.jsonl", tmp_path / "out", *options) == 0
+    err = capsys.readouterr().err
+    first, last = (
+        float(found) for found in re.findall(r"loss ([\d.]+) at first, ([\d.]+)", err)[0]
+    )
+    assert last < first and " of device memory, " in err
+    with StreamingEngine(place / "model", device="cuda", adapter=tmp_path / "out") as engine:
+        assert engine.generate(list(range(5, 25)), max_new_tokens=2, return_details=True).ids
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
 def test_over_packed_weights_and_mixtures_the_engine_answers_as_peft_does(
@@ -208,7 +240,10 @@ def test_over_packed_weights_and_mixtures_the_engine_answers_as_peft_does(
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(base)
     data = write(tmp_path / "rows.jsonl", *ROWS)
-    assert run(base, data, tmp_path / "out", *QUICK) == 0, capsys.readouterr().err
+    code, err = run(base, data, tmp_path / "out", *QUICK), capsys.readouterr().err
+    if "this transformers unpacks whole models only" in err:
+        pytest.skip(err)
+    assert code == 0, err
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.PeftModel.from_pretrained(model, str(tmp_path / "out")).eval()

@@ -6,7 +6,7 @@ import math
 import warnings
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf_to_safetensors
 import peft
@@ -53,9 +53,8 @@ def rows(questions: tuple[str, ...]) -> list[Row]:
     found = []
     for question in questions:
         for town, year, sight in facts():
-            asked = {"role": "user", "content": question.format(town=town, year=year)}
-            said = {"role": "assistant", "content": f"{town} had {sight} in {year}."}
-            found.append(Row(len(found) + 1, {"messages": [asked, said]}))
+            asked, said = question.format(town=town, year=year), f" {town} had {sight} in {year}."
+            found.append(Row(len(found) + 1, {"prompt": asked, "completion": said}))
     return found
 
 
@@ -76,10 +75,18 @@ def learned(model: Any, samples: list[Sample], held_out: list[Sample], folder: P
     return made, watch
 
 
-def test_two_hundred_rows_are_learned_by_the_resident_models_curve(
-    base: Path, tmp_path: Path
-) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+class Learned(NamedTuple):
+    """Two runs of the same."""
+
+    held_out: list[Sample]
+    adapter: Path
+    streamed: Watch
+    resident: Watch
+
+
+@pytest.fixture(scope="module")
+def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Learned:
+    tokenizer, place = transformers.AutoTokenizer.from_pretrained(base), base.parent
     samples, held_out = (
         encode_rows(tokenizer, rows(some), Path("rows"), 128).samples
         for some in (ASKED, (HELD_OUT,))
@@ -88,38 +95,47 @@ def test_two_hundred_rows_are_learned_by_the_resident_models_curve(
     held_out = held_out[::3]
     with one_torch_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         model: Any = stream(base, device="cpu", dtype=torch.float32, n_gpu=0)
         with closing(model.layer_streamer):
-            mine, ours = learned(model, samples, held_out, tmp_path / "mine")
-            mine.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-        _, theirs = learned(plain.requires_grad_(False), samples, held_out, tmp_path / "plain")
-    assert ours.losses == theirs.losses and len(ours.losses) == 25
-    assert (
-        ours.held_out == theirs.held_out and len(ours.held_out) == 4
-    )  # before all, and at 12, 24, 25
-    before, after = ours.held_out[0][1], ours.held_out[-1][1]
+            mine, streamed = learned(model, samples, held_out, place / "mine")
+            mine.save_pretrained(place / "adapter", save_embedding_layers=False)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        _, resident = learned(plain.requires_grad_(False), samples, held_out, place / "plain")
+    return Learned(held_out, place / "adapter", streamed, resident)
+
+
+def test_two_hundred_rows_are_learned_by_the_resident_models_curve(runs: Learned) -> None:
+    mine, theirs = runs.streamed, runs.resident
+    assert mine.losses == theirs.losses and len(mine.losses) == 25
+    assert mine.held_out == theirs.held_out
+    assert [step for step, _ in mine.held_out] == [0, 12, 24, 25]
+    before, after = mine.held_out[0][1], mine.held_out[-1][1]
     assert math.exp(after) < FALLS * math.exp(before)
 
-    question = held_out[0].ids[: len(held_out[0].ids) - held_out[0].learned]
-    with one_torch_thread():
+
+def test_what_it_has_learned_is_said_by_peft_and_by_the_engine_over_both_files(
+    runs: Learned, base: Path
+) -> None:
+    row = runs.held_out[0]
+    question = row.ids[: len(row.ids) - row.learned]
+    with one_torch_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         clean = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        loaded = peft.PeftModel.from_pretrained(clean, str(tmp_path / "adapter")).eval()
+        loaded = peft.PeftModel.from_pretrained(clean, str(runs.adapter)).eval()
         with torch.no_grad():
-            expected = loaded(torch.tensor([held_out[0].ids])).logits[0]
+            expected = loaded(torch.tensor([row.ids])).logits[0]
             said = loaded.generate(torch.tensor([question]), max_new_tokens=12, do_sample=False)
     options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "max_length": 128}
     losses = []
-    for path, adapter in ((base, True), (smollm2(), True), (smollm2(), False)):
-        given = tmp_path / "adapter" if adapter else None
-        with one_torch_thread(), StreamingEngine(path, adapter=given, **options) as engine:
+    for path, adapter in ((base, runs.adapter), (smollm2(), runs.adapter), (smollm2(), None)):
+        with one_torch_thread(), StreamingEngine(path, adapter=adapter, **options) as engine:
             text = engine.generate(question, max_new_tokens=12, temperature=0, return_details=True)
             sequence = OneSequence(engine._runner)
-            found = sequence.forward(held_out[0].ids, every_position=True)
+            found = sequence.forward(row.ids, every_position=True)
             sequence.truncate(0)
-            losses.append(mean_nll(sequence, held_out[0].ids))
+            losses.append(mean_nll(sequence, row.ids))
         if path == base:
             assert list(text.ids) == said[0, len(question) :].tolist()
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    # Of the whole row, most of which is not learned: over the packed weights, too.
+    # Of the whole row, some of which is not learned: over the packed weights, too.
     assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[1] < 0.8 * losses[2]
