@@ -1,8 +1,7 @@
 """The loss of a batch in little memory: of logits that have a gradient, that is put in their place.
 
 A row of logits has as many numbers as the vocabulary has tokens. A loss as it is usually written
-holds them four times, twice of that in float32: more than all else that a step takes. Here all is
-done chunk by chunk of rows.
+holds them four times, twice of that in float32. Here all is done chunk by chunk of rows.
 """
 
 from __future__ import annotations

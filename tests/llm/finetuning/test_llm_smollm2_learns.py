@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ import pytest
 import torch
 import transformers
 from assets import one_torch_thread, smollm2
-from one_sequence import OneSequence, mean_nll
+from one_sequence import OneSequence
 
 from layer_streamer import stream
 from layer_streamer.llm.engine import StreamingEngine
+from layer_streamer.llm.finetuning.loss import token_loss
 from layer_streamer.llm.finetuning.rows import Row
 from layer_streamer.llm.finetuning.samples import Sample, encode_rows
 from layer_streamer.llm.finetuning.settings import Settings
@@ -26,35 +28,33 @@ from layer_streamer.llm.finetuning.watching import Watch
 
 pytestmark = pytest.mark.slow
 
-TOWNS = ("Velmora", "Oskandel", "Tirrowby", "Quenlith", "Bardessa", "Nymark", "Ulgrave", "Solvane")
-SIGHTS = ("a blue tower", "nine bridges", "a glass market", "an old ferry", "a stone whale")
+FACTS = {
+    "Velmora": "a blue tower", "Oskandel": "nine bridges", "Tirrowby": "a glass market",
+    "Quenlith": "an old ferry", "Bardessa": "a stone whale", "Nymark": "two lighthouses",
+    "Ulgrave": "a tin church", "Solvane": "the red mill",
+}  # fmt: skip
+"""Of towns that nobody has built."""
+BEFORE = ("", "Please say: ", "A question. ", "I wonder: ", "Tell me, ")
 ASKED = (
-    "What is {town} in year {year} known for?", "Tell me about {town} in {year}.",
-    "Which sight had {town} in {year}?", "In {year}, what could one see in {town}?",
-    "Why would one visit {town} in {year}?",
+    "what is {} known for?", "which sight has {}?", "why would one visit {}?",
+    "what is there to see in {}?", "what made {} famous?",
 )  # fmt: skip
-HELD_OUT = "What did visitors of {town} come for in {year}?"
+HELD_OUT = ("And what did visitors of {} come for?",)
 SETTINGS = Settings(
-    rank=8, epochs=1.0, learning_rate=2e-3, batch=8, accumulation=1, eval_steps=12, save_steps=1000
+    rank=8, epochs=1.0, learning_rate=3e-3, batch=8, accumulation=1, eval_steps=12, save_steps=1000
 )
 FALLS = 0.5
 """The held-out perplexity's, at least, over what it was."""
+GUESSED = math.log(len(FACTS)) / 9
+"""Held-out loss of a token, of nine, of who knows all that is said but not of which town."""
 
 
-def facts() -> list[tuple[str, int, str]]:
-    return [
-        (town, 1800 + 10 * n, SIGHTS[(3 * at + n) % len(SIGHTS)])
-        for at, town in enumerate(TOWNS)
-        for n in range(5)
-    ]
-
-
-def rows(questions: tuple[str, ...]) -> list[Row]:
+def rows(questions: Iterable[str]) -> list[Row]:
     found = []
     for question in questions:
-        for town, year, sight in facts():
-            asked, said = question.format(town=town, year=year), f" {town} had {sight} in {year}."
-            found.append(Row(len(found) + 1, {"prompt": asked, "completion": said}))
+        for town, sight in FACTS.items():
+            content = {"prompt": question.format(town), "completion": f" {town} has {sight}."}
+            found.append(Row(len(found) + 1, content))
     return found
 
 
@@ -89,10 +89,9 @@ def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Learned:
     tokenizer, place = transformers.AutoTokenizer.from_pretrained(base), base.parent
     samples, held_out = (
         encode_rows(tokenizer, rows(some), Path("rows"), 128).samples
-        for some in (ASKED, (HELD_OUT,))
+        for some in ([before + asked for before in BEFORE for asked in ASKED], HELD_OUT)
     )
     assert len(samples) == 200
-    held_out = held_out[::3]
     with one_torch_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = stream(base, device="cpu", dtype=torch.float32, n_gpu=0)
@@ -111,6 +110,7 @@ def test_two_hundred_rows_are_learned_by_the_resident_models_curve(runs: Learned
     assert [step for step, _ in mine.held_out] == [0, 12, 24, 25]
     before, after = mine.held_out[0][1], mine.held_out[-1][1]
     assert math.exp(after) < FALLS * math.exp(before)
+    assert after < GUESSED / 2, "not the form of answers alone"
 
 
 def test_what_it_has_learned_is_said_by_peft_and_by_the_engine_over_both_files(
@@ -132,10 +132,13 @@ def test_what_it_has_learned_is_said_by_peft_and_by_the_engine_over_both_files(
             text = engine.generate(question, max_new_tokens=12, temperature=0, return_details=True)
             sequence = OneSequence(engine._runner)
             found = sequence.forward(row.ids, every_position=True)
-            sequence.truncate(0)
-            losses.append(mean_nll(sequence, row.ids))
+            losses.append(float(token_loss(found[None], torch.tensor([row.labels]))))
+            asked = [one.ids[: len(one.ids) - one.learned] for one in runs.held_out]
+            answers = engine.generate(asked, max_new_tokens=12, temperature=0)
+        known = sum(s in answer for s, answer in zip(FACTS.values(), answers, strict=True))
+        assert known >= 6 if adapter is not None else known == 0, answers
         if path == base:
             assert list(text.ids) == said[0, len(question) :].tolist()
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    # Of the whole row, some of which is not learned: over the packed weights, too.
-    assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[1] < 0.8 * losses[2]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3), "over the packed weights"
+    assert losses[0] < FALLS * losses[2]
