@@ -110,17 +110,19 @@ def test_an_adapter_of_zeros_changes_no_bit(tmp_path: Path) -> None:
     assert torch.equal(logits(path, tmp_path / "adapter"), logits(path, None))
 
 
-def test_a_draft_by_the_models_own_weights_changes_no_token_of_an_adapted_model(
+def test_a_draft_by_the_models_own_weights_has_the_adapter_and_changes_no_token(
     tmp_path: Path,
 ) -> None:
     model = zoo_model("llama", hidden_size=64, intermediate_size=128, head_dim=16)
     path = tiny_checkpoint(tmp_path / "base", model)
     adapted(model, tmp_path / "adapter")
-    with opened(path, tmp_path / "adapter") as engine:
-        plain = engine.generate(IDS[:20], max_new_tokens=12, temperature=0, return_details=True).ids
-    with opened(path, tmp_path / "adapter", draft="self") as engine:
-        found = engine.generate(IDS[:20], max_new_tokens=12, temperature=0, return_details=True)
-    assert found.ids == plain
+    found = []
+    for draft in (None, "self"):
+        options = {"dtype": torch.bfloat16, "reproducible": True, "draft": draft}
+        with opened(path, tmp_path / "adapter", **options) as engine:
+            asked = {"max_new_tokens": 12, "temperature": 0, "return_details": True}
+            found.append(engine.generate(IDS[:20], **asked))
+    assert found[0].ids == found[1].ids and found[1].drafted > 0
 
 
 def test_the_memory_plan_has_room_for_the_adapter(tmp_path: Path) -> None:
