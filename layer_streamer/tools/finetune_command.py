@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..llm.finetuning.watching import Watch
 
 NEEDED = ("transformers", "tokenizers", "jinja2", "peft", "accelerate")
+NOISY = "(transformers|peft|accelerate)([.]|$)"
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps, {elapsed} so far, {remaining} left{postfix}"
 OF_BASES = ("device_budget", "reserve_bytes", "host_budget", "n_gpu", "n_cpu_pinned", "n_cpu",
             "read_mode", "read_threads")  # fmt: skip
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     unfinished = Unfinished(Path(os.path.realpath(args.out)))
     stay_offline(args)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of packages, about each other
+    warnings.filterwarnings("ignore", module=NOISY)  # of packages, about each other
     config = model_config(args)
     context = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
     length = args.length or min(DEFAULT_LENGTH, context)

@@ -72,13 +72,11 @@ def adapted(model: Any, settings: Settings, name: str) -> Any:
         if any(".experts." in n for n, _ in model.named_modules())
         else None,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=name,
     )
     set_seed(settings.seed)
     model.config.use_cache = False
-    made = get_peft_model(model, config)
-    made.peft_config["default"].base_model_name_or_path = name
-    return made
+    model.name_or_path = name  # which peft asks
+    return get_peft_model(model, config)
 
 
 def arguments_for(model: Any, settings: Settings, folder: Path, *, looks: bool) -> Any:
