@@ -226,7 +226,9 @@ def test_on_a_gpu_it_learns_within_a_budget(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name", ["qwen2", "qwen3_moe", "qwen2_moe", "gpt_oss", "mixtral", "gemma3_text"]
+)
 def test_over_packed_weights_and_mixtures_the_engine_answers_as_peft_does(
     tmp_path: Path, capsys: Any, name: str
 ) -> None:
