@@ -26,7 +26,7 @@ from .memory.plan import MemoryPlan, Planner
 from .memory.wishes import Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory, refuse_by_config
 from .models.config import ModelConfig
-from .models.names import WeightNames, known_layers, weight_names
+from .models.names import WeightNames, known_layers, used_tensors, weight_names
 from .passes.chunking import Chunking
 from .passes.decode import MOST_ROWS, MOST_ROWS_STREAMED, captured_rows
 from .passes.runner import Runner
@@ -122,7 +122,7 @@ class Model:
             )
         for note in (*config.notes, *left_out, *names.notes):
             notify(f"{path.name}: {note}")
-        return cls(path, manifest, directory, config, names)
+        return cls(path, used_tensors(manifest, names), directory, config, names)
 
     @property
     def tokenizer(self) -> Any:
