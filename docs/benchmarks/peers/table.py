@@ -80,6 +80,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines + ([""] + left if left else []))
 
 
+def parts(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows that can be compared, by what they have in common. Of a peer that was measured again
+    the last row counts."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        asked, machine = row["asked"], row["machine"]
+        where = (
+            machine["gpus"][0] if asked["device"] != "cpu" else f"CPU, threads: {asked['threads']}"
+        )
+        limit = f", {gib(asked['device_nbytes'])} GiB of it" if asked["device_nbytes"] else ""
+        title = f"{asked['checkpoint']} on {where}{limit}"
+        found.setdefault(title, {})[row["peer"]] = row
+    return {title: list(by_peer.values()) for title, by_peer in found.items()}
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A bar a peer: seconds a token, beside it the peak of device memory."""
     import matplotlib as mpl
@@ -88,31 +103,38 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "layer-streamer"
     from matplotlib import pyplot
 
-    found = measured(rows)[::-1]
-    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.34 * len(found)), layout="constrained")
-    ours = ["tab:blue" if "layer-streamer" in row["title"] else "0.65" for row in found]
-    seconds = [row["seconds_per_pass"] for row in found]
-    bars = axes.barh([row["title"] for row in found], seconds, color=ours)
-    labels = [
-        f"{row['seconds_per_pass']:.3g} s"
-        + (f", {row['device_peak'] / GIB:.1f} GiB" if row["device_peak"] else "")
-        for row in found
-    ]
-    axes.bar_label(bars, labels, padding=3, fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlim(min(seconds, default=1) / 2, max(seconds, default=1) * 4)
-    axes.set_xlabel("seconds a token (logarithmic), and peak of device memory")
+    drawn = {title: measured(part)[::-1] for title, part in parts(rows).items()}
+    heights = [max(len(part), 1) for part in drawn.values()]
+    figure, all_axes = pyplot.subplots(
+        len(drawn), squeeze=False, figsize=(8, 0.9 * len(drawn) + 0.3 * sum(heights)),
+        layout="constrained", gridspec_kw={"height_ratios": heights},
+    )  # fmt: skip
+    for axes, (title, part) in zip(all_axes[:, 0], drawn.items(), strict=True):
+        ours = ["tab:blue" if "layer-streamer" in row["title"] else "0.65" for row in part]
+        seconds = [row["seconds_per_pass"] for row in part]
+        bars = axes.barh([row["title"] for row in part], seconds, color=ours)
+        axes.bar_label(bars, [label(row) for row in part], padding=3, fontsize=8)
+        axes.set_xscale("log")
+        axes.set_xlim(min(seconds, default=1) / 2, max(seconds, default=1) * 4)
+        axes.set_title(title, fontsize=9)
+    all_axes[-1, 0].set_xlabel("seconds a token (logarithmic)")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
 
+def label(row: dict[str, Any]) -> str:
+    """At a bar."""
+    peak = f", {gib(row['device_peak'])} GiB" if row["device_peak"] else ""
+    return f"{row['seconds_per_pass']:.3g} s{peak}"
+
+
 def main() -> int:
-    """Print the table; draw the picture. Of a peer that was measured again, the last row counts."""
-    lines = Path(sys.argv[1]).read_text().splitlines()
-    rows = {row["peer"]: row for row in map(json.loads, lines)}
-    print(table(list(rows.values())))
+    """Print the tables; draw the picture."""
+    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    for title, part in parts(rows).items():
+        print(title, table(part), sep="\n\n", end="\n\n")
     if len(sys.argv) > 2:
-        draw(list(rows.values()), Path(sys.argv[2]))
+        draw(rows, Path(sys.argv[2]))
     return 0
 
 
