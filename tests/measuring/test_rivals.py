@@ -75,6 +75,16 @@ def test_losing_rows_and_reasons_stand_in_the_table_of_rivals() -> None:
     assert (empty, reason) == ("", "* none: skipped, it is not installed")
 
 
+def test_the_page_has_every_row_of_rivals_that_is_on_record() -> None:
+    from peers.table import parts, table
+
+    lines = (BENCHMARKS / "rivals.jsonl").read_text().splitlines()
+    page = (BENCHMARKS / "README.md").read_text()
+    for part in parts([json.loads(line) for line in lines]).values():
+        rows = [line for line in table(part).splitlines() if line.startswith("|")]
+        assert "\n".join(rows) in page
+
+
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
