@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import subprocess
@@ -195,6 +196,25 @@ def test_names_of_rivals_are_names_or_begins_of_them() -> None:
     assert rivals.chosen(None) == list(PEERS)
     with pytest.raises(ValueError, match="nobody"):
         rivals.chosen(["nobody"])
+
+
+@pytest.mark.slow
+def test_a_rival_of_our_name_is_imported_whatever_its_annotations_and_what_was_compiled(
+    tmp_path: Path,
+) -> None:
+    package = tmp_path / "layer_streamer"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .there import found\n")
+    (package / "there.py").write_text("def found(x: [][0]) -> None: ...\n")
+    compileall.compile_dir(package, quiet=1)
+    code = "import sys; from peers.layers import DeferredFinder; "
+    code += "sys.meta_path.insert(0, DeferredFinder()); import layer_streamer; "
+    code += "print(layer_streamer.found.__annotations__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{BENCHMARKS}"}, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout == "{'x': '[][0]', 'return': 'None'}\n", done.stderr
 
 
 @pytest.mark.slow

@@ -92,9 +92,10 @@ def layer_streamer_pass(asked: Asked) -> LayerSession:
 class Deferred(importlib.machinery.SourceFileLoader):
     """Loads a module whose annotations are not evaluated, as is the rule from Python 3.14 on."""
 
-    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> Any:
+    def get_code(self, fullname: str) -> Any:
+        path = self.get_filename(fullname)  # what was compiled before is not asked for
         flags = __future__.annotations.compiler_flag
-        return compile(data, path, "exec", flags, dont_inherit=True, optimize=_optimize)
+        return compile(self.get_data(path), path, "exec", flags, dont_inherit=True)
 
 
 class DeferredFinder(importlib.abc.MetaPathFinder):

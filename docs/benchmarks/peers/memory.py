@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import threading
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -71,15 +73,23 @@ def pss() -> int:
     return fields_of("self", "smaps_rollup")["Pss"]
 
 
-def device_used() -> int | None:
-    """Bytes of GPU 0 that are taken, as the driver sees it; None where nothing says so."""
-    with suppress(ImportError):
+@cache
+def nvml() -> tuple[Any, Any]:
+    """NVIDIA's own counters, and GPU 0 there; nothing where they are not."""
+    try:
         import pynvml
 
-        with suppress(pynvml.NVMLError):
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+        pynvml.nvmlInit()
+        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+    except Exception:  # of whatever kind its package has
+        return None, None
+
+
+def device_used() -> int | None:
+    """Bytes of GPU 0 that are taken, as the driver sees it; None where nothing says so."""
+    counters, gpu = nvml()
+    if counters is not None:
+        return int(counters.nvmlDeviceGetMemoryInfo(gpu).used)
     command = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     with suppress(OSError, ValueError):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
