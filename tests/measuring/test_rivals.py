@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from assets import tiny_checkpoint, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from paths import ROOT
 
 from layer_streamer.llm import StreamingEngine
@@ -196,6 +198,27 @@ def test_names_of_rivals_are_names_or_begins_of_them() -> None:
     assert rivals.chosen(None) == list(PEERS)
     with pytest.raises(ValueError, match="nobody"):
         rivals.chosen(["nobody"])
+
+
+@given(
+    base=st.integers(300 * MIB, 2048 * MIB), each=st.integers(50 * MIB, 700 * MIB),
+    count=st.integers(1, 90), limit=st.integers(3, 24),
+)  # fmt: skip
+def test_llama_cpp_gets_the_most_layers_that_its_peak_allows(
+    base: int, each: int, count: int, limit: int
+) -> None:
+    from peers.llama_cpp import Bench
+
+    class Measured(Bench):
+        def run(self, *options: str, repeats: int) -> dict[str, Any]:
+            self.peak = base + self.layers * each
+            return {}
+
+    limited = asked(device="cuda:0", device_nbytes=limit << 30, gguf=Path("m"), llama_bench="bench")
+    bench = Measured(limited)
+    bench.fill([each] * count)
+    most = ((limit << 30) - base) // each
+    assert bench.layers == min(most, count + 1)
 
 
 @pytest.mark.slow
