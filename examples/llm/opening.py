@@ -27,7 +27,7 @@ from .memory.plan import MemoryPlan, Planner
 from .memory.wishes import Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory, refuse_by_config
 from .models.config import ModelConfig
-from .models.names import WeightNames, known_layers, weight_names
+from .models.names import WeightNames, known_layers, used_tensors, weight_names
 from .passes.chunking import Chunking
 from .passes.decode import MOST_ROWS, MOST_ROWS_STREAMED, captured_rows
 from .passes.runner import Runner
@@ -118,12 +118,10 @@ class Model:
         manifest, left_out = known_layers(manifest, config)
         names = weight_names(manifest, config)
         if (directory / ADAPTER).is_file():
-            left_out.append(
-                f"{ADAPTER} is not used: merge the adapter into its base model for that"
-            )
+            left_out.append(f"{ADAPTER} is not used unless adapter= (--adapter) names its folder")
         for note in (*config.notes, *left_out, *names.notes):
             notify(f"{path.name}: {note}")
-        return cls(path, manifest, directory, config, names)
+        return cls(path, used_tensors(manifest, names), directory, config, names)
 
     @property
     def tokenizer(self) -> Any:

@@ -18,6 +18,7 @@ from adapters_made import adapted
 from assets import smollm2, smollm2_metadata, tiny_checkpoint, tiny_model
 from checkpoints import write_safetensors
 from paths import PYTHONPATH, ROOT
+from transformers import AutoModelForCausalLM
 
 from layer_streamer.tools.cli import main
 
@@ -138,6 +139,18 @@ def test_python_on_a_page_runs(snippet: Snippet, place: Path, capsys: Any) -> No
     short = re.sub(r"max_new_tokens=\d+", "max_new_tokens=2", snippet.text)
     short = short.replace("10_000", "2")
     exec(compile(short, snippet.page, "exec"), names)
+
+
+def test_the_engine_on_the_page_for_engines_answers_as_transformers(
+    place: Path, capsys: Any
+) -> None:
+    (code,) = [b.values[0].text for b in blocks("python") if "class Engine:" in b.values[0].text]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    model = AutoModelForCausalLM.from_pretrained("path/to/model").eval()
+    ids = torch.tensor([[1, 2, 3]])
+    wanted = model.generate(ids, do_sample=False, min_new_tokens=4, max_new_tokens=4)[0, 3:]
+    assert names["text"] == wanted.tolist()
 
 
 @pytest.mark.slow
