@@ -142,7 +142,10 @@ def model_config(args: argparse.Namespace) -> Any:
 
     folder = local_folder(args.model)
     if not is_hub_folder(folder):
-        raise ValueError(f"{args.model}: no directory of transformers': has no config.json")
+        hint = (
+            " (examples/make/gguf_to_safetensors.py makes one)" if folder.suffix == ".gguf" else ""
+        )
+        raise ValueError(f"{args.model}: no directory of transformers': has no config.json{hint}")
     with one_line_errors(f"{args.model}: no config that can be read", ValueError):
         return transformers.AutoConfig.from_pretrained(folder).get_text_config()
 
