@@ -44,7 +44,7 @@ WARM = 2
 PIECE = 64 << 20
 """Bytes of pinned memory that the limit is copied from."""
 CASES: dict[str, dict[str, Any]] = {
-    "7b": {"shape": "qwen2.5-7b", "format": None, "weights": int(3.5 * GIB)},
+    "7b": {"shape": "qwen2.5-7b", "format": None, "weights": 6 * GIB},
     "32b": {"shape": "qwen2.5-32b", "format": "ct4", "weights": int(2.25 * GIB)},
 }
 """By name, what is made, and the ``device_budget`` of its weights: adapters, their optimizer and

@@ -162,7 +162,7 @@ def compile_mixtures(matrices: list[Packed], dtype: torch.dtype, *, has_cores: b
             slot_products.launch_slots((biased,), x, slots[:1])
     gate = torch.zeros(2, 2880, dtype=dtype)
     launching.launch_clamped(gate, gate, 1.702, 7.0)
-    if has_cores:
+    if has_cores and dtype in tiles.DTYPES:
         compile_slots(
             replace(matrices[-1], parts={**matrices[-1].parts, "bias": gate[0, :16]}), gate
         )
