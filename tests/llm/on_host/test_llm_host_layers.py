@@ -23,6 +23,8 @@ from layer_streamer.machine.limits import ProductRate
 WINDOW = {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 1}
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "windows": WINDOW}
 THERE = (0, 2)
+MAPPED: dict[str, Any] = {"read_mode": "mapped"}
+IMAGES: dict[str, Any] = {"n_gpu": 1, "n_cpu_pinned": 1}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -45,10 +47,16 @@ def tell(path: Path, config: Any, seed: int, **options: Any) -> tuple[list[torch
         return found, 0 if runner.host is None else runner.host.passes
 
 
-@pytest.mark.parametrize("options", [{"read_mode": "mapped"}, {"n_gpu": 1, "n_cpu_pinned": 1}])
 @pytest.mark.parametrize(
-    ("seed", "there", "away"),
-    [(0, THERE, ()), (1, (1,), (0, 1)), (2, (0, 1, 2), ()), (3, THERE, (1,))],
+    ("seed", "there", "away", "options"),
+    [
+        (0, THERE, (), MAPPED),
+        (3, THERE, (1,), IMAGES),
+        pytest.param(1, (1,), (0, 1), MAPPED, marks=pytest.mark.slow),
+        pytest.param(2, (0, 1, 2), (), IMAGES, marks=pytest.mark.slow),
+        pytest.param(4, (0, 1, 2), (), MAPPED, marks=pytest.mark.slow),
+        pytest.param(5, (1,), (), IMAGES, marks=pytest.mark.slow),
+    ],
 )
 def test_passes_by_turns_here_and_there_give_the_logits_of_streamed_ones(
     model: tuple[Path, Any], seed: int, there: Any, away: Any, options: dict[str, Any]
@@ -64,7 +72,10 @@ def test_passes_by_turns_here_and_there_give_the_logits_of_streamed_ones(
 PROMPTS = [[7, 8, 9] * 6, [20, 21], [30] * 12]
 
 
-@pytest.mark.parametrize("options", [{}, {"lookup": True}, {"kv": "host"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"lookup": True}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"kv": "host"}))],
+)
 def test_an_engine_says_the_same_with_layers_in_host_memory(
     model: tuple[Path, Any], options: dict[str, Any]
 ) -> None:
@@ -82,6 +93,7 @@ def test_an_engine_says_the_same_with_layers_in_host_memory(
     assert found == expected
 
 
+@pytest.mark.slow
 def test_in_bfloat16_they_are_no_further_off_than_streamed_ones(model: tuple[Path, Any]) -> None:
     path, network = model
     exact, _ = tell(path, network.config, 5)
