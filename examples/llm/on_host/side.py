@@ -35,7 +35,7 @@ class HostSide:
         """``streamer``: the runner's, whose ``host_layers`` have keys and values in host memory."""
         self.runner, self.layers = runner, frozenset(streamer.plan.host_layers)
         self._streamer, self._total = streamer, sum(streamer.plan.placement.copy_bytes)
-        self.choice = Choice()
+        self.choice, self.threads = Choice(), torch.get_num_threads()
         self._last: tuple[int, bool] | None = None
         """Tokens of the last pass, and whether they were computed here; None: look at no report."""
         self._wants = self._listens = False
@@ -76,7 +76,7 @@ class HostSide:
         batch = pack(entries, count, CPU, None, drafts)
         (chunk,) = batch.chunks
         runner = self.runner
-        look = RowAttention(chunk, runner.config, runner.kv, most_together=0)
+        look = RowAttention(chunk, runner.config, runner.kv, most_together=0, widened=True)
         places = [
             Place(
                 section.first,
