@@ -71,6 +71,7 @@ def _multiply(
 ) -> float:
     """Bytes of weights a second; ends the copies. ``effort``: seconds of a sample, and how many."""
     seconds, samples = effort
+    torch.set_num_threads(torch.get_num_threads())  # a thread has to be told of its own
     x_TD = torch.ones(tokens, matrices[0].shape[1], dtype=torch.bfloat16, device="cpu")
     turns = cycle(matrices)
     try:
