@@ -18,6 +18,7 @@ from .passes.expert_opening import Layers, open_store, slots_of, take_out
 from .passes.expert_store import ExpertStore
 from .passes.expert_tiers import choose_tiers
 from .passes.statics import Statics
+from .planning.host_layers import balance, choose_host_layers
 from .planning.layout import Layout, Step, plan_steps
 from .planning.placement import Rates
 from .planning.plan import Machine, Plan
@@ -117,15 +118,20 @@ def _plan(
     if "copy" in given:
         copy = (given["copy"],) * len(devices)
         rates = replace(rates, copy=copy, copy_together=None, pageable=copy)
+    layers = tuple(step.layer_idx for step in steps)
     extents = [(r.path, r.offset, r.nbytes) for layout in layouts for r in layout.reads]
-    plan = make_plan(
+    make = partial(
+        make_plan,
         measure_steps(steps, layouts, dtype),
         max(layout.scratch_nbytes for layout in layouts),
         look_at_machine(devices, rates, limits),
         settings,
         lambda: files.cached_share(extents),
     )
-    return steps, layouts, replace(plan, layers=tuple(step.layer_idx for step in steps))
+    asked, count = settings.asked["host_layers"], manifest.num_layers
+    chosen = balance(make(), layers, count) if isinstance(asked, str) else asked
+    plan = make(choose_host_layers(chosen, layers, count))
+    return steps, layouts, replace(plan, layers=layers)
 
 
 def _rates(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:
@@ -133,6 +139,7 @@ def _rates(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:
     names = [str(device.torch_device) for device in devices]
     if limits is None:
         return Rates(None, (None,) * len(names))
+    products = [limits.product_rate(name) for name in names]
     return Rates(
         read=limits.best_read_rate("direct"),
         copy=tuple(limits.copy_rate(name) for name in names),
@@ -140,6 +147,8 @@ def _rates(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:
         cold=limits.best_read_rate("cold"),
         cached=limits.cached_read_rate,
         pageable=tuple(limits.pageable_rate(name) for name in names),
+        products=min((one.bytes_per_s for one in products if one is not None), default=None),
+        beside=tuple(None if one is None else one.copies for one in products),
     )
 
 

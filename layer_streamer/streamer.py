@@ -197,7 +197,7 @@ class LayerStreamer:
         with led_pass(self._opened()):
             yield
 
-    def run_pass(self, x: X, layer_fn: LayerFn) -> X:
+    def run_pass(self, x: X, layer_fn: LayerFn, *, on_host: bool = True) -> X:
         """One pass: ``x = layer_fn(x, weights, layer_idx)`` for every layer, in order.
 
         Tensors in ``x`` (also in nested tuples, lists and dicts) are moved to the layer's device.
@@ -206,23 +206,24 @@ class LayerStreamer:
         returned, by when all work that reads them must be ordered before the current stream. With
         ``experts="demand"``, ``weights.experts`` brings those of the layer (None where it has
         none). Those of a layer that is resident on the device (``plan.tiers``) stay as they are,
-        the same tensors at the same addresses in every pass, until ``close``.
-
+        the same tensors at the same addresses in every pass, until ``close``. ``on_host``: those of
+        ``host_layers`` are on the CPU, and ``x`` with them; False: they are streamed as others are.
         Raises what ``layer_fn`` raises, or the error of the layer that could not be streamed.
         """
-        result: X = run_layers(self._opened(), self, x, layer_fn)
+        result: X = run_layers(self._opened(), self, x, layer_fn, Heading(on_host=on_host))
         return result
 
-    def sweep(self, *, back: bool = False, turns: bool = False) -> Sweep:
+    def sweep(self, *, back: bool = False, turns: bool = False, on_host: bool = True) -> Sweep:
         """One pass as a loop: yields (layer_idx, weights) for every layer, in order.
 
         ``back``: from the last to the first. ``turns``: the next pass will go the other way, and
         finds what lies in slots by then; to be wrong costs time. What :meth:`run_pass` says of
-        weights holds until the loop advances. The iterator keeps the streamer alive, which needs no
-        name of its own then. Leaving the loop early ends the pass. A newer pass on the same thread
-        supersedes it: its next advance raises SupersededError.
+        weights, and of ``on_host``, holds until the loop advances; ``x`` is yours to move. The
+        iterator keeps the streamer alive. Leaving the loop early ends the pass. A newer pass on the
+        same thread supersedes it: its next advance raises SupersededError.
         """
-        return sweep(self._opened(), self, guarded=False, heading=Heading(back, turns))
+        heading = Heading(back, turns, on_host)
+        return sweep(self._opened(), self, guarded=False, heading=heading)
 
     def load_static(self, name: str, device: DeviceName | None = None) -> torch.Tensor:
         """One tensor on a device for good (outside the slots), cast as the layers are.
@@ -286,8 +287,7 @@ def pipeline_of(streamer: LayerStreamer) -> Pipeline:
 
 
 def store_of(streamer: LayerStreamer) -> ExpertStore | None:
-    """Where experts are that are brought on demand, for those who say how they lie; None without.
-    Raises ClosedError."""
+    """Where experts are that are brought on demand; None without. Raises ClosedError."""
     return streamer._opened().experts
 
 

@@ -194,7 +194,7 @@ class ComputeAlone:
     def __init__(self, engine: StreamingEngine, *, plain: bool = False) -> None:
         self._engine, self._runner, self._plain = engine, engine._runner, plain
         with torch.inference_mode():
-            for layer_idx, weights in engine.streamer.sweep():
+            for layer_idx, weights in engine.streamer.sweep(on_host=False):
                 if layer_idx == 0:
                     self._weights: Mapping[str, torch.Tensor] = {
                         name: tensor.clone() for name, tensor in weights.items()

@@ -74,7 +74,7 @@ def draw_wing(ax: Axes, x: float, y: float, width: float, wing: str) -> None:
     told, size = rooms(wing) if slash else sentence(wing), 7.4
     lines = textwrap.wrap(told, columns)
     if len(lines) > 3:
-        lines, size = textwrap.wrap(told, int(columns * 1.25)), 6.0
+        lines, size = textwrap.wrap(told, int(columns * 1.36)), 5.5
     below, spacing = (0.27, 1.25) if len(lines) < 3 else (0.25, 1.05)
     ax.text(
         x + 0.12, y + below, "\n".join(lines[:4]), color=FAINT if slash else INK, size=size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from layer_streamer import CheckpointError, LayerStreamer, Manifest, TensorSpec, read_manifest
+from layer_streamer import CheckpointError, LayerStreamer, Manifest, read_manifest
 
 from .adapters.reading import read_adapter
 from .generation_config import read_generation_config
@@ -21,13 +20,14 @@ from .hub import find_model
 from .kernels.triton_support import triton_serves
 from .kv.blocks import BLOCK, round_up
 from .kv.cache import KVCache, KVLayout
-from .memory.footprint import Footprint, Needs
+from .memory.footprint import Footprint, Needs, loaded_nbytes
 from .memory.placing import choose_device, choose_dtype
 from .memory.plan import MemoryPlan, Planner
 from .memory.wishes import Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory, refuse_by_config
 from .models.config import ModelConfig
 from .models.names import WeightNames, known_layers, used_tensors, weight_names
+from .on_host.side import HostSide
 from .passes.chunking import Chunking
 from .passes.decode import MOST_ROWS, MOST_ROWS_STREAMED, captured_rows
 from .passes.runner import Runner
@@ -209,7 +209,7 @@ def plan_memory(
     if names.adapter is not None:
         static_nbytes += names.adapter.numel * dtype.itemsize
     if not wishes.options["tail"]:
-        static_nbytes += _loaded_nbytes(model.manifest.static[names.head], wishes.options["dtype"])
+        static_nbytes += loaded_nbytes(model.manifest.static[names.head], wishes.options["dtype"])
     needs = Needs(
         kv_tokens=limits.tokens(model.config),
         max_batch=limits.max_batch,
@@ -225,14 +225,11 @@ def plan_memory(
         reproducible=limits.reproducible,
         draft_nbytes=draft_nbytes,
     )
-    return Planner(model.manifest, Footprint(model.config, needs), wishes).make(), needs
-
-
-def _loaded_nbytes(spec: TensorSpec, dtype: torch.dtype | None) -> int:
-    """Of a tensor that is loaded, cast to ``dtype``."""
-    if dtype is None or not spec.dtype.is_floating_point:
-        return spec.nbytes
-    return math.prod(spec.shape) * dtype.itemsize
+    plan = Planner(model.manifest, Footprint(model.config, needs), wishes).make()
+    if plan.streamer.host_layers and (limits.reproducible or limits.kv_int8):
+        name = "reproducible" if limits.reproducible else "kv_int8"
+        raise ValueError(f"{name}=True: does not go with host_layers")
+    return plan, needs
 
 
 def place(
@@ -289,7 +286,11 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
         names = model.names
         if names.adapter is not None:
             names = replace(names, adapter=names.adapter.to(device, needs.dtype))
-        return Runner(streamer, model.config, names, kv, dtype=needs.dtype, chunking=chunking)
+        runner = Runner(streamer, model.config, names, kv, dtype=needs.dtype, chunking=chunking)
+        if streamer.plan.host_layers:
+            leave_a_core()
+            runner.host = HostSide(runner, streamer)
+        return runner
     except BaseException:
         if streamer is not None:
             streamer.close()

@@ -64,7 +64,14 @@ class _Replan:
         changed: dict[str, Any] = {option: value}
         settings, machine = self.settings.but(**changed), self.plan.machine
         try:
-            other = make_plan(self.plan.sizes, 0, machine, settings, lambda: self.cached)
+            other = make_plan(
+                self.plan.sizes,
+                0,
+                machine,
+                settings,
+                lambda: self.cached,
+                self.plan.placement.on_host,
+            )
         except ConfigError:
             return
         yield _Other(option, value, spelled, other)

@@ -22,7 +22,7 @@ from .records import HUGE, Form
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the record's format; a record of another version is not read."""
 
 MOST_NBYTES = 1 << 20
@@ -62,6 +62,18 @@ class SizeRate:
 
 
 @dataclass(frozen=True, slots=True)
+class ProductRate:
+    """Products of matrices in host memory by the processor, while a device's link is busy."""
+
+    tokens: int
+    """Of each product."""
+    bytes_per_s: float
+    """Of weights."""
+    copies: float
+    """Bytes a second that were copied to the device meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceLimits:
     """Copies between host memory and one device."""
 
@@ -75,6 +87,8 @@ class DeviceLimits:
     """From pageable host memory to the device, bytes a second."""
     back: float
     """From the device to pinned host memory, bytes a second."""
+    products: tuple[ProductRate, ...] = ()
+    """Beside copies to the device, by tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +162,11 @@ class MachineLimits:
     def pageable_rate(self, device: str) -> float | None:
         """Pageable host memory to ``device``."""
         return next((d.pageable for d in self.machine.devices if d.device == device), None)
+
+    def product_rate(self, device: str, tokens: int = 1) -> ProductRate | None:
+        """Of the processor beside copies to ``device``, with so many tokens."""
+        of_device = (d.products for d in self.machine.devices if d.device == device)
+        return next((rate for some in of_device for rate in some if rate.tokens == tokens), None)
 
     @property
     def copy_together_rate(self) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,11 +13,12 @@ import torch
 from ..devices.accelerator import open_device
 from ..devices.device import Device
 from ..machine.identity import file_system, this_machine
-from ..machine.limits import DiskPart, MachineLimits, MachinePart
+from ..machine.limits import DeviceLimits, DiskPart, MachineLimits, MachinePart
 from .probe_config import Journal, ProbeConfig, buffer_budget
 from .probe_copy import measure_device, measure_memcpy, measure_together
 from .probe_disk import DiskProbe
 from .probe_files import ProbeFiles, choose_files, temporary_files, temporary_nbytes
+from .probe_products import measure_products
 
 LEAST_CHUNKS = 4
 """A temporary file has at least so many of the largest chunks."""
@@ -105,7 +106,7 @@ def _opened(place: Place, config: ProbeConfig, journal: Journal) -> Iterator[Pro
 
 
 def _num_machine_measurements(devices: Sequence[Device], config: ProbeConfig) -> int:
-    each = 2 + len(config.copy_sizes)
+    each = 2 + len(config.copy_sizes) + len(config.product_tokens)
     return len(config.memcpy_threads) + len(devices) * each + (len(devices) > 1)
 
 
@@ -115,13 +116,20 @@ def _measure_machine(
     memcpy = measure_memcpy(config, budget, journal)
     if not devices:
         journal.note("copies to a device: not measured, there is no accelerator")
-    limits = tuple(measure_device(device, config, budget, journal) for device in devices)
+    limits = tuple(_measure_one(device, config, budget, journal) for device in devices)
     together = None
     if len(devices) > 1:
         journal.measuring(f"copies to {len(devices)} devices at once")
         rates = [max(rate.bytes_per_s for rate in each.copies) for each in limits]
         together = measure_together(devices, rates, config, budget)
     return MachinePart(this_machine(), _now(), config.quick, memcpy, limits, together)
+
+
+def _measure_one(
+    device: Device, config: ProbeConfig, budget: int, journal: Journal
+) -> DeviceLimits:
+    alone = measure_device(device, config, budget, journal)
+    return replace(alone, products=measure_products(device, config, budget, journal))
 
 
 def _now() -> str:

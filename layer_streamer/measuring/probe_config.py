@@ -43,6 +43,8 @@ class ProbeConfig:
     copy_sizes: tuple[int, ...] = (
         64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 512 * MIB
     )  # fmt: skip
+    product_tokens: tuple[int, ...] = (1, 8)
+    """Tokens of products on the processor, beside copies."""
     buffer_nbytes: int = GIB
     """The most host memory that buffers take at any time."""
     cached_nbytes: int = GIB

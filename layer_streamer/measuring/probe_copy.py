@@ -59,21 +59,21 @@ def measure_device(
 ) -> DeviceLimits:
     """Copies of every size from pinned memory, from pageable memory, and back; one stream."""
     name = str(device.torch_device)
-    memory = _device_memory(device, min(max(config.copy_sizes), budget))
+    memory = device_memory(device, min(max(config.copy_sizes), budget))
     copier = DeviceCopier(device, config)
     journal.measuring(f"{name}: copies from pageable memory")
     nbytes = min(PAGEABLE_NBYTES, memory.nbytes)
     with closing(host_memory([min(4 * nbytes, budget)])) as arena:
-        pageable = copier.rate(_pairs(memory, arena.memory, nbytes))
+        pageable = copier.rate(pairs_of(memory, arena.memory, nbytes))
     with closing(host_memory([memory.nbytes], device)) as arena:
         if not arena.pinned:
             journal.note(f"{name}: page-locking was refused, its copies are of pageable memory")
         rates = []
         for size in copy_sizes(config, memory.nbytes):
             journal.measuring(f"{name}: copies of {size >> 10} KiB")
-            rates.append(SizeRate(size, copier.rate(_pairs(memory, arena.memory, size))))
+            rates.append(SizeRate(size, copier.rate(pairs_of(memory, arena.memory, size))))
         journal.measuring(f"{name}: copies back")
-        pairs = _pairs(memory, arena.memory, copy_sizes(config, memory.nbytes)[-1])
+        pairs = pairs_of(memory, arena.memory, copy_sizes(config, memory.nbytes)[-1])
         back = copier.rate([(source, target) for target, source in pairs])
         return DeviceLimits(name, arena.pinned, tuple(rates), pageable, back)
 
@@ -170,10 +170,10 @@ class _Copies:
 
     def __init__(self, device: Device, piece: int, total: int) -> None:
         self._device, self._stream = device, device.new_stream()
-        memory = _device_memory(device, piece)
+        memory = device_memory(device, piece)
         self.arena = host_memory([memory.nbytes], device)
         sizes = [min(memory.nbytes, total - done) for done in range(0, total, memory.nbytes)]
-        self._pairs = [_pairs(memory, self.arena.memory, size)[0] for size in sizes]
+        self._pairs = [pairs_of(memory, self.arena.memory, size)[0] for size in sizes]
 
     def run(self) -> tuple[float, float]:
         """When the copies began and when they had ended, on the host's clock."""
@@ -191,7 +191,7 @@ def _enqueue(device: Device, pairs: Sequence[Pair], count: int) -> None:
         device.copy(*pairs[number % len(pairs)])
 
 
-def _pairs(target: torch.Tensor, source: torch.Tensor, nbytes: int) -> list[Pair]:
+def pairs_of(target: torch.Tensor, source: torch.Tensor, nbytes: int) -> list[Pair]:
     """Copies of ``nbytes`` to the same place on the device, from place after place on the host."""
     places = min(source.nbytes // nbytes, MAX_VIEWS)
     stride = source.nbytes // places
@@ -209,7 +209,7 @@ def host_memory(sizes: Sequence[int], device: Device | None = None) -> HostArena
     return arena
 
 
-def _device_memory(device: Device, nbytes: int) -> torch.Tensor:
+def device_memory(device: Device, nbytes: int) -> torch.Tensor:
     """``nbytes`` on the device, or as near to it as there is free. StreamerError below a MiB."""
     while True:
         try:

@@ -85,7 +85,12 @@ def _device_lines(device: DeviceLimits) -> list[str]:
     lines = [f"copies to {device.device} from {memory} memory"]
     lines += _rows((size(rate.nbytes), rate.bytes_per_s) for rate in device.copies)
     others = [("from pageable memory", device.pageable), ("back", device.back)]
-    return lines + _rows(others, mark=False)
+    lines += _rows(others, mark=False)
+    for rate in device.products:
+        tokens = "1 token" if rate.tokens == 1 else f"{rate.tokens} tokens"
+        both = [(f"products, {tokens}", rate.bytes_per_s), ("copies beside them", rate.copies)]
+        lines += _rows(both, mark=False)
+    return lines
 
 
 def _rows(rates: Iterable[tuple[str, float]], *, mark: bool = True) -> list[str]:

@@ -58,7 +58,7 @@ class ResidentRunner:
         self._names = tuple(block.name for block in blocks)
         keys = [tuple(layer.tensors) for layer in streamer.manifest.layers]
         self.binder = Binder(blocks, keys, sources, streamer.devices)
-        self._weights = dict(streamer.sweep())
+        self._weights = dict(streamer.sweep(on_host=False))
         """By layer. Of a resident one nothing goes when its hand-out ends."""
         self._handles = [
             block.module.register_forward_pre_hook(partial(self._enter, i), prepend=True)

@@ -22,7 +22,7 @@ from .share import reserve_of
 
 M = TypeVar("M", bound=nn.Module)
 C = TypeVar("C")
-OF_LAYERS = ("layers", "tail", "layer_pattern", "on_copy")
+OF_LAYERS = ("layers", "tail", "layer_pattern", "on_copy", "host_layers")
 """Options of a streamer that a model's own forward has no use for."""
 
 

@@ -6,6 +6,7 @@ there is no state beside the run's counters: the next pass begins from them.
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 
 from ..devices.device import Event, Stream
@@ -35,6 +36,7 @@ class Caller:
         self._control = pipeline.control
         self._schedule = pipeline.schedule
         self._lanes = pipeline.lanes
+        self._on_host = frozenset(pipeline.residents.host)
         # The last finished pass: a tuple of its own, for its clock is used again by later ones.
         self._finished: tuple[PassClock] | None = None
         self._asking: dict[int, list[PassReport]] = {}
@@ -56,7 +58,8 @@ class Caller:
             if lane.copier is not None:
                 lane.copier.avoid(lane.device.current_stream())
         run = self._control.run
-        self._schedule.clock(run, run.released).start(self._kept(run))
+        on_host = self._on_host if run.heading.on_host else ()
+        self._schedule.clock(run, run.released).start(self._kept(run), on_host)
         if self._experts is not None:
             self._experts.begin()
 
@@ -84,7 +87,9 @@ class Caller:
         elif self._control.closing:
             raise self._closed()
         run.handed = number + 1
-        self._schedule.clock(run, number).compute_begin[index].record(stream)
+        clock = self._schedule.clock(run, number)
+        clock.compute_begin[index].record(stream)
+        clock.host_begin[index] = time.perf_counter()
         layer_idx = self._schedule.steps[index].layer_idx
         weights = memory.weights_of(index, slot, stream)
         if self._experts is None:
@@ -116,7 +121,9 @@ class Caller:
         lane = self._lane(index)
         stream = lane.device.current_stream()
         written = lane.memory.release(index, self._slot(run, number, index), stream)
-        self._schedule.clock(run, number).compute_end[index].record(stream)
+        clock = self._schedule.clock(run, number)
+        clock.compute_end[index].record(stream)
+        clock.host_end[index] = time.perf_counter()
         run.released = number + 1
         lane.filler_bell.ring()
         if written:
@@ -164,6 +171,8 @@ class Caller:
             memory.release(index, slot, memory.device.current_stream())
         for lane in self._lanes:
             lane.memory.start_over()
+        # An error of it is raised, and there is no new run: the next pass tries again.
+        self._pipeline.residents.restore_host()
         heading = run.heading._replace(back=False) if heading is None else heading
         self._pipeline.publish(run.base_pass + run.released // self._schedule.length, heading)
 
@@ -227,7 +236,8 @@ class Caller:
         if place or run.handed > run.released or run.aborted:
             return False
         same_way = run.heading.goes_back(passes) == heading.back
-        return same_way and run.heading.turns == heading.turns
+        alike = (run.heading.turns, run.heading.on_host) == (heading.turns, heading.on_host)
+        return same_way and alike
 
     def _await(self, run: Run, lane_run: LaneRun, n: int, number: int) -> None:
         while True:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from itertools import cycle
 from typing import Any, NamedTuple, TypeAlias
+
+import torch
 
 from ..devices.device import NO_GUARD
 from ..errors import StreamerError, SupersededError
@@ -20,6 +21,7 @@ from .expert_store import ExpertStore
 from .inputs import LayerFn, move
 from .statics import Statics
 
+CPU = torch.device("cpu")
 Sweep: TypeAlias = Generator[tuple[int, Weights], None, None]
 
 
@@ -44,6 +46,7 @@ def sweep(parts: Opened, owner: object, *, guarded: bool, heading: Heading = AHE
 
     ``owner``, whose garbage collection closes the parts, lives for as long as the generator does.
     """
+    heading = heading._replace(on_host=heading.on_host and bool(parts.pipeline.residents.host))
     caller, current, length = parts.caller, Pass(), parts.pipeline.schedule.length
     devices = parts.pipeline.devices
     bar, unfinished = None, False
@@ -77,13 +80,17 @@ def sweep(parts: Opened, owner: object, *, guarded: bool, heading: Heading = AHE
             bar.close()
 
 
-def run_layers(parts: Opened, owner: object, x: Any, layer_fn: LayerFn) -> Any:
+def run_layers(
+    parts: Opened, owner: object, x: Any, layer_fn: LayerFn, heading: Heading = AHEAD
+) -> Any:
     """One pass of ``layer_fn`` from ``x``; its result, on the first device."""
     devices = [device.torch_device for device in parts.pipeline.devices]
-    steps = sweep(parts, owner, guarded=True)
+    on_host = parts.pipeline.residents.host if heading.on_host else {}
+    steps = sweep(parts, owner, guarded=True, heading=heading)
     stopped: BaseException | None = None
     try:
-        for (layer_idx, weights), device in zip(steps, cycle(devices), strict=False):
+        for index, (layer_idx, weights) in enumerate(steps):
+            device = CPU if index in on_host else devices[index % len(devices)]
             x = layer_fn(move(x, device), weights, layer_idx)
     except StoppedError as error:
         stopped = error.__cause__

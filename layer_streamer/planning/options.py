@@ -8,7 +8,7 @@ README's table (docs/option_table.py). Imports nothing large: the commands' help
 
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
 from itertools import groupby
@@ -35,6 +35,13 @@ Door = TypeVar("Door", bound=Callable[..., Any])
 MAX_SLOTS = 4096
 MAX_READ_THREADS = 256
 MAX_EXPERT_SLOTS = 1_000_000
+MAX_HOST_LAYERS = 1_000_000
+AUTO = "auto"
+
+
+def count_or_auto(text: str) -> int | str:
+    """A number of layers, or "auto"."""
+    return AUTO if text.lower() == AUTO else int(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,19 @@ def _check_experts(name: str, value: object) -> None:
 def _check_names(name: str, value: object) -> None:
     if isinstance(value, str):
         raise ConfigError(f"{name}={value!r}: must be a list of tensor names")
+
+
+def _check_host_layers(name: str, value: Any) -> None:
+    if value == AUTO:
+        return
+    if isinstance(value, int):
+        check_count(name, value, 0, MAX_HOST_LAYERS)
+        return
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise ConfigError(f"{name}={value!r}: must be a number of layers, or their indices")
+    for index in value:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise ConfigError(f"{name}: {index!r} is no index of a layer")
 
 
 def _number(low: int, high: int, read: Callable[[str], int] = int) -> Kind:
@@ -168,6 +188,13 @@ class FixedOptions(TypedDict, total=False):
     layers: Annotated[Sequence[int] | None, Option(
         "indices of the layers to stream, in this order, each once (a stage of a pipeline, every "
         "second one); each keeps the index that it has in the checkpoint", "all",
+    )]  # fmt: skip
+    host_layers: Annotated[int | Collection[int] | Literal["auto"] | None, Option(
+        "layers that stay in host memory and are handed out there, on the CPU, while others "
+        'stream: so many, evenly spread, the indices of certain ones, or `"auto"`: as many as end '
+        "with the others, by what `probe` measured; passes that say `on_host=False` stream them, "
+        "too. On a CPU they are layers like any other", "none",
+        Kind(_check_host_layers, "N", count_or_auto),
     )]  # fmt: skip
     on_copy: Annotated[OnCopy | None, Option(
         "`on_copy(layer_idx, stream)`, called on the copier's thread as a layer's copies are "

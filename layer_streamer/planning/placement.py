@@ -8,9 +8,11 @@ pass). The choice is made once: a cyclic scan defeats every cache that decides a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+from ..errors import ConfigError
+from .budget import MAX_BYTES, format_bytes
 from .residency import Candidate, Memory, choose_residents
 
 Tier: TypeAlias = Literal["device", "host", "disk"]
@@ -51,6 +53,8 @@ class Budget:
     """The cast slot of each device to which something is streamed."""
     host_slot_nbytes: int | None = None
     """Size of a host slot; None: as large as the largest step that is read."""
+    on_host: frozenset[int] = frozenset()
+    """Steps that have to be in host memory, whatever the budgets: they are computed there."""
     shared: bool = False
     """True if devices compute in host memory (the CPU): ``host`` limits what they hold, together,
     and there are no host slots."""
@@ -96,6 +100,8 @@ class Placement:
     """A pass, of all devices."""
     copy_bytes: tuple[int, ...]
     """By device, a pass."""
+    on_host: frozenset[int] = frozenset()
+    """Steps that are computed in host memory, in passes that want it: then they move no byte."""
 
 
 def place(sizes: Sequence[StepSize], budget: Budget) -> Placement:
@@ -112,7 +118,7 @@ def place(sizes: Sequence[StepSize], budget: Budget) -> Placement:
     may mean more bytes read, if sizes differ: what is left may fill host memory less well.)
     Errors: ConfigError if a budget is below its slots, naming it and the bound.
     """
-    tiers: list[Tier] = ["disk"] * len(sizes)
+    tiers: list[Tier] = ["host" if i in budget.on_host else "disk" for i in range(len(sizes))]
     _hold_on_devices(sizes, tiers, budget)
     _hold_in_host(sizes, tiers, budget)
     return account(sizes, tiers, budget)
@@ -127,6 +133,8 @@ def _hold_on_devices(sizes: Sequence[StepSize], tiers: list[Tier], budget: Budge
         for i in range(first, len(sizes), len(limits)):
             spared = sizes[i].read_nbytes if budget.shared else sizes[i].copy_nbytes
             candidates[i] = Candidate(sizes[i].device_nbytes, spared, sizes[i].slot_nbytes)
+            if i in budget.on_host:  # never resident, but passes may stream it: it needs a slot
+                candidates[i] = Candidate(2 * MAX_BYTES, 0, sizes[i].slot_nbytes)
         memory = Memory(
             name="device_budget",
             owner=f"device {first}" if len(limits) > 1 else "the device",
@@ -147,12 +155,24 @@ def _hold_in_host(sizes: Sequence[StepSize], tiers: list[Tier], budget: Budget) 
         for i, size in enumerate(sizes)
         if tiers[i] == "disk"
     }
-    memory = Memory("host_budget", "the host", budget.host, budget.host_slots)
+    computed = _computed_nbytes(sizes, budget)
+    memory = Memory("host_budget", "the host", budget.host, budget.host_slots, reserve=computed)
     if budget.host_slot_nbytes is not None:
         ring_nbytes = budget.host_slots * budget.host_slot_nbytes
-        memory = Memory("host_budget", "the host", budget.host, 0, scratch_nbytes=ring_nbytes)
+        memory = replace(memory, slots=0, scratch_nbytes=ring_nbytes)
+    if computed > budget.host:
+        raise ConfigError(
+            f"host_budget={budget.host} ({format_bytes(budget.host)}): {len(budget.on_host)} "
+            f"host_layers take {computed} bytes ({format_bytes(computed)})"
+        )
     for i in choose_residents(candidates, len(budget.device), memory):
         tiers[i] = "host"
+
+
+def _computed_nbytes(sizes: Sequence[StepSize], budget: Budget) -> int:
+    """What steps that are computed in host memory take of it, a slot for their casts included."""
+    held = sum(sizes[i].host_nbytes for i in budget.on_host)
+    return held + (budget.scratch_nbytes if budget.on_host else 0)
 
 
 def account(sizes: Sequence[StepSize], tiers: Sequence[Tier], budget: Budget) -> Placement:
@@ -183,9 +203,11 @@ def account(sizes: Sequence[StepSize], tiers: Sequence[Tier], budget: Budget) ->
         host_slots=tuple(host_slots),
         device_bytes=tuple(device_bytes),
         host_bytes=sum(size.host_nbytes for size in kept)
+        + (budget.scratch_nbytes if budget.on_host else 0)
         + sum(slots.total_nbytes for slots in host_slots),
         read_bytes=sum(size.read_nbytes for size in read),
         copy_bytes=tuple(copy_bytes),
+        on_host=budget.on_host,
     )
 
 
@@ -209,6 +231,10 @@ class Rates:
     """The page cache."""
     pageable: tuple[float | None, ...] = ()
     """By device, its link from memory that is not page-locked."""
+    products: float | None = None
+    """Of weights that the processor multiplies by one token, while links are busy."""
+    beside: tuple[float | None, ...] = ()
+    """By device, its link meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

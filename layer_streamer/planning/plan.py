@@ -114,9 +114,31 @@ class Plan:
         return self.placement.tiers
 
     @property
+    def host_layers(self) -> tuple[int, ...]:
+        """Layers (indices in the checkpoint) that are handed out in host memory, in passes that
+        want it; others copy them to their device, as their tier says."""
+        return tuple(self.layers[i] for i in sorted(self.placement.on_host))
+
+    @property
     def predicted_seconds(self) -> float | None:
         """Seconds a pass if only reads and copies take time; None if no rates are known."""
         return self.predicted.seconds if self.predicted is not None else None
+
+    @property
+    def predicted_on_host(self) -> tuple[float, float] | None:
+        """Seconds of links and of the processor in a pass of one token that computes the host
+        layers where they lie, side by side; None: there are none, layers are read from disk in
+        each pass, or it was not measured how fast the two are at once."""
+        rates, on_host = self.machine.rates, self.placement.on_host
+        moved = list(self.placement.copy_bytes)
+        for i in on_host:
+            moved[i % len(moved)] -= self.sizes[i].copy_nbytes
+        there = sum(self.sizes[i].copy_nbytes for i in on_host)
+        known = len(rates.beside) == len(moved) and None not in rates.beside
+        if not there or rates.products is None or not known or "disk" in self.tiers:
+            return None
+        links = [n / rate for n, rate in zip(moved, rates.beside, strict=True) if rate is not None]
+        return max(links), there / rates.products
 
     @property
     def limits(self) -> dict[str, float]:
@@ -142,6 +164,7 @@ class Plan:
             "devices": self.machine.devices,
             "layers": self.layers,
             "tiers": self.tiers,
+            "host_layers": self.host_layers,
             "device_bytes": self.placement.device_bytes,
             "host_bytes": self.placement.host_bytes,
             "static_bytes": dict(self.static_bytes),
@@ -153,6 +176,7 @@ class Plan:
             "read_chunk": self.read_chunk,
             "reason": self.reason,
             "predicted": asdict(self.predicted) if self.predicted is not None else None,
+            "predicted_on_host": self.predicted_on_host,
         }
 
     def unmapped(self, reason: str) -> Plan:
@@ -177,6 +201,8 @@ class Plan:
                 f"  {name:<24} {len(of_tier):>6} {stored / 1e9:>8.3f} {read / 1e9:>8.3f} "
                 f"{copied / 1e9:>9.3f}  {_ranges(sorted(self.layers[i] for i in of_tier))}"
             )
+            if tier == "host" and self.host_layers:
+                lines.append(self._computed_there())
         for device, nbytes in zip(self.machine.devices, self.placement.device_bytes, strict=True):
             lines.append(f"  memory on {device}: {format_bytes(nbytes)}")
         if self.expert_bytes:
@@ -195,7 +221,19 @@ class Plan:
             f"  readers: {self.read_threads} threads x {format_bytes(self.read_chunk)}",
             f"  {self._prediction()}",
         ]
+        if (both := self.predicted_on_host) is not None:
+            lines.append(
+                f"  with {len(self.host_layers)} layers computed in host memory: {max(both):.4f} s "
+                f"a pass of one token (links {both[0]:.4f} s, processor {both[1]:.4f} s)"
+            )
         return "\n".join(lines)
+
+    def _computed_there(self) -> str:
+        nbytes = sum(self.sizes[i].read_nbytes for i in self.placement.on_host)
+        return (
+            f"  {'of these, computed there':<24} {len(self.host_layers):>6} {nbytes / 1e9:>8.3f} "
+            f"{0:>8.3f} {0:>9.3f}  {_ranges(sorted(self.host_layers))}"
+        )
 
     def _prediction(self) -> str:
         if self.predicted is None:

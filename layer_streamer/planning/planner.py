@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ConfigError
 from .budget import MAX_BYTES, format_bytes, parse_bytes
+from .host_layers import sized_on_host
 from .layout import PAGE, Layout, Step, lay_out_resident
 from .options import Bytes
 from .placement import Budget, Placement, StepSize, place, predict
@@ -45,13 +46,18 @@ def make_plan(
     machine: Machine,
     settings: Settings,
     cached_share: Callable[[], float],
+    on_host: frozenset[int] = frozenset(),
 ) -> Plan:
     """Tiers from the budgets, and how files are read. The plan's ``layers`` are the sizes' places.
 
+    ``on_host``: the steps that are to be computed in host memory; on a CPU, all are.
     ``cached_share()`` tells which part of the files is in the page cache; it is asked only if that
     matters. Errors: ConfigError for a budget below its slots, for mapped files that do not fit.
     """
+    on_host = frozenset() if machine.unified else on_host
+    sizes = sized_on_host(sizes, on_host)
     budget = _budget_of(sizes, scratch_nbytes, machine, settings)
+    budget = replace(budget, on_host=on_host)
     placement, mode, reason = _choose(sizes, budget, machine, settings, cached_share)
     cached, known = None, machine.rates.cold or machine.rates.cached
     if "disk" in placement.tiers and mode == "buffered" and known:
@@ -178,7 +184,7 @@ def _choose(
             )
     placement = place(sizes, budget)
     used = machine.host_nbytes(placement)
-    _check_host(used, given is not None, machine, settings)
+    _check_host(used, given is not None, machine, settings, len(budget.on_host))
     as_asked = ("direct", "buffered", "mapped") if budget.shared else ("direct", "buffered")
     if settings.read_mode in as_asked:
         return placement, settings.read_mode, "as asked"
@@ -220,7 +226,9 @@ def _wants_map(machine: Machine, settings: Settings) -> bool:
     return machine.maps_files and (asked or suits)
 
 
-def _check_host(nbytes: int, budgeted: bool, machine: Machine, settings: Settings) -> None:
+def _check_host(
+    nbytes: int, budgeted: bool, machine: Machine, settings: Settings, num_on_host: int
+) -> None:
     """Too much memory is not refused by the kernel: something gets killed."""
     if nbytes <= machine.host_available:
         return
@@ -229,8 +237,9 @@ def _check_host(nbytes: int, budgeted: bool, machine: Machine, settings: Setting
         counts = f"n_cpu_pinned={settings.num_pinned}, n_cpu={settings.num_pageable}"
         if machine.unified:
             counts = f"n_gpu={settings.num_device}, {counts}"
+        what = f"{num_on_host} host_layers and the slots" if num_on_host else "the slots"
         raise ConfigError(
-            f"{counts}: the slots need {needed}, {free} of host memory is free "
+            f"{counts}: {what} need {needed}, {free} of host memory is free "
             "(a host_budget overrides this check)"
         )
     logger.warning("the budget lets %s of host memory be used, %s is free", needed, free)

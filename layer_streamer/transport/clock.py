@@ -64,6 +64,8 @@ class PassClock:
         self.copy_end = self._events()
         self._part_seconds = [0.0] * count
         self._part_nbytes = [0] * count
+        self.host_begin = [0.0] * count
+        self.host_end = [0.0] * count
         self.compute_begin = self._events()
         self.compute_end = self._events()
         # Times of events can be compared on one device only: each has a begin of its own.
@@ -72,6 +74,7 @@ class PassClock:
         self._begin_seconds = 0.0
         self.peak_slots = dict.fromkeys(pools, 0)
         self._kept: Collection[int] = ()
+        self._on_host: Collection[int] = ()
 
     def begin_copy(self, index: int, stream: Stream) -> None:
         """A step's first copy is to be enqueued on ``stream``. From the copier's thread."""
@@ -83,14 +86,15 @@ class PassClock:
         self._part_seconds[index] += seconds
         self._part_nbytes[index] += nbytes
 
-    def start(self, kept: Collection[int] = ()) -> None:
+    def start(self, kept: Collection[int] = (), on_host: Collection[int] = ()) -> None:
         """The pass begins, on the caller's current stream of every device. ``kept``: indices of
-        steps for which it brings nothing."""
+        steps that lie in their slots, ``on_host`` of those that are computed in host memory: for
+        neither it brings anything."""
         # The pass that this clock was of is long over, unless its caller waits for nothing: then
         # it is waited for here, so that neither its stamps nor the device's queues overflow.
         self._end.synchronize()
         self._begin_seconds = time.perf_counter()
-        self._kept = kept
+        self._kept, self._on_host = kept, on_host
         for device, begin in zip(self._routes.devices, self._begins, strict=True):
             begin.record(device.current_stream())
 
@@ -111,9 +115,15 @@ class PassClock:
             at = i % len(offsets)
             return offsets[at] + self._begins[at].elapsed_time(event) / 1e3
 
-        every = range(len(self._steps))
+        def from_there(i: int, stamp: float) -> float:
+            # What the device was at by then, and the layer's input came from, is not its time.
+            begin = max(on_host(i, stamp), on_device(i, self.compute_begin[i]))
+            return min(begin, on_host(i, self.host_end[i]))
+
+        there = sorted(self._on_host)
+        here = [i for i in range(len(self._steps)) if i not in self._on_host]
         read, moved, copied = (
-            [i for i in some if i not in self._kept]
+            [i for i in some if i not in self._kept and i not in self._on_host]
             for some in (routes.read, routes.moved, routes.copied)
         )
         reads = self._spans(read, self.read_begin, self.read_end, on_host)
@@ -123,12 +133,16 @@ class PassClock:
             self._condense(i, span, layouts[i].copy_nbytes)
             for i, span in zip(copied, copies, strict=True)
         ]
-        computes = self._spans(every, self.compute_begin, self.compute_end, on_device)
+        begins = [from_there(i, stamp) for i, stamp in enumerate(self.host_begin)] if there else []
+        ends = [on_host(i, stamp) for i, stamp in enumerate(self.host_end)]
+        hosted = self._spans(there, begins, ends, lambda i, seconds: seconds)
+        computes = self._spans(here, self.compute_begin, self.compute_end, on_device)
         steps = (
             report_step("read", sum(layouts[i].read_nbytes for i in read), reads),
             report_step("memcpy", sum(layouts[i].read_nbytes for i in moved), moves),
             report_step("copy", sum(layouts[i].copy_nbytes for i in copied), copies, offsets[0]),
-            report_step("compute", sum(step.nbytes for step in self._steps), computes, offsets[0]),
+            report_step("host", self._weigh(there), hosted),
+            report_step("compute", self._weigh(here), computes, offsets[0]),
         )
         return PassReport(
             seconds=self._begins[0].elapsed_time(self._end) / 1e3,
@@ -137,6 +151,9 @@ class PassClock:
             peak_slots={name: (self.peak_slots[name], n) for name, n in self._pools.items()},
             limits=routes.limits(),
         )
+
+    def _weigh(self, indices: Iterable[int]) -> int:
+        return sum(self._steps[i].nbytes for i in indices)
 
     def _condense(self, index: int, span: Span, nbytes: int) -> Span:
         """A step whose parts were copied as they came: as if all had been copied at the end.

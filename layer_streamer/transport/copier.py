@@ -134,9 +134,9 @@ class Copier(Stage):
                 self._next_stream = fresh
 
     def process(self, lane_run: LaneRun) -> None:
-        run, n = lane_run.run, 0
-        while self.await_source(lane_run, n) and self.await_slot(lane_run, n):
-            number = lane_run.orders.copied.number(n)
+        run, n, order = lane_run.run, 0, lane_run.orders.copied
+        while order.has(n) and self.await_source(lane_run, n) and self.await_slot(lane_run, n):
+            number = order.number(n)
             if not lane_run.orders.kept(number):
                 slot = self._slots[lane_run.orders.slot(n)]
                 run.attempt(number, partial(self._begin, lane_run, n, number))
@@ -157,7 +157,7 @@ class Copier(Stage):
 
     def await_slot(self, lane_run: LaneRun, n: int) -> bool:
         """Wait until the caller has given the last step in this slot back."""
-        released, count = lane_run.orders.released, len(self._slots)
+        released, count = lane_run.orders.released, lane_run.orders.num_slots
         return self.await_true(lane_run.run, lambda: released(lane_run) > n - count)
 
     def await_part(self, lane_run: LaneRun, k: int) -> bool:

@@ -89,13 +89,23 @@ class LaneMemory:
         """Passes that prefetch can reach beyond the one that runs."""
         # Where passes turn, readers go past the layers that lie in the device's slots.
         slots = sum(self.slot_counts.values()) + self._used.num_slots
-        return -(-slots // len(self.passes)) if self.passes else 0
+        counts = [len(some.indices) for some in (self._used, self._use(Heading(on_host=True)))]
+        return max((-(-slots // count) for count in counts if count), default=0)
 
     def orders(self, heading: Heading) -> Orders:
         """Which steps go through what in runs of this heading; made once."""
         if heading not in self._orders:
-            self._orders[heading] = Orders(self.layouts, heading, self._used, self.parts.counts)
+            used = self._use(heading)
+            self._orders[heading] = Orders(self.layouts, heading, used, self.parts.counts)
         return self._orders[heading]
+
+    def _use(self, heading: Heading) -> SlotUse:
+        if not heading.on_host:
+            return self._used
+        indices = [i for i in self.passes if i not in self.residents.host]
+        # No layer is brought for the next pass before this one has given it back.
+        num_slots = min(self._used.num_slots, len(indices))
+        return self._used._replace(indices=indices, num_slots=num_slots)
 
     def read_slot(self, lane_run: LaneRun, k: int) -> int:
         """The slot of the first host pool that the lane's ``k``-th part from disk is read into."""
@@ -116,7 +126,8 @@ class LaneMemory:
             if index in self.residents.looks:
                 self.residents.looks[index]()
             return resident
-        assert slot is not None
+        if slot is None:
+            return self.residents.on_host(index, self.layouts[index])
         stored = self._stored(index, slot)
         if self.scratch is not None:
             return self.scratch.cast(stored, self.layouts[index], stream)
@@ -135,12 +146,16 @@ class LaneMemory:
                 self.scratch.record_uses(stream)
                 written = self.scratch.expire_cast(self._stored(index, slot), layout)
             written |= slot.expire(layout)
+        elif index in self.residents.host:
+            written = self.residents.release_cast(index, self.layouts[index])
         return self.residents.release(index) or written
 
     def start_over(self) -> None:
         """All slots will be filled anew, and what stays has to be what the files have."""
         for slot in self._written_to():
             slot.forget_writes()
+        if self.residents.scratch is not None:
+            self.residents.scratch.forget_writes()
         self.residents.find_written()
 
     def _written_to(self) -> list[DeviceSlot]:

@@ -145,8 +145,7 @@ class Loader:
 
         False, with nothing kept, where the system cannot say that a look at them would kill.
         """
-        reads = [read for layout in layouts.values() for read in layout.reads]
-        mapped = self._map(reads, handed_out=True)
+        mapped = self.map_views(layouts)
         if mapped is None:
             return False
         views = into.weights if stay else into.mapped
@@ -171,6 +170,12 @@ class Loader:
         if not viewed or not self.view_mapped(into, viewed, steps, stay=True):
             return steps
         return {i: step for i, step in steps.items() if i not in viewed}
+
+    def map_views(self, layouts: Mapping[int, Layout]) -> MappedFiles | None:
+        """The pages of files that steps lie in, to be handed out; None where the system cannot say
+        that a look at them would kill."""
+        reads = [read for layout in layouts.values() for read in layout.reads]
+        return self._map(reads, handed_out=True)
 
     def _map(self, reads: Iterable[Read], *, handed_out: bool) -> MappedFiles | None:
         try:

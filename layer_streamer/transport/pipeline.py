@@ -26,6 +26,7 @@ from ..progress import ProgressBar
 from .clock import Routes
 from .fetcher import Fetcher
 from .files import OpenFiles
+from .host_home import HostHome
 from .lane import Lane
 from .lane_memory import LaneMemory
 from .loader import Loader
@@ -101,7 +102,9 @@ class Pipeline:
         on_devices += self.residents.device_nbytes
         in_host = on_devices if self.devices[0].unified else 0
         return MemoryUse(
-            host_bytes=sum(some.nbytes for some in on_host) + in_host,
+            host_bytes=sum(some.nbytes for some in on_host)
+            + self.residents.scratch_nbytes
+            + in_host,
             pinned_bytes=sum(some.nbytes for some in on_host if some.pinned),
             device_bytes=on_devices - in_host,
         )
@@ -235,15 +238,11 @@ class Pipeline:
                     loader.load_device(self.residents, held, device, dtype)
             if self.devices[0].unified:
                 return self._view_mapped(loader, steps, layouts, plan)
-            return self._load_host(loader, in_host, plan)
-
-    def _load_host(self, loader: Loader, layouts: Mapping[int, Layout], plan: Plan) -> Plan:
-        """Host-resident steps: mapped, or in an arena; shared by the devices, freed as one."""
-        device, mapped = self.devices[0], plan.read_mode == "mapped"
-        if not layouts or (mapped and loader.map_host(self.residents, layouts, device)):
-            return plan
-        loader.load_host(self.residents, layouts, device)
-        return plan.unmapped("mapping or page-locking was refused") if mapped else plan
+            computed = {i: steps[i] for i in sorted(plan.placement.on_host)}
+            home = HostHome(loader, self.residents, self.devices[0])
+            if home.hold(in_host, computed, mapped=plan.read_mode == "mapped"):
+                return plan
+            return plan.unmapped("mapping or page-locking was refused")
 
     def _view_mapped(
         self, loader: Loader, steps: Sequence[Step], layouts: Sequence[Layout], plan: Plan

@@ -12,7 +12,7 @@ import torch
 
 from ..planning.layout import Copy, Layout, Step, View, lay_out
 from .clock import PassClock, Routes
-from .stage import AHEAD, Heading, LaneRun, Run
+from .stage import Heading, LaneRun, Run
 
 
 def lay_out_all(
@@ -118,6 +118,8 @@ class Orders:
         lead = int(heading.turns)
         passes = [self._places(heading.goes_back(p)) for p in range(1 + 2 * lead)]
         kept = [[], *(some[: used.num_slots] for some in passes[1:])]
+        self.num_slots = used.num_slots
+        """Of the device's, in turn."""
         self.copied = Order(passes, self.length, lead)
         """Of the device's slots."""
         self._kept = Order(kept, self.length, lead)
@@ -145,7 +147,7 @@ class Orders:
         if self._heading.turns:
             passes, at = divmod(n, self.copied.count // 2)
             n = len(self._used.indices) - 1 - at if self._heading.goes_back(passes) else at
-        return n % self._used.num_slots
+        return n % self.num_slots
 
     def released(self, lane_run: LaneRun) -> int:
         """Steps that the caller has given back to the device's slots."""
@@ -184,7 +186,7 @@ class Schedule:
 
     def index(self, run: Run, number: int) -> int:
         """Which layer step ``number`` of ``run`` is: its index in a pass that goes ahead."""
-        if run.heading == AHEAD:
+        if not run.heading.back and not run.heading.turns:
             return number % self.length
         passes, place = divmod(number, self.length)
         return self.length - 1 - place if run.heading.goes_back(passes) else place

@@ -101,6 +101,8 @@ class Heading(NamedTuple):
     """The first goes from the last layer to the first one."""
     turns: bool = False
     """Each goes the other way than the one before it, and uses again what lies in slots then."""
+    on_host: bool = False
+    """Layers that may be computed in host memory are, and are copied to no device."""
 
     def goes_back(self, passes: int) -> bool:
         """Whether the pass after so many of them goes from the last layer to the first one."""

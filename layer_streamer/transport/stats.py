@@ -27,12 +27,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step (read, memcpy, copy or compute) did for one pass."""
+    """What one step (read, memcpy, copy, host or compute) did for one pass."""
 
     name: str
-    """"read", "memcpy", "copy" or "compute"."""
+    """"read", "memcpy", "copy"; "host": computing in host memory, "compute": all other."""
     bytes: int
-    """Bytes it moved for this pass (compute: bytes of weights it was given)."""
+    """Bytes it moved for this pass (host, compute: bytes of weights it was given)."""
     busy_seconds: float
     """Time in which it worked on at least one layer of this pass, prefetch included."""
     stalled_seconds: float

@@ -22,7 +22,7 @@ TUNED: dict[str, Any] = {
     "n_gpu": 1, "n_cpu_pinned": 0, "n_cpu": 2, "batch_gpu": 1, "batch_cpu_pinned": 1,
     "batch_cpu": 2, "device_budget": "64MiB", "host_budget": "64MiB", "reserve_bytes": "1MiB",
     "read_mode": "buffered", "read_threads": 2, "read_chunk": 1 << 16,
-    "layer_pattern": "model.layers.{i}.", "track_progress": False,
+    "layer_pattern": "model.layers.{i}.", "track_progress": False, "host_layers": 2,
 }  # fmt: skip
 OWN = {"path", "device", "dtype", "tail", "on_copy", "layers", "experts", "expert_slots"}
 """What the engine itself decides, takes in another way, or takes of mixtures alone."""

@@ -63,3 +63,17 @@ def test_steps_of_fine_tuning_are_measured_on_a_cpu_too(tmp_path: Path) -> None:
     assert [one["regime"] for one in records] == names
     assert all(one["losses"][-1] <= one["losses"][0] for one in records)
     assert found.stdout.count("s a step") == len(names)
+
+
+@pytest.mark.slow
+def test_layers_in_host_memory_are_measured_on_a_cpu_too(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, tiny_model("qwen2").bfloat16())
+    out = tmp_path / "out.jsonl"
+    options = ["--numbers", "1", "--tokens", "1,4", "--passes", 1, "--context", 8]
+    found = script("measure_host_layers.py", path, out, *options)
+    assert found.returncode == 0, found.stderr[-2000:]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(one["kind"], one["tokens"]) for one in records] == [
+        ("pass", 1), ("pass", 4), ("engine", 1)
+    ]  # fmt: skip
+    assert all(one["there"] > 0 and one["streamed"] > 0 for one in records)

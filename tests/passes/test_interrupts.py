@@ -65,7 +65,11 @@ def opened(
 POOLED = pytest.mark.parametrize("route", ["cpu pools", "pools"])
 OTHERS = pytest.mark.parametrize(
     "route",
-    route_params("cpu mapped", "mapped", slow=("cpu partial", "arena", "partial", "two partial")),
+    route_params(
+        "cpu mapped",
+        "mapped",
+        slow=("cpu partial", "arena", "partial", "two partial", "host views", "host images"),
+    ),
 )
 """What differs between routes is on few lines of the calling thread."""
 PARTS = 6

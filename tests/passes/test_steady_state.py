@@ -11,11 +11,11 @@ from interpreters import run_script
 from paths import CORE
 
 PASSES = 30
-ROUTES = ("cpu pools", "cpu mapped", "pools", "ring")
+ROUTES = ("cpu pools", "cpu mapped", "host images", "pools", "ring")
 
 
 @pytest.mark.parametrize(
-    "routes", [ROUTES[2:], pytest.param(ROUTES[:2], marks=pytest.mark.slow)], ids=" and ".join
+    "routes", [ROUTES[3:], pytest.param(ROUTES[:3], marks=pytest.mark.slow)], ids=" and ".join
 )
 def test_passes_keep_no_object_more_however_many_jobs_their_reads_are(
     tmp_path: Path, tensors: Any, routes: tuple[str, ...]

@@ -320,6 +320,7 @@ def test_the_document_holds_the_table() -> None:
         "devices": ["cuda:0"],
         "layers": [0, 1, 2, 3, 4, 5, 6, 7],
         "tiers": list(made.tiers),
+        "host_layers": [],
         "device_bytes": [6 * GIB],
         "host_bytes": 5 * GIB,
         "static_bytes": {},
@@ -331,6 +332,7 @@ def test_the_document_holds_the_table() -> None:
         "read_chunk": 8 << 20,
         "reason": made.reason,
         "predicted": None,
+        "predicted_on_host": None,
     }
     assert "host memory: 5.00 GiB (the page cache itself)" in str(made)
 

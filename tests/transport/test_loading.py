@@ -33,7 +33,8 @@ LOADING = [name for name, route in ROUTES.items() if route.tiers != {"disk"}]
 """Routes on which something is brought into memory while the streamer is opened."""
 IN_PAGES = "cpu resident", "cpu partial"
 """On which what stays is used in the files' pages, as far as it lies aligned."""
-COPIED = [name for name in LOADING if "mapped" not in name and name not in IN_PAGES]
+MAPPED = [name for name in LOADING if ROUTES[name].read_mode == "mapped" or name in IN_PAGES]
+COPIED = [name for name in LOADING if name not in MAPPED]
 """Those of them that read it."""
 on_loading = pytest.mark.parametrize("route", default_params(*LOADING))
 
@@ -100,7 +101,7 @@ def test_an_interrupt_in_the_progress_bar_leaves_nothing(
         raise KeyboardInterrupt
 
     # So small a checkpoint is mapped in one part.
-    for number in (0,) if "mapped" in route or route in IN_PAGES else (0, 2):
+    for number in (0,) if route in MAPPED else (0, 2):
         with nothing_left(device), monkeypatch.context() as patch:
             on_progress(patch, number, interrupt)
             with pytest.raises(KeyboardInterrupt):

@@ -87,10 +87,11 @@ def test_every_finished_pass_leaves_a_report_of_its_own(
         assert isinstance(report, PassReport)
         seen.append(report)
         read = [i for i, tier in enumerate(tiers) if tier == "disk"]
-        copied = [i for i, tier in enumerate(tiers) if tier != "device"]
-        computed = list(range(routes.NUM_LAYERS))
-        assert report.num_layers == len(computed)
-        expected = {"read": read, "compute": computed}
+        there = list(streamer.plan.host_layers)
+        copied = [i for i, tier in enumerate(tiers) if tier != "device" and i not in there]
+        computed = [i for i in range(routes.NUM_LAYERS) if i not in there]
+        assert report.num_layers == len(layers)
+        expected = {"read": read, "compute": computed, "host": there}
         if "cpu" not in route:
             expected["copy"] = copied
         for name, indices in expected.items():
@@ -261,9 +262,11 @@ def test_limits_of_a_probe_are_taken_each_for_its_own_way(tmp_path: Path) -> Non
     part = DiskPart(file_system(tmp_path), "", "", False, rates, (ThreadRate(8, 20.0),))
     gpu: Any = SimpleNamespace(torch_device="cuda:0")
     found = _rates(MachineLimits(machine, part), [gpu])
-    assert found == Rates(3.0, (52.0,), None, cold=7.0, cached=20.0, pageable=(10.0,))
+    expected = Rates(3.0, (52.0,), None, cold=7.0, cached=20.0, pageable=(10.0,), beside=(None,))
+    assert found == expected
     other: Any = SimpleNamespace(torch_device="cuda:1")
-    assert _rates(MachineLimits(machine, None), [other]) == Rates(None, (None,), pageable=(None,))
+    nothing_known = Rates(None, (None,), pageable=(None,), beside=(None,))
+    assert _rates(MachineLimits(machine, None), [other]) == nothing_known
 
 
 @pytest.mark.parametrize("overtaken", [1, 10**9])

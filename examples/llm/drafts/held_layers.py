@@ -36,7 +36,7 @@ class HeldLayers:
         self.most_on_device = 0
         self.plan = _Here(("device",) * self.num_steps)
 
-    def run_pass(self, x: X, layer_fn: Callable[..., X]) -> X:
+    def run_pass(self, x: X, layer_fn: Callable[..., X], *, on_host: bool = True) -> X:
         """x through all layers, as a streamer does it."""
         for layer_idx, tensors in enumerate(self._tensors):
             x = layer_fn(x, tensors, layer_idx)

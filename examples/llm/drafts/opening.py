@@ -139,6 +139,8 @@ def plan_draft(
     """What takes memory to draft; None: nothing does. ``dtype``: what the target computes in, and
     ``wishes.options`` where. ValueError for what cannot serve."""
     if wanted.own_weights:
+        if wishes.options.get("host_layers"):
+            raise ValueError("draft='self': does not go with host_layers")
         return _plan_self(target, limits, wishes, dtype)
     if wanted.model is not None:
         return _plan_model(wanted.model, target, limits, wishes, dtype)

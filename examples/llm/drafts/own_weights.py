@@ -71,7 +71,7 @@ def round_layers(
     unpacker = Unpacker(streamer.device, dtype, widest, kernels=triton_serves(streamer.device))
     found: list[Mapping[str, torch.Tensor]] = []
     with torch.inference_mode(False), torch.no_grad():
-        for layer_idx, tensors in streamer.sweep():
+        for layer_idx, tensors in streamer.sweep(on_host=False):
             spec = streamer.manifest.layers[layer_idx]
             stored = names.layers[layer_idx]
             made = {key: tensors[key].clone() for key in _vectors(spec, stored)}

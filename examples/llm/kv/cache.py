@@ -93,6 +93,17 @@ class KVCache:
         assert self.host is not None
         return self.host.open(layer_idx, [row for row, _ in self._batch])
 
+    def open_home(self, layer_idx: int) -> torch.Tensor:
+        """A layer's keys and values where they live, in host memory: (places, 2, G, E), with room
+        for the pass's tokens, which is computed there."""
+        assert self.host is not None
+        return self.host.open_home(layer_idx, self._batch)
+
+    def close_home(self, layer_idx: int) -> None:
+        """The pass has stored its tokens there."""
+        assert self.host is not None
+        self.host.close_home(layer_idx, self._batch)
+
     def as_kept(self, layer_idx: int, heads: torch.Tensor) -> torch.Tensor:
         """New keys or values (..., E) as later passes get them from the layer: a pass that stores
         these sees its own tokens as others do, so that it matters to none which pass they were

@@ -96,6 +96,10 @@ class HostLayer:
     memory: GrowingMemory
     tokens: Tokens = field(default_factory=lambda: Tokens(()))
     """What to prefetch: of each row, what is here."""
+    sent: Any = None
+    """What is recorded behind the last way home of its tokens."""
+    coming: bool = False
+    """Some may be under way."""
 
 
 class HostTier:
@@ -120,11 +124,8 @@ class HostTier:
         block = BLOCK * self.token_nbytes
         block *= PAGE // gcd(PAGE, block)
         self._layers = {
-            layer_idx: HostLayer(
-                span,
-                GrowingMemory(span.places * self.token_nbytes, block, device),
-            )
-            for layer_idx, span in spans.items()
+            i: HostLayer(span, GrowingMemory(span.places * self.token_nbytes, block, device))
+            for i, span in spans.items()
         }
         self._places = max(span.places for span in spans.values())
         self._slots: list[Slot] = []
@@ -165,19 +166,20 @@ class HostTier:
         self._calls += 1
         tokens = None
         if not slot.in_use:
-            # The second is also behind what the pass before sent home of this layer: the slot was
-            # given back no earlier, and the way home is one stream.
+            # Before what they were sent home by: whoever sees them has that to wait for.
+            tokens = layer.tokens.of_rows_left()
             self._transfers.wait(self._barrier, stream)
             self._transfers.wait(slot.drained, stream)
-            tokens = layer.tokens.of_rows_left()
+            if layer.sent is not None:
+                self._transfers.wait(layer.sent, stream)
             # The streamer lets the pass wait for all that is on this stream by now.
             self._copy(layer, tokens, to=slot.raw, source=layer.memory.memory, stream=stream)
         self._fetched[layer_idx] = Fetch(slot, tokens, passes)
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Before a pass over these rows begins, of which each layer gets its present length."""
-        self._transfers.record(self._barrier, self._transfers.current())
         # In this order: whoever sees a slot free has the barrier to wait for.
+        self._transfers.record(self._barrier, self._transfers.current())
         for slot in self._slots:
             slot.in_use = False
         self._present, self._sent = Tokens((row, 0, row.length) for row in rows), None
@@ -206,10 +208,7 @@ class HostTier:
     def close_layer(self, layer_idx: int, batch: Sequence[tuple[Row, int]]) -> None:
         """The pass has appended so many tokens to each row: send them home."""
         layer, slot = self._layers[layer_idx], self._fetched[layer_idx].slot
-        if self._sent is None:
-            grown = [(row, row.length, row.length + number) for row, number in batch]
-            self._sent = Tokens(grown), Tokens((row, 0, end) for row, _, end in grown)
-        new, then = self._sent
+        new, then = self._grown(batch)
         if self._codec is not None:
             assert self._work is not None
             for first, end in self._coded(layer, new):
@@ -218,15 +217,44 @@ class HostTier:
         transfers.record(slot.used, transfers.current())
         transfers.wait(slot.used, transfers.back)
         layer.memory.reach(new.runs(layer.span) * self.token_nbytes)
+        layer.coming = True
         self._copy(layer, new, to=layer.memory.memory, source=slot.raw, stream=transfers.back)
         transfers.record(slot.drained, transfers.back)
+        layer.sent = slot.drained
         layer.tokens = then
         slot.in_use = False
 
+    def open_home(self, layer_idx: int, batch: Sequence[tuple[Row, int]]) -> torch.Tensor:
+        """The layer's keys and values at home, (places, 2, G, E), with room for so many tokens more
+        of each row: for who computes there."""
+        layer = self._layers[layer_idx]
+        if layer.coming:
+            self._await_home()
+        layer.memory.reach(self._grown(batch)[0].runs(layer.span) * self.token_nbytes)
+        return self._token.view(layer.memory.memory)
+
+    def close_home(self, layer_idx: int, batch: Sequence[tuple[Row, int]]) -> None:
+        """The host has appended so many tokens to each row."""
+        _, self._layers[layer_idx].tokens = self._grown(batch)
+
+    def _grown(self, batch: Sequence[tuple[Row, int]]) -> tuple[Tokens, Tokens]:
+        """What the pass appends in each layer, and what is there then."""
+        if self._sent is None:
+            grown = [(row, row.length, row.length + number) for row, number in batch]
+            self._sent = Tokens(grown), Tokens((row, 0, end) for row, _, end in grown)
+        return self._sent
+
+    def _await_home(self) -> None:
+        """Block until all that was sent home is there."""
+        transfers = self._transfers
+        transfers.record(self._home, transfers.back)
+        transfers.block(self._home)
+        for layer in self._layers.values():
+            layer.coming = False
+
     def move(self, moves: Sequence[Move]) -> None:
         """Move tokens at home, where a pass has sent them; rows' ``moved_from`` is the caller's."""
-        self._transfers.record(self._home, self._transfers.back)
-        self._transfers.block(self._home)
+        self._await_home()
         for span in {layer.span for layer in self._layers.values()}:
             places = moved_places(moves, span)
             origins, goals = (torch.tensor(numbers, device="cpu") for numbers in places)

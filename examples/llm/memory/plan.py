@@ -85,6 +85,15 @@ class Planner:
 
     def make(self) -> MemoryPlan:
         """The first way that fits; ValueError, with the least budget that would do, for none."""
+        plan = self._make()
+        if self._wishes.options.get("host_layers") != "auto":
+            return plan
+        # A number, whose layers are the same whatever else is planned with it.
+        options = {**self._wishes.options, "host_layers": len(plan.streamer.host_layers)}
+        wishes = replace(self._wishes, options=options)
+        return Planner(self._model, self._footprint, wishes).make()
+
+    def _make(self) -> MemoryPlan:
         budget = device_budget_of(self._wishes, self._preview())
         ways, count = list(self._ways()), self._footprint.config.num_layers
         limits = [budget]
@@ -152,6 +161,7 @@ class Planner:
             options["n_gpu"] = n_gpu
         preview = self._preview(**options)
         placement = preview.placement
+        spilled = tuple(sorted({*spilled, *preview.host_layers}))  # these are where they are used
         num_slots = placement.device_slots[0].count
         layers = range(footprint.config.num_layers)
         kept = sum(footprint.layer_on_device(i) for i in layers if i not in spilled)
@@ -231,7 +241,9 @@ class Planner:
         sizes = zip(preview.sizes, preview.tiers, strict=True)
         moved = sum(size.copy_nbytes for size, tier in sizes if tier != "device")
         streams = plan.host_layers or not self._stays(preview)
-        worth = streams and moved <= plan.num_layers * LAUNCHED_NBYTES
+        # Beside layers that the host computes, the device waits for each launch.
+        hidden = moved > plan.num_layers * LAUNCHED_NBYTES and not preview.host_layers
+        worth = streams and not hidden
         return replace(larger, options=plan.options) if worth else plan
 
     def _stays(self, preview: Plan) -> bool:

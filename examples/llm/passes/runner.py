@@ -15,6 +15,8 @@ from ..models.config import ModelConfig
 from ..models.mixing import goes_by_token
 from ..models.names import WeightNames
 from ..models.rope import Rotary
+from ..on_host.host_pass import HostPass
+from ..on_host.side import HostSide, run_pass
 from ..weights.dequant import Unpacker
 from ..weights.scale_check import ScaleCheck
 from ..weights.weights import StepWeights, norm_weight
@@ -36,14 +38,12 @@ class Runner:
     """A model whose layers are streamed in every pass.
 
     The streamer must have been opened with ``dtype=dtype``, or None if ``names.as_stored``. With
-    ``tail=[names.head]`` the output head, often the largest matrix of all, is streamed in pieces
-    after the last layer; without, it is loaded. If ``kv`` has layers in host memory, the streamer
-    needs ``on_copy=kv.host.prefetch``, too.
+    ``tail=[names.head]`` the output head is streamed in pieces, else it is loaded. If ``kv`` has
+    layers in host memory, it needs ``on_copy=kv.host.prefetch``.
 
     Memory on the device: one residual stream for as many tokens as ``kv`` holds, which each layer
-    updates in place, and the temporaries of one chunk. With ``decoder``, that of captured passes,
-    too: where nothing streams, these are no passes of the streamer, whose ``last_pass`` knows
-    nothing of them.
+    updates in place, and the temporaries of one chunk. With ``decoder``, that of captured passes:
+    where nothing streams, these are none of the streamer, whose ``last_pass`` knows none of them.
     """
 
     def __init__(
@@ -59,20 +59,19 @@ class Runner:
         self.streamer, self.config, self.kv = streamer, config, kv
         self.dtype, self.names = dtype, names
         self._chunking = chunking if chunking is not None else Chunking()
-        manifest, device = streamer.manifest, streamer.device
-        self._specs = manifest.static
+        manifest, device, self._specs = streamer.manifest, streamer.device, streamer.manifest.static
         self.head_is_loaded = streamer.num_steps == manifest.num_layers
         loaded = [*names.head_parts, *([names.head] if self.head_is_loaded else [])]
         self._head_parts = {name: streamer.load_static(name) for name in loaded}
         self._led: dict[int, bool] = {}  # by rows, whether the device brings what they ask for
+        self.host: HostSide | None = None  # computes layers in host memory, where some may be
         self.on_pass: Callable[[int], object] | None = None
         """Hears of each pass, over so many tokens, once it has ended."""
         self._check = ScaleCheck()
         self._norm = norm_weight(streamer.load_static(names.norm).to(dtype), names)
         factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
         self._rotary = Rotary(config, device, factors=factors)
-        kernels = triton_serves(device)
-        self._unpacker = Unpacker(device, dtype, names.widest(dtype), kernels=kernels)
+        self._unpacker = Unpacker(device, dtype, names.widest(dtype), kernels=triton_serves(device))
         self._ways = fastest(config, dtype, kv, group_rows=self._chunking.group_rows)
         if self._chunking.reproducible:
             interleaved = names.interleaved_rope
@@ -104,11 +103,10 @@ class Runner:
     ) -> torch.Tensor:
         """Append tokens to rows, in one pass over the model.
 
-        Returns the float32 logits of what follows each row's last token (rows, vocab_size), or of
-        what follows each token, (tokens, vocab_size), packed as the rows are. ``drafts``: one of
-        each row, whose tokens are its last ones; logits are of what follows these, and the token
-        before them. ``on_layer`` hears of each layer as it starts. A pass that fails leaves the
-        rows as they were.
+        Returns the float32 logits of what follows each row's last token (rows, vocab_size), or each
+        token, (tokens, vocab_size), packed as the rows are. ``drafts``: one of each row, whose
+        tokens are its last ones; logits are of what follows these, and the token before them.
+        ``on_layer`` hears of each layer as it starts. One that fails leaves the rows as they were.
         """
         count = sum(len(ids) for _, ids in entries)
         if count > self.most_tokens:
@@ -123,7 +121,8 @@ class Runner:
             logits = self._replay(entries) if whole else None
             if logits is None:
                 sections = self._sections(entries, wanted, drafts, captured=captured)
-                logits = self._stream(sections, on_layer=on_layer)
+                host = self.host.take(entries, drafts, sections) if self.host else None
+                logits = self._stream(sections, on_layer=on_layer, host=host)
         self.kv.end()
         if self.on_pass is not None:
             self.on_pass(count)
@@ -150,15 +149,15 @@ class Runner:
         return self.decoder is not None and (self.decoder.whole or self.decoder.led)
 
     def repeat(self, entries: Sequence[Entry], around: Callable[[Step, Batch, Any], Step]) -> None:
-        """A pass of the streamer that leaves the rows as they are, for who looks at it: its step
-        is ``around(step, batch, x_ND)``, where x_ND are the residuals before it."""
+        """A pass of the streamer that leaves the rows as they are, for who looks at it: its step is
+        ``around(step, batch, x_ND)``, where x_ND are the residuals before it."""
         self.kv.begin([(row, len(ids)) for row, ids in entries])
         with torch.inference_mode():
             self._stream(self._sections(entries), around=around)
 
     def close(self) -> None:
         """Let go of the layers, after the streamer has been closed. Idempotent."""
-        self.decoder = None
+        self.decoder = self.host = None
         self._embedding.close()
 
     def _captured(self, entries: Sequence[Entry]) -> int:
@@ -221,6 +220,7 @@ class Runner:
         sections: Sequence[Section],
         *,
         on_layer: Callable[[int], object] | None = None,
+        host: HostPass | None = None,
         around: Callable[[Step, Batch, Any], Step] = lambda step, batch, x_ND: step,
     ) -> torch.Tensor:
         """A pass of the streamer: its logits."""
@@ -232,9 +232,9 @@ class Runner:
             else:
                 shape = (count, self.config.vocab_size)
                 logits = torch.empty(shape, dtype=torch.float32, device=self.kv.device)
-            step = RunnerStep(self, sections, logits, on_layer=on_layer)
+            step = RunnerStep(self, sections, logits, on_layer=on_layer, host=host)
             x_ND = self._begin(sections)
-            self.streamer.run_pass(x_ND, around(step, last.batch, x_ND))
+            run_pass(self, x_ND, around(step, last.batch, x_ND), host)
             self._check.end()
         if decoder is not None:
             decoder.passes += sections[0].captured
@@ -260,8 +260,8 @@ class Runner:
         return None if logits is None else logits[: len(entries)]
 
     def _begin(self, sections: Sequence[Section]) -> torch.Tensor:
-        """The residual stream with each section's first chunk as the first layer gets it. The
-        others follow one by one, so that the device computes while their rows are gathered."""
+        """The residual stream with each section's first chunk. Others follow one by one, so that
+        the device computes while their rows are gathered."""
         last = sections[-1]
         x_ND = self._stream_ND[: last.first + len(last.batch.ids)]
         for section in sections:

@@ -11,6 +11,7 @@ import torch
 from ..models.model import Attention as Look
 from ..models.model import decoder_layer
 from ..models.rope_config import Rope
+from ..on_host.host_pass import HostPass
 from ..weights.weights import StepWeights
 from .batch import Chunk
 from .captured_part import CapturedPart, Launch
@@ -30,15 +31,18 @@ class RunnerStep:
         logits: torch.Tensor,
         *,
         on_layer: Callable[[int], object] | None = None,
+        host: HostPass | None = None,
     ) -> None:
         """``logits`` are to be filled: of those that are wanted of each section, in their order;
-        where all is captured, of what fills it up, too."""
+        where all is captured, of what fills it up, too. ``host`` computes layers that lie in host
+        memory; None: none are."""
         self.sections, self.logits = sections, logits
         self.steps: list[tuple[int, Mapping[str, torch.Tensor]]] = []
         """What has been handed out, for a decoder; nobody else may look at it any more."""
         self._runner, self._on_layer = runner, on_layer
         self._captured = sections[0] if len(sections) == 1 and sections[0].captured else None
         """If it is all of the pass, the head is captured, too."""
+        self._host = host
         self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
         self._filled = 0
         self._widths: dict[int, int] = {}
@@ -70,6 +74,9 @@ class RunnerStep:
     ) -> None:
         """All tokens through one layer, in place."""
         runner, decoder = self._runner, self._runner.decoder
+        if self._host is not None and self._host.takes(layer_idx):
+            self._host.compute(x_ND, tensors, layer_idx)
+            return
         memory = runner.kv.open(layer_idx)
         addresses, mixture = (memory, *tensors.values()), None
         if decoder is not None and runner.config.mixture(layer_idx) is not None:

@@ -137,7 +137,7 @@ class Head:
     def _chunks(self) -> Generator[tuple[torch.Tensor, slice], None, None]:
         """Weights of some rows, and which these are: one pass."""
         try:
-            with closing(self._streamer.sweep()) as steps:
+            with closing(self._streamer.sweep(on_host=False)) as steps:
                 for i, weights in steps:
                     yield weights[KEY], slice(self._ends[i], self._ends[i + 1])
         except StreamerError as error:

@@ -77,7 +77,9 @@ class Walks(ABC):
         turns = trains and self._forwards < FORWARDS
         self._forwards += turns
         self._end_last()
-        self._current = current = Walk(self._streamer.sweep(turns=turns), self._ahead)
+        self._current = current = Walk(
+            self._streamer.sweep(turns=turns, on_host=False), self._ahead
+        )
         # To come back to the last block after it was given back is a whole pass: once is enough.
         current.repeats = self._ahead.place[i] == len(self._ahead.order) - 1 > 0
         return current
@@ -86,7 +88,9 @@ class Walks(ABC):
         """A new pass of the backward that this thread is in."""
         self._forwards = 0
         self._end_last()
-        self._current = current = Walk(self._streamer.sweep(back=True, turns=True), self._back)
+        self._current = current = Walk(
+            self._streamer.sweep(back=True, turns=True, on_host=False), self._back
+        )
         at_its_end(lambda: self._end_back(current))
         return current
 

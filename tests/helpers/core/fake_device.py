@@ -12,11 +12,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from unittest.mock import patch
 
 import torch
 
-from layer_streamer.devices.device import Numbers, Pieces
+from layer_streamer.devices.device import CpuDevice, Numbers, Pieces
 
 POISON = 0xDB
 
@@ -238,3 +239,28 @@ class FakeDevice:
             while any(stream.operations for stream in self.streams):
                 busy = [stream for stream in self.streams if stream.operations]
                 self.run_head(self._random.choice(busy))
+
+
+class NearDevice(CpuDevice):
+    """A device with memory of its own whose work is done when a call returns: what is streamed is
+    copied to its slots, and host memory is another tier."""
+
+    unified = False
+    maps_files = True
+
+    def free_bytes(self) -> int:
+        return 1 << 40
+
+    def pin(self, memory: torch.Tensor, *, read_only: bool = False) -> bool:
+        return True
+
+
+@contextmanager
+def near_device() -> Iterator[None]:
+    """Streamers and plans of "cpu" take it for the CPU."""
+    with ExitStack() as stack:
+        for module in ("streamer", "preview"):
+            stack.enter_context(
+                patch(f"layer_streamer.{module}.open_devices", lambda wanted: (NearDevice(),))
+            )
+        yield

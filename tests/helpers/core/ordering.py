@@ -46,12 +46,17 @@ class Engine:
         self._devices = devices
         self._random = random.Random(seed)
         self._dtype = dtype
+        self._there: Sequence[int] = ()
+        """Layers that the pass computes in host memory."""
         self._streams = [[d.default_stream, d.new_stream(), d.new_stream()] for d in devices]
 
     def run(self, streamer: LayerStreamer, passes: int, *, turns: bool = False) -> None:
         """``turns``: passes go forth and back, mostly; else all go ahead."""
         copiers = [lane.copier for lane in streamer._parts.pipeline.lanes]
+        computed = streamer.plan.host_layers
         for number in range(passes):
+            on_host = bool(computed) and self._random.random() < 0.6
+            self._there = computed if on_host else ()
             if number % 3 == 1:
                 # torch deals streams out in turn: the caller may be given the copier's.
                 for streams, copier in zip(self._streams, copiers, strict=True):
@@ -64,13 +69,19 @@ class Engine:
                 if turns and self._random.random() < 0.2:
                     way = {name: self._random.random() < 0.5 for name in way}
                 try:
-                    with closing(streamer.sweep(**way)) as layers:
+                    with closing(streamer.sweep(**way, on_host=on_host)) as layers:
                         for i, weights in layers:
                             self._layer(weights, i, fails_at, stack)
                 except LaunchFailed:
                     continue
 
     def _layer(self, weights: Any, layer_idx: int, fails_at: int | None, stack: ExitStack) -> int:
+        if layer_idx in self._there:
+            for key, tensor in weights.items():
+                self._check(tensor, layer_idx, key)()  # the host does not work late
+            if layer_idx == fails_at:
+                raise LaunchFailed
+            return 0
         # More than one piece of work a layer, and sometimes a change of stream in between.
         place = layer_idx % len(self._devices)
         device = self._devices[place]

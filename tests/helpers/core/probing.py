@@ -8,6 +8,14 @@ from typing import Any
 
 import pytest
 
+from layer_streamer.machine.identity import this_machine
+from layer_streamer.machine.limits import (
+    DeviceLimits,
+    MachineLimits,
+    MachinePart,
+    ProductRate,
+    SizeRate,
+)
 from layer_streamer.measuring import probe_disk, probe_files
 from layer_streamer.measuring.probe_config import ProbeConfig
 from layer_streamer.transport.files import open_direct
@@ -62,3 +70,10 @@ def refuse(number: int) -> Any:
         raise OSError(number, os.strerror(number))
 
     return refused
+
+
+def limits_with(products: tuple[ProductRate, ...], copy: float = 50e9) -> MachineLimits:
+    """A record of one device, which calls itself a CPU."""
+    copies = (SizeRate(1 << 20, copy),)
+    device = DeviceLimits("cpu", True, copies, 8e9, 50e9, products)
+    return MachineLimits(MachinePart(this_machine(), "", False, (), (device,), None), None)

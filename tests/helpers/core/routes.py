@@ -52,6 +52,17 @@ def _routes(kind: str) -> dict[str, Route]:
             kind, {"n_gpu": 1, "read_mode": "mapped"}, frozenset({"host"}), read_mode="mapped"
         ),
         "arena": Route(kind, arena, frozenset({"host"})),
+        "host views": Route(
+            kind,
+            {"n_gpu": 1, "read_mode": "mapped", "host_layers": 2},
+            frozenset({"host"}),
+            read_mode="mapped",
+        ),
+        "host images": Route(
+            kind,
+            {"n_gpu": 1, "n_cpu_pinned": 1, "host_layers": 2},
+            frozenset({"host", "disk"}),
+        ),
         "resident": Route(
             kind, {"device_budget": "1GiB", "read_mode": "direct"}, frozenset({"device"}), "direct"
         ),
@@ -94,7 +105,7 @@ ROUTES = {
 
 STOOD_FOR = (
     "cpu direct", "cpu partial", "cpu resident", "cpu two", "resident", "two", "two mapped",
-    "partial ring",
+    "partial ring", "host views", "host images",
 )  # fmt: skip
 """Routes whose parts are all parts of other routes."""
 

@@ -39,7 +39,7 @@ def grown(path: Path, route: str, passes: int) -> int:
         pools = [pool for lane in streamer._parts.pipeline.lanes for pool in lane.memory.host_pools]
         tracemalloc.start()
         # Until each layer has been in each slot: what is viewed there is kept.
-        for _ in range(2 * max(pool.count for pool in pools) + 2):
+        for _ in range(2 * max((pool.count for pool in pools), default=12) + 2):
             streamer.run_pass(None, nothing)
         before = count_objects(device)
         for _ in range(passes):

@@ -142,6 +142,8 @@ class Witness:
             for name, tensor in tensors.items()
         }
         self._flags: list[torch.Tensor] = []
+        self.there: Sequence[int] = ()
+        """Layers that are handed out in host memory, where work is not late."""
         self.layers: list[int] = []
         self.errors: list[str] = []
 
@@ -163,11 +165,14 @@ class Witness:
         wanted = self._tensors[name]
         if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
             self.errors.append(f"{name}: {tensor.dtype} {tuple(tensor.shape)}")
-        if self._on_gpu:
+        if self._on_gpu and tensor.device.type == "cpu":
+            if not torch.equal(raw(tensor), raw(wanted)):
+                self.errors.append(f"{name}: not the file's bytes in host memory")
+        elif self._on_gpu:
             torch.cuda._sleep(100_000)
             expected = self._expected[name].to(tensor.device, non_blocking=True)
             self._flags.append((raw(tensor) != expected).any())
-        elif isinstance(self._device, FakeDevice):
+        elif isinstance(self._device, FakeDevice) and self.layers[-1] not in self.there:
             self._device.launch(lambda: self._look(name, tensor))
         else:
             self._look(name, tensor)

@@ -22,6 +22,7 @@ from layer_streamer.llm.kv.cache import KVCache, KVLayout
 from layer_streamer.llm.metadata import metadata_directory
 from layer_streamer.llm.models.config import ModelConfig, model_config
 from layer_streamer.llm.models.names import weight_names
+from layer_streamer.llm.on_host.side import HostSide
 from layer_streamer.llm.passes.chunking import Chunking
 from layer_streamer.llm.passes.runner import Runner
 from layer_streamer.llm.text.tokenizer import chat_ids, raw_ids
@@ -99,18 +100,24 @@ def open_runner(
     max_rows: int = 1,
     dtype: torch.dtype = torch.float32,
     host_layers: Sequence[int] = (),
+    computed: Sequence[int] = (),
     int8: bool = False,
     chunking: Chunking | None = None,
     **options: Any,
 ) -> Iterator[Runner]:
-    """A runner over a checkpoint; ``config`` is the engine's or a transformers one."""
+    """A runner over a checkpoint; ``config`` is the engine's or a transformers one. Keys and values
+    of ``host_layers`` are in host memory, and those of layers that are ``computed`` there."""
     if not isinstance(config, ModelConfig):
         config = model_config(config)
     names = weight_names(read_manifest(path), config)
-    options = {"device": "cpu"} | options
+    options = {"device": "cpu", "host_layers": computed} | options
     device = torch.device(options["device"])
     layout = KVLayout(
-        tokens=tokens, max_rows=max_rows, dtype=dtype, host_layers=host_layers, int8=int8
+        tokens=tokens,
+        max_rows=max_rows,
+        dtype=dtype,
+        host_layers=sorted({*host_layers, *computed}),
+        int8=int8,
     )
     kv = KVCache(config, layout, device)
     on_copy = kv.host.prefetch if kv.host is not None else None
@@ -122,6 +129,10 @@ def open_runner(
             if kv.host is not None:
                 kv.host.allocate(streamer.plan.placement.device_slots[0].count)
             runner = Runner(streamer, config, names, kv, dtype=dtype, chunking=chunking)
+            if streamer.plan.host_layers:
+                runner.host = HostSide(runner, streamer)
+                # By the tokens alone: what is measured on a busy machine decides nothing.
+                runner.host.choice.there = lambda tokens: tokens <= 8  # type: ignore[method-assign]
             yield runner
     finally:
         if runner is not None:

@@ -7,7 +7,7 @@ on a GPU, where every such pass is captured and replayed.
 import logging
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint
+from fake_device import near_device
 from gguf_models import file_config, write_gguf
 from triton_runs import FEW, of_many
 from zoo import DENSE, IDS, zoo_model
@@ -181,6 +182,24 @@ def test_where_something_streams_each_layer_gives_what_it_does_uncaptured(
             assert ("device" in tiers) == (streams not in ("everything", "all layers"))
             found.append(logits)
     assert relative_error(found[1], found[0]) <= TOLERANCE
+
+
+def test_layers_that_the_host_computes_stand_between_captured_ones(
+    llama: tuple[Path, Any],
+) -> None:
+    prompts, count = [IDS[:23], IDS[1:30], IDS[2:9]], 2 if FEW else 4
+    options: dict[str, Any] = {"max_rows": 3, "tokens": 768, "device_budget": None, "n_gpu": 1}
+    with opened(*llama, rows=0, **options) as runner:
+        expected, _ = decode(runner, prompts, count)
+    for rows in (0, 4):
+        with (
+            near_device() if interpreted() else nullcontext(),
+            opened(*llama, rows=rows, computed=(0, 2), **options) as runner,
+        ):
+            found, captured = decode(runner, prompts, count)
+            assert captured == bool(rows) * count
+            assert runner.host is not None and runner.host.passes == count
+        assert relative_error(found, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("seed", range(1 if FEW else 4 if interpreted() else 20))

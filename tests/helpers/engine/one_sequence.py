@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from layer_streamer.llm.kv.cache import KVCache
+from layer_streamer.llm.kv.rows import Row
 from layer_streamer.llm.passes.runner import Runner
 from layer_streamer.llm.text.sampling import Sampler
+
+VOCABULARY = 512
+"""Of the tiny models."""
 
 
 class OneSequence:
@@ -62,3 +67,39 @@ def mean_nll(sequence: OneSequence, ids: Sequence[int]) -> float:
     logits = sequence.forward(ids, every_position=True)[:-1]
     targets = torch.tensor(ids[1:], device=logits.device)
     return float(F.cross_entropy(logits.double(), targets))
+
+
+class Story:
+    """A random sequence of passes: rows grow, are cut back, leave and enter."""
+
+    def __init__(self, seed: int, steps: int = 14) -> None:
+        self._random, self._steps = random.Random(seed), steps
+
+    def tell(self, runner: Runner) -> list[torch.Tensor]:
+        """The logits of every pass."""
+        rows: list[Row] = []
+        logits = []
+        for _ in range(self._steps):
+            self._change(runner, rows)
+            entries = [(row, self._tokens(row)) for row in rows]
+            logits.append(runner.forward([(row, ids) for row, ids in entries if ids]))
+        return logits
+
+    def _change(self, runner: Runner, rows: list[Row]) -> None:
+        dice = self._random
+        if rows and dice.random() < 0.25:
+            gone = rows.pop(dice.randrange(len(rows)))
+            runner.kv.rows.drop(gone)
+        if rows and dice.random() < 0.35:
+            row = dice.choice(rows)
+            runner.kv.rows.truncate(row, dice.randint(row.length // 2, row.length))
+        while not rows or (len(rows) < 4 and dice.random() < 0.5):
+            row = runner.kv.rows.add(dice.choice([200, 256, 900, 1400]))
+            if row is None:
+                break
+            rows.append(row)
+
+    def _tokens(self, row: Row) -> list[int]:
+        room = row.capacity - row.length
+        count = min(self._random.choice([1, 1, 1, 2, 30, 150, 600]), room)
+        return [self._random.randrange(VOCABULARY) for _ in range(count)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from adapters_made import ALL, ATTENTION, adapted, edit_adapter
 from assets import relative_error, tiny_checkpoint
+from fake_device import near_device
 from gguf_models import write_gguf
 from one_sequence import OneSequence
 from packed_models import write_packed
@@ -54,6 +55,18 @@ def test_an_adapter_beside_streamed_weights_gives_the_logits_of_peft(
     expected = reference(theirs)
     assert relative_error(logits(path, tmp_path / "adapter", n_gpu=0), expected) <= TOLERANCE
     assert relative_error(reference(model), expected) > VISIBLE
+
+
+def test_layers_that_are_computed_in_host_memory_have_the_adapter_there(tmp_path: Path) -> None:
+    """In float32, whatever the device computes in: no further off than where all are streamed."""
+    model = zoo_model("qwen2")
+    path = tiny_checkpoint(tmp_path / "base", model)
+    expected = reference(adapted(model, tmp_path / "adapter"))
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "n_gpu": 0}
+    with near_device():
+        ways = [logits(path, tmp_path / "adapter", host_layers=n, **options) for n in (None, 2)]
+    streamed, there = (relative_error(found, expected) for found in ways)
+    assert there <= 1.2 * streamed < relative_error(reference(model), expected) / 4
 
 
 def test_ranks_and_alphas_of_their_own_and_rank_stabilised_scales_are_those_of_peft(

@@ -31,8 +31,11 @@ WAITS = [
 class LateEngine:
     """Passes whose work, when it runs, checks the tokens of each row and appends new ones."""
 
-    def __init__(self, seed: int, missing: tuple[str, str] | None) -> None:
-        self._random = random.Random(seed)
+    def __init__(
+        self, seed: int, missing: tuple[str, str] | None, *, there: bool = False, moves: bool = True
+    ) -> None:
+        """``there``: the host computes some of the layers, in some passes. ``moves``: tokens do."""
+        self._random, self._moves = random.Random(seed), moves
         self.device = FakeDevice(seed)
         self.transfers = LateTransfers(self.device, seed, missing)
         spans = make_spans([None], TOKENS, 4)
@@ -44,6 +47,8 @@ class LateEngine:
             self.device.torch_device, self.transfers,
         )  # fmt: skip
         self._layers, self._span = list(layers), spans[0]
+        self.there = self._layers[:: self._random.choice([1, 2])] if there else []
+        self._on_host = False
         self._fails_at: int | None = None
         self._fails_inside = False
         """With the layer's slot in use."""
@@ -66,8 +71,13 @@ class LateEngine:
             self.transfers.interrupts = self._random.choice([0.0, 0.0, 0.02])
             self._fails_at = self._random.choice([None, None, 0, 1, 3])
             self._fails_inside = self._random.random() < 0.5
+            self._on_host = bool(self.there) and self._random.random() < 0.5
+
+            def layer_fn(x: Any, w: Any, i: int, b: Any = batch, n: Any = new) -> int:
+                return self._layer(i, b, n)
+
             try:
-                streamer.run_pass(0, lambda x, w, i, b=batch, n=new: self._layer(i, b, n))
+                streamer.run_pass(0, layer_fn, on_host=self._on_host)
             except Interrupted:
                 continue
             finally:
@@ -76,7 +86,7 @@ class LateEngine:
                 row.length += count
                 row.moved_from = None
                 self.texts[row] += new[row]
-                if count > 1 and self._random.random() < 0.5:
+                if self._moves and count > 1 and self._random.random() < 0.5:
                     self._keep_some(row, count)
 
     def _change_rows(self) -> None:
@@ -109,16 +119,23 @@ class LateEngine:
             raise Interrupted
         if layer_idx not in self._layers:
             return 0
-        memory = self.host.open(layer_idx, [row for row, _ in batch])
+        there = self._on_host and layer_idx in self.there
+        if there:
+            self.device.current_stream().synchronize()  # which residuals have to come from
+            memory = self.host.open_home(layer_idx, batch)
+        else:
+            memory = self.host.open(layer_idx, [row for row, _ in batch])
         for row, _ in batch:
             start = row.place(self._span, 0)  # these rows' blocks follow one another
-            self._launch(memory[start:], layer_idx, list(self.texts[row]), new[row])
+            work = self._work(memory[start:], layer_idx, list(self.texts[row]), new[row])
+            for one in work:  # the host does not work late
+                one() if there else self.device.launch(one)
         if fails:
             raise Interrupted
-        self.host.close_layer(layer_idx, batch)
+        (self.host.close_home if there else self.host.close_layer)(layer_idx, batch)
         return 0
 
-    def _launch(self, memory: Any, layer_idx: int, known: list[int], added: list[int]) -> None:
+    def _work(self, memory: Any, layer_idx: int, known: list[int], added: list[int]) -> Any:
         def expected(tokens: list[int]) -> torch.Tensor:
             return (torch.tensor(tokens) * 8.0 + layer_idx)[:, None, None, None].expand(-1, 2, 1, 8)
 
@@ -129,9 +146,7 @@ class LateEngine:
         def append() -> None:
             memory[len(known) : len(known) + len(added)] = expected(added)
 
-        self.device.launch(look)
-        self.device.launch(append)
-        self.device.launch(look)
+        return look, append, look
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +155,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_safetensors(path, TENSORS).parent
 
 
-def find_errors(checkpoint: Path, seed: int, missing: tuple[str, str] | None = None) -> list[str]:
-    engine = LateEngine(seed, missing)
+def find_errors(
+    checkpoint: Path, seed: int, missing: tuple[str, str] | None = None, **kind: bool
+) -> list[str]:
+    engine = LateEngine(seed, missing, **kind)
     options = {"n_gpu": seed % 4, "n_cpu_pinned": 2, "on_copy": engine.host.prefetch}
+    options |= {"host_layers": engine.there}
     streamer = open_on(engine.device, checkpoint, options)
     guard = threading.Timer(HANG_SECONDS, streamer.close)
     guard.start()
@@ -167,3 +185,20 @@ def test_without_any_one_wait_a_row_sees_something_else(
 ) -> None:
     # Of some waits one schedule in twenty tells, and which one is not always the same.
     assert any(find_errors(checkpoint, seed, missing) for seed in range(4000))
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(15), pytest.param(range(15, 400), marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_rows_see_their_own_tokens_whoever_computes_a_layer(checkpoint: Path, seeds: range) -> None:
+    for seed in seeds:
+        assert find_errors(checkpoint, seed, there=True) == [], seed
+
+
+def test_a_host_that_does_not_wait_for_what_is_sent_home_sees_something_else(
+    checkpoint: Path,
+) -> None:
+    missing = ("host", "")
+    assert any(
+        find_errors(checkpoint, seed, missing, there=True, moves=False) for seed in range(1000)
+    )

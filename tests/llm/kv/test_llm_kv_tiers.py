@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 from assets import open_runner, relative_error, tiny_checkpoint, tiny_model
+from one_sequence import Story
 
 from layer_streamer.llm.kv import rows as rows_module
-from layer_streamer.llm.kv.rows import Row
 from layer_streamer.llm.passes.chunking import Chunking
-from layer_streamer.llm.passes.runner import Runner
 
-VOCABULARY = 512
 WINDOW = {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 1}
 LAYERS = (0, 1, 2)
 KINDS = {"full": {}, "windows": WINDOW}
@@ -27,42 +25,6 @@ def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     which long rows go round several times."""
     model = tiny_model("qwen2", max_position_embeddings=2048, **KINDS[request.param])
     return tiny_checkpoint(tmp_path_factory.mktemp(request.param), model), model
-
-
-class Story:
-    """A random sequence of passes: rows grow, are cut back, leave and enter."""
-
-    def __init__(self, seed: int, steps: int = 14) -> None:
-        self._random, self._steps = random.Random(seed), steps
-
-    def tell(self, runner: Runner) -> list[torch.Tensor]:
-        """The logits of every pass."""
-        rows: list[Row] = []
-        logits = []
-        for _ in range(self._steps):
-            self._change(runner, rows)
-            entries = [(row, self._tokens(row)) for row in rows]
-            logits.append(runner.forward([(row, ids) for row, ids in entries if ids]))
-        return logits
-
-    def _change(self, runner: Runner, rows: list[Row]) -> None:
-        dice = self._random
-        if rows and dice.random() < 0.25:
-            gone = rows.pop(dice.randrange(len(rows)))
-            runner.kv.rows.drop(gone)
-        if rows and dice.random() < 0.35:
-            row = dice.choice(rows)
-            runner.kv.rows.truncate(row, dice.randint(row.length // 2, row.length))
-        while not rows or (len(rows) < 4 and dice.random() < 0.5):
-            row = runner.kv.rows.add(dice.choice([200, 256, 900, 1400]))
-            if row is None:
-                break
-            rows.append(row)
-
-    def _tokens(self, row: Row) -> list[int]:
-        room = row.capacity - row.length
-        count = min(self._random.choice([1, 1, 1, 2, 30, 150, 600]), room)
-        return [self._random.randrange(VOCABULARY) for _ in range(count)]
 
 
 def tell(path: Path, config: Any, seed: int, steps: int = 14, **options: Any) -> list[torch.Tensor]:

@@ -1,0 +1,1 @@
+"""Layers that stay in host memory, computed there in passes of few tokens."""
