@@ -24,7 +24,7 @@ from layer_streamer.machine.limits import (
 from layer_streamer.measuring import probe_products
 from layer_streamer.measuring.probe_config import Journal
 from layer_streamer.measuring.probe_products import measure_products
-from layer_streamer.tools.probe_table import describe
+from layer_streamer.measuring.probe_table import describe
 
 
 def test_products_of_each_count_of_tokens_are_measured_beside_copies() -> None:
