@@ -11,7 +11,7 @@ export PYTHON
 # Tests start hundreds of processes: what one has compiled the others need not compile again.
 test test-slow test-gpu: export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help venv demo test test-slow test-gpu test-package check clean
+.PHONY: help venv demo site test test-slow test-gpu test-package check clean
 
 help:
 	@echo "make demo          answer a prompt with a small language model (PROMPT='...')"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-gpu      run the tests that need an NVIDIA GPU"
 	@echo "make test-package  build a wheel, install it with [llm] into a new environment, use it"
 	@echo "make check         lint, format, types, ceilings"
+	@echo "make site          the docs as a site, in build/site"
 	@echo "make venv          only set up $(VENV) for the above"
 	@echo "make clean         remove what tests and builds left, but not $(VENV)"
 
@@ -32,6 +33,15 @@ $(VENV)/.dev-installed: $(PACKAGING)
 $(VENV)/.llm-installed: $(PACKAGING)
 	@.ci/venv $(VENV) llm
 	@touch $@
+
+$(VENV)/.docs-installed: $(PACKAGING)
+	@.ci/venv $(VENV) docs
+	@touch $@
+
+site: $(VENV)/.docs-installed
+	@$(BIN)/python .site/gather.py build/site-pages
+	@$(BIN)/mkdocs build --strict --quiet -f .site/mkdocs.yml
+	@echo build/site/index.html
 
 demo: $(VENV)/.llm-installed
 	@model="$$($(BIN)/python examples/make/fetch_model.py)" && \

@@ -208,8 +208,9 @@ def describe_machine() -> dict[str, Any]:
     """Where and on what this was measured."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     return {
         "gpus": gpus,
         "cores": os.cpu_count(),

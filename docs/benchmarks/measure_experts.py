@@ -56,12 +56,13 @@ def decode(engine: StreamingEngine, args: argparse.Namespace) -> dict[str, Any]:
     sizes = config.num_layers, experts.count, experts.per_token
     zipf = Zipf(*sizes, args.exponent, max(args.prompt, CONTEXT), device)
     feed_forward.choose = captured_mixture.choose = zipf  # type: ignore[assignment]
-    reports: list[Any] = []
-    noting = engine._runner.forward
+    reports, looked, noting = list[Any](), list[float](), engine._runner.forward
 
     def forward(*given: Any, **named: Any) -> torch.Tensor:
         # Of the pass before, which has ended: a look at the present one would wait for it.
+        began = time.perf_counter()
         reports.append(engine.streamer.last_experts)
+        looked.append(time.perf_counter() - began)
         return noting(*given, **named)
 
     engine._runner.forward = forward  # type: ignore[method-assign]
@@ -71,11 +72,13 @@ def decode(engine: StreamingEngine, args: argparse.Namespace) -> dict[str, Any]:
     found = run(engine, [prompt_of(CONTEXT)], warm + new + 1)
     link.measure()
     steps = zipf.steps(zipf.turn - warm - new + 1, warm + new)
-    seconds = found["decode"][warm:]
+    # Nothing else goes on while this script looks.
+    own = looked[-len(found["decode"]) :]
+    seconds = [whole - look for whole, look in zip(found["decode"], own, strict=True)][warm:]
     reports = [*reports, engine.streamer.last_experts][-new:]
     # Experts come in none of the streamer's steps: of these a token uses some.
     used = found["used_bytes"] + config.num_layers * experts.per_token * expert_nbytes(engine)
-    record = {"decode": seconds, "link": link.rates, "used_bytes": used}
+    record = {"decode": seconds, "looked": own[warm:], "link": link.rates, "used_bytes": used}
     if reports[0] is None or args.child == "all":
         return record
     slots = sum({id(p): len(p) for p in engine.streamer._opened().experts.pools.values()}.values())

@@ -122,10 +122,12 @@ def measure_engine(args: argparse.Namespace, number: int | str) -> list[dict[str
     if args.host_budget:
         options |= {"host_budget": args.host_budget, "read_mode": "direct"}
     with open_engine(args.path, args.device, max_batch=1, **options) as engine:
+        host, steps = engine._runner.host, {}
         if args.threads:
             torch.set_num_threads(args.threads)
+            if host is not None:
+                host.threads = args.threads
         seconds: dict[bool, list[float]] = {False: [], True: []}
-        host, steps = engine._runner.host, {}
         for on_host in [False, True] * TURNS:
             if host is not None:  # all passes of a kind, whatever they take
                 host.choice.there = lambda tokens, there=on_host: there  # type: ignore[method-assign]

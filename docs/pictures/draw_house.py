@@ -77,7 +77,7 @@ def draw_wing(ax: Axes, x: float, y: float, width: float, wing: str) -> None:
         lines, size = textwrap.wrap(told, int(columns * 1.36)), 5.5
     below, spacing = (0.27, 1.25) if len(lines) < 3 else (0.25, 1.05)
     ax.text(
-        x + 0.12, y + below, "\n".join(lines[:3]), color=FAINT if slash else INK, size=size,
+        x + 0.12, y + below, "\n".join(lines[:4]), color=FAINT if slash else INK, size=size,
         va="center", linespacing=spacing,
     )  # fmt: skip
 

@@ -58,6 +58,7 @@ class StreamingEngine:
       text is the same. They followed the same words before in this engine (``lookup``), or are
       those of a small model with the same tokenizer, or ("self") of the model in four bits.
     * ``reproducible``: logits, to the bit, whatever shares a pass: with and without drafts, too.
+    * ``adapter``: a folder of peft's with a LoRA of this model, which stays on the device.
     * ``host_layers``: so many layers are computed in host memory, in passes of few tokens.
     * ``notify`` hears of what takes seconds or is not as expected.
     * ``streamer_options``: those of ``LayerStreamer.from_checkpoint``, such as the tuner prints;
@@ -84,6 +85,7 @@ class StreamingEngine:
         lookup: bool = False,
         draft: str | Path | Model | None = None,
         reproducible: bool = False,
+        adapter: str | Path | None = None,
         notify: Callable[[str], None] = logger.info,
         **streamer_options: Any,
     ) -> None:
@@ -93,7 +95,7 @@ class StreamingEngine:
         )
         wanted = Wanted.of(draft, notify, lookup=lookup)
         reserve = streamer_options.pop("reserve_bytes", 0)
-        self.model = model_of(model_path, notify, streamer_options)
+        self.model = model_of(model_path, notify, streamer_options, adapter)
         self.config = self.model.config
         self.max_length = limits.length(self.config)
         own = wanted.own_weights

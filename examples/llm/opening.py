@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layer_streamer import CheckpointError, LayerStreamer, Manifest, TensorSpec, read_manifest
+from layer_streamer import CheckpointError, LayerStreamer, Manifest, read_manifest
 
+from .adapters.reading import read_adapter
 from .generation_config import read_generation_config
 from .host_kernels.products import prepare
 from .hub import find_model
 from .kernels.triton_support import triton_serves
 from .kv.blocks import BLOCK, round_up
 from .kv.cache import KVCache, KVLayout
-from .memory.footprint import Footprint, Needs
+from .memory.footprint import Footprint, Needs, loaded_nbytes
 from .memory.memory_plan import MemoryPlan
 from .memory.placing import Named, choose_devices, choose_dtype, devices_of
 from .memory.plan import Planner
 from .memory.wishes import Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory, refuse_by_config
 from .models.config import ModelConfig
-from .models.names import WeightNames, known_layers, weight_names
+from .models.names import WeightNames, known_layers, used_tensors, weight_names
 from .on_host.side import HostSide
 from .passes.chunking import Chunking
 from .passes.decode import MOST_ROWS, MOST_ROWS_STREAMED, captured_rows
@@ -119,12 +119,10 @@ class Model:
         manifest, left_out = known_layers(manifest, config)
         names = weight_names(manifest, config)
         if (directory / ADAPTER).is_file():
-            left_out.append(
-                f"{ADAPTER} is not used: merge the adapter into its base model for that"
-            )
+            left_out.append(f"{ADAPTER} is not used unless adapter= (--adapter) names its folder")
         for note in (*config.notes, *left_out, *names.notes):
             notify(f"{path.name}: {note}")
-        return cls(path, manifest, directory, config, names)
+        return cls(path, used_tensors(manifest, names), directory, config, names)
 
     @property
     def tokenizer(self) -> Any:
@@ -153,12 +151,22 @@ class Model:
 
 
 def model_of(
-    path: str | Path | Model, notify: Callable[[str], None], options: dict[str, Any]
+    path: str | Path | Model,
+    notify: Callable[[str], None],
+    options: dict[str, Any],
+    adapter: str | Path | None = None,
 ) -> Model:
-    """The model, read unless it has been; the one of the streamer's options that says how goes."""
-    if isinstance(path, Model):
-        return path
-    return Model.read(path, notify, options.pop("layer_pattern", None))
+    """The model, read unless it has been, beside it an adapter; the one of the streamer's options
+    that says how goes."""
+    pattern = None if isinstance(path, Model) else options.pop("layer_pattern", None)
+    model = path if isinstance(path, Model) else Model.read(path, notify, pattern)
+    if adapter is None:
+        return model
+    folder = Path(adapter).expanduser()
+    found, base = read_adapter(folder, model.names, model.config)
+    if base and Path(base).name != model.path.name:
+        notify(f"{folder}: an adapter of {base}, used with {model.path.name}")
+    return replace(model, names=replace(model.names, adapter=found))
 
 
 def _read_manifest(path: Path, layer_pattern: str | None) -> Manifest:
@@ -199,8 +207,10 @@ def plan_memory(
     )
     statics = [*names.head_parts, names.norm, *([names.rope_factors] if names.rope_factors else [])]
     static_nbytes = sum(model.manifest.static[name].nbytes for name in statics)
+    if names.adapter is not None:
+        static_nbytes += names.adapter.numel * dtype.itemsize
     if not wishes.options["tail"]:
-        static_nbytes += _loaded_nbytes(model.manifest.static[names.head], wishes.options["dtype"])
+        static_nbytes += loaded_nbytes(model.manifest.static[names.head], wishes.options["dtype"])
     needs = Needs(
         kv_tokens=limits.tokens(model.config),
         max_batch=limits.max_batch,
@@ -223,13 +233,6 @@ def plan_memory(
     return plan, needs
 
 
-def _loaded_nbytes(spec: TensorSpec, dtype: torch.dtype | None) -> int:
-    """Of a tensor that is loaded, cast to ``dtype``."""
-    if dtype is None or not spec.dtype.is_floating_point:
-        return spec.nbytes
-    return math.prod(spec.shape) * dtype.itemsize
-
-
 def place(
     model: Model,
     device: Named | Sequence[Named] | None,
@@ -240,8 +243,7 @@ def place(
 ) -> tuple[dict[str, Any], torch.dtype]:
     """The streamer's options with what the engine needs, and the dtype that it computes in.
     ``loads_head``: the output head stays on the device. ValueError for more devices than layers."""
-    chosen = choose_devices(device)
-    layers = model.config.num_layers
+    chosen, layers = choose_devices(device), model.config.num_layers
     if len(chosen) > layers:
         raise ValueError(f"device: {len(chosen)} of them for {layers} layers: name no more of them")
     dtype = choose_dtype(chosen, dtype)
@@ -259,8 +261,7 @@ def place(
 def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
     """Allocate the cache, open the streamer; after an error nothing is left."""
     devices = devices_of(plan.options)
-    device = devices[0]
-    if device.type == "cpu":
+    if devices[0].type == "cpu":
         leave_a_core()
         prepare(kind for kind, _ in model.names.widest(needs.dtype).kinds)
     layout = KVLayout(
@@ -276,18 +277,18 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
         on_copy = kv.host.prefetch if kv.host is not None else None
         streamer = LayerStreamer.from_checkpoint(model.manifest, on_copy=on_copy, **plan.options)
         kv.allocate([slots.count for slots in streamer.plan.placement.device_slots])
-        captured = needs.captured_rows_streamed if plan.captures_layers else 0
-        captured = needs.captured_rows if plan.captures else captured
+        streamed = needs.captured_rows_streamed if plan.captures_layers else 0
         chunking = Chunking(
             plan.chunk,
-            group_rows=device.type != "cpu",
-            captured_rows=captured,
+            group_rows=kv.device.type != "cpu",
+            captured_rows=needs.captured_rows if plan.captures else streamed,
             captured_part=min(needs.captured_part, plan.chunk) if plan.captures_layers else 0,
             reproducible=needs.reproducible,
         )
-        runner = Runner(
-            streamer, model.config, model.names, kv, dtype=needs.dtype, chunking=chunking
-        )
+        names = model.names
+        if names.adapter is not None:
+            names = replace(names, adapter=names.adapter.to(kv.device, needs.dtype))
+        runner = Runner(streamer, model.config, names, kv, dtype=needs.dtype, chunking=chunking)
         if streamer.plan.host_layers:
             leave_a_core()
             runner.host = HostSide(runner, streamer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .drafts.opening import DraftPlan, Wanted, open_drafting, plan_draft
 from .errors import one_line_errors
 from .memory.footprint import Needs
 from .memory.memory_plan import MemoryPlan
+from .memory.placing import devices_of
 from .memory.wishes import Wishes
 from .opening import Limits, Model, open_runner, place, plan_memory
 from .passes.runner import Runner
@@ -56,7 +57,22 @@ def plan_parts(
     draft = plan_draft(wanted, model, limits, wishes, dtype)
     nbytes = draft.nbytes if draft is not None else 0
     plan, needs = plan_memory(model, limits, wishes, dtype, nbytes)
+    if _head_stays(plan) and not limits.reproducible:
+        # As one matrix: pieces as small as layers take several times as long.
+        at_once = replace(wishes, options={**wishes.options, "tail": []})
+        with suppress(ValueError):
+            whole, own = plan_memory(model, limits, at_once, dtype, nbytes)
+            if set(whole.streamer.tiers) == {"device"} and whole.captures == plan.captures:
+                plan, needs = whole, own
     return Planned(plan, needs, draft)
+
+
+def _head_stays(plan: MemoryPlan) -> bool:
+    """True: nothing of the layers streams to a GPU, nor of the output head's pieces, as far as
+    there are any. Over several GPUs it stays in pieces, of which each has its share."""
+    device, *others = devices_of(plan.options)
+    on_gpu = device.type != "cpu" and not others
+    return on_gpu and bool(plan.options["tail"]) and set(plan.streamer.tiers) == {"device"}
 
 
 def open_parts(model: Model, planned: Planned, wanted: Wanted) -> Parts:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,8 @@ IN_STREAM_ORDER = 1
 """cudaMemcpySrcAccessOrderStream."""
 BESIDE_COMPUTE = 1
 """cudaMemcpyFlagPreferOverlapWithCompute: the copy engines are to do it."""
+MOST_BATCHES = 8
+"""Of copies that were asked for at once; of more different sizes, all are one."""
 BATCHES_SINCE = 13
 """Major version of CUDA whose cudaMemcpyBatchAsync has the parameters that are passed here."""
 
@@ -87,7 +91,7 @@ class Runtime:
         stream: Any,
     ) -> None:
         """Enqueue copies between addresses of the device and of page-locked memory, in any order
-        among themselves, on ``stream``."""
+        among themselves, on ``stream``. Best sorted by size."""
         handle = stream.cuda_stream
         if not nbytes.any():
             return
@@ -98,10 +102,12 @@ class Runtime:
         # In memory of their own, one after the other; the call has read them at its return. A
         # batch may hold nothing empty.
         some = nbytes > 0
-        numbers = [np.ascontiguousarray(values[some]) for values in (to, from_, nbytes)]
-        addresses = [values.ctypes.data for values in numbers]
+        numbers = np.stack([values[some] for values in (to, from_, nbytes)])
+        rows = [numbers.ctypes.data + i * numbers.strides[0] for i in range(3)]
         attributes, first = ctypes.byref(self._attributes), ctypes.byref(self._first)
-        self._check(self._memcpy_batch(*addresses, len(numbers[0]), attributes, first, 1, handle))
+        for begin, end in _batches(numbers[2]):
+            at = [row + begin * numbers.itemsize for row in rows]
+            self._check(self._memcpy_batch(*at, end - begin, attributes, first, 1, handle))
 
     def same_address(self, memory: torch.Tensor) -> bool:
         """True: the current device's kernels find page-locked memory where the host has it."""
@@ -115,6 +121,13 @@ class Runtime:
         if code:
             self._forget()  # or the next launch that torch checks would raise it, too
             raise RuntimeError(f"CUDA error {code}: {self._describe(code).decode()}")
+
+
+def _batches(nbytes: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """From where to where: those of one size together. A batch of an expert after the other, with
+    what is small between what is large, took a quarter longer on an H200."""
+    bounds = [0, *(np.flatnonzero(np.diff(nbytes)) + 1).tolist(), len(nbytes)]
+    return pairwise(bounds if len(bounds) <= MOST_BATCHES + 1 else (0, len(nbytes)))
 
 
 def cuda_version() -> int:

@@ -26,21 +26,23 @@ class Staging:
             self._rows = torch.empty(
                 ROWS if staged else 0, WIDTH, dtype=torch.int64, device="cpu", pin_memory=staged
             )
+        self._numbers = self._rows.numpy()
+        """The same memory, which is quicker to write to."""
         self._sent = [device.new_event() for _ in self._rows]
         self._turn, self._unmarked = 0, False
 
     def send(self, numbers: Sequence[int]) -> torch.Tensor:
         """(n,) of int64 on the device. More than ``WIDTH`` are waited for."""
-        found, where = torch.tensor(numbers, dtype=torch.int64, device="cpu"), self._device
-        if not self._sent or len(found) > WIDTH:
-            return found.to(where.torch_device)
+        where = self._device
+        if not self._sent or len(numbers) > WIDTH:
+            return torch.tensor(numbers, dtype=torch.int64, device=where.torch_device)
         stream = where.current_stream()
         if self._unmarked:  # an interrupt came between a copy and its event
             stream.synchronize()
         self._turn = (self._turn + 1) % ROWS
-        row, sent = self._rows[self._turn, : len(found)], self._sent[self._turn]
+        row, sent = self._rows[self._turn, : len(numbers)], self._sent[self._turn]
         sent.synchronize()
-        row.copy_(found)
+        self._numbers[self._turn, : len(numbers)] = numbers
         self._unmarked = True
         there = row.to(where.torch_device, non_blocking=True)
         sent.record(stream)

@@ -30,14 +30,14 @@ class Belady:
         heapq.heappush(self._latest, (-self._held[key], key))
         self._at += 1
 
-    def victim(self, may_go: MayGo) -> Key | None:
-        stay, gone = list[tuple[float, Key]](), None
-        while self._latest and gone is None:
+    def victims(self, may_go: MayGo, count: int = 1) -> list[Key]:
+        stay, gone = list[tuple[float, Key]](), list[Key]()
+        while self._latest and len(gone) < count:
             negative, key = heapq.heappop(self._latest)
             if self._held.get(key) != -negative:
                 continue  # it was touched again since
             if may_go(key):
-                gone = key
+                gone.append(key)
                 del self._held[key]
             else:
                 stay.append((negative, key))

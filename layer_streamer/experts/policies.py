@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import Literal, Protocol, TypeAlias, get_args
 
 Key: TypeAlias = tuple[int, int]
@@ -37,10 +37,11 @@ class Policy(Protocol):
     def touch(self, key: Key) -> None:
         """``key`` is asked for. If it was not in the pool, it is now."""
 
-    def victim(self, may_go: MayGo) -> Key | None:
-        """Take one out of the pool, of those that ``may_go`` says True of; None if there is none.
+    def victims(self, may_go: MayGo, count: int = 1) -> list[Key]:
+        """Take so many out of the pool, of those that ``may_go`` says True of, the worst first;
+        fewer if there are fewer.
 
-        It is asked of one after the other, the worst first, until one may go.
+        It is asked of one after the other, the worst first, until so many may go.
         """
 
     def reset(self) -> None:
@@ -57,8 +58,8 @@ class LRU:
         self._held[key] = None
         self._held.move_to_end(key)
 
-    def victim(self, may_go: MayGo) -> Key | None:
-        return _take(may_go, self._held)
+    def victims(self, may_go: MayGo, count: int = 1) -> list[Key]:
+        return _take(may_go, count, self._held)
 
     def reset(self) -> None:
         self._held.clear()
@@ -87,8 +88,8 @@ class SegmentedLRU:
         else:
             self._once[key] = None
 
-    def victim(self, may_go: MayGo) -> Key | None:
-        return _take(may_go, self._once, self._again)
+    def victims(self, may_go: MayGo, count: int = 1) -> list[Key]:
+        return _take(may_go, count, self._once, self._again)
 
     def reset(self) -> None:
         self._once.clear()
@@ -130,14 +131,13 @@ class DecayedLFU:
         if self._touches == self._halve_every:
             self._halve()
 
-    def victim(self, may_go: MayGo) -> Key | None:
-        for count in sorted(self._by_count):
-            key = next((key for key in self._by_count[count] if may_go(key)), None)
-            if key is not None:
-                self._leave(key, count)
-                del self._held[key]
-                return key
-        return None
+    def victims(self, may_go: MayGo, count: int = 1) -> list[Key]:
+        ranked = chain.from_iterable(map(self._by_count.__getitem__, sorted(self._by_count)))
+        found = list(islice(filter(may_go, ranked), count))
+        for key in found:
+            self._leave(key, self._counts.get(key, 0))
+            del self._held[key]
+        return found
 
     def reset(self) -> None:
         self._touches = 0
@@ -173,8 +173,8 @@ class FixedSet:
         held[key] = None
         held.move_to_end(key)
 
-    def victim(self, may_go: MayGo) -> Key | None:
-        return _take(may_go, self._others, self._there)
+    def victims(self, may_go: MayGo, count: int = 1) -> list[Key]:
+        return _take(may_go, count, self._others, self._there)
 
     def reset(self) -> None:
         self._others.clear()
@@ -203,10 +203,10 @@ def most_asked(counts: Mapping[Key, int], count: int) -> Collection[Key]:
     return sorted(counts, key=lambda key: (-counts[key], key))[:count]
 
 
-def _take(may_go: MayGo, *tables: OrderedDict[Key, None]) -> Key | None:
+def _take(may_go: MayGo, count: int, *tables: OrderedDict[Key, None]) -> list[Key]:
     """Take out the first that may go."""
-    found = next((key for key in chain(*tables) if may_go(key)), None)
-    for table in tables:
-        if found is not None and found in table:
-            del table[found]
+    found = list(islice(filter(may_go, chain(*tables)), count))
+    for key in found:
+        for table in tables:
+            table.pop(key, None)
     return found

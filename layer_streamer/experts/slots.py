@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from ..errors import ConfigError
 from .policies import Key, MayGo, Policy, SegmentedLRU
@@ -86,18 +87,20 @@ class SlotTable:
         def may_go(key: Key) -> bool:
             return key not in needed and self._slots[key] not in taken
 
-        slots, missing = [], []
-        for at, key in enumerate(keys):
-            if key not in self._slots:
-                missing.append(at)
-                self._slots[key] = self._make_room(may_go, taken)
-                if not asked:
-                    self._early[key] = None
-            if asked:
+        missing = [at for at, key in enumerate(keys) if key not in self._slots]
+        if asked:
+            for key in keys:
+                if key not in self._slots:
+                    (self._slots[key],) = self._make_room(1, may_go, taken)
                 self._early.pop(key, None)
                 self._policy.touch(key)
-            slots.append(self._slots[key])
-        return Placing(tuple(slots), tuple(missing))
+        else:
+            coming = [keys[at] for at in missing]
+            self._slots.update(
+                zip(coming, self._make_room(len(missing), may_go, taken), strict=True)
+            )
+            self._early.update(dict.fromkeys(coming))
+        return Placing(tuple(self._slots[key] for key in keys), tuple(missing))
 
     def settle(self) -> None:
         """What was placed last is in its slots, or will be before anybody looks."""
@@ -112,7 +115,7 @@ class SlotTable:
             if key in self._early:
                 del self._early[key]
             else:
-                self._policy.victim(key.__eq__)
+                self._policy.victims(key.__eq__)
             self._free.append(self._slots.pop(key))
             self._settled = settled
 
@@ -160,13 +163,16 @@ class SlotTable:
             del self._early[key]
             self._policy.touch(key)
 
-    def _make_room(self, may_go: MayGo, busy: Collection[int]) -> int:
-        for at, slot in enumerate(self._free):
-            if slot not in busy:
-                return self._free.pop(at)
-        self._departures += 1
-        gone = self._policy.victim(may_go)
-        if gone is None:
-            gone = next(filter(may_go, self._early))
-            del self._early[gone]
-        return self._slots.pop(gone)
+    def _make_room(self, count: int, may_go: MayGo, busy: Collection[int]) -> list[int]:
+        """Slots that are free, or of those who go."""
+        found = list(islice((slot for slot in self._free if slot not in busy), count))
+        for slot in found:
+            self._free.remove(slot)
+        if len(found) < count:
+            self._departures += 1
+            gone = self._policy.victims(may_go, count - len(found))
+            early = list(islice(filter(may_go, self._early), count - len(found) - len(gone)))
+            for key in early:
+                del self._early[key]
+            found += map(self._slots.pop, (*gone, *early))
+        return found

@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -40,12 +41,22 @@ def in_memory(address: int, nbytes: int) -> bool:
     """True: the pages of a mapping are in memory, so that a look reads nothing. Takes a hundredth
     of the time of :func:`populate`. Linux says so, too, of a file that another user owns and that
     may not be written; False where it says nothing. ``address`` as there."""
-    mincore = getattr(_libc(), "mincore", None)
-    if mincore is None or sys.platform != "linux" or not nbytes:
+    mincore = _mincore()
+    if mincore is None or not nbytes:
         return False
-    mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     there = np.empty(-(-nbytes // mmap.PAGESIZE), dtype=np.uint8)
-    return not mincore(address, nbytes, there.ctypes.data) and bool((there & 1).all())
+    told = there.__array_interface__["data"][0]
+    return not mincore(address, nbytes, told) and bool((there & 1).all())
+
+
+@cache
+def _mincore() -> Any:
+    """The call, made ready once, for many threads; None where there is none."""
+    mincore = getattr(_libc(), "mincore", None)
+    if mincore is None or sys.platform != "linux":
+        return None
+    mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    return mincore
 
 
 def direct_alignment(descriptor: int) -> int | None:

@@ -32,10 +32,9 @@ def open_limits(
     layouts, devices = pipeline.schedule.layouts, pipeline.devices
     if load.tokens:
         limits["compute"] = BareCompute(streamer, load).seconds
-    copied = [
-        sum(layout.copy_nbytes for layout in layouts[i :: len(devices)])
-        for i in range(len(devices))
-    ]
+    # Passes of a bench compute in host memory what may be.
+    moved = [0 if i in pipeline.residents.host else x.copy_nbytes for i, x in enumerate(layouts)]
+    copied = [sum(moved[i :: len(devices)]) for i in range(len(devices))]
     if any(copied) and not devices[0].unified:
         limits["copy"] = stack.enter_context(closing(RawCopies(devices, copied))).seconds
     # Pages of mapped files that a CPU takes in are not read: nothing is known of how fast it can.

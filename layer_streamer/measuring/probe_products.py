@@ -13,6 +13,7 @@ from contextlib import closing
 from functools import partial
 from itertools import cycle
 from statistics import median
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from .threads import leave_a_core
 
 SIDE = 4096
 """Rows and columns of a matrix."""
+Ends: TypeAlias = tuple[threading.Event, threading.Event]
+"""Set when a measurement is given up, and when all is multiplied."""
 COPY_NBYTES = 64 * MIB
 """Of one copy meanwhile."""
 
@@ -45,11 +48,11 @@ def measure_products(
         pairs = pairs_of(memory, arena.memory, memory.nbytes)
         for tokens in config.product_tokens:
             journal.measuring(f"{name}: copies beside products of {tokens} tokens")
-            stopped = threading.Event()
+            stopped, multiplied = threading.Event(), threading.Event()
             seconds = config.seconds / config.samples, config.samples
             work = (
-                partial(_multiply, matrices, tokens, seconds, stopped),
-                partial(_copy, device, pairs, stopped),
+                partial(_multiply, matrices, tokens, seconds, (stopped, multiplied)),
+                partial(_copy, device, pairs, (stopped, multiplied)),
             )
             products, copies = run_all(work, 2, stopped=stopped)
             found.append(ProductRate(tokens, products, copies))
@@ -67,17 +70,18 @@ def _matrices(nbytes: int) -> list[torch.Tensor]:
 
 
 def _multiply(
-    matrices: list[torch.Tensor], tokens: int, effort: tuple[float, int], stopped: threading.Event
+    matrices: list[torch.Tensor], tokens: int, effort: tuple[float, int], ends: Ends
 ) -> float:
     """Bytes of weights a second; ends the copies. ``effort``: seconds of a sample, and how many."""
-    seconds, samples = effort
+    (seconds, samples), (stopped, multiplied) = effort, ends
+    torch.set_num_threads(torch.get_num_threads())  # a thread has to be told of its own
     x_TD = torch.ones(tokens, matrices[0].shape[1], dtype=torch.bfloat16, device="cpu")
     turns = cycle(matrices)
     try:
         # The first is the warm-up.
         rates = [_sample(x_TD, turns, seconds, stopped) for _ in range(1 + samples)][1:]
     finally:
-        stopped.set()
+        multiplied.set()
     return median(rates)
 
 
@@ -94,22 +98,22 @@ def _sample(
             return done / max(taken, 1e-9)
 
 
-def _copy(device: Device, pairs: list[Pair], stopped: threading.Event) -> float:
-    """Bytes a second, until stopped."""
+def _copy(device: Device, pairs: list[Pair], ends: Ends) -> float:
+    """Bytes a second, until all is multiplied."""
     stream = device.new_stream()
     device.use_in_this_thread(stream)
     begin = time.perf_counter()
     try:
-        count = _copy_on(device, pairs, stream, stopped)
+        count = _copy_on(device, pairs, stream, ends)
     finally:
         stream.synchronize()
     return count * pairs[0][0].nbytes / max(time.perf_counter() - begin, 1e-9)
 
 
-def _copy_on(device: Device, pairs: list[Pair], stream: Stream, stopped: threading.Event) -> int:
+def _copy_on(device: Device, pairs: list[Pair], stream: Stream, ends: Ends) -> int:
     """How many copies, of which two are under way at a time."""
     events, count = [device.new_event(), device.new_event()], 0
-    while count < len(events) or not stopped.is_set():
+    while count < len(events) or not any(end.is_set() for end in ends):
         event = events[count % len(events)]
         event.synchronize()
         device.copy(*pairs[count % len(pairs)])

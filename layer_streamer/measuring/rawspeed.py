@@ -95,8 +95,9 @@ class BareCompute:
     """
 
     def __init__(self, streamer: LayerStreamer, load: Load) -> None:
-        self._load, self._count, self._device = load, streamer.num_steps, streamer.device
-        sweep = streamer.sweep()
+        self._load, self._device = load, streamer.device
+        self._count = streamer.num_steps - len(streamer.plan.host_layers)
+        sweep = streamer.sweep(on_host=False)
         _, weights = next(sweep)
         self._weights = {key: tensor.clone() for key, tensor in weights.items()}
         sweep.close()

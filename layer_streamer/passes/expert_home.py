@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,8 +20,7 @@ from ..transport.residents import Owner
 from .expert_tiers import holds
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """An expert that is to come to a slot."""
 
     layer_idx: int
@@ -80,14 +78,10 @@ class MappedExperts:
                 slots[one.expert] = one.offset
             for region, pieces in known:
                 expert, to, source, nbytes = pieces[:, slots[pieces[0]] >= 0]
-                # Those of a size in one call, the largest first: one expert after the other, with
-                # what is small between what is large, took a quarter longer on an H200.
-                ends = np.flatnonzero(np.diff(nbytes, append=-1)) + 1
-                for begin, end in pairwise((0, *ends.tolist())):
-                    places = slots[expert[begin:end]] + to[begin:end], source[begin:end]
-                    self._device.copy_pieces(
-                        (slab, places[0]), (region.memory, places[1]), nbytes[begin:end], stream
-                    )
+                places = slots[expert] + to, source
+                self._device.copy_pieces(
+                    (slab, places[0]), (region.memory, places[1]), nbytes, stream
+                )
 
     def wait(self) -> None:
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ class ExpertPool:
         with torch.inference_mode(False):
             banks = {view.key: _bank(handed_out, view, slot_nbytes, count) for view in views}
         self.banks = dict(sorted(banks.items()))
+        self.derived = dict[Hashable, Any]()
 
     def __len__(self) -> int:
         return len(self._table)

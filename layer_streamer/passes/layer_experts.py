@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 
@@ -120,6 +121,12 @@ class LayerExperts:
         if name not in banks:
             raise KeyError(f"{name!r}: experts have {', '.join(map(repr, banks))}")
         return banks[name]
+
+    @property
+    def derived(self) -> dict[Hashable, Any]:
+        """For what a caller has made of banks, by a key of its own: the same dictionary for all
+        layers that have these banks, for as long as there are slots."""
+        return self._store.pools[self._layer_idx].derived
 
     @property
     def names(self) -> tuple[str, ...]:

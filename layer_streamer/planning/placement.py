@@ -134,7 +134,7 @@ def _hold_on_devices(sizes: Sequence[StepSize], tiers: list[Tier], budget: Budge
             spared = sizes[i].read_nbytes if budget.shared else sizes[i].copy_nbytes
             candidates[i] = Candidate(sizes[i].device_nbytes, spared, sizes[i].slot_nbytes)
             if i in budget.on_host:  # never resident, but passes may stream it: it needs a slot
-                candidates[i] = Candidate(MAX_BYTES, 0, sizes[i].slot_nbytes)
+                candidates[i] = Candidate(2 * MAX_BYTES, 0, sizes[i].slot_nbytes)
         memory = Memory(
             name="device_budget",
             owner=f"device {first}" if len(limits) > 1 else "the device",

@@ -125,6 +125,22 @@ class Plan:
         return self.predicted.seconds if self.predicted is not None else None
 
     @property
+    def predicted_on_host(self) -> tuple[float, float] | None:
+        """Seconds of links and of the processor in a pass of one token that computes the host
+        layers where they lie, side by side; None: there are none, layers are read from disk in
+        each pass, or it was not measured how fast the two are at once."""
+        rates, on_host = self.machine.rates, self.placement.on_host
+        moved = list(self.placement.copy_bytes)
+        for i in on_host:
+            moved[i % len(moved)] -= self.sizes[i].copy_nbytes
+        there = sum(self.sizes[i].copy_nbytes for i in on_host)
+        known = len(rates.beside) == len(moved) and None not in rates.beside
+        if not there or rates.products is None or not known or "disk" in self.tiers:
+            return None
+        links = [n / rate for n, rate in zip(moved, rates.beside, strict=True) if rate is not None]
+        return max(links), there / rates.products
+
+    @property
     def limits(self) -> dict[str, float]:
         """By step of a byte's way, the measured limit in bytes a second, where it is known.
 
@@ -160,6 +176,7 @@ class Plan:
             "read_chunk": self.read_chunk,
             "reason": self.reason,
             "predicted": asdict(self.predicted) if self.predicted is not None else None,
+            "predicted_on_host": self.predicted_on_host,
         }
 
     def unmapped(self, reason: str) -> Plan:
@@ -204,6 +221,11 @@ class Plan:
             f"  readers: {self.read_threads} threads x {format_bytes(self.read_chunk)}",
             f"  {self._prediction()}",
         ]
+        if (both := self.predicted_on_host) is not None:
+            lines.append(
+                f"  with {len(self.host_layers)} layers computed in host memory: {max(both):.4f} s "
+                f"a pass of one token (links {both[0]:.4f} s, processor {both[1]:.4f} s)"
+            )
         return "\n".join(lines)
 
     def _computed_there(self) -> str:

@@ -25,6 +25,7 @@ GROUPS = {
         "serve": "answer clients of OpenAI's API, and a browser",
         "batch": "answer a file of requests, as OpenAI's batches are written",
         "quantize": "make a model of 4 or 8 bits a weight",
+        "finetune": "train an adapter (LoRA) over a model that does not fit",
     },
     "Checkpoints": {
         "inspect": "layers, tensors and their bytes",

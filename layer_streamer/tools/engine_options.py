@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_HELP = "default: float32 on a CPU, bfloat16 on a GPU (float16 or float32 on an older one)"
 ENGINE = (
     "max_length", "kv", "kv_int8", "kv_tokens", "max_batch", "prefill_chunk", "lookup", "draft",
-    "reproducible",
+    "reproducible", "adapter",
 )  # fmt: skip
 OF_OPENAI = ("presence_penalty", "frequency_penalty", "logit_bias")
 """Options of answers that transformers does without."""
@@ -108,6 +108,7 @@ def add_engine(parser: argparse.ArgumentParser, *, here: bool = True) -> None:
     add("--draft", metavar="MODEL", help=draft_help)
     same_help = "the same text to the bit, with and without drafts, alone and in a batch"
     add("--reproducible", action="store_true", default=None, help=same_help)
+    add("--adapter", metavar="FOLDER", help="a LoRA of the model, as finetune and peft write it")
     if here:
         add("--plan", action="store_true", help="say first where everything will be")
         trace_help = "put on record which experts are asked for (layer-streamer experts)"

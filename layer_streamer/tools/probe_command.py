@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> None:
     """Measure, save, and print the table and the document. ConfigError, StreamerError."""
     from ..measuring.probe import choose_devices, probe
     from ..measuring.probe_config import Journal
+    from ..measuring.probe_table import describe, document
     from ..progress import ProgressBar
-    from .probe_table import describe, document
 
     place, config = _place(args), _config(args)
     devices = choose_devices(args.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,7 +99,7 @@ def runtime_of(library: Library, version: int, monkeypatch: pytest.MonkeyPatch) 
     return cudart.Runtime(library)  # type: ignore[arg-type]
 
 
-PIECES = tuple(np.array(values) for values in ([1000, 2000], [30, 40], [5, 6]))
+PIECES = tuple(np.array(values) for values in ([1000, 2000], [30, 40], [5, 5]))
 
 
 def test_one_call_has_all_pieces_but_empty_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +108,23 @@ def test_one_call_has_all_pieces_but_empty_ones(monkeypatch: pytest.MonkeyPatch)
     strided = [np.repeat(np.insert(values, 1, 0), 3)[::3] for values in PIECES]
     runtime.copy_all(*strided, SimpleNamespace(cuda_stream=77))
     runtime.copy_all(*(values[1:2] for values in strided), SimpleNamespace(cuda_stream=77))
-    assert library.batches == [([1000, 2000], [30, 40], [5, 6], 77)]
+    assert library.batches == [([1000, 2000], [30, 40], [5, 5], 77)]
     assert not library.singles
+
+
+@given(nbytes=st.lists(st.integers(0, 12), min_size=1, max_size=30))
+def test_pieces_go_in_few_calls_those_of_one_size_together(nbytes: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        library = Library()
+        runtime = runtime_of(library, 13, patch)
+    to = np.arange(len(nbytes)) * 100
+    runtime.copy_all(to, to + 7, np.array(nbytes), SimpleNamespace(cuda_stream=77))
+    copied = [piece for *parts, _ in library.batches for piece in zip(*parts, strict=True)]
+    assert copied == [(at, at + 7, n) for at, n in zip(to.tolist(), nbytes, strict=True) if n]
+    assert len(library.batches) <= cudart.MOST_BATCHES
+    runs = [size for size, _ in groupby(n for n in nbytes if n)]
+    if len(runs) <= cudart.MOST_BATCHES:
+        assert [set(sizes) for _, _, sizes, _ in library.batches] == [{size} for size in runs]
 
 
 @pytest.mark.parametrize("version, handle", [(12, 77), (13, 0)])
@@ -118,7 +134,7 @@ def test_without_batches_and_on_the_default_stream_pieces_go_one_by_one(
     library = Library()
     runtime = runtime_of(library, version, monkeypatch)
     runtime.copy_all(*PIECES, SimpleNamespace(cuda_stream=handle))
-    assert library.singles == [(1000, 30, 5, 4, handle), (2000, 40, 6, 4, handle)]
+    assert library.singles == [(1000, 30, 5, 4, handle), (2000, 40, 5, 4, handle)]
     assert not library.batches
 
 

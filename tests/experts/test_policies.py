@@ -105,11 +105,15 @@ MODELS: dict[str, tuple[Callable[[], Policy], Callable[[], Any]]] = {
 }
 TOUCH = st.tuples(st.just("touch"), st.sampled_from(KEYS))
 STAYING = st.frozensets(st.sampled_from(KEYS), max_size=3)
-VICTIM = st.tuples(st.just("victim"), STAYING.map(lambda some: {*KEYS} - some))
+VICTIMS = st.tuples(
+    st.just("victims"), st.tuples(STAYING.map(lambda some: {*KEYS} - some), st.integers(1, 3))
+)
 RESET = st.tuples(st.just("reset"), st.just(set[Key]()))
-LONG = st.lists(TOUCH | TOUCH | TOUCH | TOUCH | VICTIM, min_size=20, max_size=40)
+LONG = st.lists(TOUCH | TOUCH | TOUCH | TOUCH | VICTIMS, min_size=20, max_size=40)
 EVENTS = st.lists(st.just([]) | LONG | RESET.map(lambda event: [event]), max_size=4).map(
-    lambda parts: [event for part in parts for event in part] + [("victim", {*KEYS})] * len(KEYS)
+    lambda parts: (
+        [event for part in parts for event in part] + [("victims", ({*KEYS}, 1))] * len(KEYS)
+    )
 )
 """In the end all are taken out: whatever order they were in shows."""
 
@@ -117,8 +121,8 @@ EVENTS = st.lists(st.just([]) | LONG | RESET.map(lambda event: [event]), max_siz
 def taken_out(policy: Policy, may_go: set[Key]) -> list[Key]:
     """All that may go, in the order in which they do."""
     taken = []
-    while (key := policy.victim(may_go.__contains__)) is not None:
-        taken.append(key)
+    while gone := policy.victims(may_go.__contains__):
+        taken += gone
     return taken
 
 
@@ -140,10 +144,11 @@ def test_a_policy_does_what_its_plain_model_does(name: str, events: list[Any]) -
             policy.reset()
             model = make_model()
         else:
-            expected = next((key for key in model.ranked() if key in of), None)
-            assert policy.victim(of.__contains__) == expected
-            if expected is not None:
-                model.remove(expected)
+            may_go, count = of
+            expected = [key for key in model.ranked() if key in may_go][:count]
+            assert policy.victims(may_go.__contains__, count) == expected
+            for key in expected:
+                model.remove(key)
 
 
 @given(touched=st.lists(st.sampled_from(KEYS), max_size=40), staying=STAYING)
@@ -172,7 +177,7 @@ def test_only_those_that_must_stay_are_asked_about_in_vain(name: PolicyName) -> 
         asked.append(key)
         return len(asked) > 8
 
-    assert policy.victim(may_go) == asked[-1]
+    assert policy.victims(may_go) == asked[-1:]
     assert len(asked) == 9
 
 
@@ -180,7 +185,7 @@ def test_counts_of_what_is_long_past_are_not_kept() -> None:
     policy = DecayedLFU(10)
     for expert in range(100_000):
         policy.touch((0, expert))
-        policy.victim(lambda key: True)
+        policy.victims(lambda key: True)
     assert sum(policy._counts.values()) <= 20
     assert len(policy._counts) + len(policy._by_count) + len(policy._held) < 40
 
@@ -194,7 +199,7 @@ def test_an_old_favourite_goes_once_it_has_not_been_asked_for_long_enough() -> N
         for expert in range(1, 5):
             for _ in range(4):
                 policy.touch((0, expert))
-    assert policy.victim(lambda key: True) == (0, 0)
+    assert policy.victims(lambda key: True) == [(0, 0)]
 
 
 def test_one_scan_of_all_experts_leaves_what_is_asked_for_again_in_place() -> None:
@@ -205,7 +210,7 @@ def test_one_scan_of_all_experts_leaves_what_is_asked_for_again_in_place() -> No
     gone = []
     for expert in range(100, 200):
         policy.touch((0, expert))
-        gone.append(policy.victim(lambda key: True))
+        gone += policy.victims(lambda key: True)
     assert gone == [(0, expert) for expert in range(100, 200)]
 
 

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from adapters_made import adapted
 from assets import smollm2, smollm2_metadata, tiny_checkpoint, tiny_model
 from checkpoints import write_safetensors
 from paths import PYTHONPATH, ROOT
+from transformers import AutoModelForCausalLM
 
 from layer_streamer.tools.cli import main
 
@@ -95,7 +97,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     sizes = {"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 32}
     sizes["max_position_embeddings"] = 1024  # what a tune of the engine takes by default
-    tiny_checkpoint(folder, tiny_model("qwen2", **sizes))
+    tiny_checkpoint(folder, made := tiny_model("qwen2", **sizes))
+    adapted(made, folder.parent / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(smollm2_metadata() / name, folder)
     return folder
@@ -108,6 +111,7 @@ def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         if name != "OUT/..":
             (tmp_path / name).symlink_to(model)
+    (tmp_path / "path/to/adapter").symlink_to(model.parent / "adapter")
     (tmp_path / "path/to/mixture").mkdir()
     mixture = {
         f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.rand(8, 32) for e in range(4)
@@ -135,6 +139,18 @@ def test_python_on_a_page_runs(snippet: Snippet, place: Path, capsys: Any) -> No
     short = re.sub(r"max_new_tokens=\d+", "max_new_tokens=2", snippet.text)
     short = short.replace("10_000", "2")
     exec(compile(short, snippet.page, "exec"), names)
+
+
+def test_the_engine_on_the_page_for_engines_answers_as_transformers(
+    place: Path, capsys: Any
+) -> None:
+    (code,) = [b.values[0].text for b in blocks("python") if "class Engine:" in b.values[0].text]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    model = AutoModelForCausalLM.from_pretrained("path/to/model").eval()
+    ids = torch.tensor([[1, 2, 3]])
+    wanted = model.generate(ids, do_sample=False, min_new_tokens=4, max_new_tokens=4)[0, 3:]
+    assert names["text"] == wanted.tolist()
 
 
 @pytest.mark.slow

@@ -53,6 +53,19 @@ def test_serving_is_measured_on_a_cpu_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_steps_of_fine_tuning_are_measured_on_a_cpu_too(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    names = ["7b resident", "7b streamed", "7b trainer", "32b resident", "32b streamed"]
+    options = ["--shape", "smollm2-135m", "--layers", 2, "--tokens", 32, "--turns", 1]
+    found = script("measure_finetune.py", tmp_path / "made", out, *options, "--only", *names)
+    assert found.returncode == 0, found.stderr[-2000:]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["regime"] for one in records] == names
+    assert all(one["losses"][-1] <= one["losses"][0] for one in records)
+    assert found.stdout.count("s a step") == len(names)
+
+
+@pytest.mark.slow
 def test_layers_in_host_memory_are_measured_on_a_cpu_too(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, tiny_model("qwen2").bfloat16())
     out = tmp_path / "out.jsonl"

@@ -24,7 +24,7 @@ from layer_streamer.machine.limits import (
 from layer_streamer.measuring import probe_products
 from layer_streamer.measuring.probe_config import Journal
 from layer_streamer.measuring.probe_products import measure_products
-from layer_streamer.tools.probe_table import describe
+from layer_streamer.measuring.probe_table import describe
 
 
 def test_products_of_each_count_of_tokens_are_measured_beside_copies() -> None:
@@ -74,6 +74,11 @@ def test_auto_shares_layers_out_so_that_link_and_processor_end_together(
     options: dict[str, Any] = {"read_mode": "mapped", "n_gpu": 1, "host_layers": "auto"}
     with open_checkpoint(FakeDevice(1), tmp_path, **options) as streamer:
         assert len(streamer.plan.host_layers) == count
+        both = streamer.plan.predicted_on_host
+        assert (both is not None) == bool(count)
+        if both is not None:  # as even as whole layers are
+            assert both[0] == pytest.approx(both[1], rel=2 / count)
+            assert f"with {count} layers computed in host memory" in str(streamer.plan)
         slots = sum(streamer.plan.placement.device_bytes)
         each = max(size.device_nbytes for size in streamer.plan.sizes)
     # Of those alone that the device has no room for.

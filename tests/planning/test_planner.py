@@ -332,6 +332,7 @@ def test_the_document_holds_the_table() -> None:
         "read_chunk": 8 << 20,
         "reason": made.reason,
         "predicted": None,
+        "predicted_on_host": None,
     }
     assert "host memory: 5.00 GiB (the page cache itself)" in str(made)
 

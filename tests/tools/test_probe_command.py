@@ -25,7 +25,7 @@ from layer_streamer.machine.limits import (
     load_limits,
 )
 from layer_streamer.measuring import probe_config, probe_files
-from layer_streamer.tools.probe_table import describe
+from layer_streamer.measuring.probe_table import describe
 
 CPU = ["--device", "cpu", "--quick"]
 

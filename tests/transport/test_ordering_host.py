@@ -30,8 +30,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @tried(
-    40,
-    150,
+    25,
+    200,
     seed=st.integers(0, 2**32),
     pools=st.sampled_from(sorted(POOLS)),
     read_mode=st.sampled_from(["buffered", "direct", "mapped"]),

@@ -262,9 +262,11 @@ def test_limits_of_a_probe_are_taken_each_for_its_own_way(tmp_path: Path) -> Non
     part = DiskPart(file_system(tmp_path), "", "", False, rates, (ThreadRate(8, 20.0),))
     gpu: Any = SimpleNamespace(torch_device="cuda:0")
     found = _rates(MachineLimits(machine, part), [gpu])
-    assert found == Rates(3.0, (52.0,), None, cold=7.0, cached=20.0, pageable=(10.0,))
+    expected = Rates(3.0, (52.0,), None, cold=7.0, cached=20.0, pageable=(10.0,), beside=(None,))
+    assert found == expected
     other: Any = SimpleNamespace(torch_device="cuda:1")
-    assert _rates(MachineLimits(machine, None), [other]) == Rates(None, (None,), pageable=(None,))
+    nothing_known = Rates(None, (None,), pageable=(None,), beside=(None,))
+    assert _rates(MachineLimits(machine, None), [other]) == nothing_known
 
 
 @pytest.mark.parametrize("overtaken", [1, 10**9])

@@ -122,7 +122,8 @@ class SelfPlan:
         assert isinstance(streamer, LayerStreamer)
         held = round_layers(streamer, target.names, self.own, dtype)
         chunking = Chunking(FEW, captured_rows=self.captured_rows)
-        runner = Runner(held, config, self.own.names, target.kv, dtype=dtype, chunking=chunking)
+        names = replace(self.own.names, adapter=target.names.adapter)  # where the target has it
+        runner = Runner(held, config, names, target.kv, dtype=dtype, chunking=chunking)
         closing.callback(runner.close)
         steps = Steps(runner, shared.pace, config.vocab_size)
         if runner.captures_passes:

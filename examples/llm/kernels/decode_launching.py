@@ -9,6 +9,7 @@ import triton
 
 from ..kv.blocks import BLOCK
 from . import decode_attention as kernels
+from .triton_support import run_kernel
 
 LEAST_SIDE = 16
 """Of a matrix that ``tl.dot`` takes."""
@@ -50,7 +51,9 @@ def launch_rotate_and_store(
     q_HTE, groups = qkv[0], qkv[1].shape[0]
     heads, tokens, width = q_HTE.shape
     turned_THE = q_HTE.new_empty(tokens, heads, width)
-    kernels.rotate_and_store[(heads + 2 * groups, tokens)](
+    run_kernel(
+        kernels.rotate_and_store,
+        (heads + 2 * groups, tokens),
         *qkv,
         table_2TE,
         turned_THE,
@@ -90,7 +93,9 @@ def launch_attention(
     sharing = max(triton.next_power_of_2(heads // groups), LEAST_SIDE)
     shared = {"NUMBERS": look.numbers.stride(0), "WINDOW": look.window or 0, "WIDTH": width}
     shared |= {"COLUMNS": columns, "SPLITS": look.splits, "BLOCK": look.block}
-    kernels.attend_part[(look.splits, groups, tokens)](
+    run_kernel(
+        kernels.attend_part,
+        (look.splits, groups, tokens),
         q_THE,
         memory,
         look.numbers,
@@ -108,7 +113,9 @@ def launch_attention(
         num_stages=2 if width * q_THE.element_size() <= 512 else 1,
     )
     mixed_THE = torch.empty_like(q_THE)
-    kernels.combine_parts[(heads, tokens)](
+    run_kernel(
+        kernels.combine_parts,
+        (heads, tokens),
         look.sums,
         look.stats,
         look.numbers,

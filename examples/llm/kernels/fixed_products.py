@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_support import run_kernel
+
 TOKENS = 64
 _TILES = {4: (64, 32), 2: (64, 64)}
 """By bytes of a number: (rows, columns of a step)."""
@@ -55,7 +57,9 @@ def launch_tiles(x_TD: torch.Tensor, w_ND: torch.Tensor, out_TN: torch.Tensor) -
     height, step = _TILES[x_TD.element_size()]
     # Tokens first: those that share rows run side by side, and rows are read from memory once.
     grid = (triton.cdiv(tokens, TOKENS), triton.cdiv(len(w_ND), height))
-    multiply_tile[grid](
+    run_kernel(
+        multiply_tile,
+        grid,
         x_TD,
         w_ND,
         out_TN,

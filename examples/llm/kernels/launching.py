@@ -11,6 +11,7 @@ import triton
 from ..weights.packed import Packed
 from . import matvec, matvec_blocks, matvec_q4_k, pointwise
 from .code_floats import ONE
+from .triton_support import run_kernel
 from .unpacking import CHUNK, EXACT, Launch, Tile
 
 TOKENS_AT_ONCE = 4
@@ -87,7 +88,9 @@ def multiply(
     else:
         codes = parts["raw"]
         tile |= {} if packed.format == "Q4_K" else {"BITS": bits}
-    own.kernel[(triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once))](
+    run_kernel(
+        own.kernel,
+        (triton.cdiv(packed.rows, height), triton.cdiv(tokens, at_once)),
         codes,
         *beside,
         x_TD,
@@ -132,7 +135,9 @@ def launch_norm(
     normed = torch.empty_like(x_TD)
     total = x_TD if added_TD is None else torch.empty_like(x_TD)
     block = triton.next_power_of_2(width)
-    pointwise.add_and_norm[(tokens,)](
+    run_kernel(
+        pointwise.add_and_norm,
+        (tokens,),
         x_TD,
         x_TD if added_TD is None else added_TD,
         weight_D,
@@ -154,7 +159,7 @@ def launch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, in place of ``gate``; both contiguous."""
     count = gate.numel()
     grid = (triton.cdiv(count, SWIGLU_BLOCK),)
-    pointwise.silu_times[grid](gate, up, count, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    run_kernel(pointwise.silu_times, grid, gate, up, count, BLOCK=SWIGLU_BLOCK, num_warps=4)
     return gate
 
 
@@ -165,7 +170,17 @@ def launch_clamped(
     ``gate``; both contiguous."""
     count = gate.numel()
     grid = (triton.cdiv(count, SWIGLU_BLOCK),)
-    pointwise.clamped_times[grid](gate, up, count, alpha, limit, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    run_kernel(
+        pointwise.clamped_times,
+        grid,
+        gate,
+        up,
+        count,
+        alpha,
+        limit,
+        BLOCK=SWIGLU_BLOCK,
+        num_warps=4,
+    )
     return gate
 
 
@@ -183,7 +198,9 @@ def launch_rotate(
     turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in heads]
     (count, tokens, width), others = q.shape, len(k) if len(heads) > 1 else 0
     programs = triton.cdiv(count, HEADS_AT_ONCE) + triton.cdiv(others, HEADS_AT_ONCE)
-    pointwise.rotate_pairs[(tokens, programs)](
+    run_kernel(
+        pointwise.rotate_pairs,
+        (tokens, programs),
         q,
         k,
         turned[0],
@@ -213,7 +230,9 @@ def launch_combine(y_PD: torch.Tensor, shares_TK: torch.Tensor) -> torch.Tensor:
     summed in float32 and rounded to y's dtype. Both contiguous."""
     (tokens, per_token), width = shares_TK.shape, y_PD.shape[1]
     out_TD = y_PD.new_empty(tokens, width)
-    pointwise.combine_shares[(tokens, triton.cdiv(width, COMBINE_BLOCK))](
+    run_kernel(
+        pointwise.combine_shares,
+        (tokens, triton.cdiv(width, COMBINE_BLOCK)),
         y_PD,
         shares_TK,
         out_TD,
@@ -237,7 +256,9 @@ def launch_choose(
     tokens, count = logits_TX.shape
     ids_TK = logits_TX.new_empty(tokens, per_token, dtype=torch.int64)
     shares_TK = logits_TX.new_empty(tokens, per_token, dtype=torch.float32)
-    pointwise.choose_experts[(tokens,)](
+    run_kernel(
+        pointwise.choose_experts,
+        (tokens,),
         logits_TX,
         ids_TK,
         shares_TK,

@@ -21,6 +21,7 @@ from .launching import PIECE, PRODUCTS, narrowed, rows_at_once
 from .matvec import own_rows, store_sums, sums_of_fp4, sums_of_words, zeros
 from .matvec_blocks import sums_of_blocks
 from .matvec_q4_k import sums_of_q4_k
+from .triton_support import run_kernel
 from .unpacking import CHUNK, Launch
 
 ALIGNMENT = 16
@@ -174,7 +175,9 @@ def _launch(
     piece = _FLOAT_PIECE if kind in FLOATS else PIECE.get(kind, CHUNK)
     own = narrowed(own, bank.width // piece)
     height = rows_at_once(own, rows * pairs * count, 1)
-    multiply_slots[(triton.cdiv(rows, height), pairs, count)](
+    run_kernel(
+        multiply_slots,
+        (triton.cdiv(rows, height), pairs, count),
         codes,
         codes if scale is None else scale,
         x_TD,

@@ -20,6 +20,7 @@ from . import tiles
 from .code_floats import ONE
 from .pointwise import rounded
 from .tile_products import tile_totals
+from .triton_support import run_kernel
 from .unpacking import CHUNK, EXACT
 
 
@@ -64,7 +65,8 @@ def route_all(ids_TK: torch.Tensor, slots_X: torch.Tensor) -> Routed:
     programs = pairs // at_once + experts
     tiles_N3 = torch.empty(programs, 3, dtype=torch.int32, device=device)
     order_P = torch.empty(pairs, dtype=torch.int32, device=device)
-    route_pairs[(experts,)](
+    run_kernel(
+        route_pairs, (experts,),
         ids_TK, slots_X, order_P, tiles_N3, pairs, experts, programs,
         AT_ONCE=at_once, BLOCK=ROUTED_AT_ONCE, num_warps=8,
     )  # fmt: skip
@@ -111,7 +113,9 @@ def multiply(
     grid = (len(routed.tiles_N3), triton.cdiv(bank.rows, shape.rows))
     if not grid[0]:
         return
-    multiply_in_slots[grid](
+    run_kernel(
+        multiply_in_slots,
+        grid,
         codes,
         scale,
         x,

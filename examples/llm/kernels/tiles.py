@@ -12,6 +12,7 @@ from ..weights.packed import Packed
 from ..weights.quants import BLOCK_TYPES
 from . import pointwise, tile_products
 from .code_floats import ONE
+from .triton_support import run_kernel
 from .unpacking import CHUNK, EXACT
 
 LEAST_CAPABILITY = (8, 0)
@@ -121,18 +122,9 @@ def multiply(
         sums = torch.empty(splits, tokens, rows, dtype=torch.float32, device=x_TD.device)
     codes, scale, strides, nbytes = parts_of(packed)
     grid = (triton.cdiv(tokens, at_once), triton.cdiv(rows, own.rows), splits)
-    tile_products.multiply_tiles[grid](
-        codes,
-        scale,
-        x_TD,
-        bias,
-        sums,
-        rows,
-        tokens,
-        packed.width,
-        ONE,
-        splits,
-        *strides,
+    run_kernel(
+        tile_products.multiply_tiles, grid,
+        codes, scale, x_TD, bias, sums, rows, tokens, packed.width, ONE, splits, *strides,
         KIND=packed.format,
         NBYTES=nbytes,
         GROUP=packed.group // CHUNK,
@@ -144,7 +136,7 @@ def multiply(
         num_warps=own.warps,
         num_stages=own.stages,
         **EXACT,
-    )
+    )  # fmt: skip
     if splits > 1:
         _add_shares(sums, bias_N, y_TN)
     return y_TN
@@ -154,8 +146,17 @@ def _add_shares(sums: torch.Tensor, bias_N: torch.Tensor | None, y_TN: torch.Ten
     """y = the sum of the shares' (splits, T, rows), plus a bias."""
     bias, biased = (y_TN, 0) if bias_N is None else (bias_N, 1)
     count, rows = y_TN.numel(), y_TN.shape[1]
-    pointwise.add_splits[(triton.cdiv(count, SUMS_BLOCK),)](
-        sums, bias, y_TN, rows, count, BIAS=biased, SPLITS=len(sums), BLOCK=SUMS_BLOCK
+    run_kernel(
+        pointwise.add_splits,
+        (triton.cdiv(count, SUMS_BLOCK),),
+        sums,
+        bias,
+        y_TN,
+        rows,
+        count,
+        BIAS=biased,
+        SPLITS=len(sums),
+        BLOCK=SUMS_BLOCK,
     )
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -19,8 +20,41 @@ def triton_serves(device: torch.device) -> bool:
     torch serves, and a warning says why, once."""
     if device.type == "cpu":
         return interpreted() and installed()
-    index = device.index or 0
-    return device.type == "cuda" and index < torch.cuda.device_count() and _proved(index)
+    return device.type == "cuda" and _proved(device.index or 0)
+
+
+def run_kernel(kernel: Any, grid: tuple[int, ...], *given: Any, **named: Any) -> None:
+    """``kernel[grid](*given, **named)`` on the current stream. Of launches alike only the first is
+    looked at by Triton, which takes the host longer than the launch (28 of 48 us, beside an H200):
+    what a pass over many tokens enqueues may wait for that.
+
+    ``named``: constants of the kernel, and options. ``given``: a tensor, and what Triton tells
+    launches apart by the kind of.
+    """
+    alike = id(kernel), given[0].get_device(), *named.items(), *map(_kind, given)
+    known = _launched.get(alike)
+    if known is not None:
+        compiled, rest, _ = known
+        compiled[(*grid, 1, 1)[:3]](*given, *rest)
+        return
+    compiled = kernel[grid](*given, **named)
+    if compiled is not None:  # as it is of an interpreter
+        rest = [named[name] for name in kernel.arg_names[len(given) :]]
+        # And the kernel, or another could come to have its id.
+        _launched[alike] = compiled, rest, kernel
+
+
+_launched: dict[tuple[Any, ...], tuple[Any, list[Any], Any]] = {}
+
+
+def _kind(value: Any) -> Any:
+    """What Triton compiles a kernel anew for: of pointers and numbers, multiples of 16, too."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() & 15 == 0
+    if isinstance(value, int):
+        bounds = -(1 << 31) <= value < 1 << 31, value < 1 << 63
+        return type(value), value == 1, value & 15 == 0, bounds
+    return type(value)
 
 
 def installed() -> bool:
@@ -35,6 +69,8 @@ def interpreted() -> bool:
 
 @lru_cache
 def _proved(index: int) -> bool:
+    if index >= torch.cuda.device_count():
+        return False
     problem = _problem(torch.device("cuda", index))
     if problem is not None:
         logger.warning("plain torch unpacks weights, which takes longer: %s", problem)

@@ -11,6 +11,7 @@ import triton
 from ..weights.packed import Packed
 from ..weights.quants import BLOCK_TYPES
 from . import blocks32, blocks256, grouped
+from .triton_support import run_kernel
 
 CHUNK = 32
 """Weights that share a scale in every format that ``grouped`` knows."""
@@ -102,8 +103,16 @@ def _launch_blocks(
     in_row = packed.width // BLOCK_TYPES[packed.format].weights
     start, blocks = rows[0] * in_row, (rows[1] - rows[0]) * in_row
     (tile,) = launch.tile
-    launch.kernel[(triton.cdiv(blocks, tile),)](
-        packed.parts["raw"], out, start, blocks, TILE=tile, num_warps=launch.warps, **EXACT
+    run_kernel(
+        launch.kernel,
+        (triton.cdiv(blocks, tile),),
+        packed.parts["raw"],
+        out,
+        start,
+        blocks,
+        TILE=tile,
+        num_warps=launch.warps,
+        **EXACT,
     )
 
 
@@ -117,7 +126,9 @@ def _launch_grouped(
     if packed.format != "ct4":
         kind = {"KIND": packed.format, "GROUP_ROWS": packed.group_rows}
     height, width = launch.tile
-    launch.kernel[(triton.cdiv(count, height), triton.cdiv(chunks, width))](
+    run_kernel(
+        launch.kernel,
+        (triton.cdiv(count, height), triton.cdiv(chunks, width)),
         codes,
         scale,
         zero,
@@ -143,7 +154,9 @@ def _launch_awq(packed: Packed, rows: tuple[int, int], out: torch.Tensor, launch
     parts, group = packed.parts, packed.group or packed.width
     count, (words, columns) = rows[1] - rows[0], launch.tile
     columns = min(columns, group & -group)  # one group a program
-    launch.kernel[(triton.cdiv(count, 8 * words), packed.width // columns)](
+    run_kernel(
+        launch.kernel,
+        (triton.cdiv(count, 8 * words), packed.width // columns),
         parts["packed"],
         parts["scale"],
         parts["zero"],

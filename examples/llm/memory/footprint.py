@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from layer_streamer import TensorSpec
 
 from ..kv.host import CODED, TokenShape
 from ..kv.int8 import Int8Rows
@@ -188,3 +191,10 @@ class Footprint:
         if not self.needs.int8:
             return self._token.nbytes
         return Int8Rows(self.config.num_kv_heads, self.config.head_dim).token_nbytes
+
+
+def loaded_nbytes(spec: TensorSpec, dtype: torch.dtype | None) -> int:
+    """Of a tensor that is loaded, cast to ``dtype``."""
+    if dtype is None or not spec.dtype.is_floating_point:
+        return spec.nbytes
+    return math.prod(spec.shape) * dtype.itemsize

@@ -114,7 +114,7 @@ def _explained(plan: MemoryPlan, place: str, number: int) -> dict[str, str]:
         "their slots": f"keys and values of {spilled} layers pass through them",
         "residual stream": f"{plan.kv_tokens:,} tokens",
         "temporaries": f"of {min(plan.chunk, plan.kv_tokens):,} tokens, a chunk of a prompt",
-        "static tensors": "norms, scales of the output head",
+        "static tensors": "norms, " + ("scales of the output head" if head else "output head"),
         "scratch": "packed weights are unpacked into it",
         "draft": _draft(plan),
         "reserved": "the caller's: reserve_bytes",

@@ -14,6 +14,7 @@ import torch
 
 from layer_streamer import LayerSpec, Manifest
 
+from ..adapters.pairs import Adapter
 from ..errors import UnsupportedModelError
 from ..weights.dequant import Widest
 from ..weights.finder import Finder
@@ -61,10 +62,14 @@ class WeightNames:
     head_matrix: Stored
     layers: tuple[Mapping[str, Stored], ...]
     """Each layer's matrices, by their names in transformers."""
+    used: tuple[frozenset[str], ...]
+    """The tensors of each layer that passes look at; others say what is known, as shapes do."""
     biased: frozenset[str] = frozenset()
     """A layer's modules whose bias is used; others may have one of zeros."""
     notes: tuple[str, ...] = ()
     """Where the checkpoint says other than the config, and which of the two is followed."""
+    adapter: Adapter | None = None
+    """What is added to products of layers' matrices, where they are computed."""
 
     @property
     def as_stored(self) -> bool:
@@ -114,6 +119,16 @@ def known_layers(manifest: Manifest, config: ModelConfig) -> tuple[Manifest, lis
     ]
 
 
+def used_tensors(manifest: Manifest, names: WeightNames) -> Manifest:
+    """The checkpoint without what no pass looks at: as small as it is, it would be copied again and
+    again, with experts even one by one."""
+    layers = [
+        replace(layer, tensors={key: spec for key, spec in layer.tensors.items() if key in own})
+        for layer, own in zip(manifest.layers, names.used, strict=True)
+    ]
+    return replace(manifest, layers=tuple(layers))
+
+
 def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
     """Names for this checkpoint; UnsupportedModelError if its tensors are not the config's."""
     gguf = manifest.format == "gguf"
@@ -125,10 +140,11 @@ def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
             f"{manifest.path}: {manifest.num_layers} layers, the config says {config.num_layers}"
         )
     embedding, head = outside.embedding_and_head()
-    layers, remarks = [], []
+    layers, used, remarks = [], [], []
     for layer in manifest.layers:
-        matrices, found = _layer_matrices(layer, config, modules, outside.stem)
+        matrices, keys, found = _layer_matrices(layer, config, modules, outside.stem)
         layers.append(matrices)
+        used.append(keys)
         remarks += found
     outside.refuse_others()
     return WeightNames(
@@ -142,6 +158,7 @@ def weight_names(manifest: Manifest, config: ModelConfig) -> WeightNames:
         embedding_matrix=embedding,
         head_matrix=head,
         layers=tuple(layers),
+        used=tuple(used),
         biased=config.biased,
         notes=(*outside.notes, *_summed_up(remarks)),
     )
@@ -215,9 +232,9 @@ def _block_shapes(block: str, hidden: int, width: int) -> dict[str, tuple[int, .
 
 def _layer_matrices(
     layer: LayerSpec, config: ModelConfig, modules: Mapping[str, str], stem: str
-) -> tuple[dict[str, Stored], list[tuple[str, str]]]:
-    """The layer's matrices, and what its tensors say other than the config; UnsupportedModelError
-    if they are not the config's."""
+) -> tuple[dict[str, Stored], frozenset[str], list[tuple[str, str]]]:
+    """The layer's matrices, the tensors that passes look at, and what its tensors say other than
+    the config; UnsupportedModelError if they are not the config's."""
     finder = Finder(layer.tensors, f"layer {layer.layer_idx}")
     matrices: dict[str, Stored] = {}
     used: set[str] = set()
@@ -243,7 +260,7 @@ def _layer_matrices(
             used.add(key)
     unused = {key: layer.tensors[key] for key in layer.tensors.keys() - used - finder.compared}
     refuse_unused(unused, f"layer {layer.layer_idx}", config.model_type)
-    return matrices, finder.remarks
+    return matrices, frozenset(used), finder.remarks
 
 
 def _in_stack(

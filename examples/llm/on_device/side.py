@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -46,6 +47,8 @@ class DeviceSide:
         load = streamer.load_static
         if number:
             load = partial(streamer.load_static, device=device)
+            if names.adapter is not None:  # which the first device has
+                self._names = replace(names, adapter=names.adapter.to(device, dtype))
         loads_head = streamer.num_steps == streamer.manifest.num_layers
         loaded = [*names.head_parts, *([names.head] if loads_head else [])]
         self._head_parts = {name: load(name) for name in loaded}

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .side import HostSide
 
 CPU = torch.device("cpu")
+FEW_NUMBERS = 1 << 19
+"""Keys that one thread looks at in a millisecond or less. After any more threads of torch's, all of
+them spin for about as long, on the cores that the products' own threads want by then."""
 
 
 class Place(NamedTuple):
@@ -41,6 +44,7 @@ class HostPass:
         """``places``: where its tokens are among the pass's residuals."""
         self._side, self._chunk, self._attention = side, chunk, attention
         self._places = places
+        self._seen = sum(piece.position + piece.count for piece in chunk.pieces)
         self._tables: dict[Rope, torch.Tensor] = {}
 
     def takes(self, layer_idx: int) -> bool:
@@ -52,7 +56,7 @@ class HostPass:
     ) -> None:
         """All tokens through one layer, in place, wherever the residuals are."""
         side, runner = self._side, self._side.runner
-        kv, names = runner.kv, runner.names
+        kv, names = runner.kv, side.names
         spec = runner.streamer.manifest.layers[layer_idx]
         weights = StepWeights(tensors, spec, names, side.unpacker, side.check)
         memory, span, sinks = kv.open_home(layer_idx), kv.span(layer_idx), weights.sinks()
@@ -60,9 +64,15 @@ class HostPass:
         def look(
             index: int, q_HTE: torch.Tensor, k_GTE: torch.Tensor, v_GTE: torch.Tensor
         ) -> torch.Tensor:
-            # As the device has them: in the dtype of what is kept.
-            qkv = (q_HTE.to(memory.dtype), k_GTE.to(memory.dtype), v_GTE.to(memory.dtype))
-            return self._attention(index, span, memory, qkv, sinks).float()
+            # Rounded as the device rounds what is kept.
+            qkv = (q_HTE, k_GTE.to(memory.dtype), v_GTE.to(memory.dtype))
+            if self._seen * memory[0, 0].numel() > FEW_NUMBERS:
+                return self._attention(index, span, memory, qkv, sinks)
+            torch.set_num_threads(1)
+            try:
+                return self._attention(index, span, memory, qkv, sinks)
+            finally:
+                torch.set_num_threads(side.threads)
 
         x_TD = self._fetch(x_ND)
         decoder_layer(x_TD, weights, runner.config, self._table(layer_idx), look, out=x_TD)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,12 +35,15 @@ class HostSide:
         """``streamer``: the runner's, whose ``host_layers`` have keys and values in host memory."""
         self.runner, self.layers = runner, frozenset(streamer.plan.host_layers)
         self._streamer, self._total = streamer, sum(streamer.plan.placement.copy_bytes)
-        self.choice = Choice()
+        self.choice, self.threads = Choice(), torch.get_num_threads()
         self._last: tuple[int, bool] | None = None
         """Tokens of the last pass, and whether they were computed here; None: look at no report."""
         self._wants = self._listens = False
         """To hear how long the pass took; and it has ended."""
         names = runner.names
+        if names.adapter is not None:
+            names = replace(names, adapter=names.adapter.to(CPU, torch.float32))
+        self.names = names
         factors = streamer.host_tensor(names.rope_factors) if names.rope_factors else None
         self.rotary = Rotary(runner.config, CPU, factors=factors)
         every = [one for layer in names.layers for one in layer.values()]
@@ -76,7 +79,7 @@ class HostSide:
         batch = pack(entries, count, CPU, None, drafts)
         (chunk,) = batch.chunks
         runner = self.runner
-        look = RowAttention(chunk, runner.config, runner.kv, most_together=0)
+        look = RowAttention(chunk, runner.config, runner.kv, most_together=0, widened=True)
         places = [
             Place(
                 section.first,

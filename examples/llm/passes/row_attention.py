@@ -41,10 +41,18 @@ class RowAttention:
     rotates = False
 
     def __init__(
-        self, chunk: Chunk, config: ModelConfig, kv: KVCache, *, most_together: int
+        self,
+        chunk: Chunk,
+        config: ModelConfig,
+        kv: KVCache,
+        *,
+        most_together: int,
+        widened: bool = False,
     ) -> None:
-        """Rows that decode are taken together if they have up to ``most_together`` tokens."""
-        self._config, self._kv = config, kv
+        """Rows that decode are taken together if they have up to ``most_together`` tokens.
+        ``widened``: of those that are not, keys and values are looked at in float32, as queries
+        then are: torch's products of bfloat16 on a CPU take ten times as long."""
+        self._config, self._kv, self._widened = config, kv, widened
         short = [
             p
             for p in chunk.pieces
@@ -79,6 +87,8 @@ class RowAttention:
         for piece in self._single:
             part = slice(piece.offset, piece.offset + piece.count)
             k, v = store_and_look_back(span, memory, piece, k_GTE[:, part], v_GTE[:, part])
+            if self._widened:
+                k, v = k.float(), v.float()
             if piece.branches is None:
                 mixed = attend(q_HTE[:, part], k, v, window=span.window)
             else:

@@ -26,6 +26,8 @@ from .packed import FLOATS, Packed
 TILE = 16
 """Tokens of a product on a CPU where results may not depend on their number: always so many, of
 zeros if need be. Fewer cost less where one token decodes, more where many share a pass."""
+ADDED = 16 * TILE
+"""Tokens whose products are added to others at a time: a whole number of tiles."""
 BLOCK_ELEMENTS = 1 << 20
 """Weights of such a product, which stay in the cache from tile to tile."""
 ALIGNED = 32
@@ -54,6 +56,9 @@ class Arithmetic(Protocol):
         The product is rounded to the dtype of x before the bias is added, whoever computes it.
         """
 
+    def add_product(self, y_TN: Tensor, x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+        """y plus x times a transposed weight, floats of one dtype, in y and hardly more memory."""
+
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """Scale each token to a mean square of 1, in float32, then by the weight, in its dtype."""
 
@@ -78,6 +83,9 @@ class Fastest:
         self, x_TD: Tensor, packed: Packed, unpacker: Unpacker, bias_N: Tensor | None = None
     ) -> Tensor:
         return project(x_TD, packed, unpacker, bias_N)
+
+    def add_product(self, y_TN: Tensor, x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+        return y_TN.addmm_(x_TD, weight_ND.t())
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return rms_norm(x_TD, weight_D, eps)
@@ -128,6 +136,13 @@ class Reproducible:
         for start, end, rows_ND in _float_blocks(packed, unpacker):
             self._multiply(x_TD, rows_ND, y_TN[:, start:end])
         return y_TN if bias_N is None else y_TN.add_(bias_N)
+
+    def add_product(self, y_TN: Tensor, x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+        for y_SN, x_SD in zip(y_TN.split(ADDED), x_TD.split(ADDED), strict=True):
+            product_SN = torch.empty_like(y_SN)
+            self._multiply(x_SD.contiguous(), weight_ND, product_SN)
+            y_SN.add_(product_SN)
+        return y_TN
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         if not self._on_cpu:

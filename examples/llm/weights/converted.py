@@ -81,6 +81,12 @@ def in_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return permuted.transpose(1, 2).flatten(0, 2)
 
 
+def out_of_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """The other way round: as a checkpoint with permuted rows has them."""
+    straight: torch.Tensor = rows.unflatten(0, (heads, 2, -1))
+    return straight.transpose(1, 2).flatten(0, 2)
+
+
 class Reader:
     """Reads tensors as floats of one dtype, some rows at a time."""
 

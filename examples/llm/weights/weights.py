@@ -39,7 +39,8 @@ class StepWeights:
         self._store = getattr(tensors, "experts", None)
         """Brings the layer's experts, where they do not come with it."""
         self._names, self._unpacker, self._check = names, unpacker, check
-        self._matrices, self._in_slots = names.layers[layer.layer_idx], dict[str, Packed]()
+        self._matrices = names.layers[layer.layer_idx]
+        self._pairs = {} if names.adapter is None else names.adapter.layers[layer.layer_idx]
         self.arithmetic = arithmetic
         self.layer_idx = layer.layer_idx
         self.interleaved_rope = names.interleaved_rope
@@ -63,7 +64,8 @@ class StepWeights:
         return self._tensors[own if own in self._tensors else f"{own}.weight"]
 
     def linear(self, x_TD: torch.Tensor, module: str) -> torch.Tensor:
-        """x times the transposed weight of a module, plus its bias if it has one: (T, rows)."""
+        """x times the transposed weight of a module, plus its bias if it has one, and what an
+        adapter adds: (T, rows)."""
         matrix = self._matrices[module]
         return self._project(x_TD, module, matrix.packed(self._tensors), matrix)
 
@@ -77,7 +79,12 @@ class StepWeights:
             bias = bias.to(x_TD.dtype)
         elif module in self._names.biased:
             bias = self._tensors[f"{self._names.modules[module]}.bias"]
-        return self.arithmetic.project(x_TD, packed, self._unpacker, bias)
+        y_TN = self.arithmetic.project(x_TD, packed, self._unpacker, bias)
+        pair = self._pairs.get(module)
+        if pair is None:
+            return y_TN
+        low_TR = self.arithmetic.project(x_TD, pair.down, self._unpacker)
+        return self.arithmetic.add_product(y_TN, low_TR, pair.up.parts["weight"])
 
     def experts(self, needed: Sequence[int]) -> Iterator[int]:
         """Those of the layer's experts, ascending, one after the other once it is there. Where they
@@ -101,10 +108,12 @@ class StepWeights:
     def in_slots(self, matrix: str) -> Packed:
         """A matrix of all experts that are in slots, as of ``Stored.in_slots``. Only where experts
         are brought on demand."""
-        found = self._in_slots.get(matrix)
+        assert self._store is not None
+        key = self.layer_idx, matrix
+        found: Packed | None = self._store.derived.get(key)
         if found is None:
             stored = self._matrices[expert_module(0, matrix)]
-            found = self._in_slots[matrix] = stored.in_slots(dict(self._banks(stored)))
+            found = self._store.derived[key] = stored.in_slots(dict(self._banks(stored)))
         return found
 
     @property

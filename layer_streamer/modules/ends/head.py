@@ -126,7 +126,8 @@ class Head:
         sum_: torch.Tensor | None = None
         with closing(self._chunks()) as chunks:
             for weight, rows in chunks:
-                part = move(gradient[..., rows], weight.device) @ weight
+                part = move(gradient[..., rows], weight.device)
+                part = part @ weight.to(part.dtype)  # another one where autocast has multiplied
                 part = move(part, gradient.device)
                 wide = torch.promote_types(part.dtype, torch.float32)
                 sum_ = part.to(wide) if sum_ is None else sum_.add_(part)

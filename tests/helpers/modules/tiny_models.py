@@ -114,3 +114,10 @@ __all__ = [
     "REPRESENTATIVE", "TYPES", "TinyType", "has", "run", "tiny_class", "tiny_config",
     "tiny_inputs", "tiny_model", "tiny_model_on_meta",
 ]  # fmt: skip
+
+
+def least(model: Any, ahead: int) -> int:
+    """Bytes of device memory that hold a streamed model with one slot, and as many ``ahead``."""
+    plan = model.layer_streamer.plan
+    slots = [max(size.device_nbytes for size in p.sizes) for p in plan.sequences.values()]
+    return int(plan.outside_nbytes + (1 + ahead) * sum(slots))

@@ -91,6 +91,33 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_there(capability, dtype, tm
     assert int(result.stdout) > 40
 
 
+NUMBERS = st.sampled_from([0, 1, 16, *(side << bits for bits in (31, 63) for side in (1, -1))])
+GIVEN = st.one_of(
+    st.builds(int.__add__, NUMBERS, st.integers(-17, 17)).filter(
+        lambda n: -(1 << 63) <= n < 1 << 64
+    ),
+    st.booleans() | st.floats() | st.none(),
+    st.builds(
+        lambda dtype, skipped: torch.empty(40, dtype=dtype)[skipped:],
+        st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]),
+        st.integers(0, 33),
+    ),
+)
+
+
+@needs_triton
+@given(given=st.lists(GIVEN, min_size=2, max_size=20))
+def test_what_counts_as_alike_is_alike_to_triton(given):
+    """Else a kernel would run that was compiled for something else."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.compiler import BaseBackend
+
+    found = {}
+    for value in given:
+        kind = native_specialize_impl(BaseBackend, value, False, True, True)
+        assert found.setdefault(triton_support._kind(value), kind) == kind
+
+
 def without_triton(monkeypatch) -> None:
     """As where no module of that name is found."""
     monkeypatch.setattr(triton_support, "installed", lambda: False)

@@ -168,7 +168,7 @@ def test_an_adapter_beside_the_model_is_not_used_and_a_note_says_so(tmp_path):
     (path / "adapter_config.json").write_text("{}")
     notes: list[str] = []
     Model.read(path, notes.append)
-    assert len(notes) == 1 and "merge the adapter" in notes[0]
+    assert len(notes) == 1 and "unless adapter= (--adapter) names its folder" in notes[0]
 
 
 @pytest.mark.parametrize(

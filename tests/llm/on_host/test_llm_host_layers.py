@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from assets import open_runner, relative_error, tiny_checkpoint, tiny_model
 from fake_device import near_device
 from gguf_models import file_config, write_gguf
+from interrupter import Interrupt, Interrupter
 from one_sequence import Story
 from probing import limits_with
 from zoo import zoo_model
 
+from layer_streamer.llm.drafts.tree import Tree
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.kv.cache import KVCache
 from layer_streamer.llm.passes.chunking import Chunking
@@ -23,6 +26,8 @@ from layer_streamer.machine.limits import ProductRate
 WINDOW = {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 1}
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "windows": WINDOW}
 THERE = (0, 2)
+MAPPED: dict[str, Any] = {"read_mode": "mapped"}
+IMAGES: dict[str, Any] = {"n_gpu": 1, "n_cpu_pinned": 1}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -45,10 +50,16 @@ def tell(path: Path, config: Any, seed: int, **options: Any) -> tuple[list[torch
         return found, 0 if runner.host is None else runner.host.passes
 
 
-@pytest.mark.parametrize("options", [{"read_mode": "mapped"}, {"n_gpu": 1, "n_cpu_pinned": 1}])
 @pytest.mark.parametrize(
-    ("seed", "there", "away"),
-    [(0, THERE, ()), (1, (1,), (0, 1)), (2, (0, 1, 2), ()), (3, THERE, (1,))],
+    ("seed", "there", "away", "options"),
+    [
+        (0, THERE, (), MAPPED),
+        (3, THERE, (1,), IMAGES),
+        pytest.param(1, (1,), (0, 1), MAPPED, marks=pytest.mark.slow),
+        pytest.param(2, (0, 1, 2), (), IMAGES, marks=pytest.mark.slow),
+        pytest.param(4, (0, 1, 2), (), MAPPED, marks=pytest.mark.slow),
+        pytest.param(5, (1,), (), IMAGES, marks=pytest.mark.slow),
+    ],
 )
 def test_passes_by_turns_here_and_there_give_the_logits_of_streamed_ones(
     model: tuple[Path, Any], seed: int, there: Any, away: Any, options: dict[str, Any]
@@ -64,7 +75,10 @@ def test_passes_by_turns_here_and_there_give_the_logits_of_streamed_ones(
 PROMPTS = [[7, 8, 9] * 6, [20, 21], [30] * 12]
 
 
-@pytest.mark.parametrize("options", [{}, {"lookup": True}, {"kv": "host"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"lookup": True}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"kv": "host"}))],
+)
 def test_an_engine_says_the_same_with_layers_in_host_memory(
     model: tuple[Path, Any], options: dict[str, Any]
 ) -> None:
@@ -82,6 +96,7 @@ def test_an_engine_says_the_same_with_layers_in_host_memory(
     assert found == expected
 
 
+@pytest.mark.slow
 def test_in_bfloat16_they_are_no_further_off_than_streamed_ones(model: tuple[Path, Any]) -> None:
     path, network = model
     exact, _ = tell(path, network.config, 5)
@@ -171,3 +186,46 @@ def test_auto_keeps_as_many_as_end_with_those_that_stream_within_the_budget(
             there = engine.streamer.plan.host_layers
             assert len(there) == count and set(there) <= set(engine.plan.host_layers)
             assert engine.generate([5, 6, 7], max_new_tokens=3, return_details=True).error is None
+
+
+def test_a_draft_that_is_a_tree_is_looked_at_where_layers_lie(model: tuple[Path, Any]) -> None:
+    path, network = model
+    tree, found = Tree((1, 2, 3, 4), (-1, -1, 0, 2)), []
+    for computed in ((), THERE):
+        with open_runner(
+            path, network.config, computed=computed, max_rows=2, tokens=1024
+        ) as runner:
+            rows = [runner.kv.rows.add(200) for _ in range(2)]
+            entries = [(row, [5 + i] * (30 + i)) for i, row in enumerate(rows) if row is not None]
+            logits = [runner.forward(entries)]
+            drafted = [(row, [9, *tree.tokens]) for row, _ in entries[:1]] + [(entries[1][0], [8])]
+            logits.append(runner.forward(drafted, drafts=[tree, Tree()]))
+            found.append(torch.cat(logits))
+            assert runner.host is None or runner.host.passes == 1
+    assert relative_error(found[1], found[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("stride", [67, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_interrupt_at_a_line_of_a_pass_of_the_host_leaves_the_rows_as_they_were(
+    model: tuple[Path, Any], stride: int
+) -> None:
+    path, network, threads = *model, torch.get_num_threads()
+    prompt, found, number, fired = [5, 6, 7] * 9, list[torch.Tensor](), 0, True
+    with open_runner(path, network.config) as runner:
+        row = runner.kv.rows.add(60)
+        assert row is not None
+        expected = [runner.forward([(row, ids)]) for ids in (prompt, [8])][1]
+    with open_runner(path, network.config, computed=THERE) as runner:
+        row = runner.kv.rows.add(60)
+        assert row is not None
+        runner.forward([(row, prompt)])
+        while fired:
+            with suppress(Interrupt), Interrupter(number, "line") as interrupter:
+                runner.forward([(row, [8])])
+            runner.kv.rows.truncate(row, len(prompt))
+            found.append(runner.forward([(row, [8])]))
+            runner.kv.rows.truncate(row, len(prompt))
+            number, fired = number + stride, interrupter.fired
+        assert torch.get_num_threads() == threads
+    assert len(found) > 10
+    assert max(relative_error(logits, expected) for logits in found) <= 1e-5

@@ -20,6 +20,7 @@ from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.models.names import weight_names
 from layer_streamer.llm.weights.quantization import read_quantization
 from layer_streamer.llm.weights.scale_check import not_finite
+from layer_streamer.transport.weights import Weights
 
 LAYER = "model.layers.1.self_attn.q_proj."
 Edit = Callable[[dict[str, torch.Tensor]], Any]
@@ -192,6 +193,18 @@ def test_a_scale_that_is_not_finite_is_named_in_the_first_pass(tmp_path, name, v
                 engine._runner.forward([(row, torch.tensor([3, 4]))])
             assert str(caught.value).endswith("model.safetensors)")
             assert row.length == 0
+
+
+@pytest.mark.parametrize("name", ["ct4-g32", "gptq4-g32"])
+def test_layers_bring_what_passes_look_at_and_nothing_else(tmp_path, monkeypatch, name):
+    """No shapes, say, which are as many copies as matrices."""
+    write_packed(tmp_path, zoo_model("qwen2"), name)
+    seen, look = set(), Weights.__getitem__
+    monkeypatch.setattr(Weights, "__getitem__", lambda w, key: seen.add(key) or look(w, key))
+    with StreamingEngine(tmp_path, device="cpu", n_cpu=0) as engine:
+        list(engine.events([[1, 2, 3]], max_new_tokens=1))
+        for layer in engine.streamer.manifest.layers:
+            assert set(layer.tensors) <= seen
 
 
 def test_scales_that_are_finite_are_looked_at_once(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from recipes import loaded, quiet
 from tiny_diffusers import DIFFUSERS, run_diffuser, tiny_diffuser
-from tiny_models import REPRESENTATIVE, has, run, tiny_class, tiny_inputs, tiny_model
+from tiny_models import REPRESENTATIVE, has, least, run, tiny_class, tiny_inputs, tiny_model
 
 from layer_streamer import stream
 
@@ -61,13 +61,6 @@ def squeezed(name: str, folder: Path, ahead: int = 1, **options: Any) -> Any:
     if not name:
         return stream(folder, device_budget=budget, n_gpu=ahead)
     return streamed(name, folder, device_budget=budget, n_gpu=ahead, **options)
-
-
-def least(model: Any, ahead: int) -> int:
-    """Bytes of that."""
-    plan = model.layer_streamer.plan
-    slots = [max(size.device_nbytes for size in p.sizes) for p in plan.sequences.values()]
-    return int(plan.outside_nbytes + (1 + ahead) * sum(slots))
 
 
 @pytest.mark.parametrize("name", [name for name in REPRESENTATIVE if name not in UNMARKED])

@@ -85,6 +85,35 @@ def test_tables_and_heads_may_be_away(tmp_path: Path, ends: str) -> None:
             torch.testing.assert_close(mine[key], gradient, rtol=rounding, atol=rounding)
 
 
+def test_a_head_that_streams_is_multiplied_back_as_autocast_has_multiplied(tmp_path: Path) -> None:
+    with trainees(tmp_path, "llama", head="stream") as (plain, model):
+        for one in (plain, model):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(one, "llama", 1)
+            loss.backward()
+        for key, gradient in gradients(plain).items():
+            most = gradient.abs().max().item()  # type: ignore[union-attr]
+            torch.testing.assert_close(gradients(model)[key], gradient, rtol=0, atol=0.05 * most)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_after_an_error_of_the_optimizer_the_next_steps_are_exact(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    def fail(optimizer: Any, args: Any, kwargs: Any) -> None:
+        raise error("of the optimizer")
+
+    with trainees(tmp_path, "llama") as (plain, model):
+        loss_of(model, "llama", 7).backward()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        optimizer.register_step_pre_hook(fail)
+        with pytest.raises(error, match="of the optimizer"):
+            optimizer.step()
+        model.zero_grad()
+        assert train(plain, "llama", 2) == train(model, "llama", 2)
+        assert same(adapters(plain), adapters(model))
+
+
 @pytest.mark.parametrize(("name", "method"), [("llama", "fp8"), ("mixtral", "fp8")])
 def test_quantized_weights_are_unpacked_again_for_a_backward(
     tmp_path: Path, name: str, method: str

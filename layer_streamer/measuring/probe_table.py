@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..machine.limits import DeviceLimits, DiskPart, MachineLimits, MachinePart, ReadRate, encode
-from ..measuring.probe_disk import several, size
+from .probe_disk import several, size
 
 LABEL = 24
 
