@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters_made import adapted
 from assets import open_runner, tiny_checkpoint, tiny_model
 from fake_device import NearDevice, named_twice, opened_as
 from gguf_models import file_config, write_gguf
@@ -159,6 +160,26 @@ def test_vectors_of_texts_are_those_of_one_device(model: tuple[Path, Any]) -> No
     for options in ({}, {"host_layers": [LAYERS - 1]}):
         with StreamingEngine(path, device=TWO, **GIVEN, **options) as engine:
             assert same(list(engine.embed(PROMPTS)), expected)
+
+
+def test_an_adapter_is_beside_the_layers_of_each_device(tmp_path: Path) -> None:
+    network = zoo_model("llama")
+    path = tiny_checkpoint(tmp_path / "base", network)
+    adapted(network, tmp_path / "adapter")
+    ways = []
+    for device in ("cpu", TWO):
+        with StreamingEngine(path, device=device, adapter=tmp_path / "adapter", **GIVEN) as engine:
+            row = engine._runner.kv.rows.add(60)
+            assert row is not None
+            ways.append([engine._runner.forward([(row, ids)]) for ids in ([5] * 20, [6])])
+            assert all(side._names.adapter is not None for side in engine._runner.sides)
+    assert same(ways[1], ways[0])
+
+
+@pytest.mark.parametrize("budget", ["64MiB", "1GiB"])
+def test_keys_and_values_travel_to_layers_that_stay(model: tuple[Path, Any], budget: str) -> None:
+    options: dict[str, Any] = {"host_layers": (0, 1, 3), "device_budget": budget}
+    assert same(tell(*model, 9, device=TWO, **options), tell(*model, 9))
 
 
 def test_rounded_copies_of_layers_on_two_devices_are_refused(model: tuple[Path, Any]) -> None:
