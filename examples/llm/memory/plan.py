@@ -22,6 +22,9 @@ CHUNKS = (2048, 1024, 512, 256)
 """Tokens a chunk that are tried, if none were asked for; fewer take less memory."""
 NUM_DEVICE_SLOTS = (2, 1)
 """n_gpu, likewise."""
+NUM_SLOTS_OF_MANY = 4
+"""n_gpu that is tried before these with more than two devices, as the streamer's own default: their
+links are uneven from moment to moment."""
 LAUNCHED_NBYTES = 128 << 20
 """What a fast link (PCIe 5) brings while Python launches a layer's kernels: if more has to be moved
 for each layer, launches are hidden."""
@@ -78,7 +81,8 @@ class Planner:
         """(chunk, n_gpu), the best first."""
         chunks = CHUNKS if self._wishes.prefill_chunk is None else (self._wishes.prefill_chunk,)
         fixed = self._machine.unified or "n_gpu" in self._wishes.options
-        for n_gpu in (None,) if fixed else NUM_DEVICE_SLOTS:
+        many = (NUM_SLOTS_OF_MANY,) if len(self._machine.devices) > 2 else ()
+        for n_gpu in (None,) if fixed else (*many, *NUM_DEVICE_SLOTS):
             for chunk in chunks:
                 yield chunk, n_gpu
 

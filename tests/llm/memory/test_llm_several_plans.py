@@ -104,6 +104,14 @@ def test_what_the_fullest_device_has_free_is_the_limit_of_all(
     assert plan(model, 1).device_nbytes > free[1], "the first one has room"
 
 
+def test_more_than_two_devices_hold_more_layers_ahead_where_there_is_room(model: Model) -> None:
+    assert plan(model, 2).options["n_gpu"] == 2 < plan(model, 3).options["n_gpu"] == 4
+    with pytest.raises(ValueError, match="at least") as caught:
+        plan(model, 3, device_budget=1)
+    tight = plan(model, 3, device_budget=least(caught.value))
+    assert tight.options["n_gpu"] == 1 and tight.chunk == 256
+
+
 def test_the_table_has_a_paragraph_for_each_device(model: Model) -> None:
     table = str(plan(model, 2, device_budget="40MiB"))
     assert table.count("device cpu: ") == 2
