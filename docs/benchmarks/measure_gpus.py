@@ -159,6 +159,8 @@ def equal_budget(args: argparse.Namespace, one: Mapping[str, Any], devices: Sequ
         middle = (low + high + 1) // 2
         found = kept(devices, middle * STEP)
         low, high = (middle, high) if found is None or found <= most else (low, middle - 1)
+    if kept(devices, low * STEP) is None:
+        raise ValueError(f"--device-budget {args.device_budget}: too small for them together")
     return low * STEP
 
 
