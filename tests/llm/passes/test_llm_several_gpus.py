@@ -71,9 +71,11 @@ def ids(path: Path, device: Any, **options: Any) -> tuple[list[Any], StreamingEn
 def test_two_say_what_one_says(
     model: tuple[Path, Any], devices: list[str], options: dict[str, Any]
 ) -> None:
-    expected, _ = ids(model[0], "cuda:0", **options)
+    expected, one = ids(model[0], "cuda:0", **options)
     found, engine = ids(model[0], devices, **options)
     assert found == expected
+    captures = one.plan.captures or one.plan.captures_layers
+    assert engine.plan.captures_layers == captures and not engine.plan.captures
     assert len(engine.plan.devices) == len(engine.streamer.devices) == 2
 
 
