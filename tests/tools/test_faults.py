@@ -50,7 +50,7 @@ def test_an_error_is_one_line_whatever_the_command(
         model = ["MODEL", "--prompt", "a"]
     if name == "quantize":
         model = ["MODEL", "OUTPUT", "--bits", "4"]
-    if name == "batch":
+    if name in ("batch", "finetune"):
         model = ["MODEL", "IN", "OUT"]
     if name == "experts":
         model = ["TRACE", "--slots", "3"]
