@@ -186,8 +186,8 @@ def plan_memory(
     # On "meta", the buffers of a GPU have their sizes but take no memory.
     memory = device if device.type == "cpu" else torch.device("meta")
     kernels = triton_serves(device)
-    scratch = Unpacker(memory, dtype, model.names.widest(dtype), kernels=kernels)
-    names = model.names
+    names, cast = model.names, wishes.options["dtype"]
+    scratch = Unpacker(memory, dtype, names.widest(dtype, cast), kernels=kernels)
     on_demand = wishes.options.get("experts") == "demand"
     most, streamed = (
         min(captured_rows(device, model.config, n, on_demand=on_demand), limits.max_batch)
@@ -198,7 +198,7 @@ def plan_memory(
     statics = [*names.head_parts, names.norm, *([names.rope_factors] if names.rope_factors else [])]
     static_nbytes = sum(model.manifest.static[name].nbytes for name in statics)
     if not wishes.options["tail"]:
-        static_nbytes += _loaded_nbytes(model.manifest.static[names.head], wishes.options["dtype"])
+        static_nbytes += _loaded_nbytes(model.manifest.static[names.head], cast)
     needs = Needs(
         kv_tokens=limits.tokens(model.config),
         max_batch=limits.max_batch,
@@ -236,8 +236,8 @@ def place(
     ``loads_head``: the output head stays on the device."""
     chosen = choose_device(device)
     dtype = choose_dtype(chosen, dtype)
-    streamed = None if model.names.as_stored else dtype
-    own = {"device": chosen, "dtype": streamed, "tail": [] if loads_head else [model.names.head]}
+    cast = model.names.cast(chosen, dtype)
+    own = {"device": chosen, "dtype": cast, "tail": [] if loads_head else [model.names.head]}
     for name in options:
         if name == "layer_pattern":
             raise ValueError("layer_pattern: belongs to Model.read, which finds the layers")
@@ -251,7 +251,8 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
     device = plan.options["device"]
     if device.type == "cpu":
         leave_a_core()
-        prepare(kind for kind, _ in model.names.widest(needs.dtype).kinds)
+        widest = model.names.widest(needs.dtype, plan.options["dtype"])
+        prepare(kind for kind, _ in widest.kinds)
     layout = KVLayout(
         tokens=plan.kv_tokens,
         max_rows=needs.max_batch,

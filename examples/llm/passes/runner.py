@@ -35,15 +35,14 @@ Step = Callable[[torch.Tensor, Mapping[str, torch.Tensor], int], torch.Tensor]
 class Runner:
     """A model whose layers are streamed in every pass.
 
-    The streamer must have been opened with ``dtype=dtype``, or None if ``names.as_stored``. With
+    The streamer must have been opened with what ``names.cast`` says for its ``dtype``. With
     ``tail=[names.head]`` the output head, often the largest matrix of all, is streamed in pieces
     after the last layer; without, it is loaded. If ``kv`` has layers in host memory, the streamer
     needs ``on_copy=kv.host.prefetch``, too.
 
     Memory on the device: one residual stream for as many tokens as ``kv`` holds, which each layer
     updates in place, and the temporaries of one chunk. With ``decoder``, that of captured passes,
-    too: where nothing streams, these are no passes of the streamer, whose ``last_pass`` knows
-    nothing of them.
+    too: where nothing streams, these are none of the streamer's, as ``last_pass`` shows.
     """
 
     def __init__(
@@ -72,7 +71,8 @@ class Runner:
         factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
         self._rotary = Rotary(config, device, factors=factors)
         kernels = triton_serves(device)
-        self._unpacker = Unpacker(device, dtype, names.widest(dtype), kernels=kernels)
+        widest = names.widest(dtype, names.cast(device, dtype))
+        self._unpacker = Unpacker(device, dtype, widest, kernels=kernels)
         self._ways = fastest(config, dtype, kv, group_rows=self._chunking.group_rows)
         if self._chunking.reproducible:
             interleaved = names.interleaved_rope

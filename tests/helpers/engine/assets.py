@@ -117,7 +117,7 @@ def open_runner(
     runner = None
     try:
         with LayerStreamer.from_checkpoint(
-            path, dtype=dtype, tail=[names.head], on_copy=on_copy, **options
+            path, dtype=names.cast(device, dtype), tail=[names.head], on_copy=on_copy, **options
         ) as streamer:
             if kv.host is not None:
                 kv.host.allocate(streamer.plan.placement.device_slots[0].count)
