@@ -196,8 +196,8 @@ def plan_memory(
     # On "meta", the buffers of a GPU have their sizes but take no memory.
     memory = device if device.type == "cpu" else torch.device("meta")
     kernels = triton_serves(device)
-    scratch = Unpacker(memory, dtype, model.names.widest(dtype), kernels=kernels)
-    names = model.names
+    names, cast = model.names, wishes.options["dtype"]
+    scratch = Unpacker(memory, dtype, names.widest(dtype, cast), kernels=kernels)
     on_demand = wishes.options.get("experts") == "demand"
     most, streamed = (
         min(captured_rows(device, model.config, n, on_demand=on_demand), limits.max_batch)
@@ -210,7 +210,7 @@ def plan_memory(
     if names.adapter is not None:
         static_nbytes += names.adapter.numel * dtype.itemsize
     if not wishes.options["tail"]:
-        static_nbytes += loaded_nbytes(model.manifest.static[names.head], wishes.options["dtype"])
+        static_nbytes += loaded_nbytes(model.manifest.static[names.head], cast)
     needs = Needs(
         kv_tokens=limits.tokens(model.config),
         max_batch=limits.max_batch,
@@ -247,9 +247,9 @@ def place(
     if len(chosen) > layers:
         raise ValueError(f"device: {len(chosen)} of them for {layers} layers: name no more of them")
     dtype = choose_dtype(chosen, dtype)
-    streamed = None if model.names.as_stored else dtype
     where = chosen[0] if len(chosen) == 1 else list(chosen)
-    own = {"device": where, "dtype": streamed, "tail": [] if loads_head else [model.names.head]}
+    cast = model.names.cast(chosen[0], dtype)
+    own = {"device": where, "dtype": cast, "tail": [] if loads_head else [model.names.head]}
     for name in options:
         if name == "layer_pattern":
             raise ValueError("layer_pattern: belongs to Model.read, which finds the layers")
@@ -263,7 +263,7 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
     devices = devices_of(plan.options)
     if devices[0].type == "cpu":
         leave_a_core()
-        prepare(kind for kind, _ in model.names.widest(needs.dtype).kinds)
+        prepare(kind for kind, _ in model.names.widest(needs.dtype, plan.options["dtype"]).kinds)
     layout = KVLayout(
         tokens=plan.kv_tokens,
         max_rows=needs.max_batch,

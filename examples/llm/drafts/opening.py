@@ -180,7 +180,8 @@ def _plan_self(target: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype
     device: torch.device = wishes.options["device"]
     own = own_weights(target.manifest, target.names, dtype)
     memory = device if device.type == "cpu" else torch.device("meta")
-    scratch = Unpacker(memory, dtype, own.names.widest(dtype), kernels=triton_serves(device))
+    widest = own.names.widest(dtype, own.names.cast(device, dtype))
+    scratch = Unpacker(memory, dtype, widest, kernels=triton_serves(device))
     needs = Needs(
         kv_tokens=limits.tokens(target.config),
         max_batch=1,

@@ -58,7 +58,9 @@ class Library:
         own = ctypes.CDLL(path)
         try:
             self._multiply, size = own.host_multiply, own.host_matrix_nbytes
-            self.most_tokens = FEW_TOKENS if own.host_lanes() <= FEW_LANES else MOST_TOKENS
+            self.wide = own.host_lanes() > FEW_LANES
+            """Vectors are wide enough that no product of few tokens is slower than torch's."""
+            self.most_tokens = MOST_TOKENS if self.wide else FEW_TOKENS
         except AttributeError as error:
             raise ValueError(str(error)) from None
         size.restype = ctypes.c_int64

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from ..weights.packed import CT_BITS, FLOATS, Packed
-from .library import FORMATS, MOST_TOKENS, SCALE_TYPES, Matrix, library
+from .library import FEW_TOKENS, FORMATS, MOST_TOKENS, SCALE_TYPES, Matrix, library
 
 PIECE = 32
 """Weights that share what they are scaled by, at least; kernels take them one after the other."""
@@ -18,6 +18,16 @@ def prepare(kinds: Iterable[str]) -> None:
     """Have what multiplies matrices of these formats compiled and loaded, where it serves."""
     if NUMBERS.keys() & set(kinds):
         library()
+
+
+def floats_serve(kinds: Iterable[tuple[str, int]]) -> bool:
+    """True: among matrices of these formats and widths are floats of sixteen bits, and inputs in
+    float32 are multiplied by all of them as they are stored."""
+    widths = [width for kind, width in kinds if kind in FLOATS and kind in NUMBERS]
+    if not widths or any(width % PIECE for width in widths):
+        return False
+    found = library()
+    return found is not None and found.wide
 
 
 def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
@@ -33,8 +43,19 @@ def multiplies(packed: Packed, x_TD: torch.Tensor) -> bool:
         return False  # cast, on their way
     if not codes.is_cpu or codes.stride(-1) != 1:
         return False
+    return x_TD.shape[0] <= _most_tokens(x_TD.dtype, codes.dtype)
+
+
+def _most_tokens(inputs: torch.dtype, codes: torch.dtype) -> int:
+    """That are multiplied no slower than in other ways; 0: none are."""
     found = library()
-    return found is not None and x_TD.shape[0] <= found.most_tokens
+    if found is None:
+        return 0
+    if inputs != codes:
+        return found.most_tokens
+    if not found.wide:
+        return 0  # torch has products of its own for these
+    return FEW_TOKENS if codes == torch.bfloat16 else MOST_TOKENS
 
 
 def multiply(

@@ -16,6 +16,7 @@ from layer_streamer import LayerSpec, Manifest
 
 from ..adapters.pairs import Adapter
 from ..errors import UnsupportedModelError
+from ..host_kernels.products import floats_serve
 from ..weights.dequant import Widest
 from ..weights.finder import Finder
 from ..weights.packed import FLOATS
@@ -82,12 +83,20 @@ class WeightNames:
         matrix = self.head_matrix
         return [key for key in matrix.keys.values() if key != matrix.key]
 
-    def widest(self, dtype: torch.dtype) -> Widest:
-        """What is to be unpacked by an engine of this dtype."""
-        as_stored = self.as_stored  # which looks at every matrix
-        stored = [self.embedding_matrix, self.head_matrix]
-        stored += [matrix for layer in self.layers for matrix in layer.values()]
-        found = [matrix for matrix in stored if matrix.format not in FLOATS or as_stored]
+    def cast(self, device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+        """What the streamer is to cast floats to, for an engine of this dtype; None: nothing, for
+        it would round scales, or kernels multiply by floats as they lie in their file."""
+        if self.as_stored:
+            return None
+        if device.type != "cpu" or dtype != torch.float32:
+            return dtype
+        kinds = {(matrix.format, matrix.width) for matrix in self._matrices()}
+        return None if floats_serve(kinds) else dtype
+
+    def widest(self, dtype: torch.dtype, cast: torch.dtype | None) -> Widest:
+        """What is to be unpacked by an engine of this dtype, where floats are ``cast`` on their
+        way."""
+        found = [one for one in self._matrices() if one.format not in FLOATS or cast is None]
         # Experts that are brought on demand are not cast, whatever the rest is.
         found += [m for layer in self.layers for name, m in layer.items() if expert_of(name)]
         return Widest.of(

@@ -55,7 +55,8 @@ class DeviceSide:
         self._norm = norm_weight(load(names.norm).to(dtype), names)
         factors = load(names.rope_factors) if names.rope_factors else None
         self.rotary = Rotary(config, device, factors=factors)
-        self.unpacker = Unpacker(device, dtype, names.widest(dtype), kernels=triton_serves(device))
+        widest = names.widest(dtype, names.cast(device, dtype))
+        self.unpacker = Unpacker(device, dtype, widest, kernels=triton_serves(device))
         self.ways = fastest(config, dtype, kv, group_rows=chunking.group_rows)
         if chunking.reproducible:
             interleaved = names.interleaved_rope

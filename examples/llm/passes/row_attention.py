@@ -95,6 +95,8 @@ class RowAttention:
                 seen, end = piece.seen(span.window), piece.position + piece.count
                 mask = piece.branches.mask(piece.position, end, seen, span.window)
                 mixed = attend_masked(q_HTE[:, part], k, v, mask)
+            if piece.count == tokens:
+                return mixed
             mixed_THE[part] = mixed.transpose(0, 1)
         if self._together:
             if span not in self._groups:

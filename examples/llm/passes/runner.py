@@ -33,7 +33,7 @@ Step = Callable[[torch.Tensor, Mapping[str, torch.Tensor], int], torch.Tensor]
 class Runner:
     """A model whose layers are streamed in every pass.
 
-    The streamer must have been opened with ``dtype=dtype``, or None if ``names.as_stored``. With
+    The streamer must have been opened with what ``names.cast`` says for its ``dtype``. With
     ``tail=[names.head]`` the output head is streamed in pieces, else it is loaded. If ``kv`` has
     layers in host memory, it needs ``on_copy=kv.host.prefetch``.
 

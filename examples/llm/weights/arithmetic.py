@@ -107,7 +107,8 @@ class Fastest:
 class Reproducible:
     """One way for any number of tokens, chosen by the device alone.
 
-    Every product is of the same number of tokens. On a GPU norms and activations are kernels of
+    Every product is of the same number of tokens, but for those of a processor's own kernels, which
+    sum up in one order for any number. On a GPU norms and activations are kernels of
     which a program, or a thread, has one token. On a CPU norms are taken in tiles as products are;
     activations token by token, because torch computes what is left over at the end of a tensor,
     and of a thread's part, by another function than what it takes as vectors.
@@ -121,6 +122,7 @@ class Reproducible:
         self._on_cpu = device.type == "cpu"
         self._multiply: Callable[[Tensor, Tensor, Tensor], None] = multiply_tiles
         self._kernels = triton_serves(device)
+        self._compiled = self._on_cpu and not self._kernels
         if self._kernels:
             self._multiply = fused.multiply_tiles
 
@@ -128,6 +130,8 @@ class Reproducible:
         self, x_TD: Tensor, packed: Packed, unpacker: Unpacker, bias_N: Tensor | None = None
     ) -> Tensor:
         x_TD = x_TD.contiguous()
+        if self._compiled and kernel_multiplies(packed, x_TD[:1]):
+            return multiply(packed, x_TD, bias_N)  # in an order that does not depend on T
         if self._kernels and packed.format not in FLOATS:
             found = fused.multiply_alike(packed, x_TD, bias_N)
             if found is not None:
@@ -182,13 +186,14 @@ def project(
     x_TD: Tensor, packed: Packed, unpacker: Unpacker, bias_N: Tensor | None = None
 ) -> Tensor:
     """``Arithmetic.project``, the fastest way."""
-    if packed.format in FLOATS and packed.parts["weight"].dtype == x_TD.dtype:
+    as_x = packed.format in FLOATS and packed.parts["weight"].dtype == x_TD.dtype
+    if (x_TD.is_cpu or not as_x) and kernel_multiplies(packed, x_TD):
+        return multiply(packed, x_TD, bias_N)
+    if as_x:
         weight_ND = packed.parts["weight"]
         y_TN = fused.multiply_floats(weight_ND, x_TD)
         y_TN = F.linear(x_TD, weight_ND) if y_TN is None else y_TN
         return y_TN if bias_N is None else y_TN.add_(bias_N)
-    if kernel_multiplies(packed, x_TD):
-        return multiply(packed, x_TD, bias_N)
     y_TN = x_TD.new_empty(x_TD.shape[0], packed.rows)
     for start, end, rows_ND in unpacker.blocks(packed):
         torch.mm(x_TD, rows_ND.t(), out=y_TN[:, start:end])

@@ -91,7 +91,7 @@ class Reader:
     """Reads tensors as floats of one dtype, some rows at a time."""
 
     def __init__(self, names: WeightNames, dtype: torch.dtype) -> None:
-        self._unpacker = Unpacker(CPU, dtype, names.widest(dtype))
+        self._unpacker = Unpacker(CPU, dtype, names.widest(dtype, dtype))
 
     def blocks(self, source: Source) -> Iterator[torch.Tensor]:
         """All values in order, flat; each block is good until the next is asked for."""

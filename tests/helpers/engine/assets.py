@@ -126,7 +126,7 @@ def open_runner(
     runner = None
     try:
         with LayerStreamer.from_checkpoint(
-            path, dtype=dtype, tail=[names.head], on_copy=on_copy, **options
+            path, dtype=names.cast(devices[0], dtype), tail=[names.head], on_copy=on_copy, **options
         ) as streamer:
             kv.allocate([slots.count for slots in streamer.plan.placement.device_slots])
             runner = Runner(streamer, config, names, kv, dtype=dtype, chunking=chunking)

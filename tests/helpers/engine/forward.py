@@ -30,7 +30,8 @@ class Forward:
         self, streamer: LayerStreamer, config: ModelConfig, names: WeightNames, dtype: torch.dtype
     ) -> None:
         self.streamer, self.config, self.names, self.dtype = streamer, config, names, dtype
-        self.unpacker = Unpacker(streamer.device, dtype, names.widest(dtype))
+        cast = names.cast(streamer.device, dtype)
+        self.unpacker = Unpacker(streamer.device, dtype, names.widest(dtype, cast))
         factors = streamer.load_static(names.rope_factors) if names.rope_factors else None
         self.rotary = Rotary(config, streamer.device, factors=factors)
         self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -101,6 +102,7 @@ def open_forward(path: Path, config: ModelConfig | Any, **options: Any) -> Itera
     names = options.pop("names", None) or weight_names(read_manifest(path), config)
     dtype = options.pop("dtype", torch.float32)
     options = {"device": "cpu"} | options
-    options = {"dtype": None if names.as_stored else dtype, "tail": [names.head]} | options
+    cast = names.cast(torch.device(options["device"]), dtype)
+    options = {"dtype": cast, "tail": [names.head]} | options
     with LayerStreamer.from_checkpoint(path, **options) as streamer:
         yield Forward(streamer, config, names, dtype)
