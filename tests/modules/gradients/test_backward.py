@@ -150,9 +150,10 @@ class Passes:
         self.ways: list[dict[str, bool]] = []
         sweep = some.streamer.sweep
 
-        def noted(**way: bool) -> Any:
+        def noted(*, on_host: bool, **way: bool) -> Any:
+            assert not on_host
             self.ways.append(way)
-            return sweep(**way)
+            return sweep(on_host=on_host, **way)
 
         patch.setattr(some.streamer, "sweep", noted)
 
