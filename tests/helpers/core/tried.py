@@ -1,9 +1,9 @@
-"""Properties that are tried on a few examples by default, and on many in slow tests."""
+"""What is tried on a few examples, or cases, by default, and on many in slow tests."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -42,3 +42,8 @@ def tried(
         return found
 
     return decorate
+
+
+def slow_but(kept: str, cases: Iterable[str]) -> list[Any]:
+    """The cases of a parametrized test, all slow but the one that stands for them."""
+    return [one if one == kept else pytest.param(one, marks=pytest.mark.slow) for one in cases]

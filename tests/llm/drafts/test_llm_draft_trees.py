@@ -23,7 +23,7 @@ from small_engine import (
     make_engine,
     texts_of,
 )
-from tried import tried
+from tried import slow_but, tried
 from zoo import IDS, zoo_model
 
 from layer_streamer.llm.drafts.drafting import Drafting
@@ -120,7 +120,7 @@ def test_a_tree_leaves_the_text_as_it_is(shared: Any, choice: str, how: How) -> 
     assert sum(agreed for _, agreed in script.judged) > NEW // 2
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", slow_but("chunks on the host", TIERS))
 def test_a_tree_may_be_verified_wherever_keys_and_values_are(path: Path, tier: str) -> None:
     with make_engine(path, lookup=True, **TIERS[tier]) as engine:
         plain = texts_of(engine, **SAMPLED)

@@ -22,7 +22,7 @@ from small_engine import (
     make_engine,
     texts_of,
 )
-from tried import tried
+from tried import slow_but, tried
 from zoo import zoo_model
 
 from layer_streamer.llm.drafts.drafting import MOST_DRAFTED, Drafting
@@ -70,7 +70,7 @@ def shared(path: Path) -> Iterator[StreamingEngine]:
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(
     "how",
-    [right, wrong, mixed(1), pytest.param(mixed(2), marks=pytest.mark.slow)],
+    [right, wrong, *(pytest.param(mixed(n), marks=pytest.mark.slow) for n in (1, 2))],
     ids=["right", "wrong", "mixed", "mixed otherwise"],
 )
 def test_the_text_is_the_one_without_drafts(shared: Any, choice: str, how: Any) -> None:
@@ -78,7 +78,7 @@ def test_the_text_is_the_one_without_drafts(shared: Any, choice: str, how: Any) 
     drafted(shared, plain, how, **CHOICES[choice])
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", slow_but("eight bits", TIERS))
 def test_it_is_so_wherever_keys_and_values_are(path: Path, tier: str) -> None:
     with make_engine(path, lookup=True, **TIERS[tier]) as engine:
         for how, options in ((right, {"temperature": 0.0}), (mixed(3), SAMPLED)):
