@@ -74,6 +74,16 @@ def commands(*begin: str) -> list[Any]:
     return found
 
 
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "CHANGELOG.md"],  # which is of the past, too
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
+def test_files_that_a_page_names_by_their_path_are_there(page: Path) -> None:
+    named = re.findall(r"\b(?:tests|examples|docs|layer_streamer)/[\w/]+\.py\b", page.read_text())
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     for inline, listed in LINK.findall(page.read_text()):
