@@ -15,7 +15,7 @@ from gpt_oss_models import write_blocks
 from packed_models import write_packed
 from zoo import IDS, MIXTURES, zoo_model
 
-from layer_streamer.llm.kernels import slot_tiles
+from layer_streamer.llm.kernels import slot_products, slot_tiles
 from layer_streamer.llm.metadata import load_config
 from layer_streamer.llm.models import mixing
 from layer_streamer.llm.passes.runner import Runner
@@ -30,14 +30,19 @@ PROMPTS, STEPS = ((2, 5), 2) if FEW else ((23, 50), 4)
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Programs of each product of experts in slots that was launched."""
-    found, multiply = list[int](), slot_tiles.multiply
+    """Programs, or pairs, of each product of experts in slots that was launched."""
+    found, multiply, launch = list[int](), slot_tiles.multiply, slot_products.launch_slots
 
     def heed(bank: Any, x: Any, routed: slot_tiles.Routed, out: Any, **named: Any) -> None:
         found.append(len(routed.tiles_N3))
         multiply(bank, x, routed, out, **named)
 
+    def heed_pairs(banks: Any, x: Any, slots_P: torch.Tensor, per_x: int = 1) -> torch.Tensor:
+        found.append(len(slots_P))
+        return launch(banks, x, slots_P, per_x)
+
     monkeypatch.setattr(slot_tiles, "multiply", heed)
+    monkeypatch.setattr(slot_products, "launch_slots", heed_pairs)
     yield found
 
 

@@ -196,7 +196,7 @@ def test_matrices_of_one_expert_that_lie_alike_have_the_bits_of_each_alone(name,
     ]
     assert slot_products._steps(apart) is None
     for banks in (halves, halves[::-1], apart):
-        with np.errstate(over="ignore"):  # of any bytes as scales, in the interpreter
+        with np.errstate(all="ignore"):  # of any bytes as scales, in the interpreter
             found = fused.multiply_slots(banks, x, slots, 2)
             alone = torch.stack([multiply(bank, x, slots, 2) for bank in banks])
         torch.testing.assert_close(found, alone, rtol=0, atol=0, equal_nan=True)
