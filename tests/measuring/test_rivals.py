@@ -165,7 +165,7 @@ def test_memory_of_a_process_and_its_children_is_seen_from_outside() -> None:
     assert process.stdout is not None
     process.stdout.readline()
     watch = HostWatch(process.pid)
-    watch._look()
+    watch.look()
     process.communicate(b"\n")
     assert 80 * MIB < watch.own < watch.rss
 

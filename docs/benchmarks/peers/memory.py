@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -18,22 +18,14 @@ FIELDS = ("VmRSS", "RssAnon", "RssShmem")
 MIB = 1 << 20
 
 
-class HostWatch:
-    """Peaks over the life of a process and of what it starts, bytes, from outside.
+class Watch:
+    """Looks every so often, in a thread, from its ``with`` to its end."""
 
-    ``rss``: all pages that it has mapped and that are in memory, a file's among them.
-    ``own``: those that no file backs. ``taken``: what the whole machine has less to give
-    (MemAvailable), which counts memory that a driver pinned, and not the page cache.
-    """
-
-    def __init__(self, pid: int) -> None:
-        self.rss = self.own = self.taken = 0
-        self._process = psutil.Process(pid)
-        self._begin = psutil.virtual_memory().available
+    def __init__(self) -> None:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> HostWatch:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -46,12 +38,32 @@ class HostWatch:
         self._ended.set()
         self._thread.join()
 
+    def look(self) -> None:
+        """Look once; what is gone meanwhile is no error."""
+        raise NotImplementedError
+
     def _watch(self) -> None:
         while not self._ended.wait(PERIOD):
             with suppress(psutil.Error, OSError, KeyError):
-                self._look()
+                self.look()
 
-    def _look(self) -> None:
+
+class HostWatch(Watch):
+    """Peaks over the life of a process and of what it starts, bytes, from outside.
+
+    ``rss``: all pages that it has mapped and that are in memory, a file's among them.
+    ``own``: those that no file backs. ``taken``: what the whole machine has less to give
+    (MemAvailable), which counts memory that a driver pinned, and not the page cache.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.rss = self.own = self.taken = 0
+        self._process = psutil.Process(pid)
+        self._begin = psutil.virtual_memory().available
+        super().__init__()
+
+    def look(self) -> None:
+        """Of all processes together."""
         rss = own = 0
         for process in (self._process, *self._process.children(recursive=True)):
             found = fields_of(process.pid, "status")
@@ -97,7 +109,7 @@ def device_used() -> int | None:
     return None
 
 
-class DeviceWatch:
+class DeviceWatch(Watch):
     """The peak of what is taken of GPU 0 over what was taken before. The GPU must be ours alone.
 
     ``nbytes`` stays None where nothing says so.
@@ -106,24 +118,10 @@ class DeviceWatch:
     def __init__(self) -> None:
         self.nbytes: int | None = None
         self._begin = device_used()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        super().__init__()
 
-    def __enter__(self) -> DeviceWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while self._begin is not None and not self._ended.wait(PERIOD):
-            used = device_used()
-            if used is not None:
-                self.nbytes = max(self.nbytes or 0, used - self._begin)
+    def look(self) -> None:
+        """Of the whole GPU."""
+        used = None if self._begin is None else device_used()
+        if used is not None and self._begin is not None:
+            self.nbytes = max(self.nbytes or 0, used - self._begin)
