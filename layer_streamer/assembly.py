@@ -18,7 +18,7 @@ from .passes.expert_opening import Layers, open_store, slots_of, take_out
 from .passes.expert_store import ExpertStore
 from .passes.expert_tiers import choose_tiers
 from .passes.statics import Statics
-from .planning.host_layers import balance, choose_host_layers
+from .planning.host_layers import plan_with
 from .planning.layout import Layout, Step, plan_steps
 from .planning.placement import Rates
 from .planning.plan import Machine, Plan
@@ -112,7 +112,7 @@ def _plan(
     steps = plan_steps(manifest, settings.asked["tail"], settings.asked["layers"])
     layouts = lay_out_all(steps, unified=unified, dtype=dtype)
     limits = load_limits(next(iter(manifest.files)), gpus=not unified)
-    rates = _rates(limits, devices)
+    rates = rates_on_record(limits, devices)
     if "read" in given:
         rates = replace(rates, read=given["read"], cold=given["read"], cached=given["read"])
     if "copy" in given:
@@ -128,13 +128,11 @@ def _plan(
         settings,
         lambda: files.cached_share(extents),
     )
-    asked, count = settings.asked["host_layers"], manifest.num_layers
-    chosen = balance(make(), layers, count) if isinstance(asked, str) else asked
-    plan = make(choose_host_layers(chosen, layers, count))
+    plan = plan_with(make, settings.asked["host_layers"], layers, manifest.num_layers)
     return steps, layouts, replace(plan, layers=layers)
 
 
-def _rates(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:
+def rates_on_record(limits: MachineLimits | None, devices: Sequence[Device]) -> Rates:
     """What has been measured of this machine and this file system, if anything."""
     names = [str(device.torch_device) for device in devices]
     if limits is None:

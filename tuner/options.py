@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from ..errors import ConfigError
 from ..planning.budget import parse_bytes
@@ -49,6 +49,7 @@ class TuneValues(_Common, total=False):
     read_chunk_values: Sequence[int | None] | None
     device_budget_values: Sequence[Bytes | None] | None
     host_budget_values: Sequence[Bytes | None] | None
+    host_layers_values: Sequence[int | Literal["auto"] | None] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,7 @@ from .options import TuneOptions
 from .progress import TuneProgress, first_line, format_seconds
 from .results import ResultsFile, cache_folder, lock
 from .search import space
+from .search.host_layers import counts_around
 from .search.predict import Costs
 from .search.race import Race, enter
 from .search.screen import Engines, Screened, Screener
@@ -113,6 +114,9 @@ class Session:
         if "path" in self._model.arguments or self._model.engine is not None:
             grants = replace(bounds, max_host_bytes=host)
             defaults = space.default_axes(grants, survey.identity.num_cores, unified=unified)
+            counts = self._host_layers(defaults, manifest, machine, bounds)
+            if any(counts):
+                defaults = space.with_host_layers(defaults, counts)
         self.axes = space.check_axes({**defaults, **self._given})
         num_first = self._screen(manifest, machine, spec, bounds)
         kept = self._screened.kept
@@ -123,6 +127,20 @@ class Session:
         race = Race(entries, costs, options.strategy, options.tolerance, num_first)
         settings = [planned.settings for planned in kept]
         return Search(race, settings, spec, options, bounds, unified, self._run_trial, self._now)
+
+    def _host_layers(
+        self, axes: Mapping[str, Values], manifest: Manifest, machine: Machine, bounds: Bounds
+    ) -> Sequence[int]:
+        """Numbers of host layers to try, by what a pass streams with the budgets that are granted;
+        none where nobody measures what a processor does with them: see docs/tuning.md."""
+        model, stands_in = self._model, self._model.engine is None
+        measured = model.setup_fn is None and self._options.tokens and packed_share(manifest) <= 0.5
+        demand = model.arguments.get("experts") == "demand"  # they come to the device alone
+        if model.streamed or machine.unified or demand or (stands_in and not measured):
+            return ()
+        budgets = {name: axes[name][0] for name in ("device_budget", "host_budget")}
+        screened = Screener(manifest, machine, model.fixed, bounds).screen([budgets])
+        return counts_around(screened.kept[0].plan, manifest.num_layers) if screened.kept else ()
 
     def _screen(self, manifest: Manifest, machine: Machine, spec: TrialSpec, bounds: Bounds) -> int:
         """Find the candidates that can work; how many of them, the first ones, come first."""
@@ -206,8 +224,11 @@ def plan_streamed(found: Streamed, spec: TrialSpec, candidates: Sequence[Choice]
     what is not taken beside it, but its slots at least, for a head or a table gives way where there
     is no room. A device with memory of its own has a budget where none is named."""
     device = {name: spec.model[name] for name in ("device",) if name in spec.model}
-    plans = list[dict[str, Any]]()
+    plans = list[dict[str, Any] | str]()
     for candidate in candidates:
+        if candidate.get("host_layers"):
+            plans.append("host_layers=: not with a module, whose forward has its own order")
+            continue
         plan: dict[str, Any] = {**device, **candidate}
         reserve: Any = spec.model.get("reserve_bytes")
         if plan.get("device_budget") is None and not found.unified:

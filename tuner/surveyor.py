@@ -20,12 +20,11 @@ from typing import Any
 
 import psutil
 
-from ..assembly import look_at_machine
+from ..assembly import look_at_machine, rates_on_record
 from ..devices.accelerator import open_devices
 from ..errors import StreamerError
 from ..machine.identity import this_machine
 from ..machine.limits import load_limits
-from ..planning.placement import Rates
 from .survey import Survey
 from .trials.model_args import decode_model, encode_model
 from .trials.record import FunctionName
@@ -36,10 +35,9 @@ def look(device: Any, path: Path) -> Survey:
     """Open the devices and describe the machine."""
     devices = open_devices(device)
     limits = load_limits(path)
-    unknown = Rates(None, (None,) * len(devices))
     memory = psutil.Process().memory_info()
     return Survey(
-        look_at_machine(devices, unknown, limits),
+        look_at_machine(devices, rates_on_record(limits, devices), limits),
         this_machine(),
         limits,
         # Libraries' files are page cache that any process may share.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -83,6 +83,7 @@ class LayerStreamerTuner:
         read_chunk_values: Sequence[int | None] | None = None,
         device_budget_values: Sequence[Bytes | None] | None = None,
         host_budget_values: Sequence[Bytes | None] | None = None,
+        host_layers_values: Sequence[int | Literal["auto"] | None] | None = None,
         device: DeviceName | Sequence[DeviceName] | None = None,
         dtype: torch.dtype | None = None,
         **options: Unpack[TuneKeywords],

@@ -46,8 +46,6 @@ def take_out(
         if settings.asked["expert_slots"] is not None:
             raise ConfigError("expert_slots: goes with experts='demand'")
         return manifest, {}, settings
-    if settings.asked["host_layers"]:
-        raise ConfigError("host_layers: with experts='demand', experts come to the device alone")
     split = [split_experts(layer) for layer in manifest.layers]
     experts = {i: found for i, (_, found) in enumerate(split) if found is not None}
     chosen = settings.asked["layers"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from ..errors import ConfigError
@@ -10,6 +10,20 @@ from .layout import PAGE, align_up
 from .placement import StepSize
 from .plan import Plan
 from .residency import spread_evenly
+
+
+def plan_with(
+    make: Callable[[frozenset[int]], Plan],
+    asked: int | Collection[int] | str | None,
+    layers: Sequence[int],
+    num_layers: int,
+) -> Plan:
+    """The plan with the layers that ``host_layers`` asks for, of whichever of them ``make`` makes.
+
+    The other arguments are those of :func:`choose_host_layers`. ConfigError.
+    """
+    chosen = balance(make(frozenset()), layers, num_layers) if isinstance(asked, str) else asked
+    return make(choose_host_layers(chosen, layers, num_layers))
 
 
 def choose_host_layers(

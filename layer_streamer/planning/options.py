@@ -150,7 +150,8 @@ class PoolOptions(TypedDict, total=False):
 
 
 class TierOptions(TypedDict, total=False):
-    """How files are read, and what memory holds layers for good: the tuner searches them, too."""
+    """How files are read, what memory holds layers for good, and which are computed in host memory:
+    the tuner searches them, too."""
 
     read_mode: Annotated[ReadMode | None, Option(
         '`"mapped"`, `"direct"`, `"buffered"`, or what suits the memory there is',
@@ -172,6 +173,13 @@ class TierOptions(TypedDict, total=False):
         "the same for host memory; None: slots, or the page cache if it holds the model",
         "None", _BUDGET,
     )]  # fmt: skip
+    host_layers: Annotated[int | Collection[int] | Literal["auto"] | None, Option(
+        "layers that stay in host memory and are handed out there, on the CPU, while others "
+        'stream: so many, evenly spread, the indices of certain ones, or `"auto"`: as many as end '
+        "with the others, by what `probe` measured; passes that say `on_host=False` stream them, "
+        "too. On a CPU they are layers like any other", "none",
+        Kind(_check_host_layers, "N", count_or_auto),
+    )]  # fmt: skip
 
 
 class FixedOptions(TypedDict, total=False):
@@ -188,13 +196,6 @@ class FixedOptions(TypedDict, total=False):
     layers: Annotated[Sequence[int] | None, Option(
         "indices of the layers to stream, in this order, each once (a stage of a pipeline, every "
         "second one); each keeps the index that it has in the checkpoint", "all",
-    )]  # fmt: skip
-    host_layers: Annotated[int | Collection[int] | Literal["auto"] | None, Option(
-        "layers that stay in host memory and are handed out there, on the CPU, while others "
-        'stream: so many, evenly spread, the indices of certain ones, or `"auto"`: as many as end '
-        "with the others, by what `probe` measured; passes that say `on_host=False` stream them, "
-        "too. On a CPU they are layers like any other", "none",
-        Kind(_check_host_layers, "N", count_or_auto),
     )]  # fmt: skip
     on_copy: Annotated[OnCopy | None, Option(
         "`on_copy(layer_idx, stream)`, called on the copier's thread as a layer's copies are "

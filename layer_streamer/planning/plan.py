@@ -125,15 +125,24 @@ class Plan:
         return self.predicted.seconds if self.predicted is not None else None
 
     @property
+    def copied_beside(self) -> tuple[int, ...]:
+        """By device, bytes that it is sent in a pass that computes host layers where they lie."""
+        moved = list(self.placement.copy_bytes)
+        for i in self.placement.on_host:
+            moved[i % len(moved)] -= self.sizes[i].copy_nbytes
+        return tuple(moved)
+
+    @property
+    def computed_there(self) -> int:
+        """Bytes of weights of the host layers, as far as they would be copied."""
+        return sum(self.sizes[i].copy_nbytes for i in self.placement.on_host)
+
+    @property
     def predicted_on_host(self) -> tuple[float, float] | None:
         """Seconds of links and of the processor in a pass of one token that computes the host
         layers where they lie, side by side; None: there are none, layers are read from disk in
         each pass, or it was not measured how fast the two are at once."""
-        rates, on_host = self.machine.rates, self.placement.on_host
-        moved = list(self.placement.copy_bytes)
-        for i in on_host:
-            moved[i % len(moved)] -= self.sizes[i].copy_nbytes
-        there = sum(self.sizes[i].copy_nbytes for i in on_host)
+        rates, moved, there = self.machine.rates, self.copied_beside, self.computed_there
         known = len(rates.beside) == len(moved) and None not in rates.beside
         if not there or rates.products is None or not known or "disk" in self.tiers:
             return None

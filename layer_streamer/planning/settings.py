@@ -54,6 +54,10 @@ class Settings:
             raise ConfigError(
                 f"dtype={dtype}: must be float32, float16, bfloat16 or None (as stored)"
             )
+        if whole["experts"] == "demand" and whole["host_layers"]:
+            raise ConfigError(
+                "host_layers: with experts='demand', experts come to the device alone"
+            )
         object.__setattr__(self, "asked", MappingProxyType(whole))
 
     def but(self, **options: Unpack[Options]) -> Settings:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "values to try", "lists, such as 1,2,4 or none,2; what is not named gets what suits here"
     )
     for name in SEARCHED:
-        kind = _counts if COMMAND_LINE[name].metavar == "N" else _words
+        numbers = COMMAND_LINE[name].metavar == "N"
+        kind = partial(_counts, COMMAND_LINE[name].read) if numbers else _words
         values.add_argument(f"--{name.replace('_', '-')}-values", type=kind, metavar="V,V,...")
 
 
@@ -143,9 +145,9 @@ def _quote(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def _counts(text: str) -> list[int | None]:
+def _counts(read: Callable[[str], Any], text: str) -> list[Any]:
     try:
-        return [None if word is None else int(word) for word in _words(text)]
+        return [None if word is None else read(word) for word in _words(text)]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: must be numbers, or none: 1,2,none") from None
 

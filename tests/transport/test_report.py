@@ -20,7 +20,7 @@ from routes import nothing
 from support import make_device, open_checkpoint
 
 from layer_streamer import LayerStreamer
-from layer_streamer.assembly import _rates
+from layer_streamer.assembly import rates_on_record
 from layer_streamer.machine.identity import file_system, this_machine
 from layer_streamer.machine.limits import (
     DeviceLimits,
@@ -228,7 +228,7 @@ def test_limits_on_record_of_the_way_that_is_taken_reach_the_report(
 ) -> None:  # fmt: skip
     tiny_checkpoint(tmp_path, NUM_LAYERS)
     Disk(monkeypatch)  # direct reads are possible, wherever this runs
-    monkeypatch.setattr("layer_streamer.assembly._rates", lambda limits, devices: RATES)
+    monkeypatch.setattr("layer_streamer.assembly.rates_on_record", lambda limits, devices: RATES)
     monkeypatch.setattr(OpenFiles, "cached_share", lambda files, extents: cached)
     options: dict[str, Any] = {"n_cpu_pinned": 1, "read_mode": mode}
     with open_checkpoint(make_device(device), tmp_path, **options) as streamer:
@@ -243,7 +243,7 @@ def test_once_direct_reads_are_refused_their_limit_is_none(
 ) -> None:
     tiny_checkpoint(tmp_path, NUM_LAYERS)
     disk = Disk(monkeypatch)
-    monkeypatch.setattr("layer_streamer.assembly._rates", lambda limits, devices: RATES)
+    monkeypatch.setattr("layer_streamer.assembly.rates_on_record", lambda limits, devices: RATES)
     if at == "open":
         monkeypatch.setattr(files, "open_direct", lambda path: refuse())
     options: dict[str, Any] = {"n_cpu_pinned": 1, "read_mode": "direct"}
@@ -261,12 +261,12 @@ def test_limits_of_a_probe_are_taken_each_for_its_own_way(tmp_path: Path) -> Non
     rates = tuple(ReadRate(mode, threads, 1, rate) for mode, threads, rate in reads)
     part = DiskPart(file_system(tmp_path), "", "", False, rates, (ThreadRate(8, 20.0),))
     gpu: Any = SimpleNamespace(torch_device="cuda:0")
-    found = _rates(MachineLimits(machine, part), [gpu])
+    found = rates_on_record(MachineLimits(machine, part), [gpu])
     expected = Rates(3.0, (52.0,), None, cold=7.0, cached=20.0, pageable=(10.0,), beside=(None,))
     assert found == expected
     other: Any = SimpleNamespace(torch_device="cuda:1")
     nothing_known = Rates(None, (None,), pageable=(None,), beside=(None,))
-    assert _rates(MachineLimits(machine, None), [other]) == nothing_known
+    assert rates_on_record(MachineLimits(machine, None), [other]) == nothing_known
 
 
 @pytest.mark.parametrize("overtaken", [1, 10**9])

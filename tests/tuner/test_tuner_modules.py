@@ -65,6 +65,18 @@ def cost(settings: Mapping[str, Any]) -> float:
     return 1.0 if not settings else 0.5 + 0.1 * settings.get("n_gpu", 0)
 
 
+def test_a_streamed_module_has_no_host_layers_and_says_so(folders: dict[str, Path]) -> None:
+    values = VALUES | {"host_layers_values": [0, 1]}
+    tuner = LayerStreamerTuner.for_module(
+        folders["gpt2"], prompt_tokens=3, new_tokens=2, device="cpu", **values
+    )
+    started = simulate(tuner, cost, unified=False)
+    tuner.tune()
+    assert not any("host_layers" in settings for settings in started.started)
+    pruned = {record.detail for record in tuner.results if record.ending == "pruned"}
+    assert pruned == {"host_layers=: not with a module, whose forward has its own order"}
+
+
 def test_a_pass_is_that_of_the_largest_sequence_and_the_rest_is_taken(
     folders: dict[str, Path],
 ) -> None:

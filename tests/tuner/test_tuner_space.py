@@ -36,6 +36,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "read_chunk": st.none() | st.sampled_from([4096, 1 << 20]),
     "device_budget": st.sampled_from([None, "auto", "1GiB", GIB]),
     "host_budget": st.sampled_from([None, "auto", "2 GiB", 2 * GIB]),
+    "host_layers": st.sampled_from([None, 0, 3, "auto"]),
 }
 some_settings = st.fixed_dictionaries({}, optional=VALUES)
 
@@ -59,7 +60,8 @@ def effect(settings: dict[str, Any], unified: bool) -> tuple[Any, ...]:
     asked = (s.asked["device_budget"], s.asked["host_budget"])
     budgets = [{"1GiB": GIB, "2 GiB": 2 * GIB}.get(b, b) for b in asked]  # type: ignore[arg-type]
     named = s.read_mode == "auto" and s.names_host_pools and not unified
-    return counts, batches, readers, s.read_mode, budgets, named
+    there = None if unified else s.asked["host_layers"] or None
+    return counts, batches, readers, s.read_mode, budgets, named, there
 
 
 @hypothesis_settings(deadline=None)
@@ -107,6 +109,7 @@ def test_equal_keys_mean_equal_effects(
         ({"read_mode": "mapped", "n_cpu_pinned": 2}, {"read_mode": "mapped", "read_threads": 3}),
         ({"device_budget": "1GiB"}, {"device_budget": GIB}),
         ({"read_mode": "auto"}, {}),
+        ({"host_layers": 0}, {"host_layers": None}),
     ],
 )
 def test_equal_candidates_are_one(one: dict[str, Any], other: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ Array = NDArray[np.float64]
 SIZES = defaultdict[str, float](
     lambda: 0.1,
     batch_gpu=0.05, batch_cpu_pinned=0.05, batch_cpu=0.05, read_mode=0.2, read_threads=0.15,
+    host_layers=0.3,
 )  # fmt: skip
 """By setting, how far one of its values may well put a prediction wrong (as a logarithm)."""
 COMMON = 2.0

@@ -20,16 +20,23 @@ Class = tuple[str, str, int, int, bool]
 """What the speed of a step depends on: its name, mode, threads, and bytes a read (or zeros), and
 whether reads go into a ring, which stays in the processor's cache."""
 
+THERE: Class = ("host", "", 0, 0, False)
+"""What the processor computes."""
 READ_RATES = {"direct": 3e9, "cold": 2e9, "warm": 10e9}
 """Bytes a second of DEFAULT_READ_THREADS threads, where nothing is on record."""
 COPY_RATES = {"pinned": 20e9, "mapped": 20e9, "pageable": 6e9}
 MEMCPY_RATE = 8e9
+PRODUCT_RATE = 10e9
+"""Weights that the processor takes in beside copies: half of what these bring, as it was where the
+engine computed layers in host memory (docs/benchmarks)."""
 INTO_POOLS = 0.8
 """Reads into slots that hold layers, compared with reads into a ring."""
 PART_SECONDS = 1e-4
 """What one part's way through a ring costs beside its bytes; parts are handed over one by one."""
 COMPUTE_RATES = {True: 10e9, False: 1e12}
 """Weights that compute takes in, until a trial has told; on the CPU (True), on other devices."""
+LEAST_SHARE = 1 / 8
+"""Trials in which the device computed with less than this tell no more of its compute."""
 JITTER = 0.02
 """What a pass loses at a hand-over between two steps with one slot ahead; less with more."""
 
@@ -57,12 +64,20 @@ class Work:
     memcpy: float
     copy: float
     compute: float
+    """Of weights, on the device."""
     read_class: Class
     copy_class: Class
     overlaps: tuple[float, ...]
     """Of reads and memcpys, of these and copies, of these and compute: 0 by turns (there is room
     for one batch alone), 1 at once (one can be filled while another is used)."""
     jitter: float
+    there: float = 0.0
+    """Of weights, by the processor: of host layers, which are not copied."""
+
+    @property
+    def share(self) -> float:
+        """The part of the weights that the device computes with."""
+        return self.compute / (self.compute + self.there) if self.there else 1.0
 
 
 def work_of(planned: Planned) -> Work:
@@ -84,12 +99,13 @@ def work_of(planned: Planned) -> Work:
         read=read,
         memcpy=read if staged else 0,
         # Devices copy side by side: the one with the most to copy counts.
-        copy=0.0 if unified else float(max(plan.placement.copy_bytes)),
-        compute=sum(size.copy_nbytes for size in plan.sizes),
+        copy=0.0 if unified else float(max(plan.copied_beside)),
+        compute=sum(size.copy_nbytes for size in plan.sizes) - plan.computed_there,
         read_class=("read", plan.read_mode, plan.read_threads, plan.read_chunk, "ring" in slots),
         copy_class=("copy", source, 0, 0, False),
         overlaps=tuple(min(max(depth - 1, 0.0), 1.0) for depth in depths),
         jitter=sum(JITTER / depth for depth in depths),
+        there=plan.computed_there,
     )
 
 
@@ -99,6 +115,10 @@ def predict_seconds(work: Work, costs: Costs) -> float:
     compute = costs.compute_seconds
     if compute is None:
         compute = passes * work.compute / COMPUTE_RATES[costs.unified]
+    else:
+        compute *= work.share
+    # The device waits for what the processor computes; the link does not.
+    compute += passes * work.there * _seconds_per_byte(THERE, costs)
     parts = (
         passes * work.read * _seconds_per_byte(work.read_class, costs),
         passes * work.memcpy / ((costs.limits and costs.limits.memcpy_rate) or MEMCPY_RATE),
@@ -120,7 +140,7 @@ def floor_seconds(work: Work, costs: Costs) -> float:
     """
     if costs.unified:
         return 0.0
-    floor = costs.compute_seconds or 0.0
+    floor = (costs.compute_seconds or 0.0) * work.share
     for kind, nbytes in ((work.read_class, work.read), (work.copy_class, work.copy)):
         known = costs.seconds_per_byte.get(kind)
         if known is None and costs.compute_seconds is not None:
@@ -143,9 +163,10 @@ def learn(costs: Costs, trials: Iterable[tuple[Work, TrialRecord]]) -> Costs:
         run = record.run_seconds[-1]
         # What a run does beside its passes counts as a part of one: it is in every candidate's.
         passes = max(run / record.pass_seconds, 1.0)
-        needed = _needed(record, "compute")
+        needed = _needed(record, "compute") / max(work.share, LEAST_SHARE)
         compute = needed if compute is None else min(compute, needed)
-        for kind, nbytes in ((work.read_class, work.read), (work.copy_class, work.copy)):
+        moved = (work.read_class, work.read), (work.copy_class, work.copy), (THERE, work.there)
+        for kind, nbytes in moved:
             if nbytes and record.step_bytes.get(kind[0]):
                 each = _needed(record, kind[0]) / (passes * nbytes)
                 shown[kind] = min(shown.get(kind, each), each)
@@ -181,6 +202,8 @@ def _guess(kind: Class, costs: Costs) -> float:
     name, mode, threads, chunk, ring = kind
     if name == "copy":
         return 1 / (rate if rate is not None else COPY_RATES[mode])
+    if name == "host":
+        return 1 / (rate if rate is not None else PRODUCT_RATE)
     if rate is None:
         way = "direct" if mode == "direct" else costs.cache
         # More threads help less and less; small reads cost a call each.
@@ -201,8 +224,11 @@ def _rate_on_record(kind: Class, costs: Costs, *, fastest: bool = False) -> floa
     if limits is None:
         return None
     name, mode, threads, chunk, _ = kind
+    devices = limits.machine.devices
+    if name == "host":
+        known = (limits.product_rate(device.device) for device in devices)
+        return min((rate.bytes_per_s for rate in known if rate is not None), default=None)
     if name == "copy":
-        devices = limits.machine.devices
         pinned = [rate.bytes_per_s for device in devices for rate in device.copies]
         pageable = [device.pageable for device in devices]
         return max(pageable if mode == "pageable" else pinned, default=None)

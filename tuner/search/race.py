@@ -141,6 +141,7 @@ def features_of(planned: Planned) -> dict[str, Any]:
         found["batch_gpu"] = batches.copied
         found["n_cpu_pinned"] = slots.get("pinned") if planned.has_reads else None
         found["n_cpu"] = slots.get("host") if planned.has_reads else None
+        found["host_layers"] = len(plan.host_layers)
         found["batch_cpu_pinned"] = batches.staged if len(slots) == 3 else batches.read
     else:
         found["batch_cpu"] = batches.read

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ...checkpoint.manifest import Manifest
@@ -13,6 +14,7 @@ from ...errors import ConfigError
 from ...planning import planner
 from ...planning.batches import Batches, plan_batches
 from ...planning.budget import format_bytes
+from ...planning.host_layers import plan_with
 from ...planning.layout import plan_steps
 from ...planning.plan import Machine, Plan
 from ...planning.planner import make_plan, measure_steps
@@ -50,8 +52,8 @@ class Planned:
         host = {name: count for name, count in self.slots.items() if name != "device"}
         mode = plan.read_mode if self.has_reads or plan.read_mode == "mapped" else ""
         return (
-            place.tiers, place.device_slots, tuple(sorted(host.items())), self.batches, mode,
-            readers, self.engine,
+            place.tiers, place.on_host, place.device_slots, tuple(sorted(host.items())),
+            self.batches, mode, readers, self.engine,
         )  # fmt: skip
 
 
@@ -79,6 +81,7 @@ class Screener:
         dtype = fixed.get("dtype")
         chosen = {name: fixed[name] for name in ("tail", "layers") if name in fixed}
         steps = plan_steps(manifest, **chosen)
+        self._layers, self._num_layers = tuple(s.layer_idx for s in steps), manifest.num_layers
         layouts = lay_out_all(steps, unified=machine.unified, dtype=dtype)
         self._sizes = measure_steps(steps, layouts, dtype)
         self._scratch = max(layout.scratch_nbytes for layout in layouts)
@@ -113,7 +116,9 @@ class Screener:
             raise ConfigError(engine)
         chosen = candidate if engine is None else engine
         settings = Settings(**{**self._fixed, **chosen})
-        plan = make_plan(self._sizes, self._scratch, self._machine, settings, lambda: 1.0)
+        make = partial(make_plan, self._sizes, self._scratch, self._machine, settings, lambda: 1.0)
+        plan = plan_with(make, settings.asked["host_layers"], self._layers, self._num_layers)
+        plan = replace(plan, layers=self._layers)
         maps = plan.read_mode == "mapped" or set(plan.tiers) == {"device"}  # or has nothing to map
         if settings.read_mode == "mapped" and not (self._machine.unified or maps):
             raise ConfigError("read_mode='mapped': the device cannot copy from mapped files")

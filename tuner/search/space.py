@@ -84,6 +84,13 @@ def default_axes(grants: Bounds, num_cores: int, *, unified: bool) -> dict[str, 
     return axes
 
 
+def with_host_layers(axes: Axes, counts: Values) -> dict[str, Values]:
+    """The same with ``counts`` of host layers to try: host memory holds what streams then, so how
+    it gets there counts once, and not all ways of reading are tried."""
+    fewer: dict[str, Values] = {"n_cpu_pinned": (0,), "read_threads": axes["read_threads"][-2:-1]}
+    return {**axes, **fewer, "read_chunk": (8 * MIB,), "host_layers": counts}
+
+
 def check_axes(axes: Mapping[str, Values | None]) -> dict[str, Values]:
     """The axes that have values, each value once; None as the size of a host pool is 0.
 
@@ -102,6 +109,8 @@ def check_axes(axes: Mapping[str, Values | None]) -> dict[str, Values]:
             try:
                 if name == "n_gpu":  # the one pool that is always there
                     check_count(name, value, 0, MAX_SLOTS)
+                if name == "host_layers" and not isinstance(value, int | str | None):
+                    raise ConfigError(f"{name}={value!r}: must be a number of layers, or 'auto'")
                 Settings(**_named({name: value}))
             except ConfigError as error:
                 raise ConfigError(f"{name}_values: {error}") from None
@@ -140,7 +149,7 @@ def plain(settings: Choice, *, unified: bool) -> dict[str, int | str | None]:
 
     A pool that is not there is 0; a batch is at most its pool's slots, and one layer at a time is
     None; mapped files need no host pools. On the CPU (``unified``) all three are parts of one pool.
-    Options at their default are left out, except that a host pool
+    Options at their default are left out, on the CPU host layers as well, except that a host pool
     that is named stays named: that rules mapped files out under "auto".
     """
     named = _named(settings)
@@ -157,9 +166,8 @@ def plain(settings: Choice, *, unified: bool) -> dict[str, int | str | None]:
     for name in _BUDGETS:
         if named.get(name) not in (None, "auto"):
             named[name] = parse_bytes(name, named[name])
-    if named.get("read_mode") == "auto":
-        del named["read_mode"]
-    return {name: named[name] for name in AXES if name in named}
+    idle = {"read_mode": "auto", "host_layers": named.get("host_layers") if unified else 0}
+    return {name: named[name] for name in AXES if name in named and named[name] != idle.get(name)}
 
 
 def make_key(settings: Choice, *, unified: bool) -> str:
@@ -181,11 +189,14 @@ def make_key(settings: Choice, *, unified: bool) -> str:
 
 
 def complete(settings: Choice, axes: Axes) -> dict[str, int | str | None]:
-    """``settings`` with every searched option named, for whoever asked for its values."""
+    """``settings`` with every searched option named, for whoever asked for its values. No layer of
+    the host is 0."""
     named = {name: settings.get(name) for name in AXES if name in axes or name in settings}
     whole = name_absent_pools(named)
     if whole.get("read_mode", "") is None:
         whole["read_mode"] = "auto"
+    if whole.get("host_layers", 0) is None:
+        whole["host_layers"] = 0
     return whole
 
 
