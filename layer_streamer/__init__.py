@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .experts.trace import ExpertPass, TraceHeader
     from .experts.trace_writer import TraceWriter
     from .machine.cache import cache_path
+    from .machine.limits import ProductRate
+    from .measuring.products import product_rates
     from .modules.handle import ModulePlan, ModuleStreamer
     from .modules.pipelines.handle import PipelinePlan, PipelineStreamer
     from .modules.stream import stream
@@ -59,6 +61,7 @@ __all__ = [
     "PipelinePlan",
     "PipelineStreamer",
     "Plan",
+    "ProductRate",
     "ReadError",
     "StepReport",
     "StreamerError",
@@ -72,6 +75,7 @@ __all__ = [
     "format_bytes",
     "parse_bytes",
     "plan_checkpoint",
+    "product_rates",
     "read_json",
     "read_manifest",
     "stream",
@@ -85,6 +89,8 @@ _PLACES = {
     "Plan": "planning.plan",
     "copy_pieces": "devices.pieces",
     "cache_path": "machine.cache",
+    "ProductRate": "machine.limits",
+    "product_rates": "measuring.products",
     "plan_checkpoint": "preview",
     "LayerStreamer": "streamer",
     "ExpertReport": "passes.expert_report",

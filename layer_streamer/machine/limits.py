@@ -186,9 +186,9 @@ def load_limits(path: Path | None = None, *, gpus: bool = True) -> MachineLimits
     record is then one of this machine whatever GPUs it names.
     """
     identity = this_machine(gpus=gpus)
-    own = _folder(identity)
+    own = machine_folder(identity)
     for folder in [own] if gpus else sorted(own.parent.glob("*")):
-        machine = _load(folder / "machine.json", MachinePart)
+        machine = load_part(folder / "machine.json", MachinePart)
         if machine is None:
             continue
         found = machine.identity if gpus else replace(machine.identity, gpus=())
@@ -200,7 +200,7 @@ def load_limits(path: Path | None = None, *, gpus: bool = True) -> MachineLimits
 
 def save_limits(limits: MachineLimits) -> tuple[Path, ...]:
     """Put ``limits`` on record, each part atomically; the files written. Raises OSError."""
-    folder = _folder(limits.machine.identity, make=True)
+    folder = machine_folder(limits.machine.identity, make=True)
     parts: dict[Path, MachinePart | DiskPart] = {folder / "machine.json": limits.machine}
     if limits.disk is not None:
         parts[folder / _disk_name(limits.disk.file_system)] = limits.disk
@@ -209,13 +209,13 @@ def save_limits(limits: MachineLimits) -> tuple[Path, ...]:
     return tuple(parts)
 
 
-def encode(record: MachineLimits | MachinePart | DiskPart) -> dict[str, Any]:
-    """``record`` as JSON has it; :func:`decode` is the way back."""
+def encode(record: Any) -> dict[str, Any]:
+    """``record``, a dataclass, as JSON has it; :func:`decode` is the way back."""
     return {"version": VERSION, **asdict(record)}
 
 
 def decode(document: object, kind: type[P]) -> P:
-    """The record (MachineLimits, or a part) in parsed JSON. ValueError if it is not exactly one."""
+    """The record (MachineLimits, a part) in parsed JSON. ValueError if it is not exactly one."""
     if not isinstance(document, dict):
         raise ValueError("not a JSON object")
     version = document.get("version")
@@ -230,8 +230,9 @@ def _best(rates: Iterable[ReadRate | ThreadRate | SizeRate]) -> float | None:
     return max((rate.bytes_per_s for rate in rates), default=None)
 
 
-def _folder(identity: MachineIdentity, *, make: bool = False) -> Path:
-    """Where a machine's records are: home directories can be shared by machines."""
+def machine_folder(identity: MachineIdentity, *, make: bool = False) -> Path:
+    """Where a machine's records are: home directories can be shared by machines. OSError if it
+    cannot be made."""
     digest = hashlib.sha256(repr(identity.hardware).encode()).hexdigest()[:16]
     return cache_path("limits", digest, make=make)
 
@@ -247,11 +248,13 @@ def _load_disk(folder: Path, path: Path | None) -> DiskPart | None:
         system = file_system(path) if path is not None else None
     except OSError:
         return None
-    part = _load(folder / _disk_name(system), DiskPart) if system is not None else None
+    part = load_part(folder / _disk_name(system), DiskPart) if system is not None else None
     return part if part is not None and part.file_system == system else None
 
 
-def _load(path: Path, kind: type[P]) -> P | None:
+def load_part(path: Path, kind: type[P]) -> P | None:
+    """The record of that kind in a file; None if there is none, or, as is logged, none that can be
+    read."""
     try:
         return decode(json.loads(read_record(path, MOST_NBYTES)), kind)
     except (FileNotFoundError, NotADirectoryError):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import cycle
 from statistics import median
@@ -27,6 +27,8 @@ from .threads import leave_a_core
 
 SIDE = 4096
 """Rows and columns of a matrix."""
+Multiply: TypeAlias = Callable[[], int]
+"""Multiplies by one matrix more, and returns its bytes."""
 Ends: TypeAlias = tuple[threading.Event, threading.Event]
 """Set when a measurement is given up, and when all is multiplied."""
 COPY_NBYTES = 64 * MIB
@@ -41,22 +43,35 @@ def measure_products(
     Neither goes over so little memory that a cache would hold it, if ``budget`` allows.
     """
     name, found = str(device.torch_device), list[ProductRate]()
-    matrices = _matrices(budget // 2)
-    size = copy_sizes(config, min(COPY_NBYTES, budget // 2))[-1]
-    memory = device_memory(device, size)
-    with closing(host_memory([max(budget // 2, size)], device)) as arena, leave_a_core():
-        pairs = pairs_of(memory, arena.memory, memory.nbytes)
+    matrices = cycle(_matrices(budget // 2))
+    with copies_to(device, config, budget // 2) as pairs, leave_a_core():
         for tokens in config.product_tokens:
             journal.measuring(f"{name}: copies beside products of {tokens} tokens")
-            stopped, multiplied = threading.Event(), threading.Event()
-            seconds = config.seconds / config.samples, config.samples
-            work = (
-                partial(_multiply, matrices, tokens, seconds, (stopped, multiplied)),
-                partial(_copy, device, pairs, (stopped, multiplied)),
-            )
-            products, copies = run_all(work, 2, stopped=stopped)
-            found.append(ProductRate(tokens, products, copies))
+            multiply = partial(_by_torch, matrices, _ones(tokens, next(matrices).shape[1]))
+            found.append(ProductRate(tokens, *measure_beside(device, pairs, multiply, config)))
     return tuple(found)
+
+
+@contextmanager
+def copies_to(device: Device, config: ProbeConfig, nbytes: int) -> Iterator[list[Pair]]:
+    """What copies to ``device`` are made of while something is multiplied: out of so many bytes."""
+    memory = device_memory(device, copy_sizes(config, min(COPY_NBYTES, nbytes))[-1])
+    with closing(host_memory([max(nbytes, memory.nbytes)], device)) as arena:
+        yield pairs_of(memory, arena.memory, memory.nbytes)
+
+
+def measure_beside(
+    device: Device, pairs: list[Pair], multiply: Multiply, config: ProbeConfig
+) -> tuple[float, float]:
+    """Bytes a second that are multiplied, and that are copied meanwhile."""
+    stopped, multiplied = threading.Event(), threading.Event()
+    seconds = config.seconds / config.samples, config.samples
+    work = (
+        partial(_multiply, multiply, seconds, (stopped, multiplied)),
+        partial(_copy, device, pairs, (stopped, multiplied)),
+    )
+    products, copies = run_all(work, 2, stopped=stopped)
+    return products, copies
 
 
 def _matrices(nbytes: int) -> list[torch.Tensor]:
@@ -64,35 +79,38 @@ def _matrices(nbytes: int) -> list[torch.Tensor]:
     while side > 64 and 2 * side * side * 4 > nbytes:
         side //= 2
     count = max(1, nbytes // (2 * side * side))
+    one = _ones(side, side)
     with torch.inference_mode(False):
-        one = torch.ones(side, side, dtype=torch.bfloat16, device="cpu")
         return [one.clone() for _ in range(count)]
 
 
-def _multiply(
-    matrices: list[torch.Tensor], tokens: int, effort: tuple[float, int], ends: Ends
-) -> float:
+def _ones(*shape: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(*shape, dtype=torch.bfloat16, device="cpu")
+
+
+def _by_torch(matrices: Iterator[torch.Tensor], x_TD: torch.Tensor) -> int:
+    weight_ND = next(matrices)
+    F.linear(x_TD, weight_ND)
+    return weight_ND.nbytes
+
+
+def _multiply(multiply: Multiply, effort: tuple[float, int], ends: Ends) -> float:
     """Bytes of weights a second; ends the copies. ``effort``: seconds of a sample, and how many."""
     (seconds, samples), (stopped, multiplied) = effort, ends
     torch.set_num_threads(torch.get_num_threads())  # a thread has to be told of its own
-    x_TD = torch.ones(tokens, matrices[0].shape[1], dtype=torch.bfloat16, device="cpu")
-    turns = cycle(matrices)
     try:
         # The first is the warm-up.
-        rates = [_sample(x_TD, turns, seconds, stopped) for _ in range(1 + samples)][1:]
+        rates = [_sample(multiply, seconds, stopped) for _ in range(1 + samples)][1:]
     finally:
         multiplied.set()
     return median(rates)
 
 
-def _sample(
-    x_TD: torch.Tensor, matrices: Iterator[torch.Tensor], seconds: float, stopped: threading.Event
-) -> float:
+def _sample(multiply: Multiply, seconds: float, stopped: threading.Event) -> float:
     begin, done = time.perf_counter(), 0
     while True:
-        weight_ND = next(matrices)
-        F.linear(x_TD, weight_ND)
-        done += weight_ND.nbytes
+        done += multiply()
         taken = time.perf_counter() - begin
         if taken >= seconds or stopped.is_set():
             return done / max(taken, 1e-9)

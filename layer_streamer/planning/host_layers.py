@@ -63,14 +63,7 @@ def balance(plan: Plan, layers: Sequence[int], num_layers: int) -> int:
             "host_layers='auto': how fast the processor multiplies beside copies has not been "
             "measured here (layer-streamer probe does)"
         )
-    if "disk" in plan.tiers:
-        return 0  # what holds passes up is the disk
-    streamed = [
-        layer
-        for layer, tier in zip(layers, plan.tiers, strict=True)
-        if tier == "host" and layer < num_layers
-    ]
-    return round(len(streamed) * rates.products / (rates.products + sum(links)))
+    return replace(plan, layers=tuple(layers)).balanced(rates.products, links, num_layers)
 
 
 def sized_on_host(sizes: Sequence[StepSize], on_host: Collection[int]) -> tuple[StepSize, ...]:

@@ -124,6 +124,20 @@ class Plan:
         """Seconds a pass if only reads and copies take time; None if no rates are known."""
         return self.predicted.seconds if self.predicted is not None else None
 
+    def balanced(self, products: float, links: Sequence[float], num_layers: int) -> int:
+        """How many of the layers that this plan, which has no host layers, streams from host memory
+        a pass of one token should compute there, so that processor and links end together.
+
+        ``products``: bytes a second of weights that the processor multiplies while links are busy;
+        ``links``: by device, what is copied meanwhile. Steps from layer ``num_layers`` on are the
+        tail. 0 where a disk holds passes up, and on a CPU.
+        """
+        if self.machine.unified or "disk" in self.tiers:
+            return 0
+        steps = zip(self.layers, self.tiers, strict=True)
+        streamed = sum(tier == "host" and layer < num_layers for layer, tier in steps)
+        return round(streamed * products / (products + sum(links)))
+
     @property
     def copied_beside(self) -> tuple[int, ...]:
         """By device, bytes that it is sent in a pass that computes host layers where they lie."""

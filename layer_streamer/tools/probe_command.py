@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
     place, config = _place(args), _config(args)
     devices = choose_devices(args.device)
     known = None if args.force else _known(devices, config)
+    if args.force:
+        _forget()
     begun = itertools.count()
     with ProgressBar(unit="measurement", leave=False) as bar:
 
@@ -104,6 +106,16 @@ def _known(devices: Sequence[Device], config: ProbeConfig) -> MachinePart | None
     if recorded is None or not is_known(recorded.machine, devices, config):
         return None
     return recorded.machine
+
+
+def _forget() -> None:
+    """What engines have measured on this machine, too."""
+    from ..machine.products import forget_products
+
+    try:
+        forget_products()
+    except OSError as error:
+        say(f"warning: products of engines are still on record: {error}")
 
 
 def _save(limits: MachineLimits) -> tuple[Path, ...]:
