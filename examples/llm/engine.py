@@ -59,7 +59,8 @@ class StreamingEngine:
       those of a small model with the same tokenizer, or ("self") of the model in four bits.
     * ``reproducible``: logits, to the bit, whatever shares a pass: with and without drafts, too.
     * ``adapter``: a folder of peft's with a LoRA of this model, which stays on the device.
-    * ``host_layers``: so many layers are computed in host memory, in passes of few tokens.
+    * ``host_layers``: so many layers are computed in host memory, in passes of few tokens; "auto":
+      as many as end with the others, by products that are measured, once a machine.
     * ``notify`` hears of what takes seconds or is not as expected.
     * ``streamer_options``: those of ``LayerStreamer.from_checkpoint``, such as the tuner prints;
       ``reserve_bytes`` is the caller's part of ``device_budget``.

@@ -23,11 +23,11 @@ from .kv.cache import KVCache, KVLayout
 from .memory.footprint import Footprint, Needs, loaded_nbytes
 from .memory.memory_plan import MemoryPlan
 from .memory.placing import Named, choose_devices, choose_dtype, devices_of
-from .memory.plan import Planner
 from .memory.wishes import Wishes
 from .metadata import load_config, load_tokenizer, metadata_directory, refuse_by_config
 from .models.config import ModelConfig
 from .models.names import WeightNames, known_layers, used_tensors, weight_names
+from .on_host.auto import plan_with_host_layers
 from .on_host.side import HostSide
 from .passes.chunking import Chunking
 from .passes.decode import MOST_ROWS, MOST_ROWS_STREAMED, captured_rows
@@ -226,7 +226,7 @@ def plan_memory(
         reproducible=limits.reproducible,
         draft_nbytes=draft_nbytes,
     )
-    plan = Planner(model.manifest, Footprint(model.config, needs), wishes).make()
+    plan = plan_with_host_layers(model, Footprint(model.config, needs), wishes)
     if plan.streamer.host_layers and (limits.reproducible or limits.kv_int8):
         name = "reproducible" if limits.reproducible else "kv_int8"
         raise ValueError(f"{name}=True: does not go with host_layers")

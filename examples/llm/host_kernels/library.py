@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -56,6 +57,8 @@ class Library:
     def __init__(self, path: str) -> None:
         """OSError if it cannot be loaded; ValueError if it is not what was compiled."""
         own = ctypes.CDLL(path)
+        self.name = Path(path).stem
+        """Of what was compiled, how, and for which processor."""
         try:
             self._multiply, size = own.host_multiply, own.host_matrix_nbytes
             self.wide = own.host_lanes() > FEW_LANES

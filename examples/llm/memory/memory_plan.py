@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from layer_streamer import Plan
 
 from .plan_table import table
+
+
+@dataclass(frozen=True, slots=True)
+class HostChoice:
+    """What the number of layers that are computed in host memory was chosen by, where an engine was
+    to choose it."""
+
+    idle: str = ""
+    """Why there are none, and nothing had to be measured."""
+    products: Mapping[str, float] = field(default_factory=dict)
+    """By format, and what multiplies it, bytes a second on the processor beside copies."""
+    links: float = 0.0
+    """Bytes a second that all devices are sent meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +49,8 @@ class MemoryPlan:
     """What the streamer then does with its part, as far as that is known before it is opened."""
     others: tuple[Mapping[str, int], ...] = ()
     """As ``device``, of the devices behind the first."""
+    host_choice: HostChoice | None = None
+    """None: nobody left it to the engine, or its device is the CPU."""
 
     @property
     def devices(self) -> tuple[Mapping[str, int], ...]:

@@ -40,15 +40,6 @@ class Planner:
 
     def make(self) -> MemoryPlan:
         """The first way that fits; ValueError, with the least budget that would do, for none."""
-        plan = self._make()
-        if self._wishes.options.get("host_layers") != "auto":
-            return plan
-        # A number, whose layers are the same whatever else is planned with it.
-        options = {**self._wishes.options, "host_layers": len(plan.streamer.host_layers)}
-        wishes = replace(self._wishes, options=options)
-        return Planner(self._model, self._footprint, wishes).make()
-
-    def _make(self) -> MemoryPlan:
         budget = device_budget_of(self._wishes, self._preview())
         ways, count = list(self._ways()), self._footprint.config.num_layers
         limits = [budget]

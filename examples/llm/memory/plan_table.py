@@ -68,7 +68,32 @@ def table(plan: MemoryPlan) -> str:
             f"streamed each pass: {streamed} of {plan.num_layers} layers, {format_bytes(moved)} "
             f"(files {streamer.read_mode}: {streamer.reason})"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_computed_there(plan)])
+
+
+def _computed_there(plan: MemoryPlan) -> list[str]:
+    """A line for layers that are computed in host memory; another for what their number was chosen
+    by."""
+    streamer, choice = plan.streamer, plan.host_choice
+    there = len(streamer.host_layers)
+    if not there and choice is None:
+        return []
+    lines = [
+        f"computed in host memory, in passes of few tokens: {there} of {plan.num_layers} layers"
+    ]
+    if choice is None:
+        return lines
+    if choice.idle:
+        return [f"{lines[0]} ({choice.idle})"]
+    rates = ", ".join(f"{kind} {_rate(rate)}" for kind, rate in choice.products.items())
+    lines.append(f"  the processor multiplies {rates}, beside {_rate(choice.links)} of copies")
+    if (both := streamer.predicted_on_host) is not None:
+        lines.append(f"  a token: links {both[0]:.4f} s, processor {both[1]:.4f} s")
+    return lines
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.2f} GB/s"
 
 
 def _limit(budget: int | None, *, named: bool) -> str:

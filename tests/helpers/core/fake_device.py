@@ -272,7 +272,7 @@ def opened_as(make: Callable[[int], Any]) -> Iterator[None]:
         return tuple(make(number) for number in range(len(names)))
 
     with ExitStack() as stack:
-        for module in ("streamer", "preview"):
+        for module in ("streamer", "preview", "measuring.products"):
             stack.enter_context(patch(f"layer_streamer.{module}.open_devices", open_devices))
         yield
 

@@ -14,14 +14,12 @@ from fake_device import near_device
 from gguf_models import file_config, write_gguf
 from interrupter import Interrupt, Interrupter
 from one_sequence import Story
-from probing import limits_with
 from zoo import zoo_model
 
 from layer_streamer.llm.drafts.tree import Tree
 from layer_streamer.llm.engine import StreamingEngine
 from layer_streamer.llm.kv.cache import KVCache
 from layer_streamer.llm.passes.chunking import Chunking
-from layer_streamer.machine.limits import ProductRate
 
 WINDOW = {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 1}
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "windows": WINDOW}
@@ -170,22 +168,6 @@ def fails_in(layer_idx: int, patch: pytest.MonkeyPatch) -> None:
             raise MemoryError("no room")
 
     patch.setattr(KVCache, "close_home", closes)
-
-
-def test_auto_keeps_as_many_as_end_with_those_that_stream_within_the_budget(
-    model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limits = limits_with((ProductRate(1, 50e9, 50e9),))
-    monkeypatch.setattr("layer_streamer.assembly.load_limits", lambda path, **options: limits)
-    given: dict[str, Any] = {"device": "cpu", "max_length": 64, "kv_tokens": 512}
-    with pytest.raises(ValueError, match="at least") as least:
-        StreamingEngine(model[0], device_budget=1, **given)
-    words = str(least.value).split()
-    for budget, count in ((int(words[words.index("least") + 1]), 2), ("64MiB", 0)):
-        with StreamingEngine(model[0], host_layers="auto", device_budget=budget, **given) as engine:
-            there = engine.streamer.plan.host_layers
-            assert len(there) == count and set(there) <= set(engine.plan.host_layers)
-            assert engine.generate([5, 6, 7], max_new_tokens=3, return_details=True).error is None
 
 
 def test_a_draft_that_is_a_tree_is_looked_at_where_layers_lie(model: tuple[Path, Any]) -> None:
