@@ -52,13 +52,20 @@ def _of_device(device: Device, products: Mapping[str, Prepare]) -> dict[str, Pro
         if not missing:
             return known
         logger.info("measuring products beside copies to %s, once: %s", name, ", ".join(missing))
-        found, half = dict[str, ProductRate](), buffer_budget(CONFIG) // 2
-        with copies_to(device, CONFIG, half) as pairs:
-            for kind, prepare in missing.items():
-                rates = measure_beside(device, pairs, prepare(half), CONFIG)
-                found[kind] = ProductRate(1, *rates)
+        found = _measure(device, missing)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what copies went to is a plan's to use
         try:
             save_products(name, threads, found)
         except OSError as error:
             logger.warning("products are not put on record, and measured again: %s", error)
     return known | found
+
+
+def _measure(device: Device, products: Mapping[str, Prepare]) -> dict[str, ProductRate]:
+    found, half = dict[str, ProductRate](), buffer_budget(CONFIG) // 2
+    with copies_to(device, CONFIG, half) as pairs:
+        for kind, prepare in products.items():
+            rates = measure_beside(device, pairs, prepare(half), CONFIG)
+            found[kind] = ProductRate(1, *rates)
+    return found

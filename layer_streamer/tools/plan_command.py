@@ -5,8 +5,9 @@
     layer-streamer plan MODEL --device-budget 8GiB --experts demand
 
 With a draft it is the language model engine's plan, and what several tokens a pass would come to.
-Nothing is opened but headers, nothing is allocated. The rates are those that ``layer-streamer
-probe`` has put on record for this machine, or those that are named.
+Nothing is opened but headers, nothing is allocated (but by the engine's --host-layers auto, which
+measures products once a machine). The rates are those that ``layer-streamer probe`` has put on
+record for this machine, or those that are named.
 """
 
 from __future__ import annotations
