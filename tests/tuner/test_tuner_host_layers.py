@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from packed_models import write_packed
 from support import open_checkpoint
 from tried import tried
-from tuning import GIB, Simulation, all_candidates, machine, screener, simulated
+from tuning import GIB, Simulation, all_candidates, machine, screener, simulated, survey_of
 from zoo import zoo_model
 
 from layer_streamer import ConfigError, LayerStreamer, LayerStreamerTuner
+from layer_streamer.machine.records import Form
 from layer_streamer.planning.host_layers import balance
 from layer_streamer.planning.placement import Rates
 from layer_streamer.planning.plan import Machine, Plan
@@ -31,6 +32,7 @@ from layer_streamer.tuner.results import cache_folder
 from layer_streamer.tuner.search.host_layers import counts_around
 from layer_streamer.tuner.search.predict import Costs, predict_seconds, work_of
 from layer_streamer.tuner.search.space import Bounds, check_axes, default_axes, with_host_layers
+from layer_streamer.tuner.survey import Survey
 from layer_streamer.tuner.trials.model_args import decode_model
 from layer_streamer.tuner.trials.record import TrialSpec
 
@@ -172,6 +174,11 @@ def test_a_streamer_without_host_layers_is_0_of_them(checkpoint: Path) -> None:
     tuner = open_tuner(checkpoint)
     simulated(tuner, lambda settings: 1.0 + settings.get("host_layers", 0), probed())
     assert tuner.tune()["host_layers"] == 0
+
+
+def test_what_a_probe_measured_comes_through_the_process_that_looks_at_the_machine() -> None:
+    survey = survey_of(probed())(None, Path())
+    assert Form().read(Survey, json.loads(json.dumps(asdict(survey))), "survey") == survey
 
 
 def setup_of_this_file(streamer: LayerStreamer) -> Any:

@@ -36,7 +36,7 @@ def plan_with_host_layers(model: Model, footprint: Footprint, wishes: Wishes) ->
     plan = make(0)
     if plan.streamer.machine.unified:
         return plan
-    idle = _idle(plan.streamer, model.config.num_layers)
+    idle = _idle(plan.streamer, footprint)
     if idle:
         return replace(plan, host_choice=HostChoice(idle))
     devices, cast = devices_of(options), options["dtype"]
@@ -50,9 +50,14 @@ def plan_with_host_layers(model: Model, footprint: Footprint, wishes: Wishes) ->
     return replace(plan, streamer=streamer, host_choice=choice)
 
 
-def _idle(streamer: Plan, num_layers: int) -> str:
-    """Why the processor could take nothing off a link; "": it could."""
-    tiers = streamer.tiers[:num_layers]
+def _idle(streamer: Plan, footprint: Footprint) -> str:
+    """Why the processor is to take nothing off a link; "": it may."""
+    for name, asked in (
+        ("reproducible", footprint.needs.reproducible),
+        ("kv_int8", footprint.needs.int8),
+    ):
+        if asked:
+            return f"they do not go with {name}=True"
     if "disk" in streamer.tiers:
         return "what holds passes up is the disk"
-    return "" if "host" in tiers else "no layer streams"
+    return "" if "host" in streamer.tiers[: footprint.config.num_layers] else "no layer streams"

@@ -213,6 +213,8 @@ def test_over_several_devices_the_links_count_together(
     [
         ({"device_budget": "64MiB"}, "0 of 3 layers (no layer streams)"),
         ({"n_cpu_pinned": 1}, "0 of 3 layers (what holds passes up is the disk)"),
+        ({"reproducible": True}, "0 of 3 layers (they do not go with reproducible=True)"),
+        ({"kv_int8": True, "kv": "host"}, "0 of 3 layers (they do not go with kv_int8=True)"),
     ],
 )
 def test_where_nothing_could_be_spared_nothing_is_measured(
