@@ -30,11 +30,17 @@ from layer_streamer.planning.plan import Machine, Plan
 from layer_streamer.tools import tune_command
 from layer_streamer.tuner.results import cache_folder
 from layer_streamer.tuner.search.host_layers import counts_around
-from layer_streamer.tuner.search.predict import Costs, predict_seconds, work_of
+from layer_streamer.tuner.search.predict import (
+    Costs,
+    floor_seconds,
+    learn,
+    predict_seconds,
+    work_of,
+)
 from layer_streamer.tuner.search.space import Bounds, check_axes, default_axes, with_host_layers
 from layer_streamer.tuner.survey import Survey
 from layer_streamer.tuner.trials.model_args import decode_model
-from layer_streamer.tuner.trials.record import TrialSpec
+from layer_streamer.tuner.trials.record import TrialRecord, TrialSpec
 
 NUM_LAYERS = 12
 MAPPED: dict[str, Any] = {"n_gpu": 2, "read_mode": "mapped"}
@@ -138,6 +144,31 @@ def test_predictions_fall_until_the_processor_takes_longer_than_the_link(checkpo
     assert seconds[least:] == sorted(seconds[least:])
 
 
+def test_compute_of_trials_counts_by_the_part_that_the_device_computes(checkpoint: Path) -> None:
+    settings = [{**MAPPED, "host_layers": count} for count in (0, 6, 9)]
+    kept = screener(checkpoint, probed()).screen(settings).kept
+    whole, half, quarter = (work_of(planned) for planned in kept)
+    assert [work.share for work in (whole, half, quarter)] == [1, 0.5, 0.25]
+    record = TrialRecord(
+        settings={}, ending="ok", run_seconds=(4.0,), pass_seconds=4.0,
+        step_bytes={"copy": int(half.copy), "compute": int(half.compute), "host": int(half.there)},
+        stalled_seconds={"copy": 3.0, "compute": 2.0, "host": 2.5},
+    )  # fmt: skip
+    costs = learn(Costs("warm", None, unified=False), [(half, record)])
+    assert costs.compute_seconds == 4.0  # 2 s of half of the weights
+    assert [floor_seconds(work, costs) for work in (whole, half, quarter)] == [4.0, 2.0, 1.0]
+    # 2 s on the device and 1.5 s there; a quarter on the device, and half as much again there.
+    jitter = 1 + half.jitter
+    assert predict_seconds(half, costs) == pytest.approx(3.5 * jitter)
+    assert predict_seconds(quarter, costs) == pytest.approx((1.0 + 2.25) * jitter)
+
+
+def test_indices_of_host_layers_are_those_of_the_checkpoint(checkpoint: Path) -> None:
+    some = screener(checkpoint, probed(), layers=[8, 2, 5])
+    (planned,) = some.screen([{**MAPPED, "host_layers": 3}]).kept
+    assert planned.plan.host_layers == (8, 2, 5)
+
+
 @pytest.mark.parametrize("device", [None, 6 * GIB])
 @pytest.mark.parametrize("host", [None, 16 * GIB])
 def test_with_host_layers_the_defaults_are_still_some_dozens_of_candidates(
@@ -214,12 +245,19 @@ def test_host_layers_to_try_are_numbers(checkpoint: Path, values: Sequence[Any])
 def test_more_host_layers_than_there_are_and_some_beside_experts_on_demand_are_pruned(
     checkpoint: Path,
 ) -> None:
-    many, demand = screener(checkpoint, probed()), screener(checkpoint, probed())
-    demand._fixed["experts"] = "demand"
+    many = screener(checkpoint, probed())
+    demand = screener(checkpoint, probed(), experts="demand")
     for some, words in ((many, "host_layers=13: a pass has 12"), (demand, "experts='demand'")):
         found = some.screen([MAPPED, {**MAPPED, "host_layers": 13}])
         assert [dict(planned.settings) for planned in found.kept] == [MAPPED]
         assert words in found.pruned[0].detail
+
+
+def test_with_experts_on_demand_none_are_tried_by_default(checkpoint: Path) -> None:
+    tuner = open_tuner(checkpoint, experts="demand")
+    simulated_and_tuned(tuner)
+    assert tuner._session.axes["host_layers"] == (None,)
+    assert len(tuner._session.axes["read_threads"]) > 1
 
 
 def plan_here(spec: TrialSpec, candidates: Any) -> Any:

@@ -79,8 +79,8 @@ def simulated(tuner: LayerStreamerTuner, cost: Any, found: Machine | None = None
     return simulation
 
 
-def screener(path: Path, found: Machine, bounds: Bounds | None = None) -> Screener:
-    fixed = {"device": "cpu" if found.unified else "cuda:0"}
+def screener(path: Path, found: Machine, bounds: Bounds | None = None, **fixed: Any) -> Screener:
+    fixed["device"] = "cpu" if found.unified else "cuda:0"
     return Screener(read_manifest(path), found, fixed, bounds or Bounds())
 
 

@@ -11,6 +11,7 @@ import torch
 from assets import tiny_checkpoint, tiny_model
 from fake_device import FakeDevice, named_twice, near_device
 from gguf_models import write_gguf
+from gpt_oss_models import write_blocks
 from packed_models import write_packed
 from packings import PACKINGS
 from probing import TINY
@@ -131,6 +132,23 @@ def test_a_token_is_multiplied_by_few_of_a_mixtures_experts(tmp_path: Path) -> N
     assert kind.weights == pytest.approx(sum(rows) * experts.per_token / experts.count)
     assert torch.isfinite(project_one(kind)).all()
     assert kind.nbytes * 32 == kind.stored.rows * kind.stored.width * 22
+
+
+def test_of_a_format_the_largest_matrix_is_measured(floats: Path) -> None:
+    model = read(floats)
+    (kind,) = kinds(model).values()
+    sizes = {s.rows * s.width for layer in model.names.layers for s in layer.values()}
+    assert kind.stored.rows * kind.stored.width == max(sizes) > min(sizes)
+
+
+def test_an_experts_matrix_that_is_every_second_row_of_a_tensor_has_no_more_bytes_than_its_own(
+    tmp_path: Path,
+) -> None:
+    kind = kinds(read(write_blocks(tmp_path / "blocks", zoo_model("gpt_oss"))))["mxfp4"]
+    assert kind.stored.expert is not None
+    packed = kind.packed(kind.tensors())
+    assert kind.nbytes == sum(part.numel() * part.itemsize for part in packed.parts.values())
+    assert torch.isfinite(project_one(kind)).all()
 
 
 def test_the_rate_of_a_model_is_that_of_its_bytes_over_the_time_that_all_formats_take(
