@@ -25,7 +25,7 @@ from .options import TuneOptions
 from .progress import TuneProgress, first_line, format_seconds
 from .results import ResultsFile, cache_folder, lock
 from .search import space
-from .search.host_layers import counts_around
+from .search.host_layers import around, counts_around
 from .search.predict import Costs
 from .search.race import Race, enter
 from .search.screen import Engines, Screened, Screener
@@ -114,7 +114,8 @@ class Session:
         if "path" in self._model.arguments or self._model.engine is not None:
             grants = replace(bounds, max_host_bytes=host)
             defaults = space.default_axes(grants, survey.identity.num_cores, unified=unified)
-            counts = self._host_layers(defaults, manifest, machine, bounds)
+            screener = partial(Screener, manifest, machine, bounds=bounds)
+            counts = () if unified else self._host_layers(defaults, spec, manifest, screener)
             if any(counts):
                 defaults = space.with_host_layers(defaults, counts)
         self.axes = space.check_axes({**defaults, **self._given})
@@ -129,18 +130,31 @@ class Session:
         return Search(race, settings, spec, options, bounds, unified, self._run_trial, self._now)
 
     def _host_layers(
-        self, axes: Mapping[str, Values], manifest: Manifest, machine: Machine, bounds: Bounds
+        self,
+        axes: Mapping[str, Values],
+        spec: TrialSpec,
+        manifest: Manifest,
+        screener: Callable[..., Screener],
     ) -> Sequence[int]:
         """Numbers of host layers to try, by what a pass streams with the budgets that are granted;
         none where nobody measures what a processor does with them: see docs/tuning.md."""
-        model, stands_in = self._model, self._model.engine is None
+        model, count = self._model, manifest.num_layers
         measured = model.setup_fn is None and self._options.tokens and packed_share(manifest) <= 0.5
         demand = model.arguments.get("experts") == "demand"  # they come to the device alone
-        if model.streamed or machine.unified or demand or (stands_in and not measured):
+        named = "host_layers" in self._given
+        if named or model.streamed or demand or (model.engine is None and not measured):
             return ()
         budgets = {name: axes[name][0] for name in ("device_budget", "host_budget")}
-        screened = Screener(manifest, machine, model.fixed, bounds).screen([budgets])
-        return counts_around(screened.kept[0].plan, manifest.num_layers) if screened.kept else ()
+        # An engine has a tail of its own, whatever is named.
+        own = model.fixed if model.engine is None else {}
+        kept = screener(fixed=own).screen([budgets]).kept
+        counts = counts_around(kept[0].plan, count) if kept else ()
+        if model.engine is None or not any(counts):
+            return counts
+        # It knows what its own kernels multiply, and how fast.
+        (plan,) = self._ask_engine(spec, [{**budgets, "host_layers": "auto"}])
+        chosen = 0 if isinstance(plan, str) else plan.get("host_layers")
+        return around(chosen, count) if isinstance(chosen, int) else counts
 
     def _screen(self, manifest: Manifest, machine: Machine, spec: TrialSpec, bounds: Bounds) -> int:
         """Find the candidates that can work; how many of them, the first ones, come first."""

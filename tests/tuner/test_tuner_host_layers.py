@@ -22,7 +22,7 @@ from tried import tried
 from tuning import GIB, Simulation, all_candidates, machine, screener, simulated, survey_of
 from zoo import zoo_model
 
-from layer_streamer import ConfigError, LayerStreamer, LayerStreamerTuner
+from layer_streamer import ConfigError, LayerStreamer, LayerStreamerTuner, ProductRate
 from layer_streamer.machine.records import Form
 from layer_streamer.planning.host_layers import balance
 from layer_streamer.planning.placement import Rates
@@ -268,13 +268,30 @@ def plan_here(spec: TrialSpec, candidates: Any) -> Any:
         return list(plan_engines(candidates=candidates, **decode_model(spec.model)))
 
 
+REFUSED = "does not go with host_layers"
+
+
 @pytest.mark.parametrize(
-    ("options", "counts"),
-    [({}, {0, 1, 2}), ({"reproducible": True}, {0}), ({"kv_int8": True}, {0})],
+    ("options", "counts", "words"),
+    [
+        ({}, {0, 2, 3, 4}, ""),  # around 3 of 4
+        ({"reproducible": True}, {0}, ""),
+        ({"kv_int8": True}, {0}, ""),
+        ({"host_layers_values": [0, 1]}, {0, 1}, ""),
+        ({"host_layers_values": [0, 1], "reproducible": True}, {0}, REFUSED),
+    ],
 )
-def test_an_engine_is_tried_with_host_layers_unless_it_refuses_them(
-    model: Path, options: dict[str, Any], counts: set[int]
+def test_an_engine_is_tried_with_host_layers_around_its_own_number_unless_it_refuses_them(
+    model: Path,
+    options: dict[str, Any],
+    counts: set[int],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def product_rates(devices: Any, names: Any) -> Any:
+        return dict.fromkeys(names, (ProductRate(1, 150e9, 50e9),))
+
+    monkeypatch.setattr("layer_streamer.llm.on_host.products.product_rates", product_rates)
     given: dict[str, Any] = {"device": "cpu", "max_length": 64, "prompt_tokens": 9, "new_tokens": 2}
     tuner = LayerStreamerTuner.for_engine(
         model, track_progress=False, margin=None, strategy="grid", **given, **options
@@ -285,8 +302,8 @@ def test_an_engine_is_tried_with_host_layers_unless_it_refuses_them(
     assert started.started[0] == {}
     assert tried_counts(started) == counts
     pruned = [record for record in tuner.results if record.ending == "pruned"]
-    assert bool(pruned) == bool(options)
-    assert all("does not go with host_layers" in record.detail for record in pruned)
+    assert bool(pruned) == bool(words)
+    assert all(words in record.detail for record in pruned)
 
 
 def test_the_command_takes_numbers_of_host_layers_and_auto() -> None:

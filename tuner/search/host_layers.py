@@ -25,7 +25,10 @@ def counts_around(plan: Plan, num_layers: int) -> tuple[int, ...]:
         guessed = replace(rates, products=PRODUCT_RATE, beside=links)
         plan = replace(plan, machine=replace(machine, rates=guessed))
     best = balance(plan, plan.layers, num_layers)
-    most = [plan.tiers[i] for i, layer in enumerate(plan.layers) if layer < num_layers].count(
-        "host"
-    )
-    return tuple(sorted({0, *(min(round(best * part), most) for part in AROUND)}))
+    steps = zip(plan.layers, plan.tiers, strict=True)
+    return around(best, sum(layer < num_layers and tier == "host" for layer, tier in steps))
+
+
+def around(count: int, most: int) -> tuple[int, ...]:
+    """Numbers to try around one, none above ``most``; 0 first."""
+    return tuple(sorted({0, *(min(round(count * part), most) for part in AROUND)}))
