@@ -161,7 +161,7 @@ def test_on_a_gpu_passes_that_are_captured_add_the_adapter_too(
     expected = reference(adapted(model, tmp_path / "adapter"))
     options: dict[str, Any] = {"device": "cuda", "device_budget": "1GiB"}
     if streams:
-        options["kv"] = "host"
+        options |= {"kv": "host", "n_gpu": 0}
         with opened(path, tmp_path / "adapter", **options) as engine:  # the least, nothing to spare
             options["device_budget"] = engine.plan.device_nbytes
     with opened(path, tmp_path / "adapter", **options) as engine:
