@@ -8,9 +8,9 @@
 Appends a JSON line for each number of layers ("2+3+6+7" names them), in a process of its own, and
 count of tokens: of ``pass``, the streamer with a layer function of plain torch (the products of
 attention and feed-forward block, in bfloat16); of ``engine``, its decoding. "auto" is what the last
-probe of this machine says. Passes that stream all and passes that compute these layers in host memory take turns
-in the same streamer, some of one, some of the other: the first of each turn, for which prefetch
-starts over, is left out. Seconds are medians.
+probe of this machine says. Passes that stream all and passes that compute these layers in host
+memory take turns in the same streamer, some of one, some of the other: the first of each turn, for
+which prefetch starts over, is left out. Seconds are medians.
 """
 
 from __future__ import annotations
