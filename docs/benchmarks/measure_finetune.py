@@ -8,9 +8,10 @@ modules of blocks, gradient checkpointing, AdamW; each regime in a process of it
 
 * ``resident``: the model whole on the device, in bfloat16 (that in 4 bit, unpacked): compute alone.
 * ``streamed``: in a process whose torch may have 8 GiB. A turn is the limit of the link, one step
-  untimed, and two in a row timed. The limit of a step is the longer of the resident one's median
-  and the link: the bytes that a forward and a backward copied, as they report, back to back from
-  pinned memory. What lies in the slots at a turn is not copied, so less than twice what streams.
+  that waits between its two ways, and two in a row timed. The limit of a step is the longer of the
+  resident one's median and the link: the bytes that a forward and a backward copied, as they
+  report, back to back from pinned memory. What lies in the slots at a turn is not copied, so less
+  than twice what streams. The longer of the two on each way, added up, stands beside it.
 * ``trainer``: the same through transformers' Trainer, as the command finetune has it.
 
 Appends a JSON line a regime to OUT, and prints a row of it. Needs peft and accelerate. With
@@ -44,7 +45,7 @@ WARM = 2
 PIECE = 64 << 20
 """Bytes of pinned memory that the limit is copied from."""
 CASES: dict[str, dict[str, Any]] = {
-    "7b": {"shape": "qwen2.5-7b", "format": None, "weights": 6 * GIB},
+    "7b": {"shape": "qwen2.5-7b", "format": None, "weights": 5 * GIB},
     "32b": {"shape": "qwen2.5-32b", "format": "ct4", "weights": int(2.25 * GIB)},
 }
 """By name, what is made, and the ``device_budget`` of its weights: adapters, their optimizer and
@@ -142,14 +143,27 @@ class Steps:
         """A step with a look between its ways."""
         self.step(self._between)
 
+    def halves(self) -> list[float]:
+        """Seconds of a step's forward, and of the rest of it, with a wait in between."""
+        marks = [time.perf_counter()]
+
+        def mark() -> None:
+            wait()
+            marks.append(time.perf_counter())
+
+        wait()
+        marks[0] = time.perf_counter()
+        self.step(mark)
+        mark()
+        return [marks[1] - marks[0], marks[2] - marks[1]]
+
     def turns(self, count: int, limit: Callable[[], float], host: HostMemory) -> dict[str, Any]:
-        """Seconds a step of each turn, and of the limit beside it."""
-        times: dict[str, Any] = {"seconds": [], "limit": []}
+        """Seconds a step of each turn, of the limit beside it, and of a step's two ways."""
+        times: dict[str, Any] = {"seconds": [], "limit": [], "halves": []}
         host.rest()
         for _ in range(count):
             times["limit"].append(limit())
-            self.step()
-            wait()
+            times["halves"].append(self.halves())
             begin = time.perf_counter()
             for _ in range(STEPS):
                 self.step()
@@ -232,9 +246,10 @@ def measure_trainer(args: argparse.Namespace, case: str) -> dict[str, Any]:
 MEASURES = dict(zip(REGIMES, (measure_resident, measure_streamed, measure_trainer), strict=True))
 
 
-def describe(record: dict[str, Any], compute: float) -> str:
-    """One row. ``compute``: seconds of the resident step; 0 if unknown."""
+def describe(record: dict[str, Any], resident: dict[str, Any]) -> str:
+    """One row. ``resident``: that of the same case; empty if unknown."""
     seconds, row = record["seconds"], f"{record['regime']:<14}"
+    compute = median(resident["seconds"]) if resident else 0.0
     row += f" {median(seconds):.4f} s a step [{min(seconds):.4f} .. {max(seconds):.4f}]"
     if record.get("limit") and any(record["limit"]):
         limits = [max(link, compute) for link in record["limit"]]
@@ -242,10 +257,21 @@ def describe(record: dict[str, Any], compute: float) -> str:
         row += f", {ratio:.3f} x the longer of link {median(record['limit']):.4f} s"
         row += f" ({sum(record['ways']) / 1e9:.2f} GB; twice what streams is "
         row += f"{2 * record['streams'] / 1e9:.2f}) and compute {compute:.4f} s"
+        if "halves" in resident:
+            longer = both_ways(record, resident["halves"])
+            row += f"; {median(seconds) / longer:.3f} x the longer on each way, {longer:.4f} s"
     if record["peak"]:
         row += f"; torch's peak {record['peak'] / GIB:.2f} GiB, reserved "
         row += f"{record['reserved'] / GIB:.2f}"
     return row
+
+
+def both_ways(record: dict[str, Any], halves: list[list[float]]) -> float:
+    """Seconds of the longer of link and compute on the way forward, and of that on the way back:
+    what one of them does not need of its way, the other's does not get."""
+    rate = sum(record["ways"]) / median(record["limit"])
+    ways = zip(record["ways"], zip(*halves, strict=True), strict=True)
+    return sum(max(nbytes / rate, median(seconds)) for nbytes, seconds in ways)
 
 
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -269,14 +295,12 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compute_of(out: Path, name: str) -> float:
-    """Seconds of the resident step of the same case, as it stands last in OUT; 0 if it does not."""
+def resident_of(out: Path, name: str) -> dict[str, Any]:
+    """The resident regime of the same case, as it stands last in OUT; empty if it does not."""
     lines = out.read_text().splitlines() if out.exists() else []
     case = name.partition(" ")[0]
-    for record in map(json.loads, reversed(lines)):
-        if record["regime"] == f"{case} resident":
-            return median(record["seconds"])
-    return 0.0
+    found = map(json.loads, reversed(lines))
+    return next((record for record in found if record["regime"] == f"{case} resident"), {})
 
 
 def parse_args() -> argparse.Namespace:
@@ -311,7 +335,7 @@ def main() -> int:
     args = parse_args()
     if args.one is not None:
         record = measure(args, args.one)
-        print(describe(record, compute_of(args.out, args.one)), flush=True)
+        print(describe(record, resident_of(args.out, args.one)), flush=True)
         with open(args.out, "a") as file:
             file.write(json.dumps(record) + "\n")
         return 0

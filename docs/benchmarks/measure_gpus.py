@@ -6,9 +6,10 @@
     python docs/benchmarks/measure_gpus.py /tmp/q32 OUT --device-budget 8GiB
         [--cases equal,each] [--device cuda:0,cuda:1] [--rows 1,8] [--turns 3] [--context 512]
 
-``equal``: all GPUs together keep no more bytes of layers for good than one does with this budget,
-so that they have more links and nothing else. ``each``: every one has the budget. The two take
-turns, each time in a process of its own; seconds of a pass are medians of all of a side's passes.
+``equal``: all GPUs together keep as many bytes of layers for good as one does, which has this
+budget at most, so that they have more links and nothing else. ``each``: every one has the budget.
+The two take turns, each time in a process of its own; seconds of a pass are medians of all of a
+side's passes.
 A JSON line of each case and number of rows is appended to OUT: with the plans, what the links bring
 alone and at once, and every pass's seconds.
 """
@@ -91,7 +92,7 @@ def compare(
     one, several = {"devices": devices[:1], "rows": rows, "budget": budget}, {"rows": rows}
     several |= {"devices": devices, "budget": budget}
     if case == "equal":
-        several["budget"] = equal_budget(args, one, devices)
+        one["budget"], several["budget"] = equal_budgets(args, one, devices)
     found: dict[str, list[dict[str, Any]]] = {"one": [], "several": []}
     for _ in range(args.turns):
         for name, asked in (("one", one), ("several", several)):
@@ -137,8 +138,11 @@ def options_of(args: argparse.Namespace, asked: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def equal_budget(args: argparse.Namespace, one: Mapping[str, Any], devices: Sequence[str]) -> int:
-    """The largest budget of each device with which they keep no more bytes of layers than one."""
+def equal_budgets(
+    args: argparse.Namespace, one: Mapping[str, Any], devices: Sequence[str]
+) -> tuple[int, int]:
+    """Of the one, and of each where there are several: the largest up to the one's own with which
+    these keep no more bytes of layers than it, and then it no more than these."""
     model = Model.read(args.path, lambda text: None)
 
     def kept(names: Sequence[str], budget: int) -> int | None:
@@ -154,14 +158,19 @@ def equal_budget(args: argparse.Namespace, one: Mapping[str, Any], devices: Sequ
     most = kept(one["devices"], one["budget"])
     if most is None:
         raise ValueError(f"--device-budget {args.device_budget}: too small for one device")
-    low, high = 0, one["budget"] // STEP  # in STEPs: what is kept grows with them
-    while low < high:
-        middle = (low + high + 1) // 2
-        found = kept(devices, middle * STEP)
-        low, high = (middle, high) if found is None or found <= most else (low, middle - 1)
-    if kept(devices, low * STEP) is None:
-        raise ValueError(f"--device-budget {args.device_budget}: too small for them together")
-    return low * STEP
+    found = []
+    for names in (devices, one["devices"]):
+        low, high = 0, one["budget"] // STEP  # in STEPs: what is kept grows with them
+        while low < high:
+            middle = (low + high + 1) // 2
+            some = kept(names, middle * STEP)
+            low, high = (middle, high) if some is None or some <= most else (low, middle - 1)
+        reached = kept(names, low * STEP)
+        if reached is None:
+            raise ValueError(f"--device-budget {args.device_budget}: too small for them together")
+        found.append(low * STEP)
+        most = reached
+    return found[1], found[0]
 
 
 def resident(plan: MemoryPlan) -> int:

@@ -5,13 +5,13 @@
         [--tokens 1,8,64] [--only pass|engine] [--device-budget 8GiB]
         [--host-budget auto] [--context 512]
 
-Appends a JSON line for each number of layers, in a process of its own, and count of tokens: of
-``pass``, the streamer with a layer function of plain torch (the products of attention and
-feed-forward block, in bfloat16); of ``engine``, its decoding. "auto" is what the last probe of this
-machine says, of ``engine`` what the engine has measured of its own products. Passes that stream
-all and passes that compute these layers in host memory take turns in the same streamer, some of
-one, some of the other: the first of each turn, for which prefetch starts over, is left out. Seconds
-are medians.
+Appends a JSON line for each number of layers ("2+3+6+7" names them), in a process of its own, and
+count of tokens: of ``pass``, the streamer with a layer function of plain torch (the products of
+attention and feed-forward block, in bfloat16); of ``engine``, its decoding. "auto" is what the last
+probe of this machine says, of ``engine`` what the engine has measured of its own products. Passes
+that stream all and passes that compute these layers in host memory take turns in the same streamer,
+some of one, some of the other: the first of each turn, for which prefetch starts over, is left out.
+Seconds are medians.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> int:
     if args.child is not None:
         kind, _, number = args.child.partition(":")
         measure = {"pass": measure_passes, "engine": measure_engine}[kind]
-        found = measure(args, int(number) if number.isdecimal() else number)
+        found = measure(args, which(number))
         for one in found:
             record = {"kind": kind, "asked": number, **one, **machine(args.path)}
             print(json.dumps(record), flush=True)
@@ -62,6 +62,13 @@ def main() -> int:
             for line in result.stdout.splitlines():
                 print(summary(json.loads(line)), flush=True)
     return 0
+
+
+def which(asked: str) -> int | str | list[int]:
+    """``host_layers`` by its name."""
+    if "+" in asked:
+        return [int(number) for number in asked.split("+")]
+    return int(asked) if asked.isdecimal() else asked
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_passes(args: argparse.Namespace, number: int | str) -> list[dict[str, Any]]:
+def measure_passes(args: argparse.Namespace, number: int | str | list[int]) -> list[dict[str, Any]]:
     """Of the streamer."""
     torch.set_num_threads(args.threads or most_torch_threads())
     found, device = list[dict[str, Any]](), torch.device(args.device)
@@ -116,7 +123,7 @@ def measure_passes(args: argparse.Namespace, number: int | str) -> list[dict[str
     return found
 
 
-def measure_engine(args: argparse.Namespace, number: int | str) -> list[dict[str, Any]]:
+def measure_engine(args: argparse.Namespace, number: int | str | list[int]) -> list[dict[str, Any]]:
     """Of the engine: seconds of a pass that takes one token."""
     options: dict[str, Any] = {"host_layers": number, "max_length": args.context + args.passes + 8}
     options["device_budget"] = args.device_budget or DEVICE_BUDGET

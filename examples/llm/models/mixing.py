@@ -59,6 +59,16 @@ def mix(
     return way(x_TD, (order_P, ends.tolist()), shares_TK, weights, config)
 
 
+def expect(x_TD: torch.Tensor, weights: StepWeights, config: ModelConfig) -> None:
+    """Have the experts of a pass's first layer on their way before its attention is enqueued, as
+    those of all others are, where these tokens pass nearly all of them."""
+    experts = config.mixture(weights.layer_idx)
+    if experts is None or not weights.on_demand:
+        return
+    if len(x_TD) * experts.per_token >= CROWD * experts.count:
+        weights.bring_own_ahead()
+
+
 def goes_by_token(x_TD: torch.Tensor, weights: StepWeights) -> bool:
     """True: ``mix_by_token`` can be called."""
     if not weights.on_demand or not weights.arithmetic.by_slot:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..models.mixing import expect
 from ..models.model import Attention as Look
 from ..models.model import decoder_layer
 from ..models.rope_config import Rope
@@ -115,9 +116,11 @@ class RunnerStep:
         for chunk, attention, look in zip(
             section.batch.chunks, section.attentions, looks, strict=True
         ):
+            x_TD = x_ND[chunk.first : chunk.first + chunk.count]
             if layer_idx == 0 and chunk.first:
                 runner.embed(section.batch, chunk, x_ND)
-            x_TD = x_ND[chunk.first : chunk.first + chunk.count]
+            elif layer_idx == 0:
+                expect(x_TD, weights, runner.config)
             table = None if attention.rotates else self._table(chunk, layer_idx)
             part = self._part(layer_idx) if section.in_parts else None
             if part is not None and table is not None and part.takes(chunk.count):

@@ -173,6 +173,11 @@ class StepWeights:
         assert self._store is not None
         self._store.hint_next()
 
+    def bring_own_ahead(self) -> None:
+        """Have experts of this layer brought, before it is known who is asked for."""
+        assert self._store is not None
+        self._store.hint(range(len(self._store)), self.layer_idx)
+
     def bring(self, asked: Sequence[int]) -> Mapping[int, int] | None:
         """Experts to slots, which are told; None: they are more than there are slots."""
         assert self._store is not None

@@ -152,13 +152,20 @@ def test_the_memory_plan_has_room_for_the_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("budget", ["1GiB", "700KiB"])
-def test_on_a_gpu_passes_that_are_captured_add_the_adapter_too(tmp_path: Path, budget: str) -> None:
+@pytest.mark.parametrize("streams", [False, True])
+def test_on_a_gpu_passes_that_are_captured_add_the_adapter_too(
+    tmp_path: Path, streams: bool
+) -> None:
     model = zoo_model("llama")
     path = tiny_checkpoint(tmp_path / "base", model)
     expected = reference(adapted(model, tmp_path / "adapter"))
-    options: dict[str, Any] = {"device": "cuda", "device_budget": budget}
+    options: dict[str, Any] = {"device": "cuda", "device_budget": "1GiB"}
+    if streams:
+        options |= {"kv": "host", "n_gpu": 0}
+        with opened(path, tmp_path / "adapter", **options) as engine:  # the least, nothing to spare
+            options["device_budget"] = engine.plan.device_nbytes
     with opened(path, tmp_path / "adapter", **options) as engine:
+        assert (set(engine.streamer.plan.tiers) != {"device"}) == streams
         sequence = OneSequence(engine._runner)
         found = stepwise(lambda ids: sequence.forward(ids)[-1:])
         decoder = engine._runner.decoder

@@ -17,6 +17,7 @@ from zoo import IDS, zoo_model
 from layer_streamer import ConfigError
 from layer_streamer.experts.trace import read_trace
 from layer_streamer.llm.metadata import load_config
+from layer_streamer.llm.models import mixing
 from layer_streamer.llm.passes.runner import Runner
 from layer_streamer.llm.weights.weights import StepWeights
 
@@ -81,6 +82,25 @@ def test_experts_of_another_dtype_than_the_engines_are_cast_as_they_are_used(
 ) -> None:
     path = tiny_checkpoint(tmp_path, zoo_model("olmoe").to(torch.bfloat16))
     check(path, load_config(path), slots=(2,), dtype=torch.float32)
+
+
+def test_a_prompt_over_nearly_all_experts_has_the_first_layers_come_before_it_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_checkpoint(tmp_path, zoo_model("qwen3_moe"))
+    config = load_config(path)
+    assert config.experts is not None
+    found, hinted = list[torch.Tensor](), list[int]()
+    for crowd in (1, 1000):
+        monkeypatch.setattr(mixing, "CROWD", crowd)
+        demand = {"experts": "demand", "expert_slots": 2 * config.experts.count}
+        with open_runner(path, config, tokens=64, max_rows=1, **demand) as runner:
+            row, streamer = runner.kv.rows.add(60), runner.streamer
+            for ids in (IDS[:23], IDS[23:24]):
+                found.append(runner.forward([(row, ids)]))
+                hinted.append(streamer.last_experts.hinted)  # type: ignore[attr-defined]
+    assert hinted == [config.experts.count, 0, 0, 0]
+    assert torch.equal(torch.cat(found[:2]), torch.cat(found[2:]))
 
 
 def test_a_layer_that_fails_in_the_middle_of_its_experts_changes_no_bit_afterwards(

@@ -152,22 +152,18 @@ def test_a_layer_whose_capture_breaks_off_is_launched_as_all_others_are(
     with engine(path, device_budget=None, kv="host") as plain:
         expected = ids(plain, PROMPTS)
     with engine(path, kv="host") as running:
-        seen, layer = [], running._runner.layer
+        seen, launch = [], RunnerStep._launch
 
-        def waits(x: Any, tensors: Any, layer_idx: int, run: Any) -> None:
-            def launch(section: Any, idx: int, addresses: Any, work: Any) -> None:
-                def both() -> None:
-                    work()
-                    if idx == 1:
-                        seen.append(idx)
-                        torch.cuda.synchronize()  # which a capture does not allow
+        def waits(run: Any, section: Any, idx: int, addresses: Any, work: Any) -> None:
+            def both() -> None:
+                work()
+                if idx == 1:
+                    seen.append(idx)
+                    torch.cuda.synchronize()  # which a capture does not allow
 
-                RunnerStep.launch(run, section, idx, addresses, both)
+            launch(run, section, idx, addresses, both)
 
-            run.launch = launch
-            layer(x, tensors, layer_idx, run)
-
-        monkeypatch.setattr(running._runner, "layer", waits)
+        monkeypatch.setattr(RunnerStep, "_launch", waits)
         assert ids(running, PROMPTS) == expected
         assert captured(running) == 1, "the first was done to its end"
         assert ids(running, PROMPTS) == expected
@@ -186,9 +182,9 @@ def test_a_capture_that_breaks_off_leaves_everything_as_it_was(path: Path, caplo
         assert decoder is not None
         attention = decoder.attention
 
-        def waits(batch: Any) -> Any:
+        def waits(batch: Any, **options: Any) -> Any:
             torch.cuda.synchronize()  # which a capture does not allow
-            return attention(batch)
+            return attention(batch, **options)
 
         decoder.attention = waits  # type: ignore[method-assign]
         stream = torch.cuda.current_stream()
