@@ -9,8 +9,8 @@ from ...planning.plan import Plan
 from .predict import COPY_RATES, PRODUCT_RATE
 
 AROUND = (1 / 2, 3 / 4, 1, 5 / 4)
-"""Of the number that measured rates suggest. Most are below: a probe's products, plain ones of
-large matrices, are the fastest that a processor computes."""
+"""Of the number that measured rates suggest. Most are below: rates are of products alone, and a
+layer has more to compute, on cores that threads of the streamer want, too."""
 
 
 def counts_around(plan: Plan, num_layers: int) -> tuple[int, ...]:

@@ -26,9 +26,9 @@ READ_RATES = {"direct": 3e9, "cold": 2e9, "warm": 10e9}
 """Bytes a second of DEFAULT_READ_THREADS threads, where nothing is on record."""
 COPY_RATES = {"pinned": 20e9, "mapped": 20e9, "pageable": 6e9}
 MEMCPY_RATE = 8e9
-PRODUCT_RATE = 10e9
-"""Weights that the processor takes in beside copies: half of what these bring, as it was where the
-engine computed layers in host memory (docs/benchmarks)."""
+PRODUCT_RATE = 15e9
+"""Weights that the processor takes in beside copies: on the hosts measured from a half to more than
+all of what these bring, by cores (docs/benchmarks)."""
 INTO_POOLS = 0.8
 """Reads into slots that hold layers, compared with reads into a ring."""
 PART_SECONDS = 1e-4
