@@ -21,7 +21,9 @@ import json
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 from engine_runs import machine, open_engine, prompt_of, run, wait
 
 from layer_streamer import LayerStreamer, Manifest, read_manifest
+from layer_streamer.llm.on_host.crew import Crew
 from layer_streamer.machine.threads import most_torch_threads
 
 KINDS = ("pass", "engine")
@@ -84,7 +87,11 @@ def parse_args() -> argparse.Namespace:
     add("--context", type=int, default=512, metavar="N", help="tokens of the engine's prompt")
     add("--device-budget", help="of streamer (default: slots alone), or engine (4GiB)")
     add("--host-budget", help="likewise: layers are not mapped, but in memory of their own")
-    add("--threads", type=int, help="torch's (one core is left)")
+    add(
+        "--threads",
+        type=int,
+        help="torch's, and those that compute (one core is left; an engine tries)",
+    )
     add("--device", default="cuda")
     add("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -135,6 +142,7 @@ def measure_engine(args: argparse.Namespace, number: int | str | list[int]) -> l
             torch.set_num_threads(args.threads)
             if host is not None:
                 host.threads = args.threads
+                host.crews = defaultdict(partial(Crew, args.threads, shares=(1.0,)))
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for on_host in [False, True] * TURNS:
             if host is not None:  # all passes of a kind, whatever they take
@@ -150,6 +158,7 @@ def measure_engine(args: argparse.Namespace, number: int | str | list[int]) -> l
         there, tiers = engine.streamer.plan.host_layers, engine.streamer.plan.tiers
         own = {"tokens": 1, "threads": torch.get_num_threads(), "steps": steps}
         own |= {"resident": tiers.count("device"), "plan": str(engine.plan)}
+        own["crew"] = None if host is None else host.crews[1].number
         return [{**own, **figures(seconds), "layers": there, "context": args.context}]
 
 

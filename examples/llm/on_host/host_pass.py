@@ -40,10 +40,12 @@ class HostPass:
         chunk: Chunk,
         attention: Attention,
         places: Sequence[Place],
+        *,
+        threads: int,
     ) -> None:
         """``places``: where its tokens are among the pass's residuals."""
         self._side, self._chunk, self._attention = side, chunk, attention
-        self._places = places
+        self._places, self._threads = places, threads
         self._seen = sum(piece.position + piece.count for piece in chunk.pieces)
         self._tables: dict[Rope, torch.Tensor] = {}
 
@@ -72,10 +74,14 @@ class HostPass:
             try:
                 return self._attention(index, span, memory, qkv, sinks)
             finally:
-                torch.set_num_threads(side.threads)
+                torch.set_num_threads(self._threads)
 
         x_TD = self._fetch(x_ND)
-        decoder_layer(x_TD, weights, runner.config, self._table(layer_idx), look, out=x_TD)
+        torch.set_num_threads(self._threads)
+        try:
+            decoder_layer(x_TD, weights, runner.config, self._table(layer_idx), look, out=x_TD)
+        finally:
+            torch.set_num_threads(side.threads)
         kv.close_home(layer_idx)
         self._send(x_TD, x_ND)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ..passes.section import Section
 from ..weights.dequant import Unpacker, Widest
 from ..weights.scale_check import ScaleCheck
 from .choice import MOST_TOKENS, Choice
+from .crew import Crew
 from .host_pass import CPU, HostPass, Place
 
 if TYPE_CHECKING:
@@ -36,8 +38,11 @@ class HostSide:
         self.runner, self.layers = runner, frozenset(streamer.plan.host_layers)
         self._streamer, self._total = streamer, sum(streamer.plan.placement.copy_bytes)
         self.choice, self.threads = Choice(), torch.get_num_threads()
-        self._last: tuple[int, bool] | None = None
-        """Tokens of the last pass, and whether they were computed here; None: look at no report."""
+        self.crews: dict[int, Crew] = defaultdict(lambda: Crew(self.threads))
+        """By the bits of the number of tokens."""
+        self._last: tuple[int, int] | None = None
+        """Tokens of the last pass, and how many threads computed here, 0 where none did; None: look
+        at no report."""
         self._wants = self._listens = False
         """To hear how long the pass took; and it has ended."""
         names = runner.names
@@ -70,12 +75,15 @@ class HostSide:
         self._learn()
         there = fits and self.choice.there(count)
         # The first of its kind finds other layers in the slots.
-        follows = self._last is not None and self._last[1] == there
-        self._last = count, there
+        follows = self._last is not None and (self._last[1] > 0) == there
+        crew = self.crews[count.bit_length()]
+        self._last = count, crew.number if there else 0
         self._listens = False
-        self._wants = follows and fits and self.choice.wants(count, there=there)
+        wants = self.choice.wants(count, there=there)
+        self._wants = follows and fits and (wants or (there and crew.tries))
         if not there:
             return None
+        crew.count()
         batch = pack(entries, count, CPU, None, drafts)
         (chunk,) = batch.chunks
         runner = self.runner
@@ -89,7 +97,7 @@ class HostSide:
             for section in sections
         ]
         self.passes += 1
-        return HostPass(self, chunk, look, places)
+        return HostPass(self, chunk, look, places, threads=self._last[1])
 
     def end(self) -> None:
         """The pass has ended."""
@@ -101,10 +109,15 @@ class HostSide:
         report = self._streamer.last_pass if self._listens and self._last is not None else None
         if report is None or self._last is None:
             return
-        tokens, there = self._last
+        tokens, threads = self._last
+        there = threads > 0
         if ("host" in report.steps) != there:
             return  # of a pass that nobody asked this about
-        self.choice.hear(tokens, report.seconds, there=there)
+        crew = self.crews[tokens.bit_length()]
+        if there and crew.tries:
+            crew.hear(threads, report.seconds)
+        else:  # as fast as it goes
+            self.choice.hear(tokens, report.seconds, there=there)
         if there and (copy := report.steps.get("copy")) is not None and copy.bytes:
             self.choice.hear_link(copy.busy_seconds * self._total / copy.bytes)
 
