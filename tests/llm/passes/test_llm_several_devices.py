@@ -182,11 +182,6 @@ def test_keys_and_values_travel_to_layers_that_stay(model: tuple[Path, Any], bud
     assert same(tell(*model, 9, device=TWO, **options), tell(*model, 9))
 
 
-def test_rounded_copies_of_layers_on_two_devices_are_refused(model: tuple[Path, Any]) -> None:
-    with pytest.raises(ValueError, match="goes with one device"):
-        StreamingEngine(model[0], device=TWO, draft="self", **GIVEN)
-
-
 @pytest.mark.parametrize("failing", [1, 2, LAYERS - 1])
 @pytest.mark.parametrize("error", [MemoryError("no room"), KeyboardInterrupt()], ids=repr)
 def test_a_pass_that_fails_on_any_device_leaves_the_rows_as_they_were(

@@ -79,10 +79,12 @@ def test_two_say_what_one_says(
     assert len(engine.plan.devices) == len(engine.streamer.devices) == 2
 
 
-def test_a_draft_model_on_the_first_of_two_gpus_changes_no_text(
-    model: tuple[Path, Any], devices: list[str]
+@pytest.mark.parametrize("draft", ["model", "self"])
+def test_drafts_over_two_gpus_change_no_text(
+    model: tuple[Path, Any], devices: list[str], draft: str
 ) -> None:
-    assert ids(model[0], devices, draft=model[0])[0] == ids(model[0], "cuda:0")[0]
+    chosen = model[0] if draft == "model" else draft
+    assert ids(model[0], devices, draft=chosen)[0] == ids(model[0], "cuda:0")[0]
 
 
 @pytest.mark.parametrize("seed", range(4))

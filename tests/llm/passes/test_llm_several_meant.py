@@ -14,6 +14,8 @@ import torch
 from assets import tiny_checkpoint, tiny_model
 
 from layer_streamer import Manifest, read_manifest
+from layer_streamer.llm.drafts.opening import FEW
+from layer_streamer.llm.drafts.own_weights import own_weights, round_layers
 from layer_streamer.llm.drafts.tree import NOTHING, Tree
 from layer_streamer.llm.kv.cache import KVCache, KVLayout
 from layer_streamer.llm.kv.moves import Move
@@ -23,6 +25,7 @@ from layer_streamer.llm.on_device.side import DeviceSide
 from layer_streamer.llm.passes.batch import Batch
 from layer_streamer.llm.passes.chunking import Chunking
 from layer_streamer.llm.passes.runner import Runner
+from layer_streamer.llm.weights.scale_check import ScaleCheck
 
 TWO = (torch.device("cpu"), torch.device("meta"))
 PIECES = 3
@@ -30,16 +33,18 @@ PIECES = 3
 
 
 class Meant:
-    """Layers of a checkpoint on both."""
+    """Layers of a checkpoint on both, and so many pieces of its head; none: it is loaded."""
 
-    def __init__(self, manifest: Manifest, head: str) -> None:
+    def __init__(self, manifest: Manifest, head: str, pieces: int) -> None:
         self.manifest, self._head = manifest, head
         self.device, self.devices = TWO[0], TWO
         self.experts_stay, self.most_on_device = False, 0
-        self.num_steps = manifest.num_layers + PIECES
+        self.num_steps, self._pieces = manifest.num_layers + pieces, pieces
+        self.loaded: list[tuple[str, torch.device]] = []
         self.plan = SimpleNamespace(tiers=("disk",) * self.num_steps, expert_slots=0)
 
     def load_static(self, name: str, device: torch.device | None = None) -> torch.Tensor:
+        self.loaded.append((name, device or TWO[0]))
         return torch.ones(self.manifest.static[name].shape, device=device or TWO[0])
 
     def host_tensor(self, name: str) -> torch.Tensor:
@@ -48,8 +53,9 @@ class Meant:
     def run_pass(self, x: Any, layer_fn: Any, *, on_host: bool = True) -> Any:
         rows, width = self.manifest.static[self._head].shape
         for step in range(self.num_steps):
-            shapes = {self._head: (rows // PIECES, width)}
-            if step < self.manifest.num_layers:
+            if step >= self.manifest.num_layers:
+                shapes = {self._head: (rows // self._pieces, width)}
+            else:
                 specs = self.manifest.layers[step].tensors.items()
                 shapes = {key: spec.shape for key, spec in specs}
             tensors = {
@@ -60,7 +66,7 @@ class Meant:
 
 
 @contextmanager
-def meant(path: Path, config: Any) -> Iterator[Runner]:
+def meant(path: Path, config: Any, pieces: int = PIECES) -> Iterator[Runner]:
     """A runner over both. What comes back from the device without numbers is zeros."""
     config, manifest = model_config(config), read_manifest(path)
     names = weight_names(manifest, config)
@@ -74,10 +80,11 @@ def meant(path: Path, config: Any) -> Iterator[Runner]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", sent)
+        patch.setattr(ScaleCheck, "see", lambda *given: None)
         patch.setattr(DeviceSide, "head", lambda side, *given: back(head(side, *given)))
         patch.setattr(DeviceSide, "take", lambda side, x: take(side, x if side.number else back(x)))
         kv = KVCache(config, KVLayout(tokens=1024, max_rows=4, dtype=torch.float32), TWO)
-        chunking, layers = Chunking(tokens=16, group_rows=True), Meant(manifest, names.head)
+        chunking, layers = Chunking(tokens=16, group_rows=True), Meant(manifest, names.head, pieces)
         given: Any = layers
         yield Runner(given, config, names, kv, dtype=torch.float32, chunking=chunking)
 
@@ -108,6 +115,23 @@ def test_nothing_is_computed_of_tensors_of_two_devices(model: tuple[Path, Any]) 
         run(runner)
         assert [side.device for side in runner.sides] == list(TWO)
         assert {memory.device for memory in runner.kv._memory.values()} == set(TWO)
+
+
+def test_rounded_layers_draft_where_their_keys_and_values_are(model: tuple[Path, Any]) -> None:
+    with meant(*model, pieces=0) as runner:
+        run(runner)
+        layers: Any = runner.streamer
+        own = own_weights(layers.manifest, runner.names, torch.float32)
+        held = round_layers(layers, runner.names, own, torch.float32)
+        given = (runner.config, own.names, runner.kv)
+        draft = Runner(held, *given, dtype=torch.float32, chunking=Chunking(FEW))
+        for i, tensors in enumerate(held._tensors):
+            assert {tensor.device for tensor in tensors.values()} == {TWO[i % 2]}
+            assert sum(tensor.nbytes for tensor in tensors.values()) == own.nbytes[i]
+        row = next(iter(runner.kv.rows))
+        assert draft.forward([(row, [5, 6, 7])]).device == TWO[0]
+        head = {device for name, device in layers.loaded if name == runner.names.head}
+        assert head == {TWO[0]}, "one has it"
 
 
 @pytest.mark.parametrize("left_out", ["positions", "attention"])
