@@ -17,7 +17,7 @@ from byte_model import byte_model
 from fake_device import NearDevice, named_twice, opened_as
 from packed_models import write_packed
 from packings import PACKINGS
-from small_engine import drafted, make_engine, texts_of
+from small_engine import PROMPTS, drafted, drafts_always, make_engine, message, texts_of
 from zoo import IDS, MIXTURES, zoo_model
 
 from layer_streamer.llm.drafts.drafting import GRAMMAR
@@ -175,3 +175,41 @@ def test_an_adapter_is_beside_packed_layers_and_those_of_the_host(
         with make_engine(path, device=devices, lookup=True, **options) as engine:
             found.append([done.ids for done in texts_of(engine, temperature=0.0)])
     assert found[1] == found[0]
+
+
+TOGETHER: list[dict[str, Any]] = [
+    {},
+    {"reproducible": True},
+    {"max_batch": 1},
+    {"max_batch": 2, "prefill_chunk": 3},
+    {"kv": "host", "kv_int8": True},
+    {"host_layers": 2},
+    {"device_budget": "24MiB"},
+    {"device_budget": "64MiB", "dtype": torch.bfloat16},
+    {"n_cpu_pinned": 1, "n_cpu": 1, "n_gpu": 1, "dtype": torch.float16},
+    {"host_budget": "64MiB", "read_mode": "buffered", "n_gpu": 0},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize("draft", [None, "self", "model"])
+@pytest.mark.parametrize("options", TOGETHER, ids=str)
+def test_what_goes_together_on_one_device_does_so_over_several(
+    path: Path, options: dict[str, Any], draft: str | None, lookup: bool
+) -> None:
+    """To the same text, or refused by the same line."""
+    given = options | {"draft": path if draft == "model" else draft, "lookup": lookup}
+    asked: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.0, "return_details": True}
+    found: list[Any] = []
+    for count in (1, 2, 3):
+        try:
+            with make_engine(path, device=["cpu"] * count, **given) as engine:
+                if engine.scheduler.drafting is not None:
+                    drafts_always(engine)
+                found.append([done.ids for done in engine.generate(PROMPTS, **asked)])
+        except ValueError as error:
+            found.append(message(error))
+    assert found[1] == found[0] == found[2]
+    refused = draft == "self" and ("host_layers" in options or options.get("kv") == "host")
+    assert isinstance(found[0], str) == refused
