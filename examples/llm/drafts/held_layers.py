@@ -30,7 +30,8 @@ class HeldLayers:
         self, behind: Layers, manifest: Manifest, tensors: Sequence[Mapping[str, torch.Tensor]]
     ) -> None:
         """``manifest``: what the ``tensors`` of each layer are, by the same keys."""
-        self._behind, self.manifest, self._tensors = behind, manifest, tuple(tensors)
+        self._behind, self.manifest = behind, manifest
+        self._tensors: tuple[Mapping[str, torch.Tensor], ...] = tuple(tensors)
         self.device, self.devices = behind.device, tuple(behind.devices)
         self.num_steps, self.experts_stay = len(self._tensors), False
         self.most_on_device = 0
@@ -42,6 +43,10 @@ class HeldLayers:
             with _current(self.devices[layer_idx % len(self.devices)]):
                 x = layer_fn(x, tensors, layer_idx)
         return x
+
+    def close(self) -> None:
+        """Let go of them. Idempotent."""
+        self._tensors = ()
 
     def experts_on_device(self) -> AbstractContextManager[None]:
         """Nobody brings experts here."""

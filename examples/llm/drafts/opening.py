@@ -121,6 +121,7 @@ class SelfPlan:
         streamer, config, dtype = target.streamer, target.config, target.dtype
         assert isinstance(streamer, LayerStreamer)
         held = round_layers(streamer, target.names, self.own, dtype)
+        closing.callback(held.close)
         chunking = Chunking(FEW, captured_rows=self.captured_rows)
         names = replace(self.own.names, adapter=target.names.adapter)  # where the target has it
         runner = Runner(held, config, names, target.kv, dtype=dtype, chunking=chunking)

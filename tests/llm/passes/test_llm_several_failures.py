@@ -4,7 +4,6 @@ leaves nothing: the next request is exact."""
 from __future__ import annotations
 
 import errno
-import gc
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from fake_device import NearDevice, named_twice, opened_as
 from interrupter import Interrupt, Interrupter
 from packed_models import write_packed
 from small_engine import PROMPTS, make_engine, message
-from support import FailingDisk, footprint, in_thread
+from support import FailingDisk, footprint, held_nbytes, in_thread
 from zoo import zoo_model
 
 from layer_streamer import ClosedError, ReadError
@@ -59,10 +58,10 @@ def devices_of_their_own() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_is_left(path: Path, expected: Any) -> Iterator[None]:
     """No thread, no open file; what the process keeps for good has been taken by now."""
-    held()
+    held_nbytes()
     before = footprint()
     yield
-    held()
+    held_nbytes()
     assert footprint() == before
 
 
@@ -216,18 +215,6 @@ def full() -> torch.OutOfMemoryError:
     return torch.OutOfMemoryError("CUDA out of memory. GPU 1\nhas 0 bytes free")
 
 
-def held() -> int:
-    """Bytes of all tensors that somebody has."""
-    while gc.collect():  # what is collected may let go of more
-        pass
-    tensors = [some for some in gc.get_objects() if type(some) is torch.Tensor]
-    return sum(
-        {
-            some.untyped_storage().data_ptr(): some.untyped_storage().nbytes() for some in tensors
-        }.values()
-    )
-
-
 class FullDevice(NearDevice):
     """One whose memory has run out."""
 
@@ -275,17 +262,17 @@ def test_a_second_device_without_room_for_its_part_leaves_nothing_on_the_first(
             patch.setattr(DeviceSide, "__init__", starts)
         else:
             patch.setattr(own_weights, "_round", rounds)
-        before = footprint(), held()
+        before = footprint(), held_nbytes()
         with pytest.raises(EngineError, match=r"OutOfMemoryError: .*GPU 1 has 0") as caught:
             make_engine(path, **options)
         assert "the engine cannot be opened" in message(caught.value)
         del caught
-        after = held()
+        after = held_nbytes()
         assert (footprint(), after) == before
     with make_engine(path, **options) as engine:
-        assert ids_of(engine) == expected and held() > before[1]
+        assert ids_of(engine) == expected and held_nbytes() > before[1]
     del engine
-    assert held() == before[1]
+    assert held_nbytes() == before[1]
 
 
 @pytest.mark.parametrize("layer_idx", [1, pytest.param(2, marks=pytest.mark.slow)])
