@@ -141,7 +141,7 @@ def test_rounded_layers_draft_where_their_keys_and_values_are(model: Path) -> No
         assert head == {TWO[0]}, "one has it"
 
 
-@pytest.mark.parametrize("packing", ["ct4-g32", "ct8-g32"])
+@pytest.mark.parametrize("packing", ["ct4-g32", pytest.param("ct8-g32", marks=pytest.mark.slow)])
 def test_nor_of_packed_weights_beside_an_adapter(tmp_path: Path, packing: str) -> None:
     network = tiny_model("qwen2", hidden_size=128, intermediate_size=128, vocab_size=510)
     adapted(network, tmp_path / "adapter")

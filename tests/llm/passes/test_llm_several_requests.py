@@ -49,7 +49,7 @@ def devices_of_their_own() -> Iterator[None]:
 
 
 @several
-@pytest.mark.parametrize("kv", ["device", "host"])
+@pytest.mark.parametrize("kv", [pytest.param("device", marks=pytest.mark.slow), "host"])
 def test_texts_are_held_to_what_they_are_asked_for(path: Path, count: int, kv: str) -> None:
     asked: dict[str, Any] = {"schema": PERSON, "max_new_tokens": 60, "return_details": True}
     found = []
@@ -62,7 +62,15 @@ def test_texts_are_held_to_what_they_are_asked_for(path: Path, count: int, kv: s
 
 
 @several
-@pytest.mark.parametrize("options", [{}, {"kv": "host"}, {"kv": "host", "kv_int8": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv": "host"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"kv": "host", "kv_int8": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_beginning_that_prompts_have_in_common_is_computed_once(
     path: Path, count: int, options: dict[str, Any]
 ) -> None:
@@ -162,7 +170,8 @@ def test_mixtures_of_which_whole_layers_stream_go_to_each_device(
         assert same(told(path, ["cpu"] * count, **options), told(path, ["cpu"], **options))
 
 
-@several
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
 def test_an_adapter_is_beside_packed_layers_and_those_of_the_host(
     tmp_path: Path, count: int
 ) -> None:
