@@ -157,8 +157,9 @@ def test_vectors_of_texts_are_those_of_one_device(model: tuple[Path, Any]) -> No
     path, _ = model
     with StreamingEngine(path, device="cpu", **GIVEN) as engine:
         expected = list(engine.embed(PROMPTS))
-    for options in ({}, {"host_layers": [LAYERS - 1]}):
-        with StreamingEngine(path, device=TWO, **GIVEN, **options) as engine:
+    ways: list[tuple[int, dict[str, Any]]] = [(2, {}), (2, {"host_layers": [LAYERS - 1]}), (3, {})]
+    for count, options in ways:
+        with StreamingEngine(path, device=["cpu"] * count, **GIVEN, **options) as engine:
             assert same(list(engine.embed(PROMPTS)), expected)
 
 
