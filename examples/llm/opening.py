@@ -183,10 +183,10 @@ def _read_manifest(path: Path, layer_pattern: str | None) -> Manifest:
 
 
 def plan_memory(
-    model: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype, draft_nbytes: int = 0
+    model: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype, draft: tuple[int, ...] = ()
 ) -> tuple[MemoryPlan, Needs]:
-    """Where everything will be, of an engine that computes in ``dtype``, beside what drafts for it;
-    ValueError with the least budget that would do."""
+    """Where everything will be, of an engine that computes in ``dtype``, beside a ``draft`` of so
+    many bytes on each device; ValueError with the least budget that would do."""
     at_least_one("prefill_chunk", wishes.prefill_chunk)
     device, *others = devices_of(wishes.options)
     if limits.reproducible:
@@ -209,8 +209,7 @@ def plan_memory(
     static_nbytes = sum(model.manifest.static[name].nbytes for name in statics)
     if names.adapter is not None:
         static_nbytes += names.adapter.numel * dtype.itemsize
-    if not wishes.options["tail"]:
-        static_nbytes += loaded_nbytes(model.manifest.static[names.head], cast)
+    head = 0 if wishes.options["tail"] else loaded_nbytes(model.manifest.static[names.head], cast)
     needs = Needs(
         kv_tokens=limits.tokens(model.config),
         max_batch=limits.max_batch,
@@ -220,11 +219,12 @@ def plan_memory(
         int8=limits.kv_int8,
         packed_nbytes=scratch.nbytes,
         static_nbytes=static_nbytes,
+        head_nbytes=head,
         captured_rows=0 if others else most,  # no graph spans devices
         captured_rows_streamed=streamed,
         captured_part=BLOCK if limits.max_batch > 1 else 0,
         reproducible=limits.reproducible,
-        draft_nbytes=draft_nbytes,
+        draft_nbytes=draft,
     )
     plan = plan_with_host_layers(model, Footprint(model.config, needs), wishes)
     if plan.streamer.host_layers and (limits.reproducible or limits.kv_int8):

@@ -55,7 +55,7 @@ def plan_parts(
     if wanted.own_weights and wishes.kv == "auto":
         wishes = replace(wishes, kv="device")
     draft = plan_draft(wanted, model, limits, wishes, dtype)
-    nbytes = draft.nbytes if draft is not None else 0
+    nbytes = draft.nbytes if draft is not None else ()
     plan, needs = plan_memory(model, limits, wishes, dtype, nbytes)
     if _head_stays(plan) and not limits.reproducible:
         # As one matrix: pieces as small as layers take several times as long.

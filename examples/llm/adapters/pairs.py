@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -42,13 +42,22 @@ class Adapter:
 
     layers: tuple[Mapping[str, Pair], ...]
     """Each layer's, by the module whose product they are added to, as transformers calls it."""
+    _beside: dict[tuple[torch.device, torch.dtype], Adapter] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Adapter:
         """The same there, in this dtype."""
         layers = (
             {name: pair.to(device, dtype) for name, pair in one.items()} for one in self.layers
         )
-        return replace(self, layers=tuple(layers))
+        return Adapter(tuple(layers))
+
+    def beside(self, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """The same on a further device: one copy there, whoever asks, for as long as this lives."""
+        if (device, dtype) not in self._beside:
+            self._beside[device, dtype] = self.to(device, dtype)
+        return self._beside[device, dtype]
 
     @property
     def numel(self) -> int:

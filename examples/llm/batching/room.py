@@ -34,14 +34,20 @@ class Room:
 
 
 def room_for(
-    config: ModelConfig, dtype: torch.dtype, free: int, max_length: int, rows: int | None = None
+    config: ModelConfig,
+    dtype: torch.dtype,
+    free: int,
+    max_length: int,
+    rows: int | None = None,
+    devices: int = 1,
 ) -> Room:
-    """What ``free`` bytes suffice for beside layers, one row of full length at least; ``rows``: if
-    somebody says."""
+    """What ``free`` bytes of each device suffice for beside layers, one row of full length at
+    least; ``rows``: if somebody says. Of several devices each has its layers' keys and values."""
     if rows is None:
         fitting = free // FOR_LOGITS // (LOGIT_NBYTES * config.vocab_size)
         rows = min(max(fitting, LEAST_ROWS), MOST_ROWS)
-    token = TokenShape(config.num_kv_heads, config.head_dim, dtype).nbytes * config.num_layers
+    layers = -(-config.num_layers // devices)
+    token = TokenShape(config.num_kv_heads, config.head_dim, dtype).nbytes * layers
     fitting = free // FOR_TOKENS // (token + config.hidden_size * dtype.itemsize)
     return Room(rows, max(min(fitting, rows * min(TOKENS_A_ROW, max_length)), max_length))
 
@@ -57,5 +63,6 @@ def many_rows(model: Model, options: Mapping[str, Any]) -> dict[str, int]:
         if (budget := options.get(name)) not in (None, "auto"):
             free = min(free, parse_bytes(name, budget))
     length = Limits(options.get("max_length")).length(model.config)
-    found = room_for(model.config, dtype, free, length, options.get("max_batch"))
+    rows = options.get("max_batch")
+    found = room_for(model.config, dtype, free, length, rows, len(devices))
     return {"max_batch": found.max_batch, "kv_tokens": found.kv_tokens}

@@ -88,10 +88,10 @@ class ModelPlan:
     name = "draft"
 
     @property
-    def nbytes(self) -> int:
-        """Of the device's memory."""
+    def nbytes(self) -> tuple[int, ...]:
+        """By device, of its memory: it is on the first."""
         budget = self.plan.device_budget
-        return self.plan.device_nbytes if budget is None else budget
+        return (self.plan.device_nbytes if budget is None else budget,)
 
     def open(self, target: Runner, shared: Shared, closing: ExitStack) -> Drafter:
         """What drafts for the target; ``closing`` returns its memory."""
@@ -107,11 +107,11 @@ class ModelPlan:
 
 @dataclass(frozen=True, slots=True)
 class SelfPlan:
-    """The model's own layers, rounded; all else is shared."""
+    """The model's own layers, rounded, each where the model's is; all else is shared."""
 
     own: OwnWeights
-    nbytes: int
-    """Of the device's memory."""
+    nbytes: tuple[int, ...]
+    """By device, of its memory."""
     captured_rows: int
 
     name = SELF
@@ -121,12 +121,13 @@ class SelfPlan:
         streamer, config, dtype = target.streamer, target.config, target.dtype
         assert isinstance(streamer, LayerStreamer)
         held = round_layers(streamer, target.names, self.own, dtype)
+        closing.callback(held.close)
         chunking = Chunking(FEW, captured_rows=self.captured_rows)
         names = replace(self.own.names, adapter=target.names.adapter)  # where the target has it
         runner = Runner(held, config, names, target.kv, dtype=dtype, chunking=chunking)
         closing.callback(runner.close)
         steps = Steps(runner, shared.pace, config.vocab_size)
-        if runner.captures_passes:
+        if runner.decoder is not None:
             steps.warm_up()
         return SelfDraft(steps, target.kv.rows, shared.rows)
 
@@ -142,8 +143,6 @@ def plan_draft(
     if wanted.own_weights:
         if wishes.options.get("host_layers"):
             raise ValueError("draft='self': does not go with host_layers")
-        if len(devices_of(wishes.options)) > 1:
-            raise ValueError("draft='self': goes with one device: name a smaller model")
         return _plan_self(target, limits, wishes, dtype)
     if wanted.model is not None:
         return _plan_model(wanted.model, target, limits, wishes, dtype)
@@ -177,11 +176,12 @@ def _plan_self(target: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype
             f'draft="self": not with a mixture of experts ({target.config.model_type}), of which '
             "a copy would be as large as all experts: name a smaller model with the same tokenizer"
         )
-    device: torch.device = wishes.options["device"]
+    device, *others = devices_of(wishes.options)
     own = own_weights(target.manifest, target.names, dtype)
     memory = device if device.type == "cpu" else torch.device("meta")
     widest = own.names.widest(dtype, own.names.cast(device, dtype))
     scratch = Unpacker(memory, dtype, widest, kernels=triton_serves(device))
+    captured = min(captured_rows(device, target.config), 1)
     needs = Needs(
         kv_tokens=limits.tokens(target.config),
         max_batch=1,
@@ -189,14 +189,17 @@ def _plan_self(target: Model, limits: Limits, wishes: Wishes, dtype: torch.dtype
         device_type=device.type,
         int8=False,
         packed_nbytes=scratch.nbytes,
-        captured_rows=min(captured_rows(device, target.config), 1),
+        captured_rows=0 if others else captured,  # no graph spans devices
+        captured_rows_streamed=captured if others else 0,
     )
     footprint = Footprint(target.config, needs)
     parts = (
-        own.nbytes, scratch.nbytes, footprint.residual(), footprint.temporaries(FEW),
-        footprint.captured(), footprint.logits(),
+        scratch.nbytes, footprint.residual(), footprint.temporaries(FEW), footprint.captured(),
+        footprint.captured_layers(), footprint.logits(),
     )  # fmt: skip
-    return SelfPlan(own, sum(parts), needs.captured_rows)
+    count = 1 + len(others)
+    layers = (sum(own.nbytes[number::count]) for number in range(count))
+    return SelfPlan(own, tuple(sum(parts) + nbytes for nbytes in layers), captured)
 
 
 def _plan_model(

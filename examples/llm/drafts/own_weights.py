@@ -32,14 +32,14 @@ class OwnWeights:
 
     names: WeightNames
     manifest: Manifest
-    nbytes: int
-    """Of all layers, on the device."""
+    nbytes: tuple[int, ...]
+    """Of each layer, on its device."""
 
 
 def own_weights(manifest: Manifest, names: WeightNames, dtype: torch.dtype) -> OwnWeights:
     """``dtype``: the engine's, which scales have, too. ValueError for a model that would hardly be
     smaller, or has a width that no group divides."""
-    matrices, layers, nbytes = [], [], 0
+    matrices, layers, nbytes = [], [], list[int]()
     for spec, stored in zip(manifest.layers, names.layers, strict=True):
         own = {module: _rounded(names.modules[module], one) for module, one in stored.items()}
         vectors = _vectors(spec, stored)
@@ -50,34 +50,42 @@ def own_weights(manifest: Manifest, names: WeightNames, dtype: torch.dtype) -> O
         }
         matrices.append(own)
         layers.append(replace(spec, tensors=vectors | named))
-        nbytes += sum(_nbytes(one, dtype) for one in own.values())
-        nbytes += sum(math.prod(one.shape) * one.dtype.itemsize for one in vectors.values())
-    if nbytes > MOST * sum(layer.nbytes for layer in manifest.layers):
+        rounded_nbytes = sum(_nbytes(one, dtype) for one in own.values())
+        kept = sum(math.prod(one.shape) * one.dtype.itemsize for one in vectors.values())
+        nbytes.append(rounded_nbytes + kept)
+    if sum(nbytes) > MOST * sum(layer.nbytes for layer in manifest.layers):
         kinds = {one.format for layer in names.layers for one in layer.values()}
         raise ValueError(
             f'draft="self": a copy in {BITS} bits would hardly be smaller than the model itself '
             f"({', '.join(sorted(kinds))}): name a smaller model with the same tokenizer"
         )
     rounded = replace(manifest, layers=tuple(layers))
-    return OwnWeights(replace(names, layers=tuple(matrices)), rounded, nbytes)
+    return OwnWeights(replace(names, layers=tuple(matrices)), rounded, tuple(nbytes))
 
 
 def round_layers(
     streamer: LayerStreamer, names: WeightNames, own: OwnWeights, dtype: torch.dtype
 ) -> HeldLayers:
-    """The rounded layers, by one pass over the model's. ``names``: those of the model."""
+    """The rounded layers, by one pass over the model's, each on the device that has its keys and
+    values. ``names``: those of the model."""
     every = (one for layer in names.layers for one in layer.values())
     widest = Widest.of((one.format, one.width, one.ordered) for one in every)
-    unpacker = Unpacker(streamer.device, dtype, widest, kernels=triton_serves(streamer.device))
+    unpackers = [
+        Unpacker(device, dtype, widest, kernels=triton_serves(device))
+        for device in streamer.devices
+    ]
     found: list[Mapping[str, torch.Tensor]] = []
+
+    def take(_: None, tensors: Mapping[str, torch.Tensor], layer_idx: int) -> None:
+        spec, stored = streamer.manifest.layers[layer_idx], names.layers[layer_idx]
+        unpacker = unpackers[layer_idx % len(unpackers)]
+        made = {key: tensors[key].clone() for key in _vectors(spec, stored)}
+        for module, matrix in stored.items():
+            made |= _round(tensors, matrix, own.names.layers[layer_idx][module], unpacker)
+        found.append(made)
+
     with torch.inference_mode(False), torch.no_grad():
-        for layer_idx, tensors in streamer.sweep(on_host=False):
-            spec = streamer.manifest.layers[layer_idx]
-            stored = names.layers[layer_idx]
-            made = {key: tensors[key].clone() for key in _vectors(spec, stored)}
-            for module, matrix in stored.items():
-                made |= _round(tensors, matrix, own.names.layers[layer_idx][module], unpacker)
-            found.append(made)
+        streamer.run_pass(None, take, on_host=False)
     if streamer.device.type == "cuda":
         torch.cuda.empty_cache()  # what rounding took is no pass's to find
     return HeldLayers(streamer, own.manifest, found)

@@ -41,11 +41,11 @@ class GrowingMemory:
         """``block_nbytes``: a multiple of the page size; ``device``: for which to page-lock."""
         self._block, self._device = block_nbytes, device
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        self._mapping = mmap.mmap(-1, -(-nbytes // block_nbytes) * block_nbytes, flags=flags)
-        self._advise()
+        mapping = mmap.mmap(-1, -(-nbytes // block_nbytes) * block_nbytes, flags=flags)
+        _advise(mapping)
         with torch.inference_mode(False):
-            self.memory = torch.from_numpy(np.frombuffer(self._mapping, dtype=np.uint8))
-        self._reached = np.zeros(len(self._mapping) // block_nbytes, dtype=bool)
+            self.memory = torch.from_numpy(np.frombuffer(mapping, dtype=np.uint8))
+        self._reached = np.zeros(len(mapping) // block_nbytes, dtype=bool)
         self._borders = np.zeros(0, dtype=np.int64)
         """Where each segment that was taken as one begins, in order: no copy may cross one. It is
         replaced as a whole, for other threads that read it."""
@@ -96,10 +96,12 @@ class GrowingMemory:
         return np.array(found, dtype=np.int64)
 
     def close(self) -> None:
-        """Give the page locks back; no copy may be under way. Idempotent."""
+        """Give the page locks back, and the memory, but for others' views; no copy may be under
+        way. Idempotent."""
         while self._locked:
             offset = self._locked.pop()
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr() + offset)
+        self.memory = self.memory.new_empty(0)
 
     def _take(self, first: int, after: int) -> None:
         offset, nbytes = first * self._block, (after - first) * self._block
@@ -128,12 +130,13 @@ class GrowingMemory:
         logger.warning("page-locking host memory was refused (%s): copies are slower", code)
         return False
 
-    def _advise(self) -> None:
-        wanted = [MADV_WIPEONFORK]
-        if len(self._mapping) >= HUGE_ARENA and hasattr(mmap, "MADV_HUGEPAGE"):
-            wanted.append(mmap.MADV_HUGEPAGE)
-        for advice in wanted:
-            try:
-                self._mapping.madvise(advice)
-            except (OSError, AttributeError) as error:
-                logger.debug("madvise(%d) was refused: %s", advice, error)
+
+def _advise(mapping: mmap.mmap) -> None:
+    wanted = [MADV_WIPEONFORK]
+    if len(mapping) >= HUGE_ARENA and hasattr(mmap, "MADV_HUGEPAGE"):
+        wanted.append(mmap.MADV_HUGEPAGE)
+    for advice in wanted:
+        try:
+            mapping.madvise(advice)
+        except (OSError, AttributeError) as error:
+            logger.debug("madvise(%d) was refused: %s", advice, error)

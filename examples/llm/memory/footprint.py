@@ -48,15 +48,17 @@ class Needs:
     packed_nbytes: int
     """Buffers that packed weights are unpacked into."""
     static_nbytes: int = 0
-    """Tensors that stay on the device beside the layers: norms, scales of the head."""
+    """Tensors that stay on each device beside the layers: norms, scales of the head."""
+    head_nbytes: int = 0
+    """The output head on the first device, where it is loaded."""
     captured_rows: int = 0
     """Rows up to which passes that decode may be captured; 0: none are."""
     captured_rows_streamed: int = 0
     """The same of what each layer computes, where something streams."""
     captured_part: int = 0
     """Tokens of a prompt's part that is captured beside these; 0: none is."""
-    draft_nbytes: int = 0
-    """All that what drafts takes on the device."""
+    draft_nbytes: tuple[int, ...] = ()
+    """All that what drafts takes, by device; nothing on those behind."""
     reproducible: bool = False
     """Passes are computed in fixed tiles."""
 
@@ -121,7 +123,7 @@ class Footprint:
             masks = len(set(config.windows)) + 2 * size
             nbytes += (needs.drafted + needs.max_batch) * needs.kv_tokens * masks
         if needs.device_type != "cpu":
-            kept = needs.packed_nbytes + needs.static_nbytes
+            kept = needs.packed_nbytes + needs.static_nbytes + needs.head_nbytes
             nbytes += 2 * GATHER_NBYTES + FRAGMENTS + (nbytes + kept) // 16
         return nbytes
 

@@ -139,13 +139,10 @@ class Planner:
     def _on_device(
         self, number: int, chunk: int, spilled: tuple[int, ...], preview: Plan
     ) -> dict[str, int]:
-        """The parts of one device, whose layers are every so manieth one. What is asked of a draft,
-        and experts that come on demand, are on the first."""
-        footprint, placement, count = (
-            self._footprint,
-            preview.placement,
-            len(preview.machine.devices),
-        )
+        """The parts of one device, whose layers are every so manieth one. An output head that is
+        loaded, a draft model, and experts that come on demand are on the first."""
+        footprint, placement = self._footprint, preview.placement
+        needs, count = footprint.needs, len(preview.machine.devices)
         own = range(number, footprint.config.num_layers, count)
         away = [i for i in own if i in spilled]
         is_first = number == 0
@@ -154,11 +151,11 @@ class Planner:
             "keys and values": sum(footprint.layer_on_device(i) for i in own if i not in spilled),
             "their slots": footprint.staging(away, placement.device_slots[number].count),
             "residual stream": footprint.residual(),
-            "static tensors": footprint.needs.static_nbytes,
-            "scratch": footprint.needs.packed_nbytes,
+            "static tensors": needs.static_nbytes + needs.head_nbytes * is_first,
+            "scratch": needs.packed_nbytes,
             "temporaries": footprint.temporaries(chunk),
             "logits": footprint.logits(),
-            "draft": footprint.needs.draft_nbytes * is_first,
+            "draft": sum(needs.draft_nbytes[number : number + 1]),
             "reserved": parse_bytes("reserve_bytes", self._wishes.reserve_bytes),
         }
 

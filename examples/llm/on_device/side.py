@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -44,16 +43,14 @@ class DeviceSide:
         self._config, self._names, self._streamer = config, names, streamer
         self._specs = streamer.manifest.static
         self.check = ScaleCheck()
-        load = streamer.load_static
-        if number:
-            load = partial(streamer.load_static, device=device)
-            if names.adapter is not None:  # which the first device has
-                self._names = replace(names, adapter=names.adapter.to(device, dtype))
-        loads_head = streamer.num_steps == streamer.manifest.num_layers
-        loaded = [*names.head_parts, *([names.head] if loads_head else [])]
-        self._head_parts = {name: load(name) for name in loaded}
-        self._norm = norm_weight(load(names.norm).to(dtype), names)
-        factors = load(names.rope_factors) if names.rope_factors else None
+        if number and names.adapter is not None:  # which the first device has
+            self._names = replace(names, adapter=names.adapter.beside(device, dtype))
+        parts = names.head_parts
+        if streamer.num_steps == streamer.manifest.num_layers:  # the head is loaded, and one has it
+            parts = [] if number else [*parts, names.head]
+        self._head_parts = {name: self._load(name) for name in parts}
+        self._norm = norm_weight(self._load(names.norm).to(dtype), names)
+        factors = self._load(names.rope_factors) if names.rope_factors else None
         self.rotary = Rotary(config, device, factors=factors)
         widest = names.widest(dtype, names.cast(device, dtype))
         self.unpacker = Unpacker(device, dtype, widest, kernels=triton_serves(device))
@@ -74,6 +71,9 @@ class DeviceSide:
             chunking=chunking,
             interleaved=names.interleaved_rope,
         )
+
+    def _load(self, name: str) -> torch.Tensor:
+        return self._streamer.load_static(name, self.device if self.number else None)
 
     def take(self, x_ND: torch.Tensor) -> torch.Tensor:
         """A pass's residuals, here: as they are, or copied from where another device left them.

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from layer_streamer import ClosedError
+
 from ..drafts.tree import Tree
 from ..kv.cache import KVCache
 from ..models.config import ModelConfig
@@ -73,7 +75,8 @@ class Runner:
         matrix = names.embedding_matrix
         table = matrix.packed({k: streamer.host_tensor(k) for k in matrix.keys.values()})
         chunk = min(self._chunking.tokens, kv.layout.tokens)
-        self._embedding = Embedding(table, config, self.sides[0].unpacker, chunk=chunk)
+        unpacker = self.sides[0].unpacker
+        self._embedding: Embedding | None = Embedding(table, config, unpacker, chunk=chunk)
 
     def forward(
         self,
@@ -90,6 +93,7 @@ class Runner:
         tokens are its last ones; logits are of what follows these, and the token before them.
         ``on_layer`` hears of each layer as it starts. One that fails leaves the rows as they were.
         """
+        self._refuse_closed()
         count = sum(len(ids) for _, ids in entries)
         if count > self.most_tokens:
             raise ValueError(f"{count} tokens in one pass: room is for {self.most_tokens}")
@@ -113,7 +117,7 @@ class Runner:
     @property
     def most_tokens(self) -> int:
         """Of one pass, whatever the rows' windows hold."""
-        return len(self.sides[0].residuals_ND)
+        return self.kv.layout.tokens
 
     @property
     def takes_trees(self) -> bool:
@@ -133,16 +137,24 @@ class Runner:
     def repeat(self, entries: Sequence[Entry], around: Callable[[Step, Batch, Any], Step]) -> None:
         """A pass of the streamer that leaves the rows as they are, for who looks at it: its step is
         ``around(step, batch, x_ND)``, where x_ND are the residuals before it."""
+        self._refuse_closed()
         self.kv.begin([(row, len(ids)) for row, ids in entries])
         with torch.inference_mode():
             self._stream(self._sections(entries), around=around)
 
     def close(self) -> None:
-        """Let go of the layers, after the streamer has been closed. Idempotent."""
+        """Let go of all memory on devices, and of the layers, after the streamer has been closed.
+        Idempotent; a pass is then a ClosedError."""
         self.decoder = self.host = None
-        for side in self.sides:
-            side.decoder = None
-        self._embedding.close()
+        if self._embedding is not None:
+            self._embedding.close()
+        self._embedding = None
+        self.sides = []
+        self.names = replace(self.names, adapter=None)
+
+    def _refuse_closed(self) -> None:
+        if not self.sides:
+            raise ClosedError("the engine is closed")
 
     def _captured(self, entries: Sequence[Entry]) -> int:
         """How many of a pass's first rows are done as the decoder does them."""
@@ -255,6 +267,7 @@ class Runner:
 
     def embed(self, batch: Batch, chunk: Chunk, x_ND: torch.Tensor) -> None:
         """What the first layer gets of a chunk, written to its place among the residuals."""
+        assert self._embedding is not None
         part = slice(chunk.first, chunk.first + chunk.count)
         self._embedding.put(batch.ids[part], x_ND[part])
 

@@ -282,7 +282,10 @@ def named_twice() -> Iterator[None]:
     """An engine may be given one device several times."""
 
     def choose(device: Any) -> tuple[torch.device, ...]:
-        return tuple(map(torch.device, device if isinstance(device, list | tuple) else [device]))
+        names = device.split(",") if isinstance(device, str) else device
+        return tuple(map(torch.device, names if isinstance(names, list | tuple) else [names]))
 
-    with patch("layer_streamer.llm.opening.choose_devices", choose):
+    with ExitStack() as stack:
+        for module in ("opening", "batching.room"):
+            stack.enter_context(patch(f"layer_streamer.llm.{module}.choose_devices", choose))
         yield

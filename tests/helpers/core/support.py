@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,6 +109,14 @@ def in_thread(function: Callable[[], None]) -> BaseException | None:
 def footprint() -> tuple[list[str], int]:
     """Names of the threads, and number of open file descriptors, of this process."""
     return sorted(t.name for t in threading.enumerate()), psutil.Process().num_fds()
+
+
+def held_nbytes() -> int:
+    """Of all tensors that somebody has, once all is collected that nobody has."""
+    while gc.collect():  # what is collected may let go of more
+        pass
+    memory = [some.untyped_storage() for some in gc.get_objects() if type(some) is torch.Tensor]
+    return sum({each.data_ptr(): each.nbytes() for each in memory}.values())
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,9 @@ from gguf_models import file_config, write_gguf
 from triton_runs import FEW, of_many
 from zoo import DENSE, IDS, zoo_model
 
+from layer_streamer import LayerStreamer
 from layer_streamer.devices.accelerator import CudaDevice
+from layer_streamer.llm.drafts.own_weights import own_weights, round_layers
 from layer_streamer.llm.kernels.triton_support import interpreted
 from layer_streamer.llm.models.config import model_config
 from layer_streamer.llm.passes.chunking import Chunking
@@ -235,6 +237,28 @@ def test_rows_come_and_go_over_captured_layers_of_two_devices(tmp_path: Path, se
     assert 0 < captured < len(histories[0])
     for found, expected in zip(histories[1], histories[0], strict=True):
         assert relative_error(found, expected) <= TOLERANCE
+
+
+@of_many
+def test_rounded_layers_of_two_devices_are_captured_on_each(llama: tuple[Path, Any]) -> None:
+    given, found, single = {"device_budget": None, "n_gpu": 1}, [], torch.float32
+    with (
+        twice() as devices,
+        opened(*llama, rows=0, device=devices, **given) as runner,
+        LayerStreamer.from_checkpoint(llama[0], device=devices, dtype=single) as streamer,
+    ):
+        own = own_weights(streamer.manifest, runner.names, single)
+        held = round_layers(streamer, runner.names, own, single)
+        layers, row = (held, runner.config, own.names, runner.kv), runner.kv.rows.add(40)
+        assert row is not None
+        for rows in (0, 1):
+            draft = Runner(*layers, dtype=single, chunking=Chunking(16, captured_rows=rows))
+            logits = [draft.forward([(row, ids)]) for ids in ([5, 6, 7], [8], [9], [10])]
+            found += [torch.cat(logits).cpu()]
+            assert passes(draft) == 3 * rows and not draft.captures_passes
+            runner.kv.rows.truncate(row, 0)
+            draft.close()
+    assert relative_error(found[1], found[0]) <= TOLERANCE
 
 
 def test_layers_that_the_host_computes_stand_between_captured_ones(

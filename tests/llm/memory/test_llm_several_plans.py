@@ -12,6 +12,7 @@ from assets import tiny_checkpoint, tiny_model
 from fake_device import FakeDevice, named_twice, opened_as
 
 from layer_streamer import preview
+from layer_streamer.llm.drafts.opening import SelfPlan, Wanted, plan_draft
 from layer_streamer.llm.memory.footprint import Footprint, Needs
 from layer_streamer.llm.memory.memory_plan import MemoryPlan
 from layer_streamer.llm.memory.placing import choose_device, choose_devices
@@ -135,6 +136,26 @@ def test_layers_are_captured_on_each_device_whether_some_stream_or_none(model: M
         assert str(found).count("captured layers") == 2
         seen.add(bool(found.host_layers))
     assert seen == {False, True} and set(found.streamer.tiers) == {"device"}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_draft_of_own_weights_takes_of_each_gpu_what_its_layers_do(
+    model: Model, count: int
+) -> None:
+    def drafted(number: int) -> SelfPlan:
+        devices = [torch.device("cuda", i) for i in range(number)]
+        wishes = Wishes(options={"device": devices})
+        limits, wanted = Limits(4096), Wanted(own_weights=True)
+        found = plan_draft(wanted, model, limits, wishes, torch.bfloat16)
+        assert isinstance(found, SelfPlan)
+        return found
+
+    one, several = drafted(1), drafted(count)
+    layers = one.own.nbytes
+    assert len(one.nbytes) == 1 and len(layers) == LAYERS and several.own.nbytes == layers
+    for number, nbytes in enumerate(several.nbytes):
+        assert one.nbytes[0] - nbytes == sum(layers) - sum(layers[number::count])
+    assert len(several.nbytes) == count
 
 
 def test_more_devices_than_layers_are_refused(model: Model) -> None:

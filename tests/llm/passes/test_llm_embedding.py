@@ -140,6 +140,7 @@ def test_logits_are_those_with_all_rows_gathered_before_the_first_layer(
                 gather_before(runner)
             elif stage:
                 old = runner._embedding
+                assert old is not None
                 runner._embedding = Embedding(
                     old._table, old._config, old._unpacker, chunk=tokens, transfers=HostTransfers()
                 )
@@ -157,12 +158,9 @@ def test_logits_are_those_with_all_rows_gathered_before_the_first_layer(
 def gather_before(runner: Runner) -> None:
     def begin(sections: Any) -> torch.Tensor:
         (batch,) = (section.batch for section in sections)
-        x_ND = runner.sides[0].residuals_ND[: len(batch.ids)]
-        x_ND.copy_(
-            embed_tokens(
-                batch.ids, runner._embedding._table, runner.config, runner._embedding._unpacker
-            )
-        )
+        x_ND, embedding = runner.sides[0].residuals_ND[: len(batch.ids)], runner._embedding
+        assert embedding is not None
+        x_ND.copy_(embed_tokens(batch.ids, embedding._table, runner.config, embedding._unpacker))
         return x_ND
 
     runner._begin = begin  # type: ignore[method-assign]

@@ -57,7 +57,7 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     [
         (0, {"device": TWO}),
         (1, {"device": TWO, "host_layers": (0, 1, 4)}),
-        (2, {"device": TWO, "host_layers": (1, 3)}),
+        pytest.param(*(2, {"device": TWO, "host_layers": (1, 3)}), marks=pytest.mark.slow),
         pytest.param(
             *(3, {"device": ["cpu"] * 3, "host_layers": range(LAYERS), "n_gpu": 0}),
             marks=pytest.mark.slow,
@@ -157,8 +157,9 @@ def test_vectors_of_texts_are_those_of_one_device(model: tuple[Path, Any]) -> No
     path, _ = model
     with StreamingEngine(path, device="cpu", **GIVEN) as engine:
         expected = list(engine.embed(PROMPTS))
-    for options in ({}, {"host_layers": [LAYERS - 1]}):
-        with StreamingEngine(path, device=TWO, **GIVEN, **options) as engine:
+    ways: list[tuple[int, dict[str, Any]]] = [(2, {}), (2, {"host_layers": [LAYERS - 1]}), (3, {})]
+    for count, options in ways:
+        with StreamingEngine(path, device=["cpu"] * count, **GIVEN, **options) as engine:
             assert same(list(engine.embed(PROMPTS)), expected)
 
 
@@ -176,18 +177,15 @@ def test_an_adapter_is_beside_the_layers_of_each_device(tmp_path: Path) -> None:
     assert same(ways[1], ways[0])
 
 
-@pytest.mark.parametrize("budget", ["64MiB", "1GiB"])
+@pytest.mark.parametrize("budget", [pytest.param("64MiB", marks=pytest.mark.slow), "1GiB"])
 def test_keys_and_values_travel_to_layers_that_stay(model: tuple[Path, Any], budget: str) -> None:
     options: dict[str, Any] = {"host_layers": (0, 1, 3), "device_budget": budget}
     assert same(tell(*model, 9, device=TWO, **options), tell(*model, 9))
 
 
-def test_rounded_copies_of_layers_on_two_devices_are_refused(model: tuple[Path, Any]) -> None:
-    with pytest.raises(ValueError, match="goes with one device"):
-        StreamingEngine(model[0], device=TWO, draft="self", **GIVEN)
-
-
-@pytest.mark.parametrize("failing", [1, 2, LAYERS - 1])
+@pytest.mark.parametrize(
+    "failing", [1, *(pytest.param(i, marks=pytest.mark.slow) for i in (2, LAYERS - 1))]
+)
 @pytest.mark.parametrize("error", [MemoryError("no room"), KeyboardInterrupt()], ids=repr)
 def test_a_pass_that_fails_on_any_device_leaves_the_rows_as_they_were(
     model: tuple[Path, Any],

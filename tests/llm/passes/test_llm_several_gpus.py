@@ -79,10 +79,12 @@ def test_two_say_what_one_says(
     assert len(engine.plan.devices) == len(engine.streamer.devices) == 2
 
 
-def test_a_draft_model_on_the_first_of_two_gpus_changes_no_text(
-    model: tuple[Path, Any], devices: list[str]
+@pytest.mark.parametrize("draft", ["model", "self"])
+def test_drafts_over_two_gpus_change_no_text(
+    model: tuple[Path, Any], devices: list[str], draft: str
 ) -> None:
-    assert ids(model[0], devices, draft=model[0])[0] == ids(model[0], "cuda:0")[0]
+    chosen = model[0] if draft == "model" else draft
+    assert ids(model[0], devices, draft=chosen)[0] == ids(model[0], "cuda:0")[0]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -139,7 +141,8 @@ def test_a_pass_that_fails_on_either_gpu_leaves_the_rows_as_they_were(
             assert relative_error(runner.forward([(row, some)]), wanted) <= 1e-5
 
 
-def test_each_gpu_takes_what_the_plan_says(model: tuple[Path, Any]) -> None:
+@pytest.mark.parametrize("draft", [None, "self"])
+def test_each_gpu_takes_what_the_plan_says(model: tuple[Path, Any], draft: str | None) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     budget = 1 << 30
@@ -147,7 +150,7 @@ def test_each_gpu_takes_what_the_plan_says(model: tuple[Path, Any]) -> None:
         torch.cuda.synchronize(number)
         torch.cuda.reset_peak_memory_stats(number)
     before = [torch.cuda.memory_allocated(number) for number in range(2)]
-    _, engine = ids(model[0], ["cuda:0", "cuda:1"], device_budget=budget)
+    _, engine = ids(model[0], ["cuda:0", "cuda:1"], device_budget=budget, draft=draft)
     for number, parts in enumerate(engine.plan.devices):
         taken = torch.cuda.max_memory_allocated(number) - before[number]
         assert 0 < taken <= budget and sum(parts.values()) <= budget

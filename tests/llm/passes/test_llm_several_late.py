@@ -1,4 +1,4 @@
-"""Passes over two devices that work as late as waits permit: whole engines, interrupted at will."""
+"""Passes over devices that work as late as waits permit: whole engines, interrupted at will."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from fake_device import FakeDevice, opened_as
 from late_transfers import Interrupted, LateTransfers
 from ordering import HANG_SECONDS
 
+from layer_streamer.llm.drafts.tree import ROOT, Tree
 from layer_streamer.llm.kv.cache import KVCache
 from layer_streamer.llm.kv.host_tiers import HostTiers
+from layer_streamer.llm.kv.moves import Move
 from layer_streamer.llm.on_device.side import DeviceSide
 from layer_streamer.llm.passes.chunking import Chunking
 from layer_streamer.llm.passes.runner import Runner
 
 AWAY = (0, 1, 2, 3)
-"""Of five layers, those with keys and values in host memory: two of each device."""
+"""Of five layers, those with keys and values in host memory: two of each of two devices."""
 TEXTS = [[[5, 6, 7] * 9, [8], [9], [10, 11], [12]], [[20] * 30, [21], [22, 23], [24], [25]]]
 
 
@@ -38,33 +40,47 @@ def expected(model: tuple[Path, Any]) -> list[torch.Tensor]:
         return tell(runner, ())
 
 
+TREE = Tree((41, 42, 43), (ROOT, 0, 0))
+"""A draft in every second pass, of which the first and the last token follow."""
+
+
 def tell(runner: Runner, transfers: Sequence[LateTransfers]) -> list[torch.Tensor]:
     """The logits of two rows' passes, each begun anew until no interrupt comes."""
-    rows = [runner.kv.rows.add(100) for _ in TEXTS]
+    rows = [row for row in (runner.kv.rows.add(100) for _ in TEXTS) if row is not None]
     found = []
     for step in range(len(TEXTS[0])):
-        entries = [(row, text[step]) for row, text in zip(rows, TEXTS, strict=True) if row]
+        entries = [(row, text[step]) for row, text in zip(rows, TEXTS, strict=True)]
+        drafts = [TREE] * len(rows) if step % 2 else None
+        if drafts:
+            entries = [(row, [*ids, *TREE.tokens]) for row, ids in entries]
+        chances = [some.interrupts for some in transfers]
         while True:
             try:
-                found.append(runner.forward(entries))
+                found.append(runner.forward(entries, drafts=drafts))
                 break
             except Interrupted:
                 for some in transfers:
                     some.interrupts /= 2
         for some in transfers:
-            some.interrupts = some.interrupts and 0.05
+            some.interrupts = 0
+        if drafts:
+            runner.kv.move([Move(row, row.length - 2, (row.length - 1,)) for row in rows])
+            for row in rows:
+                runner.kv.rows.truncate(row, row.length - 1)
+        for some, chance in zip(transfers, chances, strict=True):
+            some.interrupts = chance
     return found
 
 
 @contextmanager
 def late(
-    model: tuple[Path, Any], seed: int, missing: tuple[str, str] | None = None
+    model: tuple[Path, Any], seed: int, missing: tuple[str, str] | None = None, count: int = 2
 ) -> Iterator[tuple[Runner, list[LateTransfers]]]:
-    """A runner over two late devices, of which the second leaves a wait out. Torch works at once,
-    so what it works on is forced by what it would be ordered behind."""
-    devices = FakeDevice.several(2, seed)
-    lacking = (None, missing)
-    transfers = [LateTransfers(devices[n], seed + n, lacking[n]) for n in range(2)]
+    """A runner over late devices, of which the second leaves a wait out. Torch works at once, so
+    what it works on is forced by what it would be ordered behind."""
+    devices = FakeDevice.several(count, seed)
+    lacking = (None, missing, None)
+    transfers = [LateTransfers(devices[n], seed + n, lacking[n]) for n in range(count)]
     take, head, opened = DeviceSide.take, DeviceSide.head, KVCache.open
 
     def forced(side: DeviceSide, x_ND: torch.Tensor) -> torch.Tensor:
@@ -77,11 +93,11 @@ def late(
 
     def forced_open(kv: KVCache, layer_idx: int) -> torch.Tensor:
         memory = opened(kv, layer_idx)
-        devices[layer_idx % 2].current_stream().synchronize()
+        devices[layer_idx % count].current_stream().synchronize()
         return memory
 
     options = {
-        "device": ["cpu", "cpu"], "host_layers": AWAY, "n_gpu": seed % 3, "n_cpu_pinned": 1,
+        "device": ["cpu"] * count, "host_layers": AWAY, "n_gpu": seed % 3, "n_cpu_pinned": 1,
         "tokens": 1024, "max_rows": 2, "chunking": Chunking(16), "read_threads": 2,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, opened_as(lambda number: devices[number]):
@@ -103,25 +119,28 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(
-    "seeds", [range(4), pytest.param(range(4, 100), marks=pytest.mark.slow)], ids=["few", "many"]
-)
-def test_two_late_devices_give_the_logits_of_one(
-    model: tuple[Path, Any], expected: list[torch.Tensor], seeds: range
+SEEDS = [
+    pytest.param(2, range(4), id="two"),
+    pytest.param(2, range(4, 100), id="two, many", marks=pytest.mark.slow),
+    pytest.param(3, range(50), id="three", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("count", "seeds"), SEEDS)
+def test_late_devices_give_the_logits_of_one(
+    model: tuple[Path, Any], expected: list[torch.Tensor], count: int, seeds: range
 ) -> None:
     for seed in seeds:
-        with late(model, seed) as (runner, transfers):
+        with late(model, seed, count=count) as (runner, transfers):
             assert same(tell(runner, transfers), expected), seed
 
 
-@pytest.mark.parametrize(
-    "seeds", [range(4), pytest.param(range(4, 100), marks=pytest.mark.slow)], ids=["few", "many"]
-)
-def test_interrupts_anywhere_on_two_devices_leave_the_rows_as_they_were(
-    model: tuple[Path, Any], expected: list[torch.Tensor], seeds: range
+@pytest.mark.parametrize(("count", "seeds"), SEEDS)
+def test_interrupts_anywhere_on_late_devices_leave_the_rows_as_they_were(
+    model: tuple[Path, Any], expected: list[torch.Tensor], count: int, seeds: range
 ) -> None:
     for seed in seeds:
-        with late(model, seed) as (runner, transfers):
+        with late(model, seed, count=count) as (runner, transfers):
             for some in transfers:
                 some.interrupts = 0.05
             assert same(tell(runner, transfers), expected), seed
