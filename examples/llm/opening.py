@@ -263,7 +263,7 @@ def open_runner(model: Model, plan: MemoryPlan, needs: Needs) -> Runner:
     devices = devices_of(plan.options)
     if devices[0].type == "cpu":
         leave_a_core()
-        prepare(kind for kind, _ in model.names.widest(needs.dtype, plan.options["dtype"]).kinds)
+        prepare()
     layout = KVLayout(
         tokens=plan.kv_tokens,
         max_rows=needs.max_batch,

@@ -64,7 +64,10 @@ def test_a_wheel_has_the_modules_of_every_folder_and_nothing_else(built: Path) -
         path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*.py")
     }
     data = {"layer_streamer/py.typed", "layer_streamer/llm/serving/page.html"}
-    data |= {"layer_streamer/llm/host_kernels/products.cpp"}
+    kernels = "layer_streamer/llm/host_kernels"
+    data |= {
+        f"{kernels}/{name}" for name in ("products.cpp", "tokens.cpp", "threads.h", "vectors.h")
+    }
     assert set(files(wheel(built))) == there | data
 
 

@@ -1,4 +1,4 @@
-"""The compiled form of ``products.cpp``: made once by this machine's compiler, then kept."""
+"""The compiled form of what is here in C++: made once by this machine's compiler, then kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from layer_streamer import cache_path
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("products.cpp")
+SOURCES = tuple(map(Path(__file__).with_name, ("products.cpp", "tokens.cpp")))
+HEADERS = tuple(map(Path(__file__).with_name, ("threads.h", "vectors.h")))
 COMPILERS = ("c++", "g++", "clang++")
 """The first of them that there is, unless CXX names one."""
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
@@ -68,7 +69,8 @@ def _key(compiler: list[str], flags: list[str]) -> str:
     """Of all that decides what comes out, and where it can run: a cache may move to a machine with
     other instructions, or another compiler."""
     version = _run([*compiler, "--version"])
-    parts = (SOURCE.read_bytes(), repr((compiler, flags)).encode(), version, processor())
+    texts = [path.read_bytes() for path in (*SOURCES, *HEADERS)]
+    parts = (*texts, repr((compiler, flags)).encode(), version, processor())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
@@ -88,7 +90,7 @@ def _compile(command: list[str], path: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".so")
     os.close(handle)
     try:
-        _run([*command, "-o", temporary, str(SOURCE)])
+        _run([*command, "-o", temporary, *map(str, SOURCES)])
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # a name must not last longer than what it names
         Path(temporary).replace(path)

@@ -1,4 +1,4 @@
-"""The compiled products, loaded: whether they serve, and their call."""
+"""What was compiled, loaded: whether it serves, and its calls."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class Look(ctypes.Structure):
+    """Queries, and what they look back at, as ``tokens.cpp`` has it; strides in numbers."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "memory", "runs", "mixed")),
+        *((name, ctypes.c_int64) for name in ("q_head", "q_token", "heads", "groups", "width")),
+        *((name, ctypes.c_int64) for name in ("tokens", "positions", "window", "num_runs")),
+        ("kind", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    ]
+
+
 class Library:
     """A loaded file. Its threads, which all callers share, sleep when there is nothing to do, and
     last as long as the process; a forked child has its own. Any thread may call, several at once:
@@ -60,18 +72,27 @@ class Library:
         self.name = Path(path).stem
         """Of what was compiled, how, and for which processor."""
         try:
-            self._multiply, size = own.host_multiply, own.host_matrix_nbytes
+            self._multiply, self._look = own.host_multiply, own.host_look
+            self.norm, self.rotate, self.gate = own.host_norm, own.host_rotate, own.host_gate
+            """As ``tokens.cpp`` has them: of addresses and numbers."""
+            sizes = own.host_matrix_nbytes, own.host_look_nbytes
             self.wide = own.host_lanes() > FEW_LANES
             """Vectors are wide enough that no product of few tokens is slower than torch's."""
             self.most_tokens = MOST_TOKENS if self.wide else FEW_TOKENS
         except AttributeError as error:
             raise ValueError(str(error)) from None
-        size.restype = ctypes.c_int64
-        if size() != ctypes.sizeof(Matrix):
-            raise ValueError("its matrices have another size")
+        for size, kind in zip(sizes, (Matrix, Look), strict=True):
+            size.restype = ctypes.c_int64
+            if size() != ctypes.sizeof(kind):
+                raise ValueError(f"its {kind.__name__} has another size")
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._multiply.argtypes = [pointer, pointer, pointer, number, number, ctypes.c_int]
-        self._multiply.restype = ctypes.c_int
+        self._look.argtypes = [pointer, ctypes.c_int]
+        self.norm.argtypes = [*[pointer] * 5, number, number, ctypes.c_float]
+        self.rotate.argtypes = [*[pointer] * 4, *[number] * 5, ctypes.c_int]
+        self.gate.argtypes = [pointer, pointer, number]
+        for function in (self.norm, self.rotate, self.gate):
+            function.restype = None
 
     def multiply(self, matrix: Matrix, x_TD: torch.Tensor, y_TN: torch.Tensor) -> None:
         """y = x times the transposed matrix; both float32 and contiguous. By as many threads as
@@ -88,11 +109,16 @@ class Library:
         if failed:
             raise MemoryError("no memory for the input of a product")
 
+    def look(self, look: Look) -> None:
+        """Attention of few queries. MemoryError."""
+        if self._look(ctypes.addressof(look), torch.get_num_threads()):
+            raise MemoryError("no memory for a look back")
+
 
 @cache
 def library() -> Library | None:
-    """The products; None: they do not serve, and a warning has said why, unless it was asked for.
-    The first call may compile them."""
+    """None: nothing that is compiled serves, and a warning has said why, unless it was asked for.
+    The first call may compile it."""
     if os.environ.get(SWITCH) == "0":
         return None
     try:
@@ -104,7 +130,7 @@ def library() -> Library | None:
         problem = str(error)
     except (OSError, ValueError) as error:
         problem = f"the compiled kernel cannot be loaded: {error}"
-    logger.warning("plain torch unpacks weights on the processor, which takes longer: %s", problem)
+    logger.warning("plain torch computes on the processor, which takes longer: %s", problem)
     return None
 
 

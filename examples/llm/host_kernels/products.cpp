@@ -6,137 +6,15 @@
 // for any number of tokens. A matrix is gone through in pieces of 32 weights; several rows and
 // tokens at once, so that each weight is taken apart once and each input is loaded for all rows.
 
-#include <atomic>
-#include <condition_variable>
-#include <cstdint>
-#include <cstring>
-#include <mutex>
 #include <new>
-#include <pthread.h>
-#include <signal.h>
-#include <thread>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+
+#include "threads.h"
+#include "vectors.h"
+
+using namespace host;
 
 namespace {
-
-// ---------------------------------------------------------------- vectors of the machine's width
-
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-constexpr int LANES = 16;
-#define WIDE_TABLES 1
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-typedef int8_t Signed __attribute__((vector_size(LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-template <class Vector> inline Vector load(const void *from) {
-    Vector found;
-    std::memcpy(&found, from, sizeof found);
-    return found;
-}
-
-inline Floats fused(Floats a, Floats b, Floats c) {
-#if defined(WIDE_TABLES)
-    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return a * b + c;
-#endif
-}
-
-inline Ints bytes_at(const uint8_t *from) {
-#if defined(WIDE_TABLES)
-    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
-#elif defined(__AVX2__)
-    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
-#else
-    return __builtin_convertvector(load<Bytes>(from), Ints);
-#endif
-}
-
-inline Ints signed_at(const uint8_t *from) {
-#if defined(WIDE_TABLES)
-    return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
-#elif defined(__AVX2__)
-    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
-#else
-    return __builtin_convertvector(load<Signed>(from), Ints);
-#endif
-}
-
-inline Ints halves_at(const uint8_t *from) {
-    return __builtin_convertvector(load<Halves>(from), Ints);
-}
-
-inline Floats floats(Ints codes) { return __builtin_convertvector(codes, Floats); }
-
-inline Ints counted() {
-    Ints found;
-    for (int lane = 0; lane < LANES; ++lane)
-        found[lane] = lane;
-    return found;
-}
-
-inline float sum(Floats values) {
-#if defined(WIDE_TABLES)
-    return _mm512_reduce_add_ps((__m512)values);
-#else
-    float parts[LANES];
-    std::memcpy(parts, &values, sizeof parts);
-    for (int step = LANES / 2; step; step /= 2)
-        for (int lane = 0; lane < step; ++lane)
-            parts[lane] += parts[lane + step];
-    return parts[0];
-#endif
-}
-
-inline float float_of(uint32_t bits) {
-    float found;
-    std::memcpy(&found, &bits, sizeof found);
-    return found;
-}
-
-inline float half_at(const uint8_t *from) {
-    uint16_t half;
-    std::memcpy(&half, from, sizeof half);
-#if defined(__F16C__)
-    return _cvtsh_ss(half);
-#else
-    uint32_t rest = (uint32_t)(half & 0x7fff) << 13, sign = (uint32_t)(half & 0x8000) << 16;
-    if (rest >= 0x7c00u << 13) // infinite, or not a number
-        return float_of(rest | 0x7f800000u | sign);
-    float found = float_of(rest) * 0x1p112f;
-    uint32_t bits;
-    std::memcpy(&bits, &found, sizeof bits);
-    return float_of(bits | sign);
-#endif
-}
-
-struct Pair {
-    float first, second;
-};
-
-inline Pair two_halves_at(const uint8_t *from) {
-#if defined(__F16C__)
-    int32_t both;
-    std::memcpy(&both, from, sizeof both);
-    __m128 found = _mm_cvtph_ps(_mm_cvtsi32_si128(both));
-    return {found[0], found[1]};
-#else
-    return {half_at(from), half_at(from + 2)};
-#endif
-}
 
 // --------------------------------------------------------------------------- what a call is given
 
@@ -420,7 +298,7 @@ struct BF16 {
         codes = m.codes + row * m.codes_stride + block * NBYTES;
     }
     void piece(const Matrix &, int64_t, int64_t, int) {}
-    Floats at(int, int j) const { return (Floats)(halves_at(codes + 2 * j * LANES) << 16); }
+    Floats at(int, int j) const { return brains_at(codes + 2 * j * LANES); }
 };
 
 struct F16 {
@@ -431,19 +309,7 @@ struct F16 {
         codes = m.codes + row * m.codes_stride + block * NBYTES;
     }
     void piece(const Matrix &, int64_t, int64_t, int) {}
-    Floats at(int, int j) const {
-        const uint8_t *from = codes + 2 * j * LANES;
-#if defined(WIDE_TABLES)
-        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-#elif defined(__AVX2__) && defined(__F16C__)
-        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
-#else
-        Floats found;
-        for (int lane = 0; lane < LANES; ++lane)
-            found[lane] = half_at(from + 2 * lane);
-        return found;
-#endif
-    }
+    Floats at(int, int j) const { return floats_of_halves_at(codes + 2 * j * LANES); }
 };
 
 // ------------------------------------------------------------------------------------- a product
@@ -571,99 +437,21 @@ const Entry FORMATS[] = {
     entry<Q5_K>(), entry<Q6_K>(), entry<CT4>(), entry<CT8>(), entry<BF16>(), entry<F16>(),
 };
 
-// ------------------------------------------------------------------------------------ the threads
-//
-// They sleep when there is nothing to do, never spin, and end with the process. One caller at a time
-// has them; another computes alone meanwhile. A caller waits for those only that have begun: one
-// whose core is taken is left out. Rows are dealt out a few at a time.
-
-struct Task {
+// A product whose rows are dealt out.
+struct Dealt {
     const Product &all;
     Rows (*const rows_of)(int64_t);
-    int64_t end, step;
-    std::atomic<int64_t> next;
-    void work() {
-        for (;;) {
-            int64_t start = next.fetch_add(step, std::memory_order_relaxed);
-            if (start >= end)
-                return;
-            for (int64_t token = 0; token < all.tokens; token += TOGETHER) {
-                int64_t left = all.tokens - token, count = left < TOGETHER ? left : TOGETHER;
-                Product few = {all.matrix, all.x + token * all.matrix.width,
-                               all.y + token * all.y_stride, all.y_stride, count};
-                rows_of(count)(few, start, start + step < end ? start + step : end);
-            }
+    static void piece(const void *given, int64_t start, int64_t end) {
+        const Dealt &own = *(const Dealt *)given;
+        const Product &all = own.all;
+        for (int64_t token = 0; token < all.tokens; token += TOGETHER) {
+            int64_t left = all.tokens - token, count = left < TOGETHER ? left : TOGETHER;
+            Product few = {all.matrix, all.x + token * all.matrix.width,
+                           all.y + token * all.y_stride, all.y_stride, count};
+            own.rows_of(count)(few, start, end);
         }
     }
 };
-
-struct Pool {
-    std::mutex taken, lock;
-    std::condition_variable wake, done;
-    Task *task = nullptr;
-    int wanted = 0, active = 0, threads = 0;
-
-    void run(Task &own, int helpers) {
-        std::unique_lock<std::mutex> mine(taken, std::try_to_lock);
-        if (helpers > 0 && mine.owns_lock()) {
-            grow(helpers);
-            std::lock_guard<std::mutex> held(lock);
-            task = &own, wanted = helpers < threads ? helpers : threads;
-            if (wanted == 1)
-                wake.notify_one();
-            else if (wanted)
-                wake.notify_all();
-        }
-        own.work();
-        if (helpers > 0 && mine.owns_lock()) {
-            std::unique_lock<std::mutex> held(lock);
-            wanted = 0;
-            done.wait(held, [this] { return active == 0; });
-            task = nullptr;
-        }
-    }
-
-    void grow(int count) {
-        sigset_t every, before;
-        sigfillset(&every); // signals are for the interpreter's threads, but for one's own faults
-        for (int fault : {SIGBUS, SIGFPE, SIGILL, SIGSEGV})
-            sigdelset(&every, fault);
-        pthread_sigmask(SIG_SETMASK, &every, &before);
-        try {
-            for (; threads < count; ++threads)
-                std::thread([this] { serve(); }).detach();
-        } catch (...) { // no more threads: those that there are
-        }
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    }
-
-    void serve() {
-        std::unique_lock<std::mutex> held(lock);
-        for (;;) {
-            wake.wait(held, [this] { return wanted > 0; });
-            --wanted, ++active;
-            Task *own = task;
-            held.unlock();
-            own->work();
-            held.lock();
-            if (--active == 0)
-                done.notify_one();
-        }
-    }
-};
-
-Pool *pool; // never freed: its threads may sleep there when the process ends
-
-void forget_threads() { pool = new (std::nothrow) Pool; } // a forked child has none of them
-
-struct Opened {
-    Opened() {
-        forget_threads();
-        pthread_atfork(nullptr, nullptr, forget_threads);
-    }
-} opened;
-
-constexpr int64_t WORTH_A_THREAD = 256 << 10; // bytes, once for each eight tokens
 
 int64_t row_nbytes(const Matrix &m) { return m.codes_stride > 0 ? m.codes_stride : m.width; }
 
@@ -695,11 +483,9 @@ int host_multiply(const Matrix *matrix, const float *x, float *y, int64_t y_stri
     int64_t step = FEW_ROWS;
     while (helpers > 0 && step > 4 && matrix->rows < 4 * step * (helpers + 1))
         step /= 2;
-    Task task = {product, entry.rows, matrix->rows, step, {0}};
-    if (helpers > 0 && pool)
-        pool->run(task, helpers);
-    else
-        task.work();
+    Dealt dealt = {product, entry.rows};
+    Task task = {Dealt::piece, &dealt, matrix->rows, step};
+    share_out(task, helpers);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -14,10 +14,9 @@ PIECE = 32
 NUMBERS = {kind: number for number, kind in enumerate(FORMATS)}
 
 
-def prepare(kinds: Iterable[str]) -> None:
-    """Have what multiplies matrices of these formats compiled and loaded, where it serves."""
-    if NUMBERS.keys() & set(kinds):
-        library()
+def prepare() -> None:
+    """Have what computes on the processor compiled and loaded, before a pass wants it."""
+    library()
 
 
 def floats_serve(kinds: Iterable[tuple[str, int]]) -> bool:

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..host_kernels.tokens import rotate as host_rotate
 from ..kernels.fused import kernel_rotates, rotate_heads
 from .config import ModelConfig
 from .rope_config import (
@@ -145,6 +146,9 @@ def rotate_both(
     if kernel_rotates(q_HTE, table_2TE) and k_GTE.stride(-1) == 1:
         q_HTE, k_GTE = rotate_heads([q_HTE, k_GTE], table_2TE, interleaved=interleaved)
         return q_HTE, k_GTE
+    turned = [host_rotate(x, table_2TE, interleaved=interleaved) for x in (q_HTE, k_GTE)]
+    if turned[0] is not None and turned[1] is not None:
+        return turned[0], turned[1]
     if q_HTE.shape[1] == 1:  # calls take longer than their work
         both = plain_rotate(torch.cat((q_HTE, k_GTE)), table_2TE, interleaved=interleaved)
         return both[: len(q_HTE)], both[len(q_HTE) :]

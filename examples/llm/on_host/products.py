@@ -120,7 +120,7 @@ def measure_rates(
     """Of a model's layers, by the kernels that passes have for them, or by plain torch: as it is on
     the machine's record, or measured, once. Errors are those of ``product_rates``."""
     kinds = kinds_of(names, manifest, config, cast)
-    prepare(kind.stored.format for kind in kinds)
+    prepare()
     named = {f"{kind.label} by {kind.multiplier}{kind.size}": kind for kind in kinds}
     found = product_rates(devices, {name: _ready(kind) for name, kind in named.items()})
     seconds = {name: _seconds(kind, found[name]) for name, kind in named.items()}

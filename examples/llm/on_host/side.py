@@ -54,7 +54,7 @@ class HostSide:
         every = [one for layer in names.layers for one in layer.values()]
         widest = Widest.of((one.format, one.width, one.ordered) for one in every)
         self.unpacker = Unpacker(CPU, torch.float32, widest)
-        prepare(kind for kind, _ in widest.kinds)
+        prepare()
         self.check = ScaleCheck()
         cuda, most = runner.kv.device.type == "cuda", min(runner.most_tokens, MOST_TOKENS)
         with torch.inference_mode(False):

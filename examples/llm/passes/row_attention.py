@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from ..host_kernels.tokens import look_back, looks
 from ..kv.blocks import BLOCK
 from ..kv.cache import KVCache
 from ..kv.rows import BlockTable, Row, Span
@@ -86,15 +87,18 @@ class RowAttention:
         )
         for piece in self._single:
             part = slice(piece.offset, piece.offset + piece.count)
-            k, v = store_and_look_back(span, memory, piece, k_GTE[:, part], v_GTE[:, part])
-            if self._widened:
-                k, v = k.float(), v.float()
-            if piece.branches is None:
-                mixed = attend(q_HTE[:, part], k, v, window=span.window)
-            else:
-                seen, end = piece.seen(span.window), piece.position + piece.count
-                mask = piece.branches.mask(piece.position, end, seen, span.window)
-                mixed = attend_masked(q_HTE[:, part], k, v, mask)
+            own = q_HTE[:, part], k_GTE[:, part], v_GTE[:, part]
+            mixed = self._in_one(span, memory, piece, own, sinks_H)
+            if mixed is None:
+                k, v = store_and_look_back(span, memory, piece, *own[1:])
+                if self._widened:
+                    k, v = k.float(), v.float()
+                if piece.branches is None:
+                    mixed = attend(own[0], k, v, window=span.window)
+                else:
+                    seen, end = piece.seen(span.window), piece.position + piece.count
+                    mask = piece.branches.mask(piece.position, end, seen, span.window)
+                    mixed = attend_masked(own[0], k, v, mask)
             if piece.count == tokens:
                 return mixed
             mixed_THE[part] = mixed.transpose(0, 1)
@@ -109,6 +113,25 @@ class RowAttention:
                 mixed = attend_rows(q_RHE, k_RGPE, v_RGPE, group.mask_RP)
                 mixed_THE[group.offsets_R] = mixed
         return mixed_THE.transpose(0, 1)
+
+    def _in_one(
+        self,
+        span: Span,
+        memory: torch.Tensor,
+        piece: Piece,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sinks_H: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """What a processor's own kernel mixes for a row's few tokens, whose keys and values are
+        stored first; None: it does not serve, and nothing is stored."""
+        first, end, seen = piece.position, piece.position + piece.count, piece.seen(span.window)
+        fits = sinks_H is None and piece.branches is None and piece.row.holds(span, seen, end)
+        if not fits or not looks(qkv[0], memory):
+            return None
+        _store(span, memory, piece.row, (first, end), *qkv[1:])
+        runs = list(piece.row.places(span, seen, end))
+        scale, window = self._config.attention_scale, span.window
+        return look_back(qkv[0], memory, runs, scale=scale, window=window)
 
 
 def store_and_look_back(

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from ..host_kernels import tokens as host_tokens
 from ..kernels import fused
 from ..kernels.fused import (
     add_rms_norm,
@@ -88,17 +89,20 @@ class Fastest:
         return y_TN.addmm_(x_TD, weight_ND.t())
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        return rms_norm(x_TD, weight_D, eps)
+        found = host_tokens.rms_norm(x_TD, None, weight_D, eps)
+        return rms_norm(x_TD, weight_D, eps) if found is None else found[1]
 
     def add_rms_norm(
         self, x_TD: Tensor, added_TD: Tensor, weight_D: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x_TD, added_TD, weight_D, eps)
+        found = host_tokens.rms_norm(x_TD, added_TD, weight_D, eps)
+        return add_rms_norm(x_TD, added_TD, weight_D, eps) if found is None else found
 
     def gated(self, gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
         if activation == GELU:
             return F.gelu(gate_TF, approximate="tanh").mul_(up_TF)
-        return swiglu(gate_TF, up_TF)
+        found = host_tokens.gated(gate_TF, up_TF)
+        return swiglu(gate_TF, up_TF) if found is None else found
 
     def each(self, function: PerToken, x_TD: Tensor) -> tuple[Tensor, ...]:
         return function(x_TD)
