@@ -38,7 +38,7 @@ def layer_streamer_engine(asked: Asked) -> EngineSession:
     from layer_streamer.llm import StreamingEngine
 
     options: dict[str, Any] = {"device": asked.device, "device_budget": hold_to_limit(asked)}
-    if asked.checkpoint.is_dir():  # as all others compute; of packed weights the engine decides
+    if asked.checkpoint.is_dir() and asked.device != "cpu":  # as others compute; else it decides
         options["dtype"] = getattr(torch, dtype_of(asked.checkpoint))
     length = asked.prompt + asked.tokens + 1
     engine = StreamingEngine(asked.checkpoint, max_length=length, max_batch=1, **options)
