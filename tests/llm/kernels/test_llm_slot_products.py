@@ -20,7 +20,7 @@ def test_captured_mixtures_are_right_in_the_interpreter() -> None:
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("part", parts(6))
+@pytest.mark.parametrize("part", parts(9))
 def test_every_captured_mixture_is_right_in_the_interpreter(part: str) -> None:
     run_checks(INTERPRETED | {"EVERY_CASE": "1", PART: part}, EXPERTS / CHECKS[1])
 
