@@ -24,23 +24,19 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from finetune_rows import GIB, describe, resident_of
+from finetune_steps import STEPS, Steps, batch_of, settings_of
 from watch import HostMemory
 
 ROOT = Path(__file__).resolve().parents[2]
-GIB = 1 << 30
 CAP = 8 * GIB
-STEPS = 2
-"""In a row, timed."""
 WARM = 2
 PIECE = 64 << 20
 """Bytes of pinned memory that the limit is copied from."""
@@ -74,13 +70,6 @@ def make(args: argparse.Namespace, case: str) -> None:
     subprocess.run(command, stdout=sys.stderr, check=True)
 
 
-def settings_of(steps: int | None = None) -> Any:
-    """The command's own, a batch of one row a step."""
-    from layer_streamer.llm.finetuning.settings import Settings
-
-    return Settings(accumulation=1, steps=steps, save_steps=1000)
-
-
 def resident_model(args: argparse.Namespace, case: str) -> Any:
     """The case's shape in bfloat16, whole on the device, random."""
     import transformers
@@ -100,83 +89,6 @@ def streamed_model(args: argparse.Namespace, case: str) -> Any:
     budget = CASES[case]["weights"] if args.weights is None else args.weights
     options: dict[str, Any] = {"n_gpu": 0} if args.device == "cpu" else {"device_budget": budget}
     return ls.stream(path_of(args, case), device=args.device, dtype=torch.bfloat16, **options)
-
-
-def batch_of(model: Any, tokens: int) -> dict[str, torch.Tensor]:
-    """One row of random tokens."""
-    made = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, min(model.config.vocab_size, 30_000), (1, tokens), generator=made)
-    return {"input_ids": ids.to(model.device), "labels": ids.to(model.device)}
-
-
-class Steps:
-    """Steps of AdamW over a model's adapters, of one batch each."""
-
-    def __init__(self, model: Any, tokens: int, between: Callable[[], object]) -> None:
-        """``between``: called between the forward and the backward of :meth:`looked_at`."""
-        from layer_streamer.llm.finetuning.training import adapted, token_loss
-
-        self.batch, self._loss, self._between = batch_of(model, tokens), token_loss, between
-        self.model = adapted(model, settings_of(), "base").train()
-        self.model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.trained = sum(p.numel() for p in trained)
-        self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
-        self.losses: list[float] = []
-
-    def step(self, between: Callable[[], object] = lambda: None) -> None:
-        """Forward, backward, and the optimizer's step."""
-        device = self.batch["input_ids"].device.type
-        with torch.autocast(device, dtype=torch.bfloat16):
-            logits = self.model(input_ids=self.batch["input_ids"]).logits
-        loss = self._loss(logits, self.batch["labels"])
-        del logits
-        between()
-        loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.losses.append(loss.item())
-
-    def looked_at(self) -> None:
-        """A step with a look between its ways."""
-        self.step(self._between)
-
-    def halves(self) -> list[float]:
-        """Seconds of a step's forward, and of the rest of it, with a wait in between."""
-        marks = [time.perf_counter()]
-
-        def mark() -> None:
-            wait()
-            marks.append(time.perf_counter())
-
-        wait()
-        marks[0] = time.perf_counter()
-        self.step(mark)
-        mark()
-        return [marks[1] - marks[0], marks[2] - marks[1]]
-
-    def turns(self, count: int, limit: Callable[[], float], host: HostMemory) -> dict[str, Any]:
-        """Seconds a step of each turn, of the limit beside it, and of a step's two ways."""
-        times: dict[str, Any] = {"seconds": [], "limit": [], "halves": []}
-        host.rest()
-        for _ in range(count):
-            times["limit"].append(limit())
-            times["halves"].append(self.halves())
-            begin = time.perf_counter()
-            for _ in range(STEPS):
-                self.step()
-            wait()
-            times["seconds"].append((time.perf_counter() - begin) / STEPS)
-            host.look()
-        return times | {"losses": self.losses, "trained": self.trained}
-
-
-def wait() -> None:
-    """Until the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def measure_resident(args: argparse.Namespace, case: str) -> dict[str, Any]:
@@ -246,34 +158,6 @@ def measure_trainer(args: argparse.Namespace, case: str) -> dict[str, Any]:
 MEASURES = dict(zip(REGIMES, (measure_resident, measure_streamed, measure_trainer), strict=True))
 
 
-def describe(record: dict[str, Any], resident: dict[str, Any]) -> str:
-    """One row. ``resident``: that of the same case; empty if unknown."""
-    seconds, row = record["seconds"], f"{record['regime']:<14}"
-    compute = median(resident["seconds"]) if resident else 0.0
-    row += f" {median(seconds):.4f} s a step [{min(seconds):.4f} .. {max(seconds):.4f}]"
-    if record.get("limit") and any(record["limit"]):
-        limits = [max(link, compute) for link in record["limit"]]
-        ratio = median(a / b for a, b in zip(seconds, limits, strict=True))
-        row += f", {ratio:.3f} x the longer of link {median(record['limit']):.4f} s"
-        row += f" ({sum(record['ways']) / 1e9:.2f} GB; twice what streams is "
-        row += f"{2 * record['streams'] / 1e9:.2f}) and compute {compute:.4f} s"
-        if "halves" in resident:
-            longer = both_ways(record, resident["halves"])
-            row += f"; {median(seconds) / longer:.3f} x the longer on each way, {longer:.4f} s"
-    if record["peak"]:
-        row += f"; torch's peak {record['peak'] / GIB:.2f} GiB, reserved "
-        row += f"{record['reserved'] / GIB:.2f}"
-    return row
-
-
-def both_ways(record: dict[str, Any], halves: list[list[float]]) -> float:
-    """Seconds of the longer of link and compute on the way forward, and of that on the way back:
-    what one of them does not need of its way, the other's does not get."""
-    rate = sum(record["ways"]) / median(record["limit"])
-    ways = zip(record["ways"], zip(*halves, strict=True), strict=True)
-    return sum(max(nbytes / rate, median(seconds)) for nbytes, seconds in ways)
-
-
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """One regime, in this process."""
     warnings.simplefilter("ignore")
@@ -293,14 +177,6 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         "regime": name, "device": device, "tokens": args.tokens, "torch": torch.__version__,
         "peak": peak, "reserved": reserved, **found,
     }  # fmt: skip
-
-
-def resident_of(out: Path, name: str) -> dict[str, Any]:
-    """The resident regime of the same case, as it stands last in OUT; empty if it does not."""
-    lines = out.read_text().splitlines() if out.exists() else []
-    case = name.partition(" ")[0]
-    found = map(json.loads, reversed(lines))
-    return next((record for record in found if record["regime"] == f"{case} resident"), {})
 
 
 def parse_args() -> argparse.Namespace:

@@ -17,7 +17,7 @@ from ..passes.row_attention import RowAttention
 from ..passes.section import Section
 from ..weights.dequant import Unpacker, Widest
 from ..weights.scale_check import ScaleCheck
-from .choice import MOST_TOKENS, Choice
+from .choice import FEW, MOST_TOKENS, Choice
 from .crew import Crew
 from .host_pass import CPU, HostPass, Place
 
@@ -73,10 +73,10 @@ class HostSide:
         chunks = max(len(section.batch.chunks) for section in sections)
         fits = count <= len(self.passing_TD) and chunks == 1
         self._learn()
-        there = fits and self.choice.there(count)
+        crew = self.crews[count.bit_length()]
+        there = fits and (self.choice.there(count) or (count <= FEW and crew.tries))
         # The first of its kind finds other layers in the slots.
         follows = self._last is not None and (self._last[1] > 0) == there
-        crew = self.crews[count.bit_length()]
         self._last = count, crew.number if there else 0
         self._listens = False
         wants = self.choice.wants(count, there=there)
@@ -113,11 +113,9 @@ class HostSide:
         there = threads > 0
         if ("host" in report.steps) != there:
             return  # of a pass that nobody asked this about
-        crew = self.crews[tokens.bit_length()]
-        if there and crew.tries:
-            crew.hear(threads, report.seconds)
-        else:  # as fast as it goes
-            self.choice.hear(tokens, report.seconds, there=there)
+        if there:
+            self.crews[tokens.bit_length()].hear(threads, report.seconds)
+        self.choice.hear(tokens, report.seconds, there=there)
         if there and (copy := report.steps.get("copy")) is not None and copy.bytes:
             self.choice.hear_link(copy.busy_seconds * self._total / copy.bytes)
 

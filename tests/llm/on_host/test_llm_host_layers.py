@@ -70,6 +70,27 @@ def test_passes_by_turns_here_and_there_give_the_logits_of_streamed_ones(
     assert max(errors) <= 1e-5
 
 
+def test_several_numbers_of_threads_are_tried_and_torch_has_its_own_again(
+    model: tuple[Path, Any],
+) -> None:
+    path, network = model
+    before = torch.get_num_threads()
+    with open_runner(path, network.config, tokens=64, max_rows=1, computed=THERE) as runner:
+        host, row = runner.host, runner.kv.rows.add(64)
+        assert host is not None
+        host.threads, tried = 4, set()
+        try:
+            for token in range(40):
+                runner.forward([(row, [7 + token])])
+                assert torch.get_num_threads() == 4
+                assert host._last is not None
+                tried.add(host._last[1])
+        finally:
+            torch.set_num_threads(before)
+        assert {4, 3, 2} <= tried
+        assert not host.crews[1].tries
+
+
 PROMPTS = [[7, 8, 9] * 6, [20, 21], [30] * 12]
 
 
